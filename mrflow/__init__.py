@@ -1,0 +1,30 @@
+"""mrflow: rectified-flow sampling in stages. Sample low, upscale, reinject noise, refine; swap any of them.
+
+Public names are in `mrflow/_api.py` and come with the first use of one, so that `mrflow --help` does not wait for torch.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mrflow._api import *  # noqa: F403
+
+try:
+    __version__ = version("mrflow")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    api = import_module("mrflow._api")
+    if not name.startswith("_") and hasattr(api, name):
+        return getattr(api, name)
+    raise AttributeError(f"module 'mrflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from importlib import import_module
+
+    return sorted(name for name in vars(import_module("mrflow._api")) if not name.startswith("_"))

@@ -1,0 +1,89 @@
+"""The seam between stages and models: four methods, and the condition that goes between them.
+
+`Backbone` is a protocol: a wrapper (a cache, a bridge, a mock) needs no base class.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from mrflow.errors import PlanError
+from mrflow.flow import Velocity
+from mrflow.spec import ModelInfo
+from mrflow.upscalers import Upscaler
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a model needs to know of the prompts: named tensors whose first axis is the batch."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        sizes = {name: t.shape[0] for name, t in self.tensors.items()}
+        if len(set(sizes.values())) != 1:
+            raise PlanError(f"the tensors of a condition must agree in batch, got {sizes}")
+
+    @property
+    def batch(self) -> int:
+        """How many prompts."""
+        return next(iter(self.tensors.values())).shape[0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def repeat(self, batch: int) -> "Condition":
+        """The same single prompt for `batch` items; a condition that already has `batch` items is given back."""
+        if self.batch == batch:
+            return self
+        if self.batch != 1:
+            raise PlanError(f"a condition for {self.batch} prompts cannot serve a batch of {batch}")
+        return Condition({name: t.expand(batch, *t.shape[1:]) for name, t in self.tensors.items()})
+
+    def check_finite(self, what: str) -> None:
+        """Raise PlanError where a tensor holds NaN or infinity: it would give a black picture minutes later."""
+        for name, t in self.tensors.items():
+            if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+                raise PlanError(f"the {what} condition holds NaN or infinity in {name!r}; encode the prompt again")
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A model as the stages see it. Latents are float32 of shape (batch, channels, height, width), outside the model."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts, no weights."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents and pixels are to live."""
+        ...
+
+    @property
+    def upscaler(self) -> Upscaler | None:
+        """The super-resolution net the model comes with, if any."""
+        ...
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts, one item each."""
+        ...
+
+    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
+        """A fresh velocity field (x, sigma) -> d x / d sigma for one integration; what it remembers dies with it.
+
+        `guidance` is the value of a distilled guidance embedding; None is the model's own.
+        """
+        ...
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels in [0, 1] to clean latents: the mode of the posterior, or a sample where `noise` is given."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean latents to pixels, clamped to [0, 1]."""
+        ...

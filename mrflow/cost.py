@@ -1,0 +1,126 @@
+"""What a chain costs, counted without weights. One multiply-add is two floating-point operations.
+
+Only matrix products, attention and convolutions count. For a transformer of width d over S tokens (image and text),
+each block of either kind costs 24 d^2 S in its linears and 4 d S^2 in attention: FLUX.1-dev 12.909e9 S + 700,416 S^2.
+"""
+
+from typing import TYPE_CHECKING
+
+from mrflow.errors import PlanError
+from mrflow.guidance import own_guidance
+from mrflow.spec import Latents, ModelInfo, Pixels, check_size
+from mrflow.stage import Plan, Work, human, plan
+
+if TYPE_CHECKING:
+    from mrflow.guidance import Guidance
+    from mrflow.schedules import Sigmas
+    from mrflow.solvers import Solver
+
+
+def forward_flops(model: ModelInfo, tokens: int) -> float:
+    """Operations of one forward of one item at this many image tokens; 0 where the architecture is not known."""
+    a = model.architecture
+    if a is None:
+        return 0.0
+    s, blocks = tokens + a.text_tokens, a.double_blocks + a.single_blocks
+    linear = (8 + 4 * a.mlp_ratio) * a.hidden**2 * blocks * s
+    ends = 2 * a.hidden * (2 * model.space.channels * model.space.patch**2 * tokens + a.context * a.text_tokens)
+    return linear + 4 * a.hidden * blocks * s**2 + ends
+
+
+def decode_flops(model: ModelInfo, height: int, width: int) -> float:
+    """Operations of decoding one picture of this size in pixels."""
+    linear, square = model.decode
+    return linear * height * width + square * (height * width) ** 2
+
+
+def encode_flops(model: ModelInfo, height: int, width: int) -> float:
+    """Operations of encoding one picture of this size in pixels."""
+    linear, square = model.encode
+    return linear * height * width + square * (height * width) ** 2
+
+
+def sampling_work(
+    model: ModelInfo, out: Latents, sigmas: "Sigmas", solver: "Solver", guidance: "Guidance | None"
+) -> Work:
+    """The forwards of one integration: what the solver evaluates, times the passes of the guidance there."""
+    chosen = guidance or own_guidance(model)
+    nfe = chosen.evals(solver.points(sigmas))
+    flops = out.batch * nfe * forward_flops(model, out.tokens)
+    return Work(nfe=nfe, flops=flops, negative=chosen.passes > 1)
+
+
+def half(size: tuple[int, int], model: ModelInfo) -> tuple[int, int]:
+    """The low-resolution size of a ladder of two: half of each side.
+
+    Raises:
+        PlanError: half a side is no whole number of tokens; the nearest size that works is offered.
+    """
+    check_size(*size, model.space)
+    step = 2 * model.space.multiple
+    if size[0] % step or size[1] % step:
+        near = tuple(max(step, step * round(side / step)) for side in size)
+        raise PlanError(
+            f"half of {size[0]}x{size[1]} is not a multiple of {model.space.multiple}; "
+            f"try {near[0]}x{near[1]}, or say the low size too"
+        )
+    return size[0] // 2, size[1] // 2
+
+
+H200 = ("H200, bf16", 790e12, 4.3e12)  # sustained FLOP/s of a dense product, bytes/s of its memory
+
+
+def floor_seconds(planned: Plan, *, flops: float = H200[1], bandwidth: float = H200[2]) -> float:
+    """The least time a plan can take on a device: each forward is bound by arithmetic or by reading the weights once."""
+    a = planned.model.architecture
+    weights = 2 * a.parameters if a else 0
+    total = 0.0
+    for row in planned.rows:
+        total += max(row.work.flops / flops, row.work.nfe * weights / bandwidth)
+    return total
+
+
+def native_plan(planned: Plan) -> Plan | None:
+    """The plan of 50 native steps for the picture that a plan ends in."""
+    from mrflow.recipes import native
+
+    out = planned.out
+    if not isinstance(out, Pixels):
+        return None
+    return plan(native(size=(out.height, out.width)), planned.model, batch=out.batch)
+
+
+def compared(planned: Plan) -> list[str]:
+    """Lines on what a plan costs beside native sampling."""
+    a, lines = planned.model.architecture, list[str]()
+    native = native_plan(planned)
+    if a is not None:
+        lines.append(
+            f"weights   {human(a.parameters)} parameters, {human(2 * a.parameters)}B in bfloat16 (transformer)"
+        )
+    if native is not None and planned.work.flops and native.work.flops:
+        ratio = native.work.flops / planned.work.flops
+        lines.append(
+            f"native    50 steps: {native.nfe} forwards, {human(native.work.flops)}FLOP; this chain does {ratio:.1f}x less"
+        )
+        if a is not None and a.parameters > 1e9:
+            mine, theirs = floor_seconds(planned), floor_seconds(native)
+            lines.append(f"{H200[0]}: at least {mine:.3g} s, native {theirs:.3g} s (arithmetic and memory alone)")
+    return lines
+
+
+def report(planned: Plan) -> dict[str, object]:
+    """A plan as plain data."""
+    native = native_plan(planned)
+    return {
+        "model": planned.model.name,
+        "stages": [
+            {"name": r.name, "in": str(r.spec), "out": str(r.out), "nfe": r.work.nfe, "flops": r.work.flops}
+            | ({"tokens": r.out.tokens} if isinstance(r.out, Latents) else {})
+            for r in planned.rows
+        ],
+        "nfe": planned.nfe,
+        "flops": planned.work.flops,
+        "native_flops": native.work.flops if native else None,
+        "parameters": planned.model.architecture.parameters if planned.model.architecture else None,
+    }

@@ -1,0 +1,177 @@
+"""How conditions become one velocity field: distilled guidance, classifier-free guidance, and where it applies.
+
+Each branch has a field of its own, so a cache that lives in a field never mixes the conditional and the unconditional.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from mrflow.backbone import Backbone, Condition
+from mrflow.errors import PlanError
+from mrflow.flow import Velocity
+from mrflow.spec import ModelInfo
+
+
+class Guidance(ABC):
+    """A way to guide. Write your own: a frozen dataclass with `passes` and `field`."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """The most passes of the network that one evaluation of the field takes; above 1 a negative is needed."""
+
+    @abstractmethod
+    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
+        """A fresh guided velocity field for one integration."""
+
+    def evals(self, points: Sequence[float]) -> int:
+        """Exact passes of the network for evaluations at these noise levels (a solver's `points`)."""
+        return self.passes * len(points)
+
+
+@dataclass(frozen=True)
+class Distilled(Guidance):
+    """The conditional field alone; `value` goes to the model's guidance embedding (None: the model's own value)."""
+
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.value is not None:
+            _check_scale("guidance", self.value)
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
+        if self.value is not None and model.info.guidance is None:
+            raise PlanError(
+                f"{model.info.name} has no guidance embedding, so Distilled({self.value:g}) would change nothing; "
+                "use Distilled() or CFG(scale)"
+            )
+        return model.field(cond, guidance=self.value)
+
+
+@dataclass(frozen=True)
+class CFG(Guidance):
+    """Classifier-free guidance u + scale (c - u) (Ho & Salimans 2022, arXiv 2207.12598); at scale 1, c in one pass."""
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.scale == 1.0 else 2
+
+    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
+        if self.scale == 1.0:
+            return model.field(cond)
+        c, u = _branches(model, cond, negative, self)
+
+        def guided(x: Tensor, sigma: float) -> Tensor:
+            return _mix(c(x, sigma), u(x, sigma), self.scale)
+
+        return guided
+
+
+@dataclass(frozen=True)
+class RescaledCFG(Guidance):
+    """Qwen-Image's guidance: m ||c|| / ||m|| with m = u + scale (c - u), norms over each token's latent cells.
+
+    As in diffusers `QwenImagePipeline`, without an epsilon. A token is patch x patch cells of all channels.
+    """
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.scale == 1.0 else 2
+
+    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
+        if self.scale == 1.0:
+            return model.field(cond)
+        c, u = _branches(model, cond, negative, self)
+        patch = model.info.space.patch
+
+        def guided(x: Tensor, sigma: float) -> Tensor:
+            towards = c(x, sigma)
+            mixed = _mix(towards, u(x, sigma), self.scale)
+            ratio = token_norm(towards, patch) / token_norm(mixed, patch)
+            return mixed * repeat(ratio, "b 1 h w -> b 1 (h p) (w q)", p=patch, q=patch)
+
+        return guided
+
+
+@dataclass(frozen=True)
+class Interval(Guidance):
+    """`inner` where low < sigma <= high, the conditional alone elsewhere (Kynkäänniemi et al., arXiv 2404.07724)."""
+
+    inner: Guidance
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("low", self.low), ("high", self.high)):
+            if isinstance(value, bool) or not math.isfinite(value):
+                raise PlanError(f"{name} must be a finite number, got {value!r}")
+        if not 0.0 <= self.low < self.high <= 1.0:
+            raise PlanError(f"an interval must lie in 0 <= low < high <= 1, got low {self.low!r}, high {self.high!r}")
+
+    @property
+    def passes(self) -> int:
+        return self.inner.passes
+
+    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
+        inside, outside = self.inner.field(model, cond, negative), model.field(cond)
+
+        def guided(x: Tensor, sigma: float) -> Tensor:
+            return inside(x, sigma) if self._holds(sigma) else outside(x, sigma)
+
+        return guided
+
+    def evals(self, points: Sequence[float]) -> int:
+        inside = [sigma for sigma in points if self._holds(sigma)]
+        return self.inner.evals(inside) + len(points) - len(inside)
+
+    def _holds(self, sigma: float) -> bool:
+        return self.low < sigma <= self.high
+
+
+def token_norm(v: Tensor, patch: int) -> Tensor:
+    """The Euclidean norm of every token of (batch, channels, height, width), as (batch, 1, rows, columns)."""
+    return rearrange(v, "b c (h p) (w q) -> b 1 h w (c p q)", p=patch, q=patch).square().sum(-1).sqrt()
+
+
+def _mix(c: Tensor, u: Tensor, scale: float) -> Tensor:
+    return torch.lerp(u, c, scale)
+
+
+def _branches(
+    model: Backbone, cond: Condition, negative: Condition | None, guidance: Guidance
+) -> tuple[Velocity, Velocity]:
+    if negative is None:
+        raise PlanError(f"{guidance!r} needs a negative; encode one (the empty prompt will do), or use scale 1")
+    return model.field(cond), model.field(negative.repeat(cond.batch))
+
+
+def _check_scale(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise PlanError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def own_guidance(model: ModelInfo) -> Guidance:
+    """What a stage with `guidance=None` uses: the guidance that the model is published with."""
+    if model.cfg == 1.0:
+        return Distilled()
+    return RescaledCFG(model.cfg) if model.rescale else CFG(model.cfg)

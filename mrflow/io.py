@@ -1,0 +1,274 @@
+"""Pictures in and out, and the record that a picture carries.
+
+The record is JSON in a PNG text chunk named "mrflow": the chain, model, prompt and seed that make the picture again.
+Files appear under their final name only when complete.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from mrflow.errors import PlanError, RecordError, ResourceError
+from mrflow.records import decode_chain, encode_chain
+from mrflow.spec import Spec, Start
+from mrflow.stage import Chain, human
+
+if TYPE_CHECKING:
+    from mrflow.backbone import Backbone
+    from mrflow.runner import Result
+
+KEY = "mrflow"
+FORMAT = 1
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """PIL pictures of float (b, 3, h, w) in [0, 1], rounded to 8 bits."""
+    array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(item)) for item in array]
+
+
+def read_image(path: str | Path) -> Tensor:
+    """A picture file as float32 (1, 3, h, w) in [0, 1]: upright by its EXIF, transparency over white, 8 or 16 bits.
+
+    Raises:
+        ResourceError: the file cannot be read. PlanError: it is no picture, is cut short, or is absurdly large.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I") or image.mode == "F":
+                array = np.asarray(image, dtype=np.float32)
+                grey = array / 65535 if array.max(initial=0) > 255 else array / 255
+                return torch.from_numpy(np.repeat(grey[None, None], 3, 1)).clamp(0, 1)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    except UnidentifiedImageError:
+        raise PlanError(f"{path} is not a picture that Pillow can read; give a PNG, JPEG or WebP") from None
+    except Image.DecompressionBombError as error:
+        raise PlanError(f"{path}: {error}; scale the picture down first") from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise PlanError(f"{path} is a broken picture ({error}); copy it again") from None
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)[None].contiguous()
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output file that could not be written, before any work: no folder is made, nothing is left behind.
+
+    Raises:
+        ResourceError: the folder is missing, is a file, or does not take files.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise ResourceError(f"{path} is a folder; name a file in it, such as {path / 'picture.png'}")
+    if not folder.is_dir():
+        raise ResourceError(f"the folder {folder} does not exist; make it, or choose another with --out")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ResourceError(
+            f"the folder {folder} cannot be written ({error.strerror}); choose another with --out"
+        ) from None
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed.
+
+    Raises:
+        ResourceError: the disk is full or the folder does not take it; the temporary file is removed.
+    """
+    temporary: str | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise ResourceError(
+            f"{path} could not be written: {error.strerror or error}; nothing was left behind"
+        ) from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_png(path: Path, image: Image.Image, record: object | None = None) -> None:
+    """Write a PNG, with a record where one is given."""
+    info = PngImagePlugin.PngInfo()
+    if record is not None:
+        info.add_itxt(KEY, json.dumps(record, ensure_ascii=True, sort_keys=True), zip=True)
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    write_bytes(path, buffer.getvalue())
+
+
+def slug(text: str) -> str:
+    """A file name's stem from a prompt: lower-case ASCII letters and digits, at most 40 of them."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return "-".join(words)[:40].strip("-") or "picture"
+
+
+def batch_paths(path: Path, count: int) -> list[Path]:
+    """`path` for one picture; `name-0.png`, `name-1.png`, ... for more."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+def save_result(result: "Result", path: Path) -> list[Path]:
+    """Write a result's pictures as PNGs with their records."""
+    if path.suffix.lower() != ".png":
+        raise PlanError(f"{path.name} should end in .png: only a PNG keeps every bit and the record")
+    paths = batch_paths(path, len(result.seeds))
+    check_writable(path)
+    for item, (each, image) in enumerate(zip(paths, result.images, strict=True)):
+        try:
+            record: object | None = make_record(result, item)
+        except RecordError as error:
+            record = {"format": FORMAT, "unreplayable": str(error)}
+        write_png(each, image, record)
+    return paths
+
+
+def make_record(result: "Result", item: int = 0) -> dict[str, object]:
+    """Plain data that makes picture `item` of a result again, and what each stage of its batch cost."""
+    from mrflow import __version__
+
+    info = result.plan.model
+    record: dict[str, object] = {
+        "format": FORMAT,
+        "mrflow": __version__,
+        "torch": torch.__version__,
+        "model": info.name,
+        "weights": info.version,
+        "prompt": result.prompts[item],
+        "negative": result.negative,
+        "seed": result.seeds[item],
+        "size": list(result.spec.shape[-2:]),
+        "chain": encode_chain(result.chain),
+        "stages": [
+            {"name": s.name, "out": str(s.spec), "seconds": round(s.seconds, 6), "nfe": s.nfe, "cached": s.cached}
+            for s in result.stages
+        ],
+        "batch": len(result.seeds),
+        "condition_seconds": round(result.condition_seconds, 6),
+        "peak_bytes": result.peak_bytes,
+    }
+    if not isinstance(result.plan.rows[0].spec, Start):
+        record["start"] = str(result.plan.rows[0].spec)
+    return record
+
+
+def read_record(path: str | Path) -> dict[str, object]:
+    """The record that a PNG carries.
+
+    Raises:
+        ResourceError: the file cannot be read. RecordError: it carries no record, or a broken one.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(KEY)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        raise RecordError(f"{path} is not a whole PNG") from None
+    if text is None:
+        raise RecordError(f"{path} carries no mrflow record; was it edited, or saved by another program?")
+    try:
+        record: object = json.loads(text)
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict):
+        raise RecordError(f"{path}: its mrflow record is broken")
+    if "unreplayable" in record:
+        raise RecordError(f"{path}: {cast(dict[str, object], record)['unreplayable']}")
+    return cast(dict[str, object], record)
+
+
+def describe_record(record: dict[str, object]) -> list[str]:
+    """A record in lines for people."""
+    lines = [
+        f"prompt    {record.get('prompt', '')}",
+        f"seed      {record.get('seed', '')}",
+        f"model     {record.get('model', '')} {record.get('weights', '')}".rstrip(),
+        f"made by   mrflow {record.get('mrflow', '?')}, torch {record.get('torch', '?')}",
+    ]
+    if record.get("negative"):
+        lines.insert(1, f"negative  {record['negative']}")
+    stages = record.get("stages")
+    for number, stage in enumerate(cast(list[dict[str, object]], stages) if isinstance(stages, list) else [], 1):
+        lines.append(
+            f"{number:>3}  {stage.get('name', '')!s:<9} {stage.get('out', '')!s:<32}"
+            f" {cast(float, stage.get('seconds', 0)):7.3f} s  {stage.get('nfe') or ''}".rstrip()
+        )
+    return lines
+
+
+def replay(
+    path: str | Path,
+    *,
+    model: "Backbone | None" = None,
+    types: Iterable[type] = (),
+    start: Tensor | None = None,
+) -> "Result":
+    """Make a picture again from the record it carries; the same pixels on the same versions and device.
+
+    `model` is the loaded model where it is not an embedded one; `types` are the classes of your own that its chain uses;
+    `start` the pixels that it began with, where it did not begin with noise.
+
+    Raises:
+        RecordError: there is no record, or this model is not the one that made the picture.
+    """
+    from mrflow.models import load
+    from mrflow.runner import run
+
+    record = read_record(path)
+    chain: Chain[Spec, Spec] = decode_chain(record.get("chain"), types)
+    prompt, seed, negative, name = (record.get(k) for k in ("prompt", "seed", "negative", "model"))
+    if not (isinstance(prompt, str) and isinstance(seed, int) and isinstance(negative, str) and isinstance(name, str)):
+        raise RecordError(f"{path}: its record lacks the prompt, seed, negative or model")
+    if "start" in record and start is None:
+        raise RecordError(f"{path} was made from a picture ({record['start']}); pass it as start=")
+    backbone = load(name) if model is None else model
+    weights = record.get("weights")
+    if backbone.info.name != name or backbone.info.version != weights:
+        raise RecordError(
+            f"{path} was made by {name} {weights}, but the model given is {backbone.info.name} {backbone.info.version}"
+        )
+    return run(chain, backbone, prompt, seed=seed, negative=negative, start=start)
+
+
+def inspect_file(path: str | Path) -> list[str]:
+    """What a file is, in lines: how a PNG was made, or what a safetensors checkpoint holds."""
+    where = Path(path)
+    if where.suffix == ".safetensors":
+        from mrflow.models.weights import read_header
+
+        header = read_header(where)
+        count = sum(int(np.prod(t.shape)) for t in header.tensors.values())
+        dtypes = sorted({t.dtype for t in header.tensors.values()})
+        return [
+            f"{where.name}: {len(header.tensors)} tensors, {human(count)} parameters, {', '.join(dtypes)}",
+            *(f"  {name}  {t.dtype}  {list(t.shape)}" for name, t in list(header.tensors.items())[:10]),
+            *([f"  ... and {len(header.tensors) - 10} more"] if len(header.tensors) > 10 else []),
+        ]
+    return describe_record(read_record(where))

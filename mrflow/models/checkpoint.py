@@ -1,0 +1,309 @@
+"""Safetensors checkpoints, read strictly: headers, then names and shapes, then weights. Pickles are never read here.
+
+`open_checkpoint` reads headers only (one file, or a folder of shards) and checks them against the files' sizes. A
+layout says, for each parameter, which tensors of the file it is made of (`Source`). `load_into` compares both lists,
+names and shapes, and then maps or copies one tensor after another into a module that was built on the meta device.
+"""
+
+import json
+import math
+import os
+import struct
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from safetensors.torch import save_file as write_safetensors  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor, nn
+
+from mrflow.errors import ResourceError, WeightsError
+
+MAX_HEADER = 100_000_000  # the format's own limit
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+OTHER_FORMATS = (
+    (b"PK\x03\x04", "a PyTorch pickle archive"),
+    (b"\x80\x02", "a Python pickle"),
+    (b"GGUF", "a GGUF file"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `start` counts bytes from the beginning of the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint holds, without its weights. `path` is what errors name: the file, or the index of shards."""
+
+    path: Path
+    tensors: Mapping[str, Entry]
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one parameter is made of: tensors of a file, `rows` of each, one under the other along the first axis.
+
+    `swap` exchanges the halves of the first axis; `squeeze` says that the file leaves out trailing axes of length 1.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    swap: bool = False
+    squeeze: bool = False
+
+
+Layout = Mapping[str, Source]
+
+
+def read_header(path: Path) -> Header:
+    """The header of one safetensors file: 8 bytes of length n (little endian), n bytes of JSON, then the tensors.
+
+    Raises:
+        WeightsError: the file is missing, too short, another format, or its header contradicts itself or the file.
+        ResourceError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            first = f.read(32)
+            for magic, what in OTHER_FORMATS:
+                if first.startswith(magic):
+                    raise WeightsError(f"{path} is {what}; mrflow reads safetensors")
+            if size < 8:
+                raise WeightsError(f"{path} is cut off: {size} bytes, expected at least 8")
+            (length,) = struct.unpack("<Q", first[:8])
+            if length > MAX_HEADER:
+                raise WeightsError(f"{path} is not safetensors: a header of {length} bytes, {MAX_HEADER} at most")
+            if 8 + length > size:
+                raise WeightsError(f"{path} is cut off in its header: {size} bytes, expected at least {8 + length}")
+            f.seek(8)
+            raw = f.read(length)
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def broken(why: str) -> NoReturn:
+        raise WeightsError(f"{path} has a broken header: {why}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) != len(pairs):
+            broken("a name appears twice")
+        return dict(pairs)
+
+    try:
+        table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        broken(str(error))
+    if not isinstance(table, dict):
+        broken("it is not a table of names")
+    items = cast("dict[str, Any]", table)
+    metadata = items.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values())):
+        broken("its metadata are not text")
+    tensors: dict[str, Entry] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, item in items.items():
+        match item:
+            case {"dtype": str(code), "shape": [*shape], "data_offsets": [start, stop], **rest} if not rest:
+                pass
+            case _:
+                broken(f"{name!r} needs dtype, shape and two data_offsets")
+        if code not in DTYPES:
+            broken(f"{name!r} has the unknown dtype {code!r}")
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            broken(f"{name!r} has a shape or offsets that are not whole numbers from 0")
+        need = math.prod(shape) * DTYPES[code].itemsize
+        if stop - start != need:
+            broken(f"{name!r} of shape {shape} needs {need} bytes but is given {stop - start}")
+        tensors[name] = Entry(path, DTYPES[code], tuple(shape), 8 + length + start)
+        spans.append((start, stop, name))
+    at = 0
+    for start, stop, name in sorted(spans):
+        if start != at:
+            broken(f"{name!r} begins at byte {start}, expected {at}")
+        at = stop
+    if 8 + length + at != size:
+        raise WeightsError(f"{path} is {size} bytes, expected {8 + length + at}: it is cut off or has extra bytes")
+    return Header(path, tensors, cast("dict[str, str]", metadata))
+
+
+def open_checkpoint(where: str | Path) -> Header:
+    """The header of a file, of the shards that an index names, or of what a folder holds (an index wins over files).
+
+    Raises:
+        WeightsError: nothing is there, several are, shards are missing, or the index and its shards disagree.
+    """
+    where = Path(where)
+    if where.is_dir():
+        indices = sorted(where.glob("*.safetensors.index.json"))
+        found = indices or sorted(where.glob("*.safetensors"))
+        if len(found) != 1:
+            what = f"several, name one: {some([p.name for p in found])}" if found else "none"
+            raise WeightsError(f"{where} should hold one safetensors checkpoint; it holds {what}")
+        where = found[0]
+    if where.suffix != ".json":
+        return read_header(where)
+    weight_map = read_json(where).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map):
+        raise WeightsError(f"{where} has no weight_map")
+    table = cast("dict[str, Any]", weight_map)
+    shards = sorted({str(shard) for shard in table.values()})
+    outside = [s for s in shards if Path(s).is_absolute() or Path(s).name != s or s in ("", ".", "..")]
+    if outside:
+        raise WeightsError(f"{where} names files that are not beside it: {some(outside)}")
+    missing = [s for s in shards if not (where.parent / s).is_file()]
+    if missing:
+        raise WeightsError(f"{where}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}")
+    tensors: dict[str, Entry] = {}
+    wrong: list[str] = []
+    for shard in shards:
+        for name, entry in read_header(where.parent / shard).tensors.items():
+            if table.get(name) != shard:
+                wrong.append(f"{name} in {shard}")
+            tensors[name] = entry
+    wrong += [f"{name} not in {shard}" for name, shard in table.items() if name not in tensors]
+    if wrong:
+        raise WeightsError(f"{where} and its shards disagree about {len(wrong)} tensors: {some(wrong)}")
+    return Header(where, tensors)
+
+
+def load_into(
+    module: nn.Module,
+    header: Header,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Fill every parameter and buffer of `module` (built on the meta device) from the checkpoint.
+
+    What needs no change (on the CPU, of the dtype asked for, not joined from parts) stays mapped from the file and is
+    read when it is used; the rest is copied tensor by tensor. `dtype=None` keeps the file's.
+
+    Raises:
+        WeightsError: once, for all names that are missing, left over, or of a wrong shape or dtype.
+    """
+    state = module.state_dict()
+    problems: list[str] = []
+    used: set[str] = set()
+    for name, target in state.items():
+        source = layout[name]
+        shape = list(target.shape)
+        while source.squeeze and shape[-1] == 1:
+            shape.pop()
+        for part, rows in zip(source.names, source.rows, strict=True):
+            used.add(part)
+            entry = header.tensors.get(part)
+            if entry is None:
+                problems.append(f"{part} is missing")
+            elif entry.shape != (want := (rows, *shape[1:])):
+                problems.append(f"{part} has shape {entry.shape}, expected {want}")
+            elif not entry.dtype.is_floating_point or (dtype is None and entry.dtype.itemsize == 1):
+                problems.append(f"{part} is {entry.dtype}" + ("" if dtype else ": say in which dtype to load it"))
+    problems += [f"{name} is not expected" for name in header.tensors if name not in used]
+    if problems:
+        what = type(module).__name__
+        raise WeightsError(f"{header.path} does not fit {what}: {len(problems)} problems: {some(problems)}")
+
+    files: dict[Path, torch.UntypedStorage] = {}
+    for name, target in state.items():
+        tensor = assembled(header, layout[name], files, dtype=dtype, device=device).reshape(target.shape)
+        owner, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        old = getattr(parent, leaf)
+        setattr(parent, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
+
+
+def assembled(
+    header: Header,
+    source: Source,
+    files: dict[Path, torch.UntypedStorage],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> Tensor:
+    """One parameter from its parts; `files` keeps the mappings that were made."""
+    parts = [mapped(header.tensors[name], files) for name in source.names]
+    if source.swap:
+        parts = list(reversed(parts[0].chunk(2)))
+    if len(parts) == 1:
+        return parts[0].to(device, dtype)
+    out = torch.empty((sum(source.rows), *parts[0].shape[1:]), dtype=dtype or parts[0].dtype, device=device)
+    for target, part in zip(torch.split(out, [len(part) for part in parts]), parts, strict=True):
+        target.copy_(part)
+    return out
+
+
+def mapped(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> Tensor:
+    """A tensor that lies in the file; writing to it changes a private copy of the page, never the file."""
+    if entry.file not in files:
+        size = entry.file.stat().st_size
+        from_file = cast("Callable[..., torch.UntypedStorage]", torch.UntypedStorage.from_file)  # pyright: ignore
+        files[entry.file] = from_file(str(entry.file), shared=False, nbytes=size)
+    nbytes = math.prod(entry.shape) * entry.dtype.itemsize
+    raw = torch.empty(0, dtype=torch.uint8).set_(files[entry.file], entry.start, (nbytes,), (1,))
+    # A tensor must begin at a multiple of its item size; a header of odd length shifts all of them.
+    return (raw.clone() if entry.start % entry.dtype.itemsize else raw).view(entry.dtype).view(entry.shape)
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that appears under its name only when it is complete."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write_safetensors({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, dict(metadata or {}))
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def exported(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Parameters under the names and in the shapes of `layout`: the reverse of loading."""
+    out: dict[str, Tensor] = {}
+    for name, source in layout.items():
+        tensor = state[name]
+        if source.swap:
+            tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
+        if source.squeeze:
+            tensor = tensor.flatten(1)
+        out.update(zip(source.names, torch.split(tensor, list(source.rows)), strict=True))
+    return out
+
+
+def some(names: Sequence[str], *, count: int = 4) -> str:
+    """The first few of many."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a table."""
+    try:
+        value: Any = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} should hold a table")
+    return cast("dict[str, Any]", value)

@@ -1,0 +1,323 @@
+"""The FLUX.1 transformer, top to bottom. Parameter names and fused layouts are those of BFL's checkpoints."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mrflow.errors import PlanError
+from mrflow.models.layers import (
+    Attention,
+    Blocks,
+    Embedder,
+    QKNorm,
+    Rope,
+    apply_rope,
+    attention,
+    modulated,
+    rope_tables,
+    sinusoid,
+)
+
+SINUSOID = 256
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class FluxParams:
+    """Sizes of a FLUX transformer; the defaults are FLUX.1-dev's. `axes` are a head's channels for each axis."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    context: int = 4096
+    pooled: int = 768
+    hidden: int = 3072
+    heads: int = 24
+    axes: tuple[int, ...] = (16, 56, 56)
+    mlp_ratio: float = 4.0
+    double_blocks: int = 19
+    single_blocks: int = 38
+    guidance: bool = True
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise PlanError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        if any(axis % 2 for axis in self.axes) or sum(self.axes) != self.head:
+            raise PlanError(f"axes must be even and sum to hidden / heads = {self.head}, got {self.axes}")
+
+    @property
+    def head(self) -> int:
+        """Channels of one head."""
+        return self.hidden // self.heads
+
+    @property
+    def mlp(self) -> int:
+        """Inner width of the MLPs."""
+        return int(self.hidden * self.mlp_ratio)
+
+    @property
+    def modulations(self) -> int:
+        """Modulation vectors of one evaluation: 12 a double block, 3 a single block, 2 at the end."""
+        return 12 * self.double_blocks + 3 * self.single_blocks + 2
+
+
+def pack(latents: Float[Tensor, "b c y x"], *, patch: int = 2) -> Float[Tensor, "b l d"]:
+    """Latents to tokens, row by row; inside a token the channel is the slowest index, then row, then column."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def unpack(tokens: Float[Tensor, "b l d"], h: int, w: int, *, patch: int = 2) -> Float[Tensor, "b c y x"]:
+    """Tokens of an h x w grid back to latents: the inverse of `pack`."""
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=patch, q=patch)
+
+
+def image_ids(h: int, w: int, *, device: torch.device | str | None = None) -> Float[Tensor, "l 3"]:
+    """Positions (0, row, column) of an h x w grid of tokens, counted from 0, row by row."""
+    ids = torch.zeros(h, w, 3, device=device)
+    ids[..., 1] = torch.arange(h, device=device)[:, None]
+    ids[..., 2] = torch.arange(w, device=device)
+    return ids.flatten(0, 1)
+
+
+class Modulate(nn.Module):
+    """The linear that gives one stream of one block its shift, scale and gate vectors."""
+
+    def __init__(self, hidden: int, vectors: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(hidden, vectors * hidden)
+
+
+class SelfAttention(nn.Module):
+    """The parameters of one stream's attention; `q_k_v` and `proj` stand before and after the joint attention."""
+
+    def __init__(self, p: FluxParams) -> None:
+        super().__init__()
+        self.heads = p.heads
+        self.qkv = nn.Linear(p.hidden, 3 * p.hidden)
+        self.norm = QKNorm(p.head)
+        self.proj = nn.Linear(p.hidden, p.hidden)
+
+    def q_k_v(self, x: Float[Tensor, "b n d"]) -> list[Tensor]:
+        """Normed queries and keys, and values, each of shape (b, heads, n, head)."""
+        q, k, v = heads_of(self.qkv(x), self.heads)
+        return [*self.norm(q, k), v]
+
+
+def heads_of(qkv: Float[Tensor, "b n e"], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of shape (b, heads, n, head) from rows ordered (q k v)(head)(channel); views, no copy."""
+    q, k, v = qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def joined(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n e"]:
+    """Heads side by side again."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def mlp(p: FluxParams) -> nn.Sequential:
+    """Linear, GELU (tanh form), linear."""
+    return nn.Sequential(nn.Linear(p.hidden, p.mlp), nn.GELU(approximate="tanh"), nn.Linear(p.mlp, p.hidden))
+
+
+def bounded(x: Tensor) -> Tensor:
+    """x, clipped to the largest finite value in float16, as in the reference (FLUX's streams leave its range)."""
+    return x.clip(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
+
+
+class DoubleBlock(nn.Module):
+    """Image and text with parameters of their own, and one attention over both."""
+
+    def __init__(self, p: FluxParams) -> None:
+        super().__init__()
+        self.img_mod, self.txt_mod = Modulate(p.hidden, 6), Modulate(p.hidden, 6)
+        self.img_attn, self.txt_attn = SelfAttention(p), SelfAttention(p)
+        self.img_mlp, self.txt_mlp = mlp(p), mlp(p)
+
+    def forward(
+        self,
+        img: Float[Tensor, "b l d"],
+        txt: Float[Tensor, "b t d"],
+        rope: Rope,
+        vectors: tuple[Tensor, ...],
+        attend: Attention,
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b t d"]]:
+        """Both streams after the block; `vectors`: (shift, scale, gate) x (attention, MLP) of image, then text."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors[:6]
+        tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = vectors[6:]
+        theirs = self.txt_attn.q_k_v(modulated(txt, tshift1, tscale1))
+        ours = self.img_attn.q_k_v(modulated(img, shift1, scale1))
+        q, k, v = (torch.cat(pair, 2) for pair in zip(theirs, ours, strict=True))  # (b, heads, t + l, head)
+        out = joined(attend(apply_rope(q, rope), apply_rope(k, rope), v))
+        t = txt.shape[1]
+
+        img = torch.addcmul(img, gate1, self.img_attn.proj(out[:, t:]))
+        img = torch.addcmul(img, gate2, self.img_mlp(modulated(img, shift2, scale2)))
+        txt = torch.addcmul(txt, tgate1, self.txt_attn.proj(out[:, :t]))
+        txt = torch.addcmul(txt, tgate2, self.txt_mlp(modulated(txt, tshift2, tscale2)))
+        return img, bounded(txt)
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side on the joint sequence: one linear in, one out."""
+
+    def __init__(self, p: FluxParams) -> None:
+        super().__init__()
+        self.heads, self.hidden, self.mlp = p.heads, p.hidden, p.mlp
+        self.linear1 = nn.Linear(p.hidden, 3 * p.hidden + p.mlp)
+        self.linear2 = nn.Linear(p.hidden + p.mlp, p.hidden)
+        self.norm = QKNorm(p.head)
+        self.modulation = Modulate(p.hidden, 3)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], rope: Rope, vectors: tuple[Tensor, ...], attend: Attention
+    ) -> Float[Tensor, "b n d"]:
+        """The joint sequence after the block; `vectors` are shift, scale, gate."""
+        shift, scale, gate = vectors
+        qkv, inner = self.linear1(modulated(x, shift, scale)).split((3 * self.hidden, self.mlp), -1)
+        q, k, v = heads_of(qkv, self.heads)
+        q, k = self.norm(q, k)
+        out = joined(attend(apply_rope(q, rope), apply_rope(k, rope), v))
+        return bounded(torch.addcmul(x, gate, self.linear2(torch.cat((out, F.gelu(inner, approximate="tanh")), -1))))
+
+
+class FinalLayer(nn.Module):
+    """The last modulated norm and the linear to patches."""
+
+    def __init__(self, p: FluxParams) -> None:
+        super().__init__()
+        self.linear = nn.Linear(p.hidden, p.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(p.hidden, 2 * p.hidden))
+
+
+class Flux(nn.Module):
+    """v(x, sigma): image tokens and what steers them to the velocity d x / d sigma.
+
+    `attention` is the function that every block calls; put another in its place to change it (b h n d each).
+    """
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        p = self.params = params
+        self.attention: Attention = attention
+        self.img_in = nn.Linear(p.in_channels, p.hidden)
+        self.txt_in = nn.Linear(p.context, p.hidden)
+        self.time_in = Embedder(SINUSOID, p.hidden)
+        self.vector_in = Embedder(p.pooled, p.hidden)
+        self.guidance_in = Embedder(SINUSOID, p.hidden) if p.guidance else None
+        self.double_blocks = Blocks[DoubleBlock](DoubleBlock(p) for _ in range(p.double_blocks))
+        self.single_blocks = Blocks[SingleBlock](SingleBlock(p) for _ in range(p.single_blocks))
+        self.final_layer = FinalLayer(p)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return self.img_in.weight.dtype
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b l i"],
+        ids: Float[Tensor, "l 3"],
+        context: Float[Tensor, "b t c"],
+        context_ids: Float[Tensor, "t 3"],
+        pooled: Float[Tensor, "b p"],
+        sigma: Float[Tensor, " b"],
+        guidance: Float[Tensor, " b"] | None,
+        *,
+        modulation: Float[Tensor, "b m d"] | None = None,
+        rope: Rope | None = None,
+    ) -> Float[Tensor, "b l o"]:
+        """The velocity in the network's dtype; `modulation` and `rope` are used instead of being computed, if given."""
+        if modulation is None:
+            modulation = self.modulate(sigma, guidance, pooled)
+        if rope is None:
+            rope = self.rope(ids, context_ids)
+        img, txt = self.embed(tokens, context)
+        return self.head(self.blocks(img, txt, rope, modulation), modulation)
+
+    def rope(self, ids: Float[Tensor, "l 3"], context_ids: Float[Tensor, "t 3"]) -> Rope:
+        """Rotations of the joint sequence, text first."""
+        return rope_tables(torch.cat((context_ids, ids)), self.params.axes, theta=self.params.theta)
+
+    def modulate(
+        self, sigma: Float[Tensor, " b"], guidance: Float[Tensor, " b"] | None, pooled: Float[Tensor, "b p"]
+    ) -> Float[Tensor, "b m d"]:
+        """Every modulation vector of one evaluation, in order: (shift, 1 + scale, gate) each time, without gate last.
+
+        They depend on nothing else, so a chain whose levels are known can compute them once. The reference rounds
+        1000 sigma to the working dtype, divides by 1000 and multiplies again in it (in bfloat16 863.32 becomes 864,
+        guidance 3.5 becomes 3504): so do we (diffusers `pipeline_flux.py`, `transformer_flux.py`).
+        """
+        dtype = self.dtype
+        time = (1000 * sigma.float()).to(dtype) / 1000 * 1000
+        vector = self.time_in(sinusoid(time, SINUSOID).to(dtype))
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise PlanError("this transformer has a guidance embedding: give `guidance`, one value an item")
+            vector = vector + self.guidance_in(sinusoid(1000 * guidance.to(dtype), SINUSOID).to(dtype))
+        elif guidance is not None:
+            raise PlanError("this transformer has no guidance embedding: `guidance` must be None")
+        vector = F.silu(vector + self.vector_in(pooled.to(dtype)))
+        rows = [m.lin(vector) for block in self.double_blocks for m in (block.img_mod, block.txt_mod)]
+        rows += [block.modulation.lin(vector) for block in self.single_blocks]
+        rows.append(self.final_layer.adaLN_modulation[1](vector))
+        table = rearrange(torch.cat(rows, -1), "b (m d) -> b m d", d=self.params.hidden)
+        table[:, 1::3] += 1
+        return table
+
+    def embed(
+        self, tokens: Float[Tensor, "b l i"], context: Float[Tensor, "b t c"]
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b t d"]]:
+        """The image stream and the text stream."""
+        return self.img_in(tokens.to(self.dtype)), self.txt_in(context.to(self.dtype))
+
+    def blocks(
+        self,
+        img: Float[Tensor, "b l d"],
+        txt: Float[Tensor, "b t d"],
+        rope: Rope,
+        modulation: Float[Tensor, "b m d"],
+    ) -> Float[Tensor, "b l d"]:
+        """The image stream after all blocks; `rope` has a row for each token of text, then of image."""
+        vectors = modulation.unsqueeze(2).unbind(1)
+        at = 0
+        for block in self.double_blocks:
+            img, txt = block(img, txt, rope, vectors[at : at + 12], self.attention)
+            at += 12
+        x = torch.cat((txt, img), 1)
+        for single in self.single_blocks:
+            x = single(x, rope, vectors[at : at + 3], self.attention)
+            at += 3
+        return x[:, txt.shape[1] :]
+
+    def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "b m d"]) -> Float[Tensor, "b l o"]:
+        """The image stream to the velocity."""
+        shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)
+        velocity: Tensor = self.final_layer.linear(modulated(img, shift, scale))
+        return velocity
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Values to train from: modulation and output zero (every block is the identity), embeddings of level and
+        guidance normal with deviation 0.02, the rest Xavier-uniform, each part of a fused linear by itself."""
+        d = self.params.hidden
+        modules: Iterator[tuple[str, nn.Module]] = self.named_modules()
+        for name, module in modules:
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+                if "mod" in name or name.startswith("final_layer"):
+                    nn.init.zeros_(module.weight)
+                elif name.startswith(("time_in", "guidance_in")):
+                    nn.init.normal_(module.weight, std=0.02, generator=generator)
+                else:
+                    fused = name.endswith(("qkv", "linear1"))
+                    rest = module.out_features - 3 * d
+                    parts = [part for part in (d, d, d, rest) if part] if fused else [module.out_features]
+                    for part in torch.split(module.weight, parts):
+                        nn.init.xavier_uniform_(part, generator=generator)
+            elif isinstance(module, QKNorm):
+                nn.init.ones_(module.query_norm.scale)
+                nn.init.ones_(module.key_norm.scale)

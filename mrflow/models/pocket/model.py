@@ -1,0 +1,226 @@
+"""`pocket`, the embedded default model: a FLUX-architecture flow transformer small enough for a laptop's processor.
+
+It knows a small world (mrflow/scenes) and comes with everything in one file of half-precision weights: text encoder,
+transformer, autoencoder and x2 super-resolution net. The model card is beside it.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mrflow.backbone import Condition
+from mrflow.errors import PlanError, PromptError, WeightsError
+from mrflow.flow import Velocity
+from mrflow.models.flux import Flux, FluxParams, image_ids, pack, unpack
+from mrflow.models.layers import Rope
+from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
+from mrflow.models.weights import read_header
+from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
+from mrflow.spec import Architecture, LatentSpace, ModelInfo, Shift
+from mrflow.upscalers import Upscaler
+
+log = logging.getLogger(__name__)
+
+WIDTH, TEXT_LENGTH = 128, 12
+VOCABULARY: tuple[str, ...] = (
+    "",
+    *SHAPES,
+    *(plural(shape) for shape in SHAPES),
+    *COLOURS,
+    *NUMBERS,
+    *PLACES,
+    "above",
+    "below",
+    "big",
+    "small",
+    "medium",
+    "coarse",
+    "fine",
+    *EXPRESSIONS,
+    "face",
+    "word",
+    *TEXTURES,
+    *LETTERS,
+)
+FLUX_PARAMS = FluxParams(
+    in_channels=64,
+    out_channels=64,
+    context=WIDTH,
+    pooled=WIDTH,
+    hidden=WIDTH,
+    heads=4,
+    axes=(8, 12, 12),
+    double_blocks=2,
+    single_blocks=5,
+    guidance=False,
+)
+POCKET = ModelInfo(
+    "pocket",
+    LatentSpace("pocket"),
+    Shift(0.0, 0.7, 64, 256),
+    cfg=3.0,
+    size=(256, 256),
+    low=(128, 128),
+    architecture=Architecture(WIDTH, 2, 5, WIDTH, TEXT_LENGTH, 0),
+    upscale=2,
+)
+
+
+def text_encoder() -> TextEncoder:
+    """An untrained text encoder of the model's sizes."""
+    return TextEncoder(vocabulary=len(VOCABULARY), length=TEXT_LENGTH, width=WIDTH)
+
+
+class PocketSR(Upscaler):
+    """The model's own x2 net: pictures of this world, enlarged."""
+
+    def __init__(self, net: CompactSR, version: str) -> None:
+        self.net, self.version = net, version
+
+    @property
+    def scale(self) -> int:
+        """2."""
+        return 2
+
+    @property
+    def flops_per_pixel(self) -> float:
+        """Operations per pixel that comes in."""
+        return POCKET.upscale_flops
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Enlarge; not clamped."""
+        out: Tensor = self.net(pixels)
+        return out
+
+
+class Pocket:
+    """The embedded model as a backbone. Build it with `mrflow.load("pocket")`."""
+
+    def __init__(
+        self,
+        *,
+        text: TextEncoder,
+        flow: Flux,
+        autoencoder: Autoencoder,
+        sr: CompactSR,
+        version: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._text = text.to(device).eval()
+        self._flow = flow.to(device, dtype).eval()
+        self._autoencoder = autoencoder.to(device, memory_format=torch.channels_last).eval()
+        self._device = device
+        self._info = replace(POCKET, version=version)
+        self._sr = PocketSR(sr.to(device, memory_format=torch.channels_last).eval(), version)
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts, with the version of these weights."""
+        return self._info
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+        return self._device
+
+    @property
+    def upscaler(self) -> Upscaler:
+        """Its own x2 net."""
+        return self._sr
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Encode captions. Words outside the vocabulary are left out, with a warning that names them."""
+        for prompt in prompts:
+            check_prompt(prompt)
+        ids, lost = tokenise(prompts, VOCABULARY, TEXT_LENGTH)
+        for prompt, words in zip(prompts, lost, strict=True):
+            if words:
+                log.warning("pocket does not know %s in %r; %s", ", ".join(map(repr, words[:8])), prompt[:80], ADVICE)
+        context, pooled = self._text(ids.to(self._device))
+        return Condition({"context": context, "pooled": pooled})
+
+    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
+        """The velocity of the flow for these captions."""
+        if guidance is not None:
+            raise PlanError("pocket has no guidance embedding; use CFG(scale)")
+        rope: dict[tuple[int, int], Rope] = {}
+        context, pooled = cond["context"], cond["pooled"]
+        text_ids = torch.zeros(context.shape[1], 3, device=self._device)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            h, w = x.shape[2] // 2, x.shape[3] // 2
+            ids = image_ids(h, w, device=self._device)
+            if (h, w) not in rope:
+                rope[h, w] = self._flow.rope(ids, text_ids)
+            level = torch.full((x.shape[0],), sigma, device=self._device)
+            tokens = self._flow(pack(x), ids, context, text_ids, pooled, level, None, rope=rope[h, w])
+            return unpack(tokens.float(), h, w)
+
+        return velocity
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of the posterior's mode, or a sample of it."""
+        out: Tensor = self._autoencoder.encode(pixels.contiguous(memory_format=torch.channels_last), noise)
+        return out.contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, clamped."""
+        out: Tensor = self._autoencoder.decode(latents.contiguous(memory_format=torch.channels_last))
+        return out.clamp(0, 1).contiguous()
+
+
+ADVICE = "it draws captions such as 'a big red circle at the left on coarse dots' or 'the big blue word CAT'"
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse what cannot be text: lone surrogates and NUL; anything else is a prompt, even an empty one.
+
+    Raises:
+        PromptError: the prompt cannot be encoded, or is longer than a million characters.
+    """
+    if len(prompt) > 1_000_000:
+        raise PromptError(f"the prompt has {len(prompt)} characters; a million is the limit")
+    if "\0" in prompt or any(0xD800 <= ord(c) <= 0xDFFF for c in prompt):
+        raise PromptError(f"the prompt holds characters that are no text (NUL or a lone surrogate): {prompt[:40]!r}")
+
+
+WEIGHTS = Path(__file__).parent / "pocket-1.safetensors"
+
+
+def load_pocket(
+    path: Path = WEIGHTS, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Pocket:
+    """The model from its one file.
+
+    Raises:
+        WeightsError: the file is missing, broken, or lacks a tensor.
+    """
+    header = read_header(path)
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("text", "flow", "autoencoder", "sr")}
+    for name, tensor in load_file(path).items():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise WeightsError(f"{path.name}: {name!r} belongs to no part of pocket ({', '.join(parts)})")
+        parts[part][rest] = tensor.float()
+    with torch.device("meta"):
+        modules = {"text": text_encoder(), "flow": Flux(FLUX_PARAMS), "autoencoder": Autoencoder(), "sr": CompactSR()}
+    for part, module in modules.items():
+        try:
+            module.load_state_dict(parts[part], strict=True, assign=True)
+        except RuntimeError as error:
+            raise WeightsError(f"{path.name}: {part}: {str(error).splitlines()[-1].strip()}") from None
+    return Pocket(
+        text=modules["text"],
+        flow=modules["flow"],
+        autoencoder=modules["autoencoder"],
+        sr=modules["sr"],
+        version=header.metadata.get("version", ""),
+        device=device or torch.device("cpu"),
+        dtype=dtype,
+    )

@@ -1,0 +1,333 @@
+"""Which tensors of a published checkpoint the parameters of our models are, and their sizes, read off the shapes.
+
+Native names are Black Forest Labs'. A `Names` gives, for a native name, the name or names (parts of a fused matrix) in
+another layout; from it follow the sizes, the loading and the saving. A layout is recognised by its keys.
+"""
+
+import json
+import operator
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+
+from mrflow.errors import PlanError, WeightsError
+from mrflow.models.checkpoint import Header as Header
+from mrflow.models.checkpoint import Layout, Source, exported, load_into, open_checkpoint, read_json, save_file
+from mrflow.models.checkpoint import read_header as read_header
+from mrflow.models.flux import Flux, FluxParams
+from mrflow.models.vae_flux import VaeFlux, VaeParams
+
+Names = Callable[[str], tuple[str, ...]]
+
+# diffusers 0.42.1 `loaders/single_file_utils.py`
+EMBEDDERS = {
+    f"{bfl}.{a}": (f"time_text_embed.{diffusers}.{b}",)
+    for bfl, diffusers in (
+        ("time_in", "timestep_embedder"),
+        ("vector_in", "text_embedder"),
+        ("guidance_in", "guidance_embedder"),
+    )
+    for a, b in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+}
+TOP = EMBEDDERS | {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+VAE_RULES = (
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", r".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", r".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", r".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.proj_out\.", r".mid_block.attentions.0.to_out.0."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.nin_shortcut\.", r".conv_shortcut."),
+    (r"coder\.norm_out\.", r"coder.conv_norm_out."),
+)
+# What other checkpoints are known by, for the message that refuses them.
+MARKS = {
+    "double_blocks.0.img_attn.qkv.weight": "a FLUX transformer",
+    "single_transformer_blocks.0.norm.linear.weight": "a FLUX transformer",
+    "txt_norm.weight": "a Qwen-Image transformer",
+    "decoder.up.0.block.0.conv1.weight": "a FLUX autoencoder",
+    "decoder.up_blocks.0.resnets.0.conv1.weight": "a FLUX autoencoder",
+    "decoder.middle.0.residual.0.gamma": "a Qwen-Image autoencoder",
+    "decoder.mid_block.resnets.0.norm1.gamma": "a Qwen-Image autoencoder",
+}
+
+
+def load_flux(where: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Flux:
+    """A FLUX transformer from a file or folder, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
+
+    Raises:
+        WeightsError: it is no FLUX transformer, or anything in it is missing, left over or of a wrong shape.
+    """
+    header = open_checkpoint(where)
+    names = flux_names(header)
+    params = flux_params(header, names)
+    with torch.device("meta"):
+        flux = Flux(params)
+    load_into(flux, header, flux_layout(flux, names), dtype=dtype, device=device)
+    return flux
+
+
+def save_flux(flux: Flux, path: Path) -> None:
+    """Write a transformer in BFL's layout; what shapes do not tell (axes, theta) goes into the file's metadata."""
+    config = {"_class_name": FLUX_CLASS, "axes_dims_rope": flux.params.axes, "theta": flux.params.theta}
+    save_file(exported(flux.state_dict(), flux_layout(flux, bfl(""))), path, metadata={"config": json.dumps(config)})
+
+
+def load_vae_flux(
+    where: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> VaeFlux:
+    """A FLUX autoencoder from a file or folder, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
+
+    Raises:
+        WeightsError: it is no such autoencoder, or anything in it is missing, left over or of a wrong shape.
+    """
+    header = open_checkpoint(where)
+    names = vae_names(header)
+    params = vae_params(header, names)
+    with torch.device("meta"):
+        vae = VaeFlux(params)
+    load_into(vae, header, vae_layout(vae, names), dtype=dtype, device=device)
+    return vae
+
+
+def save_vae_flux(vae: VaeFlux, path: Path) -> None:
+    """Write an autoencoder in BFL's layout; scale, shift and groups go into the file's metadata."""
+    p = vae.params
+    config = {
+        "_class_name": VAE_CLASS,
+        "scaling_factor": p.scale,
+        "shift_factor": p.shift,
+        "norm_num_groups": p.groups,
+    }
+    save_file(exported(vae.state_dict(), vae_layout(vae, bfl(""))), path, metadata={"config": json.dumps(config)})
+
+
+FLUX_CLASS, VAE_CLASS = "FluxTransformer2DModel", "AutoencoderKL"
+
+
+def bfl(prefix: str) -> Names:
+    """Native names, after a prefix (all-in-one files have one)."""
+    return lambda name: (prefix + name,)
+
+
+def flux_diffusers(name: str) -> tuple[str, ...]:
+    """diffusers' names of a native FLUX parameter: q, k, v (and a single block's MLP input) are apart there."""
+    stem, _, leaf = name.rpartition(".")
+    kind, _, rest = stem.partition(".")
+    if kind in ("double_blocks", "single_blocks"):
+        index, _, rest = rest.partition(".")
+        where = "transformer_blocks" if kind == "double_blocks" else "single_transformer_blocks"
+        targets = tuple(f"{where}.{index}.{t}" for t in (DOUBLE if kind == "double_blocks" else SINGLE)[rest])
+    else:
+        targets = TOP[stem]
+    return tuple(f"{t}.{'weight' if leaf == 'scale' else leaf}" for t in targets)
+
+
+def vae_diffusers(levels: int) -> Names:
+    """diffusers' names of a native autoencoder parameter; it counts the decoder's levels in the other direction."""
+
+    def names(name: str) -> tuple[str, ...]:
+        name = re.sub(r"\.up\.(\d+)\.", lambda m: f".up.{levels - 1 - int(m[1])}.", name)
+        for pattern, replacement in VAE_RULES:
+            name = re.sub(pattern, replacement, name)
+        return (name,)
+
+    return names
+
+
+def flux_names(header: Header) -> Names:
+    """The layout of a FLUX transformer, recognised by its keys."""
+    mark = "double_blocks.0.img_attn.qkv.weight"
+    for name in header.tensors:
+        if name.endswith(mark):
+            return bfl(name.removesuffix(mark))
+    if "single_transformer_blocks.0.norm.linear.weight" in header.tensors:
+        return flux_diffusers
+    refuse(header, "a FLUX transformer")
+
+
+def vae_names(header: Header) -> Names:
+    """The layout of a FLUX autoencoder, recognised by its keys."""
+    mark = "decoder.up.0.block.0.conv1.weight"
+    for name in header.tensors:
+        if name.endswith(mark):
+            return bfl(name.removesuffix(mark))
+    if "decoder.up_blocks.0.resnets.0.conv1.weight" in header.tensors:
+        return vae_diffusers(count(header, vae_diffusers(0), "encoder.down.{}.block.0.conv1.weight"))
+    refuse(header, "a FLUX autoencoder")
+
+
+def flux_layout(flux: Flux, names: Names) -> Layout:
+    """Where every parameter of the transformer lies: fused rows are q, k, v, then the MLP's.
+
+    diffusers' last modulation is (scale, shift), native is (shift, scale).
+    """
+    layout: dict[str, Source] = {}
+    for name, tensor in flux.state_dict().items():
+        parts, rows, d = names(name), tensor.shape[0], flux.params.hidden
+        split = (rows,) if len(parts) == 1 else (d, d, d, rows - 3 * d)[: len(parts)]
+        layout[name] = Source(parts, split, swap="norm_out" in parts[0])
+    return layout
+
+
+def vae_layout(vae: VaeFlux, names: Names) -> Layout:
+    """Where every parameter of the autoencoder lies; diffusers keeps the attention's 1x1 convolutions as matrices."""
+    return {
+        name: Source(names(name), (tensor.shape[0],), squeeze=".to_" in names(name)[0])
+        for name, tensor in vae.state_dict().items()
+    }
+
+
+def flux_params(header: Header, names: Names) -> FluxParams:
+    """Sizes of a FLUX transformer; the rotary axes are in no shape: of a config, or FLUX.1's for heads of 128."""
+    hidden, in_channels = shape(header, names("img_in.weight")[0], 2)
+    (head,) = shape(header, names("double_blocks.0.img_attn.norm.query_norm.scale")[0], 1)
+    mlp, _ = shape(header, names("double_blocks.0.img_mlp.0.weight")[0], 2)
+    if not hidden or not head:
+        raise WeightsError(f"{header.path} has a transformer of width {hidden} with heads of {head}")
+    heads = hidden // head
+    counts = (
+        count(header, names, "double_blocks.{}.img_mod.lin.weight"),
+        count(header, names, "single_blocks.{}.modulation.lin.weight"),
+    )
+    context, pooled = (shape(header, names(n)[0], 2)[1] for n in ("txt_in.weight", "vector_in.in_layer.weight"))
+    guidance = names("guidance_in.in_layer.weight")[0] in header.tensors
+    config = config_of(header, FLUX_CLASS)
+    agree(
+        header,
+        config,
+        {
+            "attention_head_dim": head,
+            "num_attention_heads": heads,
+            "num_layers": counts[0],
+            "num_single_layers": counts[1],
+            "in_channels": in_channels,
+            "joint_attention_dim": context,
+            "pooled_projection_dim": pooled,
+            "guidance_embeds": guidance,
+        },
+    )
+    axes = config.get("axes_dims_rope", FluxParams.axes if head == 128 else None)
+    if axes is None:
+        raise WeightsError(f"{header.path}: heads of {head} channels, but no config.json says their axes_dims_rope")
+    try:
+        return FluxParams(
+            in_channels=in_channels,
+            out_channels=shape(header, names("final_layer.linear.weight")[0], 2)[0],
+            context=context,
+            pooled=pooled,
+            hidden=hidden,
+            heads=heads,
+            axes=tuple(operator.index(axis) for axis in axes),
+            mlp_ratio=mlp / hidden,
+            double_blocks=counts[0],
+            single_blocks=counts[1],
+            guidance=guidance,
+            theta=float(config.get("theta", FluxParams.theta)),
+        )
+    except (PlanError, TypeError, ValueError) as error:
+        raise WeightsError(f"{header.path}: {error}") from None
+
+
+def vae_params(header: Header, names: Names) -> VaeParams:
+    """Sizes of a FLUX autoencoder; scale, shift and groups are of a config, or FLUX.1's for 16 channels."""
+    levels = count(header, names, "encoder.down.{}.block.0.conv1.weight")
+    channels = [shape(header, names(f"encoder.down.{i}.block.0.conv1.weight")[0], 4)[0] for i in range(levels)]
+    latent = shape(header, names("decoder.conv_in.weight")[0], 4)[1]
+    config = config_of(header, VAE_CLASS)
+    if latent != 16 and not {"scaling_factor", "shift_factor"} <= set(config):
+        raise WeightsError(f"{header.path}: {latent} latent channels, but no config.json says their scale and shift")
+    agree(header, config, {"latent_channels": latent, "block_out_channels": channels})
+    try:
+        return VaeParams(
+            channels=tuple(channels),
+            latent=latent,
+            blocks=count(header, names, "encoder.down.0.block.{}.conv1.weight"),
+            scale=float(config.get("scaling_factor", VaeParams.scale)),
+            shift=float(config.get("shift_factor", VaeParams.shift)),
+            groups=int(config.get("norm_num_groups", VaeParams.groups)),
+        )
+    except (PlanError, TypeError, ValueError) as error:
+        raise WeightsError(f"{header.path}: {error}") from None
+
+
+def count(header: Header, names: Names, template: str) -> int:
+    """How many there are of a numbered tensor, from 0 on."""
+    n = 0
+    while names(template.format(n))[0] in header.tensors:
+        n += 1
+    return n
+
+
+def shape(header: Header, name: str, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor that must be there, with this many axes."""
+    entry = header.tensors.get(name)
+    if entry is None:
+        raise WeightsError(f"{header.path}: {name} is missing")
+    if len(entry.shape) != rank:
+        raise WeightsError(f"{header.path}: {name} has shape {entry.shape}, expected {rank} axes")
+    return entry.shape
+
+
+def config_of(header: Header, name: str) -> Mapping[str, Any]:
+    """The config.json beside a checkpoint, or the one in its metadata; empty if there is none of this class."""
+    beside = header.path.parent / "config.json"
+    if beside.is_file() and (config := read_json(beside)).get("_class_name") == name:
+        return config
+    try:
+        value: Any = json.loads(header.metadata.get("config", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    config = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    return config if config.get("_class_name") == name else {}
+
+
+def agree(header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """Refuse a config that contradicts the shapes."""
+    wrong = [
+        f"{key} {config[key]} (weights: {value})" for key, value in sizes.items() if config.get(key, value) != value
+    ]
+    if wrong:
+        raise WeightsError(f"{header.path}: its config does not belong to its weights: {', '.join(wrong)}")
+
+
+def refuse(header: Header, wanted: str) -> NoReturn:
+    """Say what a checkpoint is instead of what it was taken for."""
+    known = next((what for mark, what in MARKS.items() if any(n.endswith(mark) for n in header.tensors)), None)
+    first = next(iter(header.tensors), "nothing")
+    what = f"it looks like {known}" if known else f"its {len(header.tensors)} tensors begin with {first}"
+    raise WeightsError(f"{header.path} is not {wanted}: {what}")

@@ -1,0 +1,72 @@
+"""Where a stage's random numbers come from. Always drawn on the CPU in float32, so every device sees the same ones."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mrflow.errors import PlanError
+
+MAX_SEED = 2**63 - 1
+
+
+class Noise(ABC):
+    """A source of standard normal tensors, one item of a batch at a time."""
+
+    @abstractmethod
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], *, scope: str, draw: int) -> Tensor:
+        """A CPU float32 tensor of `shape`, whose first axis is the items with these seeds.
+
+        `scope` names the use (stage kind and which of that kind), `draw` counts draws within the stage.
+        """
+
+
+@dataclass(frozen=True)
+class PerItem(Noise):
+    """A generator of its own for each (item seed, stage kind, n-th use of that kind, draw).
+
+    Item 3 of a batch gets the noise of the single picture with that seed; adding a stage of another kind moves
+    nobody's noise; a ladder's second `Reinject` does not repeat the first.
+    """
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], *, scope: str, draw: int) -> Tensor:
+        out = torch.empty(shape)
+        for item, seed in enumerate(seeds):
+            digest = hashlib.sha256(f"{seed}/{scope}/{draw}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            torch.randn(shape[1:], generator=generator, out=out[item])
+        return out
+
+
+@dataclass(frozen=True)
+class Stream(Noise):
+    """The published procedure's draws: one generator an item, seeded with seed + `offset`, `skip` draws passed over.
+
+    Official MrFlow: offset 0 for the first stage; offset 1 for refinement, whose posterior noise comes first (skip 0)
+    and whose injected noise second (skip 1). Draws before it must have had this draw's shape.
+    """
+
+    offset: int = 0
+    skip: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.skip < 0:
+            raise PlanError(f"skip must not be negative, got {self.skip}")
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], *, scope: str, draw: int) -> Tensor:
+        out = torch.empty(shape)
+        for item, seed in enumerate(seeds):
+            generator = torch.Generator().manual_seed(seed + self.offset)
+            for _ in range(self.skip + draw + 1):
+                torch.randn(shape[1:], generator=generator, out=out[item])
+        return out
+
+
+def check_seed(seed: object) -> int:
+    """A seed that a generator takes, or PlanError."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MAX_SEED:
+        raise PlanError(f"a seed must be a whole number from 0 to {MAX_SEED - 1}, got {seed!r}")
+    return seed

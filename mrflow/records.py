@@ -1,0 +1,130 @@
+"""Chains as plain data and back, so that a picture can carry how it was made and be made again.
+
+A stage or slot is written as its type's name and its fields. Only mrflow's own types are read back unless the caller
+names others: a record is data from outside, and never decides what is imported.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+from mrflow.errors import ChainError, PlanError, RecordError
+from mrflow.spec import Spec
+from mrflow.stage import AnyStage, Chain, Stage
+
+Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
+
+
+def encode(value: object) -> Plain:
+    """Plain data for a stage, a slot, or a value in one of their fields.
+
+    Raises:
+        RecordError: the value is neither plain nor a frozen dataclass of such values.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): encode(v) for k, v in cast(Mapping[object, object], value).items()}
+    if isinstance(value, Sequence):
+        return [encode(v) for v in cast(Sequence[object], value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+    raise RecordError(
+        f"{type(value).__name__} cannot be written into a record; make it a frozen dataclass of plain fields"
+    )
+
+
+def decode(data: object, types: Iterable[type] = ()) -> object:
+    """The value that `encode` wrote. `types` are classes outside mrflow that may be made.
+
+    Raises:
+        RecordError: the data names a type that is not allowed, is unknown, or does not take these fields.
+    """
+    allowed = {f"{t.__module__}:{t.__qualname__}": t for t in types}
+    allowed |= {t.__qualname__: t for t in types}
+    return _decode(data, allowed)
+
+
+def _decode(data: object, allowed: Mapping[str, type]) -> object:
+    if isinstance(data, list):
+        return tuple(_decode(v, allowed) for v in cast(list[object], data))
+    if not isinstance(data, dict):
+        return data
+    fields = dict(cast(dict[str, object], data))
+    name = fields.pop("type", None)
+    if not isinstance(name, str):
+        raise RecordError("the record holds an object without a type")
+    cls = _type(name, allowed)
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    if unknown := sorted(set(fields) - known):
+        raise RecordError(f"the record gives {name} the unknown field {unknown[0]!r}; was it made by a newer mrflow?")
+    try:
+        return cls(**{k: _decode(v, allowed) for k, v in fields.items()})
+    except (TypeError, PlanError) as error:
+        raise RecordError(f"the record's {name} cannot be made: {error}") from None
+
+
+def _type(name: str, allowed: Mapping[str, type]) -> type:
+    module, _, qualname = name.partition(":")
+    found = allowed.get(name) or allowed.get(qualname)
+    if found is not None:
+        return found
+    if module.split(".")[0] != "mrflow":
+        raise RecordError(
+            f"the picture was made with {qualname} from {module}; pass that class: replay(..., types=[{qualname}])"
+        )
+    try:
+        found = getattr(importlib.import_module(module), qualname, None)
+    except ImportError:
+        found = None
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise RecordError(f"this mrflow has no {name}; the picture was made by another version")
+    return found
+
+
+def encode_chain(chain: Chain[Spec, Spec]) -> list[Plain]:
+    """A chain as plain data."""
+    return [encode(stage) for stage in chain]
+
+
+def decode_chain(data: object, types: Iterable[type] = ()) -> Chain[Spec, Spec]:
+    """The chain that `encode_chain` wrote."""
+    stages = decode(data, types)
+    if not isinstance(stages, tuple) or not all(isinstance(s, Stage) for s in cast(tuple[object, ...], stages)):
+        raise RecordError("the record's chain is not a list of stages")
+    try:
+        return Chain(cast(tuple[AnyStage, ...], stages))
+    except ChainError as error:
+        raise RecordError(f"the record's chain does not fit together: {error}") from None
+
+
+def fingerprint(value: object) -> str:
+    """A text that changes when a stage does: its settings and, for a class outside mrflow, its source.
+
+    Raises:
+        RecordError: a slot neither is a frozen dataclass nor names its own `fingerprint`.
+    """
+    parts = [repr(encode(value))]
+    for cls in _classes(value):
+        if not cls.__module__.startswith("mrflow."):
+            try:
+                parts.append(inspect.getsource(cls))
+            except (OSError, TypeError):
+                raise RecordError(
+                    f"the source of {cls.__qualname__} cannot be read, so results cannot be cached"
+                ) from None
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _classes(value: object) -> Iterable[type]:
+    if isinstance(value, list | tuple):
+        for each in cast(Sequence[object], value):
+            yield from _classes(each)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield type(value)
+        for f in dataclasses.fields(value):
+            yield from _classes(getattr(value, f.name))

@@ -1,0 +1,365 @@
+"""Which noise levels are visited: tuples of plain floats that fall from `start` to exactly 0.
+
+A schedule lays a grid on [0, 1] and `start` *scales* it: every level is multiplied by `start`, so one grid serves
+sampling (start 1) and refinement (start 0.12). `cut` *ends* a schedule early. No tensors, no models.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+from mrflow.errors import PlanError
+from mrflow.quantiles import beta_grid
+from mrflow.spec import ModelInfo, Shift
+
+Sigmas = tuple[float, ...]
+"""Noise levels, falling strictly; n steps are n + 1 levels."""
+
+MAX_STEPS = 1000
+
+
+def shift(s: float, mu: float) -> float:
+    """The exponential shift e^mu / (e^mu + 1/s - 1) (Esser et al. 2024, arXiv 2403.03206, eq. 23; FLUX `time_shift`).
+
+    Adds mu to the logit of s, so shifts compose by adding their mu.
+    """
+    _within("a noise level", s, 0.0, 1.0)
+    _finite("mu", mu)
+    if s in (0.0, 1.0):
+        return float(s)
+    if mu >= 0:
+        return s / (s + (1.0 - s) * math.exp(-mu))
+    return s * math.exp(mu) / (s * math.exp(mu) + 1.0 - s)
+
+
+def unshift(s: float, mu: float) -> float:
+    """The level that `shift` by `mu` takes to `s`: shift(s, -mu)."""
+    return shift(s, -mu)
+
+
+def shift_static(s: float, k: float) -> float:
+    """The static shift k s / (1 + (k - 1) s): the exponential one with mu = ln k (arXiv 2403.03206, eq. 23)."""
+    _within("a noise level", s, 0.0, 1.0)
+    _above("a shift factor", k, 0.0)
+    return float(s) if s in (0.0, 1.0) else k * s / (k * s + 1.0 - s)
+
+
+def shift_linear(s: float, mu: float) -> float:
+    """The "linear" shift mu / (mu + 1/s - 1) of diffusers' `time_shift_type`: a static shift whose factor is mu."""
+    return shift_static(s, mu)
+
+
+def stretch(sigmas: Sequence[float], terminal: float) -> Sigmas:
+    """The schedule with its last level before 0 at `terminal`: 1 - (1 - s) (1 - terminal) / (1 - s_last).
+
+    Levels 1 and 0 stay (diffusers `stretch_shift_to_terminal`, used by Qwen-Image). Where 1 is the last level before 0
+    there is nothing to stretch (the reference gives 0/0 there).
+    """
+    levels = check_sigmas(sigmas)
+    _between("terminal", terminal, 0.0, 1.0)
+    if levels[-1] != 0.0:
+        raise PlanError(f"only a schedule that ends at 0 can be stretched, this one ends at {levels[-1]:g}")
+    last = levels[-2]
+    if last == 1.0:
+        return levels
+    ratio = (1.0 - terminal) / (1.0 - last)
+    return check_sigmas([*(1.0 - (1.0 - s) * ratio for s in levels[:-2]), float(terminal), 0.0])
+
+
+def cut(sigmas: Sequence[float], stop: float) -> Sigmas:
+    """The schedule ended early: its levels above `stop`, then `stop`."""
+    levels = check_sigmas(sigmas)
+    _finite("stop", stop)
+    if not levels[-1] <= stop < levels[0]:
+        raise PlanError(f"stop must be from {levels[-1]:g} to below {levels[0]:g} (this schedule), got {stop!r}")
+    return (*(s for s in levels if s > stop), float(stop))
+
+
+def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
+    """The same levels as a tuple of floats.
+
+    Raises:
+        PlanError: fewer than two levels, one that is not a number in [0, 1], or one not below the level before it.
+    """
+    if len(sigmas) < 2:
+        raise PlanError(f"a schedule needs at least two noise levels, got {tuple(sigmas)!r}; one step is (1.0, 0.0)")
+    for i, s in enumerate(sigmas):
+        _within(f"noise level {i + 1} of {len(sigmas)}", s, 0.0, 1.0)
+    levels = tuple(float(s) for s in sigmas)
+    for i in range(1, len(levels)):
+        if not levels[i] < levels[i - 1]:
+            raise PlanError(
+                f"noise levels must fall strictly, but level {i + 1} of {len(levels)} is {levels[i]!r} "
+                f"after {levels[i - 1]!r}"
+            )
+    return levels
+
+
+def check_count(what: str, value: object) -> None:
+    """Refuse what is not a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PlanError(f"{what} must be a whole number of at least 1, got {value!r}")
+
+
+class Schedule(ABC):
+    """A way to choose noise levels. Write your own: a frozen dataclass with this one method."""
+
+    @abstractmethod
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        """Levels that fall strictly from `start` to exactly 0, for a picture of this many image tokens."""
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """Even steps: start (1 - i / steps)."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        return _scale(_even(self.steps), start)
+
+
+@dataclass(frozen=True)
+class Shifted(Schedule):
+    """Even steps bent by a resolution-dependent shift; None is the model's own curve, with its kind and terminal.
+
+    start stretch(shift(1 - i / steps, mu(tokens)), terminal), as diffusers FlowMatchEulerDiscreteScheduler does. One
+    step is (start, 0), also with a terminal.
+    """
+
+    steps: int
+    shift: Shift | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        return _scale(_shifted(self.steps, tokens, model.shift if self.shift is None else self.shift), start)
+
+
+@dataclass(frozen=True)
+class Explicit(Schedule):
+    """Levels as given, ending in 0. Where they begin at 1 they are a unit grid, scaled by `start` like any other.
+
+    Otherwise they must begin at `start` itself.
+    """
+
+    sigmas: Sigmas
+
+    def __post_init__(self) -> None:
+        levels = check_sigmas(self.sigmas)
+        if levels[-1] != 0.0:
+            raise PlanError(f"explicit levels must end in 0, got {levels}; try {(*levels, 0.0)}")
+        object.__setattr__(self, "sigmas", levels)
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        _check_start(start)
+        if self.sigmas[0] == start:
+            return self.sigmas
+        unit = tuple(s / self.sigmas[0] for s in self.sigmas)
+        if self.sigmas[0] != 1.0:
+            raise PlanError(
+                f"explicit levels begin at {self.sigmas[0]!r} but are asked to begin at {start!r}; "
+                f"try Explicit({_scale(unit, start)})"
+            )
+        return _scale(unit, start)
+
+
+@dataclass(frozen=True)
+class DirectSigma(Schedule):
+    """The official MrFlow refinement: linspace(start, 0, steps + 1), with no shift and no terminal.
+
+    With `mu` None this is `Linear`, under the name that the official code uses. A `mu` bends it as the ComfyUI node of
+    the same repository does: start shift(1 - i / steps, mu); `DirectSigma.comfyui` gives that node's mu.
+    """
+
+    steps: int
+    mu: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+        if self.mu is not None:
+            _within("mu", self.mu, -20.0, 20.0)
+
+    @staticmethod
+    def comfyui(steps: int) -> "DirectSigma":
+        """The ComfyUI node's own schedule: mu = 0.25 (steps - 1)."""
+        _check_steps(steps)
+        return DirectSigma(steps, mu=0.25 * (steps - 1))
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        mu = 0.0 if self.mu is None else self.mu
+        return _scale((shift(s, mu) for s in _even(self.steps)), start)
+
+
+@dataclass(frozen=True)
+class Karras(Schedule):
+    """Even steps in sigma^(1/rho), from 1 to `low`, then 0 (Karras et al. 2022, arXiv 2206.00364, eq. 5).
+
+    Applied to flow levels as they are, as diffusers `use_karras_sigmas` does. `low` None is the last level before 0 of
+    the model's own curve at this many steps.
+    """
+
+    steps: int
+    rho: float = field(default=7.0, kw_only=True)
+    low: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+        _within("rho", self.rho, 1.0, 100.0)
+        if self.low is not None:
+            _between("low", self.low, 0.0, 1.0)
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        n = self.steps
+        if n == 1:
+            return _scale((1.0, 0.0), start)
+        low = _shifted(n, tokens, model.shift)[-2] if self.low is None else self.low
+        end = low ** (1.0 / self.rho)
+        levels = ((1.0 + i / (n - 1) * (end - 1.0)) ** self.rho for i in range(1, n - 1))
+        return _scale((1.0, *levels, low, 0.0), start)
+
+
+@dataclass(frozen=True)
+class Beta(Schedule):
+    """Quantiles of the beta distribution at 1 - i / steps (Lee et al. 2024, arXiv 2407.12173; ComfyUI "beta").
+
+    alpha = beta = 1 is `Linear`; below 1, steps gather at both ends.
+    """
+
+    steps: int
+    alpha: float = field(default=0.6, kw_only=True)
+    beta: float = field(default=0.6, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+        _within("alpha", self.alpha, 0.25, 100.0)
+        _within("beta", self.beta, 0.25, 100.0)
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        return _scale(beta_grid(self.steps, float(self.alpha), float(self.beta)), start)
+
+
+@dataclass(frozen=True)
+class LogitNormal(Schedule):
+    """Quantiles at 1 - i / steps of the logit-normal density that flow models are trained with.
+
+    sigmoid(mean + std z), z the normal quantile (arXiv 2403.03206, eq. 19): steps lie where training looked.
+    """
+
+    steps: int
+    mean: float = field(default=0.0, kw_only=True)
+    std: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+        _within("mean", self.mean, -5.0, 5.0)
+        _within("std", self.std, 0.01, 8.0)
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        normal, n = NormalDist(), self.steps
+        logits = (self.mean - self.std * normal.inv_cdf(i / n) for i in range(1, n))
+        return _scale((1.0, *(1.0 / (1.0 + math.exp(-z)) for z in logits), 0.0), start)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """The cosine schedule in flow form: tan(a) / (1 + tan(a)), a = pi/2 (1 - i / steps).
+
+    The "CosMap" of arXiv 2403.03206, eq. 21: its signal-to-noise ratio is that of alpha = cos, sigma = sin.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        angles = (math.pi / 2 * s for s in _even(self.steps)[1:-1])
+        return _scale((1.0, *(math.sin(a) / (math.sin(a) + math.cos(a)) for a in angles), 0.0), start)
+
+
+@dataclass(frozen=True)
+class FlowMap(Schedule):
+    """pi-Flow's levels (Chen et al. 2025, arXiv 2510.14974; LakonLab `flow_map_sde.py`).
+
+    shift_static(1 - i / (steps - 1 + final_step), shift), then 0: the last step has `final_step` of a full step's
+    length before the shift. 4 steps with final_step 1: 1, 0.9057, 0.7619, 0.5161, 0.
+    """
+
+    steps: int
+    shift: float = field(default=3.2, kw_only=True)
+    final_step: float = field(default=0.5, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+        _within("shift", self.shift, 0.001, 1000.0)
+        _within("final_step", self.final_step, 0.001, 1.0)
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        whole = self.steps - 1 + self.final_step
+        raw = ((self.steps - 1 - i + self.final_step) / whole for i in range(self.steps))
+        return _scale((*(shift_static(r, self.shift) for r in raw), 0.0), start)
+
+
+def _even(steps: int) -> Sigmas:
+    return tuple((steps - i) / steps for i in range(steps + 1))
+
+
+def _shifted(steps: int, tokens: int, curve: Shift) -> Sigmas:
+    check_count("tokens", tokens)
+    mu = curve.mu(tokens)
+    bend = shift if curve.kind == "exponential" else shift_linear
+    levels = tuple(bend(s, mu) for s in _even(steps))
+    return levels if curve.terminal is None else stretch(levels, curve.terminal)
+
+
+def _scale(unit: Iterable[float], start: float) -> Sigmas:
+    _check_start(start)
+    levels = tuple(start * s for s in unit)
+    for i in range(1, len(levels)):
+        if not levels[i] < levels[i - 1]:
+            raise PlanError(
+                f"these settings give level {i} and level {i + 1} of {len(levels)} the same value {levels[i]!r}; "
+                "take fewer steps or a milder curve"
+            )
+    return levels
+
+
+def _check_start(start: float) -> None:
+    _finite("start", start)
+    if not 0.0 < start <= 1.0:
+        raise PlanError(f"start must be above 0 and at most 1, got {start!r}")
+
+
+def _check_steps(steps: object) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise PlanError(f"steps must be a whole number from 1 to {MAX_STEPS}, got {steps!r}")
+
+
+def _finite(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise PlanError(f"{what} must be a finite number, got {value!r}")
+
+
+def _within(what: str, value: float, low: float, high: float) -> None:
+    _finite(what, value)
+    if not low <= value <= high:
+        raise PlanError(f"{what} must be from {low:g} to {high:g}, got {value!r}")
+
+
+def _between(what: str, value: float, low: float, high: float) -> None:
+    _finite(what, value)
+    if not low < value < high:
+        raise PlanError(f"{what} must be above {low:g} and below {high:g}, got {value!r}")
+
+
+def _above(what: str, value: float, low: float) -> None:
+    _finite(what, value)
+    if not value > low:
+        raise PlanError(f"{what} must be above {low:g}, got {value!r}")

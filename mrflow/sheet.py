@@ -1,0 +1,82 @@
+"""Pictures and tables for people: what a run cost, and labelled sheets that hold two runs side by side."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+from mrflow.io import to_images
+from mrflow.runner import Result, run
+from mrflow.schedules import Shifted
+from mrflow.spec import Pixels, Spec
+from mrflow.stage import Chain, human
+from mrflow.stages import Sample
+
+if TYPE_CHECKING:
+    from mrflow.backbone import Backbone
+
+MARGIN, INK, PAPER = 8, (30, 30, 34), (250, 250, 250)
+
+
+def table(result: Result) -> str:
+    """Stages with their seconds, forwards and share of the time."""
+    total = result.seconds
+    lines = [f"{'text':<10} {'':<30} {result.condition_seconds:8.3f} s {100 * result.condition_seconds / total:5.1f} %"]
+    for stage in result.stages:
+        nfe = f"{stage.nfe} forwards" if stage.nfe else ("from cache" if stage.cached else "")
+        lines.append(
+            f"{stage.name:<10} {stage.spec!s:<30} {stage.seconds:8.3f} s {100 * stage.seconds / total:5.1f} %  {nfe}".rstrip()
+        )
+    memory = f", peak memory {human(result.peak_bytes)}B" if result.peak_bytes else ""
+    lines.append(f"{'total':<10} {f'batch of {len(result.seeds)}':<30} {total:8.3f} s{memory}")
+    return "\n".join(lines)
+
+
+def stage_pictures(result: Result) -> Iterator[tuple[str, list[Image.Image]]]:
+    """For each stage that made pixels, before the last: `number-name` and its pictures."""
+    for number, stage in enumerate(result.stages[:-1], 1):
+        if stage.data is not None and isinstance(stage.spec, Pixels):
+            yield f"{number}-{stage.name.lower()}", to_images(stage.data)
+
+
+def warm_up(chains: Sequence[Chain[Spec, Spec]], model: "Backbone", batch: int) -> None:
+    """Run each chain once with two steps, so that a comparison does not time first calls."""
+    for chain in chains:
+        stages = tuple(replace(s, schedule=Shifted(2)) if isinstance(s, Sample) else s for s in chain)
+        run(Chain(stages), model, [""] * batch)  # type: ignore[arg-type]  # pyright: ignore
+
+
+def compare(staged: Result, native: Result) -> Image.Image:
+    """One labelled sheet: a row for each run, a column for each prompt and seed."""
+    rows = [("staged", staged), ("native", native)]
+    width, height = staged.images[0].size
+    columns = len(staged.images)
+    font, small = _font(15), _font(12)
+    head, foot = 26, 22
+    sheet = Image.new("RGB", (MARGIN + columns * (width + MARGIN), 2 * (head + height + MARGIN) + foot), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, result) in enumerate(rows):
+        top = row * (head + height + MARGIN)
+        gain = f", {native.seconds / staged.seconds:.1f}x faster" if result is staged else ""
+        steps = f"{result.nfe} forwards"
+        draw.text((MARGIN, top + 5), f"{name}: {result.seconds:.2f} s, {steps}{gain}", fill=INK, font=font)
+        for i, image in enumerate(result.images):
+            sheet.paste(image, (MARGIN + i * (width + MARGIN), top + head))
+    for i, (prompt, seed) in enumerate(zip(staged.prompts, staged.seeds, strict=True)):
+        text = _fit(draw, f"{prompt} (seed {seed})", width, small)
+        draw.text((MARGIN + i * (width + MARGIN), 2 * (head + height + MARGIN)), text, fill=INK, font=small)
+    return sheet
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Text cut to a width in pixels, with dots where something is missing."""
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "...", font=font) > width:
+        text = text[:-1]
+    return text + "..."

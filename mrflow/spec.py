@@ -1,0 +1,247 @@
+"""What flows through a chain: a tensor, and the facts about it. The facts hold no tensors: they compare, hash and print.
+
+Sizes are always `height, width`. `Pixels` counts pixels, `Latents` counts latent cells. Defaults that change numbers live here.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from torch import Tensor
+
+from mrflow.errors import PlanError
+
+MAX_SIDE = 32768
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Where latents live: two models whose latents have one shape and two meanings differ in `name`.
+
+    `downscale` is pixels per latent cell, `patch` is latent cells per token, both per side.
+    """
+
+    name: str
+    channels: int = 16
+    downscale: int = 8
+    patch: int = 2
+
+    @property
+    def multiple(self) -> int:
+        """What a picture's sides must be a multiple of, in pixels."""
+        return self.downscale * self.patch
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A model's resolution-dependent timestep shift: `mu` is a line through (low_tokens, low) and (high_tokens, high).
+
+    Not clamped at either end, as in the reference (diffusers `calculate_shift`). `terminal` stretches the schedule so
+    that its last level before 0 is that value (Qwen-Image: 0.02). `kind` is the curve that applies mu.
+    """
+
+    low: float
+    high: float
+    low_tokens: int = 256
+    high_tokens: int = 4096
+    terminal: float | None = None
+    kind: Literal["exponential", "linear"] = "exponential"
+
+    def mu(self, tokens: int) -> float:
+        """The shift at this many image tokens."""
+        slope = (self.high - self.low) / (self.high_tokens - self.low_tokens)
+        return self.low + slope * (tokens - self.low_tokens)
+
+    @staticmethod
+    def fixed(factor: float) -> "Shift":
+        """The static shift s -> f s / (1 + (f - 1) s), whatever the resolution."""
+        if not (math.isfinite(factor) and factor > 0):
+            raise PlanError(f"a shift factor must be above 0, got {factor!r}")
+        return Shift(math.log(factor), math.log(factor))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a transformer, for counting its work without building it."""
+
+    hidden: int
+    double_blocks: int
+    single_blocks: int
+    context: int
+    text_tokens: int
+    parameters: int
+    mlp_ratio: float = 4.0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts about a model, without weights.
+
+    `cfg` is the scale of true classifier-free guidance the model is used with (1: none), `guidance` the value its
+    distilled guidance embedding is given (None: it has none); `rescale` says that its guidance keeps the norm of the
+    conditional velocity, `negative` is the prompt of the other branch. `size` and `low` are the picture sizes, as
+    (height, width), that its recipes use when none are said. `upscale` is the scale of the super-resolution net its
+    recipe uses when none is named (None: there is none), `upscale_flops` its operations per pixel that comes in.
+    `encode` and `decode` are operations of the autoencoder as (linear, quadratic) in the pixels of the picture.
+    `version` tells one set of weights from another.
+    """
+
+    name: str
+    space: LatentSpace
+    shift: Shift
+    cfg: float = 1.0
+    rescale: bool = False
+    guidance: float | None = None
+    negative: str = ""
+    size: tuple[int, int] = (1024, 1024)
+    low: tuple[int, int] = (512, 512)
+    architecture: Architecture | None = None
+    upscale: int | None = None
+    upscale_flops: float = 0.0
+    encode: tuple[float, float] = (0.0, 0.0)
+    decode: tuple[float, float] = (0.0, 0.0)
+    version: str = ""
+
+    def tokens(self, height: int, width: int) -> int:
+        """Image tokens of a picture of this many pixels."""
+        return (height // self.space.multiple) * (width // self.space.multiple)
+
+
+class Spec(ABC):
+    """The facts about one value. Subclass it (as a frozen dataclass) for a value of your own kind."""
+
+    batch: int
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """A few words for plans and errors."""
+
+
+@dataclass(frozen=True)
+class Start(Spec):
+    """Nothing yet: what a chain that makes pictures from prompts is given."""
+
+    batch: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch, 0)
+
+    def __str__(self) -> str:
+        return f"Start(batch={self.batch})"
+
+
+@dataclass(frozen=True)
+class Latents(Spec):
+    """Latents of shape (batch, channels, height, width) that hold noise of level `sigma` (0: clean)."""
+
+    batch: int
+    height: int
+    width: int
+    space: LatentSpace
+    sigma: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch, self.space.channels, self.height, self.width)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the transformer sees."""
+        return (self.height // self.space.patch) * (self.width // self.space.patch)
+
+    def __str__(self) -> str:
+        return f"Latents {self.height}x{self.width} sigma={self.sigma:g}"
+
+
+@dataclass(frozen=True)
+class Pixels(Spec):
+    """Pictures of shape (batch, 3, height, width), float32 in [0, 1]."""
+
+    batch: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch, 3, self.height, self.width)
+
+    def __str__(self) -> str:
+        return f"Pixels {self.height}x{self.width}"
+
+
+S = TypeVar("S", bound=Spec, covariant=True)
+
+
+@dataclass(frozen=True)
+class State(Generic[S]):
+    """The only thing that flows: a tensor (float32) and the facts about it."""
+
+    spec: S
+    data: Tensor
+
+
+def check_size(height: int, width: int, space: LatentSpace) -> None:
+    """Refuse a picture size that the model cannot make, and offer the nearest that it can.
+
+    Raises:
+        PlanError: a side is not a whole number, below one token, above MAX_SIDE, or not a multiple of a token.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if isinstance(side, bool) or not isinstance(side, int):
+            raise PlanError(f"{name} must be a whole number of pixels, got {side!r}")
+        if not space.multiple <= side <= MAX_SIDE:
+            raise PlanError(f"{name} must be from {space.multiple} to {MAX_SIDE} pixels, got {side}")
+    m = space.multiple
+    if height % m or width % m:
+        near = tuple(max(m, m * math.floor(side / m + 0.5)) if side % m else side for side in (height, width))
+        raise PlanError(f"size {height}x{width} is not a multiple of {m}; try {near[0]}x{near[1]}")
+
+
+# Autoencoder operations as (linear, quadratic) in the pixels, fitted to counts on the meta device at 512 x 512 and
+# 1024 x 1024 in TFLOP: FLUX encode 1.118, 4.883, decode 2.515, 10.47; Qwen-Image (one frame) 0.636, 2.852, 1.100, 4.710.
+_FLUX_ENCODE, _FLUX_DECODE = (4.134e6, 0.498), (9.464e6, 0.497)
+_QWEN_ENCODE, _QWEN_DECODE = (2.328e6, 0.373), (4.098e6, 0.376)
+# RRDBNet x2 (RealESRGAN_x2plus), 2.350 TFLOP for a 512 x 512 picture.
+_RRDB_X2 = 8.965e6
+
+FLUX = ModelInfo(
+    "flux1-dev",
+    LatentSpace("flux1"),
+    Shift(0.5, 1.15),
+    guidance=3.5,
+    architecture=Architecture(3072, 19, 38, 4096, 512, 11_901_408_320),
+    upscale=2,
+    upscale_flops=_RRDB_X2,
+    encode=_FLUX_ENCODE,
+    decode=_FLUX_DECODE,
+)
+SCHNELL = ModelInfo(
+    "flux1-schnell",
+    LatentSpace("flux1"),
+    Shift.fixed(1.0),
+    architecture=Architecture(3072, 19, 38, 4096, 256, 11_891_178_560),
+    upscale=2,
+    upscale_flops=_RRDB_X2,
+    encode=_FLUX_ENCODE,
+    decode=_FLUX_DECODE,
+)
+QWEN = ModelInfo(
+    "qwen-image",
+    LatentSpace("qwen-image"),
+    Shift(0.5, 0.9, 256, 8192, terminal=0.02),
+    cfg=4.0,
+    rescale=True,
+    negative=" ",
+    architecture=Architecture(3072, 60, 0, 3584, 50, 20_430_401_088),
+    upscale=2,
+    upscale_flops=_RRDB_X2,
+    encode=_QWEN_ENCODE,
+    decode=_QWEN_DECODE,
+)

@@ -1,0 +1,252 @@
+"""A stage first *plans*: from facts it says, without a tensor, what it will give. Then it *applies*: it makes that.
+
+`>>` joins stages into a chain. What fits is checked by the editor (types), when chained (`ChainError`), by `plan`
+(sizes, noise levels, latent space, cost; no weights), and in `run` (the tensor against the promise).
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, get_args, get_origin, overload
+
+from torch import Tensor
+
+from mrflow.errors import ChainError, MrflowError, PlanError
+from mrflow.spec import Latents, ModelInfo, Pixels, Spec, Start, State
+
+if TYPE_CHECKING:
+    from mrflow.backbone import Backbone
+    from mrflow.runner import Context
+
+A = TypeVar("A", bound=Spec)
+B = TypeVar("B", bound=Spec)
+C = TypeVar("C", bound=Spec)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage will cost, for the whole batch: network forwards a picture, and floating-point operations.
+
+    `negative` is true where it needs the negative prompt; `memory` is the bytes its largest activations take, where known.
+    """
+
+    nfe: int = 0
+    flops: float = 0.0
+    negative: bool = False
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.nfe + other.nfe, self.flops + other.flops, self.negative or other.negative)
+
+
+class Stage(ABC, Generic[A, B]):
+    """One step of a chain, from a value of kind A to a value of kind B: subclass it as a frozen dataclass.
+
+    Its fields are its settings, its `repr` is its record. It holds no state and no tensors.
+    """
+
+    takes: ClassVar[type[Spec]]
+    gives: ClassVar[type[Spec]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for base in getattr(cls, "__orig_bases__", ()):
+            if get_origin(base) is Stage:
+                ends = get_args(base)
+                if all(isinstance(end, type) and issubclass(end, Spec) for end in ends):
+                    cls.takes, cls.gives = ends
+        if not hasattr(cls, "takes"):
+            raise ChainError(
+                f"{cls.__name__} does not say what it takes and gives; write class {cls.__name__}(Stage[Pixels, Pixels])"
+            )
+
+    @abstractmethod
+    def plan(self, spec: A, model: ModelInfo) -> B:
+        """What this stage will give for `spec`; no tensors. Raise PlanError where it cannot."""
+
+    @abstractmethod
+    def apply(self, state: State[A], out: B, ctx: "Context") -> Tensor:
+        """Make the tensor that `out` promises, without changing `state`."""
+
+    def work(self, spec: A, out: B, model: ModelInfo) -> Work:
+        """What it costs; nothing worth counting unless a subclass says so."""
+        return Work()
+
+    def check(self, model: "Backbone") -> None:
+        """Raise PlanError for what only the loaded model can tell; called before any work."""
+
+    @overload
+    def __rshift__(self, other: "Stage[B, C]") -> "Chain[A, C]": ...
+    @overload
+    def __rshift__(self, other: "Chain[B, C]") -> "Chain[A, C]": ...
+    def __rshift__(self, other: "Stage[B, C] | Chain[B, C]") -> "Chain[A, C]":
+        return Chain[A, B]((self,)) >> other
+
+
+AnyStage = Stage[Spec, Spec]
+
+
+@dataclass(frozen=True)
+class Chain(Generic[A, B]):
+    """Stages that fit together. Build it with `>>`; a slice of it is a chain too."""
+
+    stages: tuple["Stage[A, B] | AnyStage", ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ChainError("a chain needs at least one stage")
+        for number, stage in enumerate(self.stages, 1):
+            _check_is_stage(stage, number)
+        for number, (a, b) in enumerate(zip(self.stages, self.stages[1:], strict=False), 1):
+            if not issubclass(a.gives, b.takes):
+                hint = _BETWEEN.get((a.gives, b.takes), "")
+                raise ChainError(
+                    f"{type(a).__name__} (stage {number}) gives {a.gives.__name__}, but "
+                    f"{type(b).__name__} (stage {number + 1}) takes {b.takes.__name__}.{hint}"
+                )
+
+    @property
+    def takes(self) -> type[Spec]:
+        """The kind of value that the first stage takes."""
+        return self.stages[0].takes
+
+    @property
+    def gives(self) -> type[Spec]:
+        """The kind of value that the last stage gives."""
+        return self.stages[-1].gives
+
+    @overload
+    def __rshift__(self, other: Stage[B, C]) -> "Chain[A, C]": ...
+    @overload
+    def __rshift__(self, other: "Chain[B, C]") -> "Chain[A, C]": ...
+    def __rshift__(self, other: "Stage[B, C] | Chain[B, C]") -> "Chain[A, C]":
+        if not isinstance(other, Chain):
+            _check_is_stage(other, len(self.stages) + 1)
+        more = other.stages if isinstance(other, Chain) else (other,)
+        return Chain[A, C]((*self.stages, *more))  # type: ignore[arg-type]  # pyright: ignore
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def __iter__(self) -> Iterator[AnyStage]:
+        return iter(self.stages)  # type: ignore[arg-type]  # pyright: ignore
+
+    def __getitem__(self, part: slice) -> "Chain[Spec, Spec]":
+        return Chain[Spec, Spec](self.stages[part])  # type: ignore[arg-type]  # pyright: ignore
+
+    def __str__(self) -> str:
+        return "\n>> ".join(repr(stage) for stage in self.stages)
+
+
+AnyChain = Chain[Spec, Spec]
+_BETWEEN = {
+    (Latents, Pixels): " Put Decode() between them.",
+    (Pixels, Latents): " Put Encode() between them.",
+    (Start, Pixels): " Put Sample(...) >> Decode() before it.",
+}
+
+
+def _check_is_stage(stage: object, number: int) -> None:
+    if isinstance(stage, Stage):
+        return
+    if isinstance(stage, type) and issubclass(stage, Stage):
+        raise ChainError(f"stage {number} is the class {stage.__name__}; make one: {stage.__name__}(...)")
+    raise ChainError(f"stage {number} is {stage!r}, which is no stage; use an object of a subclass of mrflow.Stage")
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One row of a plan."""
+
+    name: str
+    spec: Spec
+    out: Spec
+    work: Work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every stage of a chain will give and cost, found without weights. `print` it."""
+
+    model: ModelInfo
+    rows: tuple[PlannedStage, ...]
+
+    @property
+    def out(self) -> Spec:
+        """What the chain gives in the end."""
+        return self.rows[-1].out
+
+    @property
+    def work(self) -> Work:
+        """The cost of all stages together."""
+        return sum((row.work for row in self.rows), Work())
+
+    @property
+    def nfe(self) -> int:
+        """Network forwards for one picture."""
+        return self.work.nfe
+
+    def __str__(self) -> str:
+        cells = [(str(i), r.name, str(r.spec), str(r.out), r.work) for i, r in enumerate(self.rows, 1)]
+        name, spec, out = (max(len(c[k]) for c in cells) for k in (1, 2, 3))  # type: ignore[arg-type]
+        lines = []
+        for number, stage, before, after, work in cells:
+            cost = f"  {work.nfe or '':>4}  {human(work.flops):>9}" if any(c[4] != Work() for c in cells) else ""
+            lines.append(f"{number:<2} {stage:<{name}}  {before:<{spec}} -> {after:<{out}}{cost}".rstrip())
+        total = self.work
+        if total != Work():
+            lines.append(f"{'':<{name + spec + out + 9}}  {total.nfe:>4}  {human(total.flops):>9}")
+            lines.insert(0, f"{'':<{name + spec + out + 9}}   NFE       FLOP")
+        return "\n".join(lines)
+
+
+def human(value: float) -> str:
+    """A count with three digits and a unit prefix: 1.23 T."""
+    if not value:
+        return ""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def plan(chain: Chain[A, B] | Stage[A, B], model: ModelInfo, *, batch: int = 1, start: Spec | None = None) -> Plan:
+    """Check a whole chain for a model and count its cost, in microseconds and without weights.
+
+    `start` is what the chain is given; `Start(batch)` unless said.
+
+    Raises:
+        PlanError: a stage cannot do what it is asked; the text names the stage and what would work.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise PlanError(f"batch must be a whole number above 0, got {batch!r}")
+    stages = chain.stages if isinstance(chain, Chain) else Chain[A, B]((chain,)).stages
+    spec: Spec = Start(batch) if start is None else start
+    if not isinstance(spec, stages[0].takes):
+        raise PlanError(
+            f"the chain begins with {type(stages[0]).__name__}, which takes {stages[0].takes.__name__}, but is given {spec}"
+            + ("; pass start=" if start is None else "")
+        )
+    rows: list[PlannedStage] = []
+    for number, stage in enumerate(stages, 1):
+        where = f"stage {number} of {len(stages)}, {short(stage)}"
+        try:
+            out = stage.plan(spec, model)  # type: ignore[arg-type]  # pyright: ignore
+            if not isinstance(out, stage.gives):
+                raise PlanError(f"its plan gave {out!r}, but it is declared to give {stage.gives.__name__}")
+            work = stage.work(spec, out, model)  # type: ignore[arg-type]  # pyright: ignore
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from None
+        except MrflowError:
+            raise
+        except Exception as error:
+            raise PlanError(f"{where}: its plan failed with {type(error).__name__}: {error}") from error
+        rows.append(PlannedStage(type(stage).__name__, spec, out, work))
+        spec = out
+    return Plan(model, tuple(rows))
+
+
+def short(stage: object) -> str:
+    """`Sample(...)` or `Decode()`: a stage's name for errors."""
+    plain = dataclasses.is_dataclass(stage) and not dataclasses.fields(stage)
+    return f"{type(stage).__name__}({'' if plain else '...'})"

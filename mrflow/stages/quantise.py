@@ -1,0 +1,28 @@
+"""Pixels to 8 bits and back: the step between stages that the published scripts take, for those who want it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mrflow.spec import ModelInfo, Pixels, State
+from mrflow.stage import Stage
+
+if TYPE_CHECKING:
+    from mrflow.runner import Context
+
+
+@dataclass(frozen=True)
+class Quantise(Stage[Pixels, Pixels]):
+    """Round pixels to the 256 levels of an 8-bit picture; `truncate` rounds down, as the published SR step does."""
+
+    truncate: bool = False
+
+    def plan(self, spec: Pixels, model: ModelInfo) -> Pixels:
+        """The same facts."""
+        return spec
+
+    def apply(self, state: State[Pixels], out: Pixels, ctx: "Context") -> Tensor:
+        """floor(255 x) / 255 or round(255 x) / 255."""
+        levels = state.data * 255
+        return (levels.floor() if self.truncate else levels.round()) / 255

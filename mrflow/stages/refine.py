@@ -1,0 +1,51 @@
+"""Noisy latents to clean ones: the refinement stage."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mrflow.cost import sampling_work
+from mrflow.errors import PlanError
+from mrflow.guidance import Guidance, own_guidance
+from mrflow.noise import Noise, PerItem
+from mrflow.schedules import DirectSigma, Schedule, Sigmas
+from mrflow.solvers import Euler, Solver
+from mrflow.spec import Latents, ModelInfo, State
+from mrflow.stage import Stage, Work
+from mrflow.stages.decode import check_space
+
+if TYPE_CHECKING:
+    from mrflow.runner import Context
+
+
+@dataclass(frozen=True)
+class Refine(Stage[Latents, Latents]):
+    """Integrate the flow from the level the latents hold down to 0. The level is said once, by what came before."""
+
+    schedule: Schedule = DirectSigma(1)
+    solver: Solver = field(default=Euler(), kw_only=True)
+    guidance: Guidance | None = field(default=None, kw_only=True)
+    noise: Noise = field(default=PerItem(), kw_only=True)
+
+    def sigmas(self, spec: Latents, model: ModelInfo) -> Sigmas:
+        """The noise levels that the stage visits."""
+        return self.schedule(spec.sigma, spec.tokens, model)
+
+    def plan(self, spec: Latents, model: ModelInfo) -> Latents:
+        """The same latents at sigma 0; refuses latents that are clean already."""
+        check_space(spec, model)
+        if spec.sigma == 0:
+            raise PlanError("latents are already clean (sigma 0); put Reinject(sigma=...) before Refine()")
+        last = self.sigmas(spec, model)[-1]
+        return Latents(spec.batch, spec.height, spec.width, spec.space, last)
+
+    def work(self, spec: Latents, out: Latents, model: ModelInfo) -> Work:
+        """Forwards: steps x evaluations x guidance passes."""
+        return sampling_work(model, out, self.sigmas(spec, model), self.solver, self.guidance)
+
+    def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
+        """Integrate."""
+        guidance = self.guidance or own_guidance(ctx.model.info)
+        sigmas = self.sigmas(state.spec, ctx.model.info)
+        return ctx.integrate(self.solver, guidance, state.data, sigmas, source=self.noise)

@@ -1,0 +1,38 @@
+"""Clean latents to noisy ones."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mrflow.errors import PlanError
+from mrflow.flow import renoise
+from mrflow.noise import Noise, PerItem
+from mrflow.spec import Latents, ModelInfo, State
+from mrflow.stage import Stage
+from mrflow.stages.decode import check_space
+
+if TYPE_CHECKING:
+    from mrflow.runner import Context
+
+
+@dataclass(frozen=True)
+class Reinject(Stage[Latents, Latents]):
+    """Mix in fresh noise: (1 - sigma) z + sigma eps, a point on the flow's own line (MrFlow, arXiv 2607.01642)."""
+
+    sigma: float
+    noise: Noise = field(default=PerItem(), kw_only=True)
+
+    def plan(self, spec: Latents, model: ModelInfo) -> Latents:
+        """The same latents at `sigma`."""
+        check_space(spec, model)
+        if not (math.isfinite(self.sigma) and 0 < self.sigma <= 1):
+            raise PlanError(f"sigma must be above 0 and at most 1, got {self.sigma!r}")
+        if spec.sigma != 0:
+            raise PlanError(f"latents already hold noise (sigma {spec.sigma:g}); put Refine() before Reinject()")
+        return replace(spec, sigma=float(self.sigma))
+
+    def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
+        """Mix."""
+        return renoise(state.data, ctx.noise(out.shape, source=self.noise), self.sigma)

@@ -1,0 +1,58 @@
+"""Noise to latents: the sampling stage."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mrflow.cost import sampling_work
+from mrflow.errors import PlanError
+from mrflow.guidance import Guidance, own_guidance
+from mrflow.noise import Noise, PerItem
+from mrflow.schedules import Schedule, Shifted, Sigmas, cut
+from mrflow.solvers import Euler, Solver
+from mrflow.spec import Latents, ModelInfo, Start, State, check_size
+from mrflow.stage import Stage, Work
+
+if TYPE_CHECKING:
+    from mrflow.runner import Context
+
+
+@dataclass(frozen=True)
+class Sample(Stage[Start, Latents]):
+    """Integrate the flow from noise (sigma 1) to `stop`, for a picture of height x width pixels.
+
+    `guidance=None` is the model's own. `stop` above 0 ends the schedule early and leaves noise of that level in.
+    """
+
+    height: int
+    width: int
+    schedule: Schedule = Shifted(12)
+    solver: Solver = field(default=Euler(), kw_only=True)
+    guidance: Guidance | None = field(default=None, kw_only=True)
+    stop: float = field(default=0.0, kw_only=True)
+    noise: Noise = field(default=PerItem(), kw_only=True)
+
+    def sigmas(self, model: ModelInfo) -> Sigmas:
+        """The noise levels that the stage visits."""
+        levels = self.schedule(1.0, model.tokens(self.height, self.width), model)
+        return cut(levels, self.stop) if self.stop else levels
+
+    def plan(self, spec: Start, model: ModelInfo) -> Latents:
+        """Latents of the picture's size, at the level where the schedule ends."""
+        check_size(self.height, self.width, model.space)
+        if not 0 <= self.stop < 1:
+            raise PlanError(f"stop must be a noise level from 0 to below 1, got {self.stop!r}")
+        scale = model.space.downscale
+        levels = self.sigmas(model)
+        return Latents(spec.batch, self.height // scale, self.width // scale, model.space, levels[-1])
+
+    def work(self, spec: Start, out: Latents, model: ModelInfo) -> Work:
+        """Forwards: steps x evaluations x guidance passes."""
+        return sampling_work(model, out, self.sigmas(model), self.solver, self.guidance)
+
+    def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
+        """Draw noise and integrate."""
+        guidance = self.guidance or own_guidance(ctx.model.info)
+        noise = ctx.noise(out.shape, source=self.noise)
+        return ctx.integrate(self.solver, guidance, noise, self.sigmas(ctx.model.info), source=self.noise)

@@ -1,0 +1,231 @@
+"""Running: seeds, batches, events, starts, the stage cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mrflow as mf
+from mrflow.testing import Toy
+
+CHAIN = mf.recipes.paper(low=(32, 32), size=(64, 64), steps=4)
+TOY = mf.toy()
+
+
+class Counting(Toy):
+    """A toy that counts the evaluations of its fields."""
+
+    calls = 0
+
+    def field(self, cond: mf.Condition, *, guidance: float | None = None) -> mf.Velocity:
+        inner = super().field(cond, guidance=guidance)
+
+        def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
+            self.calls += 1
+            return inner(x, sigma)
+
+        return velocity
+
+
+@given(seeds=st.lists(st.integers(0, 2**40), min_size=1, max_size=4), where=st.integers(0, 3))
+def test_a_picture_does_not_depend_on_its_batch(seeds: list[int], where: int) -> None:
+    where %= len(seeds)
+    prompts = [f"p{s % 3}" for s in seeds]
+    whole = mf.run(CHAIN, TOY, prompts, seed=seeds).pixels[where]
+    alone = mf.run(CHAIN, TOY, prompts[where], seed=seeds[where]).pixels[0]
+    assert torch.allclose(whole, alone, atol=1e-6)
+
+
+def test_seeds_and_prompts_pair_up() -> None:
+    assert mf.run(CHAIN, TOY, "a", seed=[1, 2, 3]).seeds == (1, 2, 3)
+    assert mf.run(CHAIN, TOY, ["a", "b"], seed=7).seeds == (7, 7)
+    one, two = mf.run(CHAIN, TOY, "a", seed=[1, 2]).pixels
+    assert not torch.equal(one, two)
+    with pytest.raises(mf.PlanError, match="2 prompts and 3 seeds do not pair up"):
+        mf.run(CHAIN, TOY, ["a", "b"], seed=[1, 2, 3])
+    for bad in (-1, 2**63, 1.5, True):
+        with pytest.raises((mf.PlanError, TypeError)):
+            mf.run(CHAIN, TOY, "a", seed=[bad])  # type: ignore[list-item]
+    with pytest.raises(mf.PlanError, match="empty list"):
+        mf.run(CHAIN, TOY, [])
+
+
+@pytest.mark.parametrize("solver", [mf.Euler(), mf.Heun(), mf.RK4(), mf.AB3(), mf.DPMpp2M(), mf.StochasticEuler(0.3)])
+def test_the_planned_forwards_are_the_real_ones(solver: mf.Solver) -> None:
+    model = Counting()
+    chain = mf.recipes.paper(low=(32, 32), size=(64, 64), steps=5, refine_steps=2, solver=solver)
+    result = mf.run(chain, model, "a")
+    assert model.calls == result.nfe == mf.plan(chain, model.info).nfe
+
+
+def test_run_keeps_what_the_plan_says() -> None:
+    result = mf.run(CHAIN, TOY, ["a", "b"], keep=True)
+    for row, stage in zip(mf.plan(CHAIN, TOY.info, batch=2).rows, result.stages, strict=True):
+        assert stage.spec == row.out
+        assert stage.data is not None
+        assert tuple(stage.data.shape) == row.out.shape
+    assert result.seconds >= sum(s.seconds for s in result.stages)
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    mf.run(CHAIN, TOY, "a")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_adding_a_stage_of_another_kind_moves_nobodys_noise() -> None:
+    quantised = CHAIN[:2] >> mf.Quantise() >> CHAIN[2:]  # type: ignore[operator]
+    a = mf.run(CHAIN, TOY, "a", keep=True).stages[0].data
+    b = mf.run(quantised, TOY, "a", keep=True).stages[0].data
+    assert a is not None and b is not None
+    assert torch.equal(a, b)
+
+
+def test_a_second_reinject_does_not_repeat_the_first() -> None:
+    noise = mf.PerItem()
+    first = noise([5], (1, 3, 8, 8), scope="Reinject/0", draw=0)
+    assert not torch.equal(first, noise([5], (1, 3, 8, 8), scope="Reinject/1", draw=0))
+    assert torch.equal(first, noise([5], (1, 3, 8, 8), scope="Reinject/0", draw=0))
+
+
+def test_stream_draws_what_one_torch_generator_draws() -> None:
+    generator = torch.Generator().manual_seed(8)
+    first, second = torch.randn(1, 3, 4, 4, generator=generator), torch.randn(1, 3, 4, 4, generator=generator)
+    assert torch.equal(mf.Stream(1)([7], (1, 3, 4, 4), scope="", draw=0), first)
+    assert torch.equal(mf.Stream(1, skip=1)([7], (1, 3, 4, 4), scope="", draw=0), second)
+
+
+def test_marginal_variance_after_reinject() -> None:
+    """Data of variance v at level s: (1 - s)^2 v + s^2."""
+    sigma, v = 0.37, 0.25
+    z = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * v**0.5
+    state = mf.State[mf.Spec](mf.Latents(1, 256, 256, TOY.info.space), z)
+    x = mf.run(mf.Reinject(sigma), TOY, start=state).data
+    assert float(x.var()) == pytest.approx((1 - sigma) ** 2 * v + sigma**2, rel=0.02)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.12, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_refine_on_a_point_mass_gives_the_point(sigma: float, steps: int) -> None:
+    """Where the data is one point per colour, any start level leads back to it, in any number of steps."""
+    model = mf.toy(std=1e-4)
+    colours = model.condition(["a"])["colours"][0]
+    z = colours[0].view(1, 3, 1, 1).expand(1, 3, 8, 8).contiguous()
+    state = mf.State[mf.Spec](mf.Latents(1, 8, 8, model.info.space), z)
+    out = mf.run(mf.Reinject(sigma) >> mf.Refine(mf.DirectSigma(steps)), model, "a", start=state).data
+    either = min(float((out - c.view(1, 3, 1, 1)).abs().max()) for c in colours)
+    assert either < 2e-3
+    if sigma < 0.6:
+        assert float((out - z).abs().max()) < 2e-3
+
+
+def test_events_tell_every_stage_and_step() -> None:
+    seen: list[mf.Event] = []
+    mf.run(CHAIN, TOY, "a", on_event=seen.append)
+    assert [type(e).__name__ for e in seen[:6]] == ["StageBegan"] + 4 * ["Stepped"] + ["StageEnded"]
+    steps = [e.step for e in seen if isinstance(e, mf.Stepped)]
+    assert [s.to for s in steps[:4]] == list(mf.Shifted(4)(1.0, 64, TOY.info)[1:])
+    assert all(s.denoised.shape == s.x.shape for s in steps)
+
+
+def test_a_chain_may_start_from_a_picture() -> None:
+    photo = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    chain = mf.Upscale(mf.Interpolate(2)) >> mf.Encode() >> mf.Reinject(0.1) >> mf.Refine() >> mf.Decode()
+    result = mf.run(chain, TOY, "a", seed=[0, 1], start=photo)
+    assert result.pixels.shape == (2, 3, 64, 64)
+    for bad, text in (
+        (photo[0], "start must be pixels of shape"),
+        (photo * 2, "start must be pixels in [0, 1]"),
+        (photo * float("nan"), "NaN"),
+    ):
+        with pytest.raises(mf.PlanError, match=text.replace("[", r"\[")):
+            mf.run(chain, TOY, "a", start=bad)
+
+
+def test_inputs_of_odd_kinds_give_the_same() -> None:
+    photo = torch.rand(1, 3, 32, 32)
+    chain = mf.Encode() >> mf.Decode()
+    plain = mf.run(chain, TOY, start=photo).pixels
+    turned = photo.transpose(2, 3).contiguous().transpose(2, 3)
+    with torch.inference_mode():
+        inference = photo.clone()
+    for other in (turned, photo.double(), photo.clone().requires_grad_(), inference):
+        assert torch.equal(mf.run(chain, TOY, start=other).pixels, plain)
+
+
+def test_a_chain_that_ends_in_latents_has_no_pixels() -> None:
+    with pytest.raises(mf.PlanError, match=r"put Decode\(\) at its end"):
+        _ = mf.run(mf.Sample(32, 32), TOY).pixels
+
+
+def test_nan_in_a_condition_is_refused_before_sampling() -> None:
+    bad = mf.Condition({"colours": torch.full((1, 2, 3), float("nan"))})
+    with pytest.raises(mf.PlanError, match="prompt's condition holds NaN or infinity in 'colours'"):
+        mf.run(CHAIN, TOY, "a", condition=bad)
+
+
+def test_conditions_must_agree_in_batch() -> None:
+    with pytest.raises(mf.PlanError, match="must agree in batch"):
+        mf.Condition({"a": torch.zeros(2, 3), "b": torch.zeros(1, 3)})
+    with pytest.raises(mf.PlanError, match="2 prompts cannot serve a batch of 3"):
+        mf.run(CHAIN, TOY, ["a", "b", "c"], condition=TOY.condition(["a", "b"]))
+
+
+def test_nan_at_step_k_names_stage_and_step() -> None:
+    class Breaks(Toy):
+        def field(self, cond: mf.Condition, *, guidance: float | None = None) -> mf.Velocity:
+            inner = super().field(cond)
+            return lambda x, sigma: inner(x, sigma) * (float("nan") if sigma < 0.6 else 1.0)
+
+    with pytest.raises(mf.NonFiniteError, match=r"stage 1 of 7, Sample\(...\): NaN after step 3 of 4 \(sigma 0.5 -> "):
+        mf.run(CHAIN, Breaks(), "a")
+
+
+def test_inner_chains_run_through_the_context() -> None:
+    inner = mf.Encode() >> mf.Reinject(0.2) >> mf.Refine() >> mf.Decode()
+
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Twice(mf.Stage[mf.Pixels, mf.Pixels]):
+        def plan(self, spec: mf.Pixels, model: mf.ModelInfo) -> mf.Pixels:
+            return spec
+
+        def apply(self, state: mf.State[mf.Pixels], out: mf.Pixels, ctx: mf.Context) -> torch.Tensor:
+            return 0.5 * (ctx.through(inner, state).data + state.data)
+
+    mf.testing.check_stage(Twice())
+
+
+def test_cache_pays_the_low_stage_once(tmp_path: Path) -> None:
+    cache = mf.StageCache(tmp_path)
+    model = Counting()
+    first = mf.run(CHAIN, model, ["a", "b"], seed=[1, 2], cache=cache)
+    again = mf.run(mf.recipes.paper(low=(32, 32), size=(64, 64), steps=4, sigma=0.3), model, "b", seed=2, cache=cache)
+    assert [s.cached for s in again.stages] == [True] * 4 + [False] * 3
+    assert again.nfe == 1
+    fresh = mf.StageCache(tmp_path)
+    replayed = mf.run(CHAIN, model, "a", seed=1, cache=fresh)
+    assert replayed.nfe == 0
+    assert torch.equal(replayed.pixels[0], first.pixels[0])
+    for other in ({"seed": 3}, {"seed": 1, "negative": "x"}):
+        assert mf.run(CHAIN, model, "a", cache=fresh, **other).nfe == 5  # type: ignore[arg-type]
+
+
+def test_a_broken_cache_file_is_made_again(tmp_path: Path) -> None:
+    whole = mf.run(CHAIN, TOY, "a", cache=mf.StageCache(tmp_path)).pixels
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:40])
+    again = mf.run(CHAIN, TOY, "a", cache=mf.StageCache(tmp_path))
+    assert not any(s.cached for s in again.stages)
+    assert torch.equal(again.pixels, whole)
+
+
+def test_the_cache_forgets_the_oldest() -> None:
+    cache = mf.StageCache(max_bytes=3 * 64 * 64 * 4)
+    mf.run(CHAIN, TOY, "a", cache=cache)
+    assert sum(s.cached for s in mf.run(CHAIN, TOY, "a", cache=cache).stages) == 7
+    mf.run(CHAIN, TOY, "b", cache=cache)
+    assert not any(s.cached for s in mf.run(CHAIN, TOY, "a", cache=cache).stages)
