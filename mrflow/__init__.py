@@ -1,6 +1,6 @@
 """mrflow: rectified-flow sampling in stages. Sample low, upscale, reinject noise, refine; swap any of them.
 
-Public names are in `mrflow/_api.py` and come with the first use of one, so that `mrflow --help` does not wait for torch.
+Public names are listed in `mrflow/_api.py` and come with their first use, so that `mrflow --help` does not load torch.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +17,14 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 def __getattr__(name: str) -> object:
     from importlib import import_module
+    from importlib.util import find_spec
 
-    api = import_module("mrflow._api")
-    if not name.startswith("_") and hasattr(api, name):
-        return getattr(api, name)
+    if not name.startswith("_"):
+        if find_spec(f"mrflow.{name}") is not None:
+            return import_module(f"mrflow.{name}")
+        api = import_module("mrflow._api")
+        if hasattr(api, name):
+            return getattr(api, name)
     raise AttributeError(f"module 'mrflow' has no attribute {name!r}")
 
 

@@ -1,0 +1,57 @@
+# mrflow: `make demo` and `make test` do everything on a fresh machine that has Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: help demo test check lint fast docs parity gpu wheel clean
+help: ## Say what can be made
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mrflow needs Python 3.11 or newer; say make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed ## Draw pictures with the embedded model, staged beside native
+	@mkdir -p $(OUT)
+	$(BIN)/mrflow generate "a big red circle at the left" "a green triangle left of a blue square" \
+	  "a big happy face at the centre" "the big blue word CAT" "three black crosses on coarse dots" \
+	  --compare native --out $(OUT)/demo.png --force
+
+test: $(VENV)/.installed-dev ## Run all tests
+	$(BIN)/python -m pytest
+
+check: lint fast ## Lint, types and the fast tests
+
+lint: $(VENV)/.installed-dev ## ruff, mypy, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+fast: $(VENV)/.installed-dev
+	HYPOTHESIS_PROFILE=fast $(BIN)/python -m pytest -q -m "not slow and not parity"
+
+docs: $(VENV)/.installed-dev ## Run every code block of README and docs, and check the links
+	$(BIN)/python -m pytest tests/test_docs.py
+
+parity: $(VENV)/.installed-dev ## Hold the models against diffusers
+	$(BIN)/python -m pytest -m parity
+
+gpu: $(VENV)/.installed-dev ## The tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+wheel: $(VENV)/.installed-dev ## Build a wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+
+clean: ## Remove the environment and everything made
+	rm -rf $(VENV) dist build $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
