@@ -261,7 +261,7 @@ def inspect_file(path: str | Path) -> list[str]:
     """What a file is, in lines: how a PNG was made, or what a safetensors checkpoint holds."""
     where = Path(path)
     if where.suffix == ".safetensors":
-        from mrflow.models.weights import read_header
+        from mrflow.models.checkpoint import read_header
 
         header = read_header(where)
         count = sum(int(np.prod(t.shape)) for t in header.tensors.values())

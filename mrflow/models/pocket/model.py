@@ -19,7 +19,7 @@ from mrflow.flow import Velocity
 from mrflow.models.flux import Flux, FluxParams, image_ids, pack, unpack
 from mrflow.models.layers import Rope
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
-from mrflow.models.weights import read_header
+from mrflow.models.checkpoint import read_header
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
 from mrflow.spec import Architecture, LatentSpace, ModelInfo, Shift
 from mrflow.upscalers import Upscaler
