@@ -52,7 +52,7 @@ class Condition:
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A model as the stages see it. Latents are float32 of shape (batch, channels, height, width), outside the model."""
+    """A model as the stages see it. Its latents are float32 of shape (batch, channels, height, width)."""
 
     @property
     def info(self) -> ModelInfo:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mrflow.backbone import Backbone
-    from mrflow.runner import Event, Result
-    from mrflow.spec import ModelInfo, Pixels, Spec, Start
-    from mrflow.stage import Chain
+    from mrflow.runner import Event, Listener
+    from mrflow.spec import ModelInfo, Pixels, Start
+    from mrflow.stage import AnyChain, Chain
     from mrflow.upscalers import Upscaler
 
 app = typer.Typer(
@@ -130,7 +130,7 @@ def plan(
     with console():
         info = model_info(model)
         if chain is not None:
-            own = load_chain(chain)
+            own: AnyChain = load_chain(chain)
         else:
             own = build(recipe, info, size=size, low=low, steps=steps, refine_steps=refine_steps, sigma=sigma, sr=sr)
         planned = make_plan(own, info, batch=batch)
@@ -199,12 +199,11 @@ def build(
     small = parse_size("--low", low) if low else (half(full, info) if size else info.low)
     if recipe == "native":
         return recipes.native(size=full, steps=50 if steps is None else steps)
-    kwargs = {"low": small, "size": full}
     count = 12 if steps is None else steps
     if recipe == "paper":
-        return recipes.paper(upscaler(sr), **kwargs, steps=count, refine_steps=refine_steps, sigma=sigma)
+        return recipes.paper(upscaler(sr), low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
     if recipe == "official":
-        return recipes.official(upscaler(sr), **kwargs, steps=count, refine_steps=refine_steps, sigma=sigma)
+        return recipes.official(upscaler(sr), low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
     raise PlanError(f"there is no recipe {recipe!r}; use paper, official or native")
 
 
@@ -240,7 +239,7 @@ def describe_plan(planned: object) -> str:
 
 def _draw(
     err: "Console",
-    chain: "Chain[Spec, Spec] | Chain[Start, Pixels]",
+    chain: "AnyChain",
     backbone: "Backbone",
     prompts: list[str],
     seed: int,
@@ -277,10 +276,10 @@ def _draw(
     err.print(sheet.table(result))
     if keep:
         for name, images in sheet.stage_pictures(result):
-            for path, image in zip(paths, images, strict=True):
-                extra = path.with_stem(f"{path.stem}-{name}")
-                write_png(extra, image)
-                paths = [*paths, extra] if extra not in paths else paths
+            extra = [path.with_stem(f"{path.stem}-{name}") for path in paths[:count]]
+            for path, image in zip(extra, images, strict=True):
+                write_png(path, image)
+            paths += extra
     speedup = None
     if other is not None:
         with progress(err) as listen:
@@ -328,9 +327,10 @@ def load_file(file: Path) -> dict[str, object]:
     import importlib.util
     import traceback
 
+    file = file.absolute()
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if not file.is_file() or spec is None or spec.loader is None:
-        raise PlanError(f"there is no Python file {file}")
+        raise PlanError(f"there is no Python file {file.name} in {file.parent}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     try:
@@ -340,11 +340,11 @@ def load_file(file: Path) -> dict[str, object]:
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
         line = f", line {lines[-1]}" if lines else f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise PlanError(f"{file}{line}: {type(error).__name__}: {error}") from None
+        raise PlanError(f"{file.name}{line}: {type(error).__name__}: {error}") from None
     return vars(module)
 
 
-def load_chain(where: str) -> "Chain[Spec, Spec]":
+def load_chain(where: str) -> "AnyChain":
     """The chain that `file.py:name` names."""
     from mrflow.stage import Chain, Stage
 
@@ -371,7 +371,7 @@ def own_types(file: Path) -> list[type]:
 
 
 @contextmanager
-def progress(err: "Console") -> "Iterator[object]":
+def progress(err: "Console") -> "Iterator[Listener]":
     """A listener that shows stages and steps on stderr, and nothing where that is no terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

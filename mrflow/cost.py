@@ -71,7 +71,7 @@ H200 = ("H200, bf16", 790e12, 4.3e12)  # sustained FLOP/s of a dense product, by
 
 
 def floor_seconds(planned: Plan, *, flops: float = H200[1], bandwidth: float = H200[2]) -> float:
-    """The least time a plan can take on a device: each forward is bound by arithmetic or by reading the weights once."""
+    """The least time a plan takes on a device: each forward is bound by arithmetic or by reading the weights once."""
     a = planned.model.architecture
     weights = 2 * a.parameters if a else 0
     total = 0.0
@@ -101,7 +101,7 @@ def compared(planned: Plan) -> list[str]:
     if native is not None and planned.work.flops and native.work.flops:
         ratio = native.work.flops / planned.work.flops
         lines.append(
-            f"native    50 steps: {native.nfe} forwards, {human(native.work.flops)}FLOP; this chain does {ratio:.1f}x less"
+            f"native    50 steps: {native.nfe} forwards, {human(native.work.flops)}FLOP; this chain: {ratio:.1f}x less"
         )
         if a is not None and a.parameters > 1e9:
             mine, theirs = floor_seconds(planned), floor_seconds(native)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mrflow.errors import PlanError, RecordError, ResourceError
 from mrflow.records import decode_chain, encode_chain
-from mrflow.spec import Spec, Start
-from mrflow.stage import Chain, human
+from mrflow.spec import Start
+from mrflow.stage import AnyChain, human
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -47,13 +47,13 @@ def read_image(path: str | Path) -> Tensor:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I") or image.mode == "F":
-                array = np.asarray(image, dtype=np.float32)
-                grey = array / 65535 if array.max(initial=0) > 255 else array / 255
-                return torch.from_numpy(np.repeat(grey[None, None], 3, 1)).clamp(0, 1)
+                levels = torch.from_numpy(np.array(image, dtype=np.float32))
+                grey = levels / (65535 if float(levels.max()) > 255 else 255)
+                return grey.clamp(0, 1).expand(1, 3, *grey.shape).contiguous()
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+            array = np.array(image.convert("RGB"), dtype=np.float32) / np.float32(255)
     except UnidentifiedImageError:
         raise PlanError(f"{path} is not a picture that Pillow can read; give a PNG, JPEG or WebP") from None
     except Image.DecompressionBombError as error:
@@ -232,7 +232,7 @@ def replay(
 ) -> "Result":
     """Make a picture again from the record it carries; the same pixels on the same versions and device.
 
-    `model` is the loaded model where it is not an embedded one; `types` are the classes of your own that its chain uses;
+    `model` is the loaded model where it is not embedded; `types` are the classes of your own that its chain uses;
     `start` the pixels that it began with, where it did not begin with noise.
 
     Raises:
@@ -242,7 +242,7 @@ def replay(
     from mrflow.runner import run
 
     record = read_record(path)
-    chain: Chain[Spec, Spec] = decode_chain(record.get("chain"), types)
+    chain: AnyChain = decode_chain(record.get("chain"), types)
     prompt, seed, negative, name = (record.get(k) for k in ("prompt", "seed", "negative", "model"))
     if not (isinstance(prompt, str) and isinstance(seed, int) and isinstance(negative, str) and isinstance(name, str)):
         raise RecordError(f"{path}: its record lacks the prompt, seed, negative or model")
@@ -265,10 +265,13 @@ def inspect_file(path: str | Path) -> list[str]:
 
         header = read_header(where)
         count = sum(int(np.prod(t.shape)) for t in header.tensors.values())
-        dtypes = sorted({t.dtype for t in header.tensors.values()})
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in header.tensors.values()})
         return [
             f"{where.name}: {len(header.tensors)} tensors, {human(count)} parameters, {', '.join(dtypes)}",
-            *(f"  {name}  {t.dtype}  {list(t.shape)}" for name, t in list(header.tensors.items())[:10]),
+            *(
+                f"  {name}  {str(t.dtype).removeprefix('torch.')}  {list(t.shape)}"
+                for name, t in list(header.tensors.items())[:10]
+            ),
             *([f"  ... and {len(header.tensors) - 10} more"] if len(header.tensors) > 10 else []),
         ]
     return describe_record(read_record(where))

@@ -1,6 +1,7 @@
 """Chains worth a name. Each is a plain function that gives an ordinary chain: copy one and change it."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -41,9 +42,10 @@ def paper(
     guidance: Guidance | None = None,
     refine_guidance: Guidance | None = None,
 ) -> Chain[Start, Pixels]:
-    """MrFlow (arXiv 2607.01642): sample low, super-resolve, encode, inject noise, refine. `upscaler=None`: the model's own.
+    """MrFlow (arXiv 2607.01642): sample low, super-resolve, encode, inject noise, refine.
 
-    The published maths with the posterior's mode and per-item noise; `official` has the published draws.
+    `upscaler=None` is the model's own net. The published maths with the posterior's mode and per-item noise;
+    `official` has the published draws.
     """
     _check_ladder((low, size))
     return (
@@ -109,14 +111,14 @@ def ladder(
             raise PlanError(f"a ladder of {len(rungs)} sizes needs {len(rungs) - 1} {name}, got {len(given)}")
     chain = Sample(*rungs[0], Shifted(steps), solver=solver, guidance=guidance) >> Decode()
     for size, sigma, net in zip(rungs[1:], levels, nets, strict=True):
-        chain = chain >> Upscale(net, size) >> Encode() >> Reinject(sigma)
-        chain = chain >> Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance) >> Decode()
+        refine = Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance)
+        chain = chain >> Upscale(net, size) >> Encode() >> Reinject(sigma) >> refine >> Decode()
     return chain
 
 
 def _check_ladder(sizes: Sequence[tuple[int, int]]) -> None:
     if len(sizes) < 2:
         raise PlanError(f"a ladder needs at least two sizes, got {len(sizes)}")
-    for low, high in zip(sizes, sizes[1:], strict=False):
+    for low, high in pairwise(sizes):
         if not (high[0] > low[0] and high[1] > low[1]):
             raise PlanError(f"sizes must rise: {low[0]}x{low[1]} is followed by {high[0]}x{high[1]}")

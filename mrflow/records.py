@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from mrflow.errors import ChainError, PlanError, RecordError
-from mrflow.spec import Spec
-from mrflow.stage import AnyStage, Chain, Stage
+from mrflow.stage import AnyChain, AnyStage, Chain, Stage
 
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 
@@ -86,12 +85,12 @@ def _type(name: str, allowed: Mapping[str, type]) -> type:
     return found
 
 
-def encode_chain(chain: Chain[Spec, Spec]) -> list[Plain]:
+def encode_chain(chain: AnyChain) -> list[Plain]:
     """A chain as plain data."""
     return [encode(stage) for stage in chain]
 
 
-def decode_chain(data: object, types: Iterable[type] = ()) -> Chain[Spec, Spec]:
+def decode_chain(data: object, types: Iterable[type] = ()) -> AnyChain:
     """The chain that `encode_chain` wrote."""
     stages = decode(data, types)
     if not isinstance(stages, tuple) or not all(isinstance(s, Stage) for s in cast(tuple[object, ...], stages)):

@@ -18,7 +18,7 @@ from mrflow.noise import Noise, PerItem, check_seed
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
 from mrflow.spec import ModelInfo, Pixels, Spec, Start, State
-from mrflow.stage import A, AnyStage, B, Chain, Plan, Stage, Work, plan, short
+from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Plan, Stage, Work, plan, short
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -122,7 +122,7 @@ class Result:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     negative: str
-    chain: Chain[Spec, Spec]
+    chain: AnyChain
     condition_seconds: float
     peak_bytes: int
 
@@ -227,7 +227,7 @@ def run(
             work = Work() if cached else row.work
             records.append(StageRecord(row.name, row.out, seconds, work.nfe, work.flops, cached, kept))
             _emit(on_event, StageEnded(index, seconds, cached))
-    wide: Chain[Spec, Spec] = Chain(stages)
+    wide = AnyChain(stages)
     return Result(
         data,
         planned.out,

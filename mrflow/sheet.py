@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from mrflow.io import to_images
 from mrflow.runner import Result, run
 from mrflow.schedules import Shifted
-from mrflow.spec import Pixels, Spec
-from mrflow.stage import Chain, human
+from mrflow.spec import Pixels
+from mrflow.stage import AnyChain, Chain, human
 from mrflow.stages import Sample
 
 if TYPE_CHECKING:
@@ -25,9 +25,8 @@ def table(result: Result) -> str:
     lines = [f"{'text':<10} {'':<30} {result.condition_seconds:8.3f} s {100 * result.condition_seconds / total:5.1f} %"]
     for stage in result.stages:
         nfe = f"{stage.nfe} forwards" if stage.nfe else ("from cache" if stage.cached else "")
-        lines.append(
-            f"{stage.name:<10} {stage.spec!s:<30} {stage.seconds:8.3f} s {100 * stage.seconds / total:5.1f} %  {nfe}".rstrip()
-        )
+        share = 100 * stage.seconds / total
+        lines.append(f"{stage.name:<10} {stage.spec!s:<30} {stage.seconds:8.3f} s {share:5.1f} %  {nfe}".rstrip())
     memory = f", peak memory {human(result.peak_bytes)}B" if result.peak_bytes else ""
     lines.append(f"{'total':<10} {f'batch of {len(result.seeds)}':<30} {total:8.3f} s{memory}")
     return "\n".join(lines)
@@ -40,11 +39,11 @@ def stage_pictures(result: Result) -> Iterator[tuple[str, list[Image.Image]]]:
             yield f"{number}-{stage.name.lower()}", to_images(stage.data)
 
 
-def warm_up(chains: Sequence[Chain[Spec, Spec]], model: "Backbone", batch: int) -> None:
+def warm_up(chains: Sequence[AnyChain], model: "Backbone", batch: int) -> None:
     """Run each chain once with two steps, so that a comparison does not time first calls."""
     for chain in chains:
         stages = tuple(replace(s, schedule=Shifted(2)) if isinstance(s, Sample) else s for s in chain)
-        run(Chain(stages), model, [""] * batch)  # type: ignore[arg-type]  # pyright: ignore
+        run(Chain(stages), model, [""] * batch)
 
 
 def compare(staged: Result, native: Result) -> Image.Image:

@@ -1,6 +1,7 @@
-"""What flows through a chain: a tensor, and the facts about it. The facts hold no tensors: they compare, hash and print.
+"""What flows through a chain: a tensor and the facts about it. Facts hold no tensors: they compare, hash and print.
 
-Sizes are always `height, width`. `Pixels` counts pixels, `Latents` counts latent cells. Defaults that change numbers live here.
+Sizes are always `height, width`. `Pixels` counts pixels, `Latents` counts latent cells. Defaults that
+change numbers live here.
 """
 
 import math
@@ -205,7 +206,7 @@ def check_size(height: int, width: int, space: LatentSpace) -> None:
 
 
 # Autoencoder operations as (linear, quadratic) in the pixels, fitted to counts on the meta device at 512 x 512 and
-# 1024 x 1024 in TFLOP: FLUX encode 1.118, 4.883, decode 2.515, 10.47; Qwen-Image (one frame) 0.636, 2.852, 1.100, 4.710.
+# 1024 x 1024 in TFLOP: FLUX encode 1.118, 4.883, decode 2.515, 10.47; Qwen-Image 0.636, 2.852, 1.100, 4.710.
 _FLUX_ENCODE, _FLUX_DECODE = (4.134e6, 0.498), (9.464e6, 0.497)
 _QWEN_ENCODE, _QWEN_DECODE = (2.328e6, 0.373), (4.098e6, 0.376)
 # RRDBNet x2 (RealESRGAN_x2plus), 2.350 TFLOP for a 512 x 512 picture.

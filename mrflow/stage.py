@@ -8,7 +8,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, get_args, get_origin, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin, overload
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ C = TypeVar("C", bound=Spec)
 class Work:
     """What a stage will cost, for the whole batch: network forwards a picture, and floating-point operations.
 
-    `negative` is true where it needs the negative prompt; `memory` is the bytes its largest activations take, where known.
+    `negative` is true where it needs the negative prompt.
     """
 
     nfe: int = 0
@@ -57,7 +57,7 @@ class Stage(ABC, Generic[A, B]):
                     cls.takes, cls.gives = ends
         if not hasattr(cls, "takes"):
             raise ChainError(
-                f"{cls.__name__} does not say what it takes and gives; write class {cls.__name__}(Stage[Pixels, Pixels])"
+                f"{cls.__name__} does not say what it takes and gives; write {cls.__name__}(Stage[Pixels, Pixels])"
             )
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Stage(ABC, Generic[A, B]):
         return Chain[A, B]((self,)) >> other
 
 
-AnyStage = Stage[Spec, Spec]
+AnyStage = Stage[Any, Any]  # for code that takes whatever stage it is given
 
 
 @dataclass(frozen=True)
@@ -123,22 +123,22 @@ class Chain(Generic[A, B]):
         if not isinstance(other, Chain):
             _check_is_stage(other, len(self.stages) + 1)
         more = other.stages if isinstance(other, Chain) else (other,)
-        return Chain[A, C]((*self.stages, *more))  # type: ignore[arg-type]  # pyright: ignore
+        return Chain[A, C]((*self.stages, *more))
 
     def __len__(self) -> int:
         return len(self.stages)
 
     def __iter__(self) -> Iterator[AnyStage]:
-        return iter(self.stages)  # type: ignore[arg-type]  # pyright: ignore
+        return iter(self.stages)
 
-    def __getitem__(self, part: slice) -> "Chain[Spec, Spec]":
-        return Chain[Spec, Spec](self.stages[part])  # type: ignore[arg-type]  # pyright: ignore
+    def __getitem__(self, part: slice) -> "Chain[Any, Any]":
+        return Chain[Any, Any](self.stages[part])
 
     def __str__(self) -> str:
         return "\n>> ".join(repr(stage) for stage in self.stages)
 
 
-AnyChain = Chain[Spec, Spec]
+AnyChain = Chain[Any, Any]
 _BETWEEN = {
     (Latents, Pixels): " Put Decode() between them.",
     (Pixels, Latents): " Put Encode() between them.",
@@ -224,8 +224,8 @@ def plan(chain: Chain[A, B] | Stage[A, B], model: ModelInfo, *, batch: int = 1, 
     spec: Spec = Start(batch) if start is None else start
     if not isinstance(spec, stages[0].takes):
         raise PlanError(
-            f"the chain begins with {type(stages[0]).__name__}, which takes {stages[0].takes.__name__}, but is given {spec}"
-            + ("; pass start=" if start is None else "")
+            f"the chain begins with {type(stages[0]).__name__}, which takes {stages[0].takes.__name__}, "
+            f"but is given {spec}" + ("; pass start=" if start is None else "")
         )
     rows: list[PlannedStage] = []
     for number, stage in enumerate(stages, 1):

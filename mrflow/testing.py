@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from mrflow.runner import run
 from mrflow.schedules import Linear, Schedule
 from mrflow.solvers import Solver, integrate
 from mrflow.spec import FLUX, QWEN, Latents, LatentSpace, ModelInfo, Pixels, Shift, Spec, Start, State
-from mrflow.stage import AnyStage, Chain, Stage
+from mrflow.stage import AnyChain, AnyStage
 from mrflow.upscalers import Interpolate, Upscaler
 
 TOY = ModelInfo(
@@ -122,7 +123,7 @@ def toy(*, std: float = 0.1) -> Toy:
     return Toy(std=std)
 
 
-def check_stage(stage: Stage[Spec, Spec] | AnyStage, *, spec: Spec | None = None, model: Toy | None = None) -> None:
+def check_stage(stage: AnyStage, *, spec: Spec | None = None, model: Toy | None = None) -> None:
     """Hold a stage to the laws: it keeps its promise, gives the same for the same seed, and a batch equals its items.
 
     `spec` is what it is given; a value of the kind it takes, unless said.
@@ -132,7 +133,7 @@ def check_stage(stage: Stage[Spec, Spec] | AnyStage, *, spec: Spec | None = None
     """
     backbone = model or toy()
     given = spec or _given(stage, backbone.info)
-    chain = Chain((stage,))
+    chain = AnyChain((stage,))
     planned = stage.plan(given, backbone.info)
     if stage.plan(given, backbone.info) != planned:
         raise LawBroken(f"{stage!r}: two plans for {given} differ; plan must depend on its arguments alone")
@@ -194,7 +195,7 @@ def check_schedule(schedule: Schedule) -> None:
                     raise LawBroken(f"{where}: begins at {sigmas[0]}")
                 if sigmas[-1] != 0.0:
                     raise LawBroken(f"{where}: ends at {sigmas[-1]}, not at exactly 0")
-                if any(b >= a for a, b in zip(sigmas, sigmas[1:], strict=False)):
+                if any(b >= a for a, b in pairwise(sigmas)):
                     raise LawBroken(f"{where}: does not fall strictly")
                 if schedule(start, tokens, model) != sigmas:
                     raise LawBroken(f"{where}: two calls differ")

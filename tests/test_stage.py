@@ -54,9 +54,19 @@ class Wrong(mf.Stage[mf.Pixels, mf.Pixels]):
 
 def test_the_printed_plan_reads_as_in_the_readme() -> None:
     lines = str(mf.plan(FULL, mf.FLUX)).splitlines()
-    assert lines[1].split() == "1 Sample Start(batch=1) -> Latents 64x64 sigma=0 12 258 T".split()
-    assert lines[5].split() == "5 Reinject Latents 128x128 sigma=0 -> Latents 128x128 sigma=0.12".split()
-    assert lines[7].split()[:-2] == "7 Decode Latents 128x128 sigma=0 -> Pixels 1024x1024".split()
+    assert lines[1].split() == ["1", "Sample", "Start(batch=1)", "->", "Latents", "64x64", "sigma=0", "12", "258", "T"]
+    assert lines[5].split() == [
+        "5",
+        "Reinject",
+        "Latents",
+        "128x128",
+        "sigma=0",
+        "->",
+        "Latents",
+        "128x128",
+        "sigma=0.12",
+    ]
+    assert lines[7].split()[:-2] == ["7", "Decode", "Latents", "128x128", "sigma=0", "->", "Pixels", "1024x1024"]
     assert mf.plan(FULL, mf.FLUX).nfe == 13
     assert mf.plan(FULL, mf.QWEN).nfe == 26
 
@@ -100,7 +110,11 @@ def test_the_printed_plan_reads_as_in_the_readme() -> None:
         (lambda: mf.plan(mf.Sample(512, 99999), mf.FLUX), mf.PlanError, "width must be from 16 to 32768"),
         (lambda: mf.plan(mf.Sample(512.0, 512), mf.FLUX), mf.PlanError, "height must be a whole number"),  # type: ignore[arg-type]
         (lambda: mf.plan(FULL, mf.FLUX, batch=0), mf.PlanError, "batch must be a whole number above 0, got 0"),
-        (lambda: mf.plan(mf.Decode(), mf.FLUX), mf.PlanError, "takes Latents, but is given Start(batch=1); pass start="),
+        (
+            lambda: mf.plan(mf.Decode(), mf.FLUX),
+            mf.PlanError,
+            "takes Latents, but is given Start(batch=1); pass start=",
+        ),
         (
             lambda: mf.plan(mf.Decode(), mf.FLUX, start=mf.Latents(1, 8, 8, mf.QWEN.space)),
             mf.PlanError,
@@ -127,12 +141,16 @@ def test_the_printed_plan_reads_as_in_the_readme() -> None:
             "its plan gave Start(batch=1), but it is declared to give Pixels",
         ),
         *(
-            (lambda s=s: mf.plan(FULL[:4] >> mf.Reinject(s), mf.FLUX), mf.PlanError, "sigma must be above 0 and at most 1")  # type: ignore[misc,operator]
+            (
+                lambda s=s: mf.plan(FULL[:4] >> mf.Reinject(s), mf.FLUX),
+                mf.PlanError,
+                "sigma must be above 0 and at most 1",
+            )  # type: ignore[misc,operator]
             for s in (0.0, -0.1, 1.5, float("nan"), float("inf"))
         ),
     ],
 )
-def test_error_texts(make, kind, text) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def test_error_texts(make, kind, text) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(kind) as caught:
         make()
     assert text in str(caught.value)

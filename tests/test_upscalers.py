@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 import mrflow as mf
 
 FACTORS = st.integers(1, 4)
-ALL = [mf.Lanczos, lambda f: mf.Interpolate(f, "bicubic"), lambda f: mf.Interpolate(f, "bilinear"), lambda f: mf.Interpolate(f, "nearest")]
+ALL = [
+    mf.Lanczos,
+    lambda f: mf.Interpolate(f, "bicubic"),
+    lambda f: mf.Interpolate(f, "bilinear"),
+    lambda f: mf.Interpolate(f, "nearest"),
+]
 
 
 @pytest.mark.parametrize("make", ALL)

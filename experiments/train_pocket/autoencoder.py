@@ -1,4 +1,4 @@
-"""Can a tiny autoencoder (1/8 of the side, 16 channels) carry small letters and faces, in latents that are easy to model?
+"""Can a tiny autoencoder (1/8 of the side, 16 channels) carry letters and faces, in latents that are easy to model?
 
 Loss: L1 + L2 + gradient L1, a pull of the latents to mean 0 and variance 1, noise of standard deviation 0.1 on them,
 and scale equivariance: the decoded 2x-averaged latents should be the 2x-averaged picture, which ties both resolutions.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.train_pocket.data import pictures
+from mrflow.models.pocket.model import channels_last
 from mrflow.models.pocket.networks import Autoencoder
 from mrflow.scenes.grammar import FULL, POCKET_1
 
@@ -49,7 +50,7 @@ def main() -> None:
     small = torch.cat([pictures(POCKET_1, 5000, 128, 1)[0], pictures(FULL, 1000, 128, 2)[0]])
     large = torch.cat([pictures(POCKET_1, 2000, 256, 3)[0], pictures(FULL, 400, 256, 4)[0]])
     log.info("rendered %d + %d pictures", len(small), len(large))
-    net = Autoencoder().to(memory_format=torch.channels_last)
+    net = channels_last(Autoencoder())
     ema = Autoencoder()
     ema.load_state_dict(net.state_dict())
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99))

@@ -39,7 +39,7 @@ class Trainee(nn.Module):
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention whose backward is fast on a CPU at these lengths."""
-    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    weights: Tensor = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return weights @ v
 
 
@@ -67,7 +67,8 @@ def cached_latents(folder: Path) -> dict[int, tuple[Tensor, Tensor]]:
 
 def optimisers(net: Trainee, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, p in net.named_parameters():
         inside = "blocks" in name and p.ndim == 2 and "mod" not in name
         (matrices if inside else rest).append(p)

@@ -16,7 +16,7 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 def orthogonalised(g: Tensor, *, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: (n, rows, columns)."""
-    x = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
+    x: Tensor = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(steps):
         xx = x @ x.transpose(1, 2)
@@ -41,8 +41,9 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes[p.shape].append(p)
             for shape, params in shapes.items():
-                updates = []
+                updates: list[Tensor] = []
                 for p in params:
+                    assert p.grad is not None
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]))

@@ -241,7 +241,7 @@ def _sample_caption(world: World, kind: str, rng: random.Random) -> str:
 
 
 def article(word: str) -> str:
-    """"a" or "an"."""
+    """ "a" or "an"."""
     return "an" if word[0] in "aeiou" else "a"
 
 

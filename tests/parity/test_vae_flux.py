@@ -97,7 +97,7 @@ def test_float32_and_bfloat16_agree_with_diffusers(case: str, tmp_path: Path) ->
     half = load_vae_flux(tmp_path, dtype=torch.bfloat16)
     rough = reference(theirs.to(torch.bfloat16), pixels, noise, torch.bfloat16)
     for got, theirs_half, wanted in zip(ours_of(half, pixels, noise), rough, want, strict=True):
-        # 3e-2 between two bfloat16 runs; ours keeps latents in float32 and must not be further from float32 than theirs.
+        # 3e-2 between two bfloat16 runs; ours keeps latents in float32 and must be no further from float32 than theirs.
         assert relative(got, theirs_half) < 3e-2
         assert relative(got, wanted) < 2 * relative(theirs_half, wanted)
 

@@ -8,18 +8,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrflow.backbone import Condition
 from mrflow.errors import PlanError, PromptError, WeightsError
 from mrflow.flow import Velocity
+from mrflow.models.checkpoint import read_header
 from mrflow.models.flux import Flux, FluxParams, image_ids, pack, unpack
 from mrflow.models.layers import Rope
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
-from mrflow.models.checkpoint import read_header
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
 from mrflow.spec import Architecture, LatentSpace, ModelInfo, Shift
 from mrflow.upscalers import Upscaler
@@ -66,14 +67,28 @@ POCKET = ModelInfo(
     cfg=3.0,
     size=(256, 256),
     low=(128, 128),
-    architecture=Architecture(WIDTH, 2, 5, WIDTH, TEXT_LENGTH, 0),
+    architecture=Architecture(WIDTH, 2, 5, WIDTH, TEXT_LENGTH, 2_572_288),
     upscale=2,
+    upscale_flops=95_904,
+    encode=(32_704, 0),
+    decode=(51_136, 0),
 )
 
 
 def text_encoder() -> TextEncoder:
     """An untrained text encoder of the model's sizes."""
     return TextEncoder(vocabulary=len(VOCABULARY), length=TEXT_LENGTH, width=WIDTH)
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def channels_last(net: N) -> N:
+    """The same net with its convolutions' weights channels-last, which is faster on most processors."""
+    for p in net.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return net
 
 
 class PocketSR(Upscaler):
@@ -114,10 +129,10 @@ class Pocket:
     ) -> None:
         self._text = text.to(device).eval()
         self._flow = flow.to(device, dtype).eval()
-        self._autoencoder = autoencoder.to(device, memory_format=torch.channels_last).eval()
+        self._autoencoder = channels_last(autoencoder.to(device).eval())
         self._device = device
         self._info = replace(POCKET, version=version)
-        self._sr = PocketSR(sr.to(device, memory_format=torch.channels_last).eval(), version)
+        self._sr = PocketSR(channels_last(sr.to(device).eval()), version)
 
     @property
     def info(self) -> ModelInfo:
@@ -209,17 +224,17 @@ def load_pocket(
             raise WeightsError(f"{path.name}: {name!r} belongs to no part of pocket ({', '.join(parts)})")
         parts[part][rest] = tensor.float()
     with torch.device("meta"):
-        modules = {"text": text_encoder(), "flow": Flux(FLUX_PARAMS), "autoencoder": Autoencoder(), "sr": CompactSR()}
-    for part, module in modules.items():
+        text, flow, autoencoder, sr = text_encoder(), Flux(FLUX_PARAMS), Autoencoder(), CompactSR()
+    for part, module in zip(parts, (text, flow, autoencoder, sr), strict=True):
         try:
             module.load_state_dict(parts[part], strict=True, assign=True)
         except RuntimeError as error:
             raise WeightsError(f"{path.name}: {part}: {str(error).splitlines()[-1].strip()}") from None
     return Pocket(
-        text=modules["text"],
-        flow=modules["flow"],
-        autoencoder=modules["autoencoder"],
-        sr=modules["sr"],
+        text=text,
+        flow=flow,
+        autoencoder=autoencoder,
+        sr=sr,
         version=header.metadata.get("version", ""),
         device=device or torch.device("cpu"),
         dtype=dtype,

@@ -18,7 +18,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """The same shape."""
-        return x + self.conv2(F.silu(self.conv1(x)))
+        change: Tensor = self.conv2(F.silu(self.conv1(x)))
+        return x + change
 
 
 class Autoencoder(nn.Module):
@@ -62,7 +63,7 @@ class Autoencoder(nn.Module):
 
     def encode(self, pixels: Float[Tensor, "b 3 h w"], noise: Tensor | None = None) -> Float[Tensor, "b c y x"]:
         """Normalised latents of pictures in [0, 1]: the mode, or with standard normal `noise` a posterior sample."""
-        z = self.encoder(2 * pixels - 1)
+        z: Tensor = self.encoder(2 * pixels - 1)
         if noise is not None:
             z = z + self.noise * noise
         return (z - self.mean[:, None, None]) / self.std[:, None, None]
@@ -70,7 +71,8 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
         """Pictures, about [0, 1], not clamped."""
         z = latents * self.std[:, None, None] + self.mean[:, None, None]
-        return 0.5 * self.decoder(z) + 0.5
+        pixels: Tensor = self.decoder(z)
+        return 0.5 * pixels + 0.5
 
 
 class TextEncoder(nn.Module):
@@ -107,7 +109,8 @@ class TextBlock(nn.Module):
         b, t, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        change: Tensor = self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return x + change
 
 
 class CompactSR(nn.Module):
@@ -133,13 +136,14 @@ class CompactSR(nn.Module):
 def tokenise(captions: Sequence[str], vocabulary: Sequence[str], length: int) -> tuple[Tensor, list[list[str]]]:
     """Token ids of shape (captions, length) and, for each caption, the words that found no place in them.
 
-    Id 0 is padding. A word of capitals is spelled letter by letter; articles and fillers carry nothing and are left out.
+    Id 0 is padding. A word of capitals is spelled letter by letter; articles and fillers are left out.
     """
     index = {word: i for i, word in enumerate(vocabulary)}
     ids = torch.zeros(len(captions), length, dtype=torch.long)
     lost: list[list[str]] = []
     for row, caption in enumerate(captions):
-        tokens, missing = [], []
+        tokens: list[str] = []
+        missing: list[str] = []
         for word in caption.replace(",", " ").replace(".", " ").split():
             if word.lower() in FILLERS:
                 continue

@@ -1,0 +1,5 @@
+"""python -m mrflow"""
+
+from mrflow.cli import main
+
+main()

@@ -1,0 +1,71 @@
+"""The documentation runs: every Python block, every mrflow command in README, every docstring example, every link."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mrflow.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+    ROOT / "mrflow/models/pocket/README.md",
+]
+IDS = [str(p.relative_to(ROOT)) for p in PAGES]
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(line number, text) of each fenced block of a language."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+    return [(text[: m.start()].count("\n") + 2, m.group(1)) for m in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    for line, code in blocks(page, "python"):
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
+
+
+@pytest.mark.slow
+def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [line for _, text in blocks(ROOT / "README.md", "bash") for line in text.splitlines()]
+    commands = [line.split("#")[0] for line in lines if line.startswith("mrflow ")]
+    assert len(commands) >= 4
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code == 0, (command, result.stderr)
+
+
+def test_the_two_commands_are_targets_and_ci_calls_them() -> None:
+    lines = {line.split("#")[0].strip() for _, text in blocks(ROOT / "README.md", "bash") for line in text.splitlines()}
+    ci = (ROOT / ".ci/run").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for command in ("make demo", "make test"):
+        assert command in lines
+        assert command in ci
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    api = (ROOT / "mrflow/_api.py").read_text()
+    page = (ROOT / "docs/reference/names.md").read_text() + (ROOT / "docs/reference/errors.md").read_text()
+    hidden = {"Backbone", "Condition", "Context", "Event", "History", "Plan", "Spec", "Step", "Velocity", "Work"}
+    names = set(re.findall(r" as (\w+)$", api, re.M)) - hidden - {"recipes", "schedules", "solvers", "testing"}
+    assert not sorted(n for n in names if not re.search(rf"`(?:[\w.]*\.)?{n}[`(]", page))

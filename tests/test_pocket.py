@@ -1,0 +1,146 @@
+"""The embedded model: loads, draws what the caption says, and keeps mrflow's promises about batches and sizes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mrflow as mf
+from mrflow.errors import WeightsError
+from mrflow.models.pocket.model import POCKET, TEXT_LENGTH, VOCABULARY, WEIGHTS, load_pocket
+from mrflow.models.pocket.networks import CompactSR, tokenise
+from mrflow.scenes.grammar import POCKET_1, held_out_captions
+from mrflow.scenes.score import score_many
+
+CHAIN = mf.recipes.paper(low=POCKET.low, size=POCKET.size)
+GOLDEN = Path(__file__).parent / "golden" / "pocket.json"
+
+
+@pytest.fixture(scope="module")
+def model() -> mf.Backbone:
+    """The shipped weights."""
+    return mf.load("pocket", device="cpu")
+
+
+def test_the_file_is_small_and_has_a_version(model: mf.Backbone) -> None:
+    assert WEIGHTS.stat().st_size < 24e6
+    assert model.info.version.startswith("pocket-1+")
+    assert model.info.name == "pocket"
+
+
+def test_the_facts_for_planning_are_the_real_ones(model: mf.Backbone) -> None:
+    """Parameters and operations, counted on the loaded networks."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mrflow.cost import decode_flops, encode_flops, forward_flops
+    from mrflow.models.pocket.model import Pocket
+
+    assert isinstance(model, Pocket)
+    a = POCKET.architecture
+    assert a is not None
+    assert a.parameters == sum(p.numel() for p in model._flow.parameters())
+
+    def counted(call) -> int:  # type: ignore[no-untyped-def]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        return int(counter.get_total_flops())
+
+    pixels, latents = torch.rand(1, 3, 128, 128), torch.randn(1, 16, 16, 16)
+    assert counted(lambda: model.encode(pixels)) == pytest.approx(encode_flops(POCKET, 128, 128), rel=0.01)
+    assert counted(lambda: model.decode(latents)) == pytest.approx(decode_flops(POCKET, 128, 128), rel=0.01)
+    assert model.upscaler is not None
+    assert counted(lambda: model.upscaler(pixels)) == pytest.approx(POCKET.upscale_flops * 128 * 128, rel=0.01)
+    field = model.field(model.condition(["a"]))
+    fused, model._flow.attention = model._flow.attention, lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) @ v
+    assert counted(lambda: field(latents, 0.5)) == pytest.approx(forward_flops(POCKET, 64), rel=0.02)
+    model._flow.attention = fused
+
+
+def test_a_picture_does_not_depend_on_its_batch(model: mf.Backbone) -> None:
+    prompts = ["a big red circle at the left", "the big blue word CAT", ""]
+    whole = mf.run(CHAIN, model, prompts, seed=[3, 4, 5]).pixels
+    for i, prompt in enumerate(prompts):
+        alone = mf.run(CHAIN, model, prompt, seed=3 + i).pixels[0]
+        assert float((whole[i] - alone).abs().max()) < 2e-3
+
+
+def test_any_size_and_a_ladder(model: mf.Backbone) -> None:
+    result = mf.run(mf.recipes.paper(low=(64, 96), size=(128, 192), steps=2), model, "a big red circle at the left")
+    assert result.pixels.shape == (1, 3, 128, 192)
+    three = mf.recipes.ladder([(64, 64), (128, 128), (256, 256)], steps=2)
+    assert mf.run(three, model, "x").pixels.shape == (1, 3, 256, 256)
+
+
+def test_golden(model: mf.Backbone) -> None:
+    """A picture made on another day: 8 x 8 block means, to 2 levels of 255 (tests/golden/pocket.json says how)."""
+    golden = json.loads(GOLDEN.read_text())
+    assert model.info.version == golden["version"], "new weights: make the golden again as its 'how' says"
+    pixels = mf.run(CHAIN, model, golden["prompt"], seed=golden["seed"]).pixels[0]
+    means = torch.nn.functional.avg_pool2d(pixels, 32).numpy()
+    assert np.abs(means - np.array(golden["means"])).max() < 2 / 255
+
+
+@pytest.mark.slow
+def test_pictures_show_what_the_caption_says(model: mf.Backbone) -> None:
+    captions = held_out_captions(POCKET_1, 32, seed=5)
+    pixels = mf.run(CHAIN, model, captions, seed=0).pixels.numpy()
+    right = score_many(pixels, captions)
+    wrong = score_many(pixels, captions[1:] + captions[:1])
+    assert right["overall"] > wrong["overall"] + 0.25
+
+
+def test_tokens() -> None:
+    ids, lost = tokenise(["The big blue word CAT", "an octopus", "red " * 20], VOCABULARY, TEXT_LENGTH)
+    words = [VOCABULARY[i] for i in ids[0] if i]
+    assert words == ["big", "blue", "word", "C", "A", "T"]
+    assert lost == [[], ["octopus"], ["red"] * (20 - TEXT_LENGTH)]
+    assert len(set(VOCABULARY)) == len(VOCABULARY)
+
+
+def test_prompts_that_are_no_text(model: mf.Backbone) -> None:
+    for bad in ("a\0b", "\ud800", "x" * 1_000_001):
+        with pytest.raises(mf.PromptError):
+            model.condition([bad])
+
+
+def test_guidance_that_the_model_cannot_take(model: mf.Backbone) -> None:
+    with pytest.raises(mf.PlanError, match="no guidance embedding"):
+        mf.run(mf.Sample(64, 64, guidance=mf.Distilled(3.5)), model, "a")
+
+
+def test_broken_weights(tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(WEIGHTS.read_bytes()[:100_000])
+    with pytest.raises(WeightsError, match=r"cut\.safetensors.*cut off"):
+        load_pocket(path)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(WEIGHTS)
+    save_file({**tensors, "flow.img_in.bias": torch.zeros(3)}, path)
+    with pytest.raises(WeightsError, match=r"cut\.safetensors: flow: .*img_in\.bias"):
+        load_pocket(path)
+    save_file({**tensors, "other.bias": torch.zeros(3)}, path)
+    with pytest.raises(WeightsError, match="belongs to no part of pocket"):
+        load_pocket(path)
+
+
+def test_sr_on_odd_sides() -> None:
+    net = CompactSR()
+    for h, w in ((1, 1), (3, 8), (7, 5)):
+        assert net(torch.rand(1, 3, h, w)).shape == (1, 3, 2 * h, 2 * w)
+
+
+def test_device_auto_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mrflow.models import choose_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto").type == "mps"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(mf.PlanError, match="there is no device 'cuda:7' here"):
+        choose_device("cuda:7")
