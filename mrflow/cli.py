@@ -4,7 +4,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -371,7 +371,7 @@ def own_types(file: Path) -> list[type]:
 
 
 @contextmanager
-def progress(err: "Console") -> "Iterator[Listener]":
+def progress(err: "Console") -> "Generator[Listener]":
     """A listener that shows stages and steps on stderr, and nothing where that is no terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -398,7 +398,7 @@ def progress(err: "Console") -> "Iterator[Listener]":
 
 
 @contextmanager
-def console() -> "Iterator[Console]":
+def console() -> "Generator[Console]":
     """A console on stderr; errors of mrflow end the program with their text and exit code, without a traceback."""
     from rich.console import Console
 

@@ -139,7 +139,7 @@ class Chain(Generic[A, B]):
 
 
 AnyChain = Chain[Any, Any]
-_BETWEEN = {
+_BETWEEN: dict[tuple[type[Spec], type[Spec]], str] = {
     (Latents, Pixels): " Put Decode() between them.",
     (Pixels, Latents): " Put Encode() between them.",
     (Start, Pixels): " Put Sample(...) >> Decode() before it.",

@@ -217,7 +217,7 @@ def test_weights_that_need_no_change_stay_in_the_file(tmp_path: Path) -> None:
 
 def test_a_header_of_odd_length_is_read_too(tmp_path: Path) -> None:
     values = torch.arange(6.0).view(3, 2)
-    text = b'{"w":{"dtype":"F32","shape":[3,2],"data_offsets":[0,24]},"b":{"dtype":"F32","shape":[3],"data_offsets":[24,36]}}'
+    text = b'{"w":{"dtype":"F32","shape":[3,2],"data_offsets":[0,24]},"b":{"dtype":"F32","shape":[3],"data_offsets":[24,36]}}'  # noqa: E501
     odd = text + b" " * (1 - len(text) % 2)
     path = raw_file(tmp_path / "x.safetensors", odd, data=values.numpy().tobytes() + bytes(12))
     assert len(odd) % 4

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file as write_safetensors  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
@@ -29,7 +30,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 OTHER_FORMATS = (
     (b"PK\x03\x04", "a PyTorch pickle archive"),
-    (b"\x80\x02", "a Python pickle"),
     (b"GGUF", "a GGUF file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
 )
@@ -87,6 +87,9 @@ def read_header(path: Path) -> Header:
             if size < 8:
                 raise WeightsError(f"{path} is cut off: {size} bytes, expected at least 8")
             (length,) = struct.unpack("<Q", first[:8])
+            beyond = length > MAX_HEADER or 8 + length > size
+            if beyond and first[0] == 0x80 and 2 <= first[1] <= 5:
+                raise WeightsError(f"{path} is a Python pickle; mrflow reads safetensors")
             if length > MAX_HEADER:
                 raise WeightsError(f"{path} is not safetensors: a header of {length} bytes, {MAX_HEADER} at most")
             if 8 + length > size:
@@ -270,8 +273,9 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[st
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) else None
+        raise ResourceError(f"{path} cannot be written: {why or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
