@@ -88,7 +88,8 @@ def main() -> None:
     scores = {name: table(images, captions[: count[name]]) for name, images in rows.items()}
     chance = {name: table(rows[name], swapped[: count[name]]) for name in ("staged 12 + 1", "native 50")}
     categories = [*sorted({c for each in scores["staged 12 + 1"] for c in each} - {"overall"}), "overall"]
-    print(f"{model.info.version}, {len(captions)} held-out captions ({args.native} for native 50), torch {torch.__version__}\n")
+    drawn = f"{len(captions)} held-out captions ({args.native} for native 50)"
+    print(f"{model.info.version}, {drawn}, torch {torch.__version__}\n")
     print(f"| category | n | {' | '.join(scores)} | staged, other caption | native 50, other caption |")
     print("|---|---|" + "---|" * (len(scores) + 2))
     for category in categories:

@@ -232,6 +232,8 @@ def replay(
 ) -> "Result":
     """Make a picture again from the record it carries; the same pixels on the same versions and device.
 
+    A picture that was made in a batch may differ by rounding (one level of 255): it is made again alone.
+
     `model` is the loaded model where it is not embedded; `types` are the classes of your own that its chain uses;
     `start` the pixels that it began with, where it did not begin with noise.
 

@@ -269,7 +269,9 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[st
     """Write a safetensors file that appears under its name only when it is complete."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        write_safetensors({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, dict(metadata) if metadata else None)
+        write_safetensors(
+            {k: t.detach().contiguous() for k, t in tensors.items()}, temporary, dict(metadata) if metadata else None
+        )
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
         temporary.replace(path)
