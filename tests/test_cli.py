@@ -173,7 +173,12 @@ def test_a_read_only_folder_is_named(here: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_no_half_file(here: Path, number: int, code: int) -> None:
     words = [sys.executable, "-m", "mrflow", "generate", "a", "--recipe", "native", "--steps", "1000", "--out", "x.png"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        words,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background job
+    )
     deadline = time.monotonic() + 60
     while not _busy(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
