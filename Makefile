@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-dev ## ruff, mypy, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
 
 fast: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=fast $(BIN)/python -m pytest -q -m "not slow and not parity"

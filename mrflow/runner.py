@@ -85,6 +85,7 @@ class Context:
             x,
             sigmas,
             on_step=self.on_step,
+            facts=(self.model.info.name,),
             noise=lambda: self.noise(tuple(x.shape), source=source, draw=next(draws)),
         )
 
@@ -301,7 +302,7 @@ def _apply(stage: AnyStage, state: State[Spec], out: Spec, ctx: Context, where: 
     try:
         data = stage.apply(state, out, ctx)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{where}: {error} ({ctx.model.info.name})") from None
+        raise NonFiniteError(f"{where}: {error}") from None
     except MrflowError as error:
         raise type(error)(f"{where}: {error}") from None
     if not isinstance(data, Tensor):
