@@ -17,7 +17,7 @@ from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, check_seed
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
-from mrflow.spec import ModelInfo, Pixels, Spec, Start, State
+from mrflow.spec import Pixels, Spec, Start, State
 from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Plan, Stage, Work, plan, short
 
 if TYPE_CHECKING:
@@ -348,8 +348,3 @@ def _peak(device: torch.device) -> int:
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def describe(info: ModelInfo) -> str:
-    """A model's facts in one line."""
-    return f"{info.name} ({info.space.name}, {info.size[0]}x{info.size[1]})"
