@@ -4,7 +4,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -254,7 +254,7 @@ def _draw(
 ) -> None:
     """Check, run, save, report."""
     from mrflow import sheet
-    from mrflow.io import check_writable, make_record, save_result, slug, write_png
+    from mrflow.io import make_record, save_result, slug, write_png
     from mrflow.runner import run as execute
     from mrflow.stage import plan as make_plan
 
@@ -266,7 +266,9 @@ def _draw(
     seeds = [seed + i for _ in prompts for i in range(batch)]
     count = len(texts)
     make_plan(chain, backbone.info, batch=count)
-    target = free_path(out, Path(f"{slug(prompts[0])}-seed{seed}.png"), count, force)
+    suffixes = [f"-{name}" for name in sheet.stage_names(chain)] if keep else []
+    suffixes += ["-compare"] if other is not None else []
+    target = free_path(out, Path(f"{slug(prompts[0])}-seed{seed}.png"), count, force, suffixes)
     if other is not None:
         make_plan(other, backbone.info, batch=count)
         sheet.warm_up((chain, other), backbone, count)
@@ -287,8 +289,7 @@ def _draw(
         err.print(sheet.table(native))
         speedup = native.seconds / result.seconds
         path = target.with_stem(f"{target.stem}-compare")
-        check_writable(path)
-        write_png(path, sheet.compare(result, native), None)
+        write_png(path, sheet.compare(result, native))
         paths.append(path)
         err.print(f"staged {result.seconds:.2f} s, native {native.seconds:.2f} s: {speedup:.1f}x faster")
     if as_json:
@@ -299,20 +300,27 @@ def _draw(
             typer.echo(path)
 
 
-def free_path(out: Path | None, default: Path, count: int, force: bool) -> Path:
-    """Where to write: a name that overwrites nothing, unless forced, in a folder that takes it."""
+def free_path(out: Path | None, default: Path, count: int, force: bool, extras: Sequence[str] = ()) -> Path:
+    """Where to write: a name that overwrites nothing, unless forced, in a folder that takes it.
+
+    `extras` are endings of the names that are written beside each picture.
+    """
     from mrflow.io import batch_paths, check_writable
+
+    def names(path: Path) -> list[Path]:
+        own = batch_paths(path, count)
+        return own + [p.with_stem(p.stem + extra) for p in {path, *own} for extra in extras]
 
     if out is not None:
         if out.suffix.lower() != ".png":
             raise PlanError(f"--out must end in .png, got {out.name!r}: only a PNG keeps every bit and the record")
-        taken = [p for p in batch_paths(out, count) if p.exists() and not p.is_dir()]
+        taken = [p for p in names(out) if p.exists() and not p.is_dir()]
         if taken and not force:
             raise PlanError(f"{taken[0]} exists; choose another --out, or overwrite it with --force")
         check_writable(out)
         return out
     path, number = default, 2
-    while not force and any(p.exists() for p in (*batch_paths(path, count), path.with_stem(f"{path.stem}-compare"))):
+    while not force and any(p.exists() for p in names(path)):
         path, number = default.with_stem(f"{default.stem}-{number}"), number + 1
     check_writable(path)
     return path

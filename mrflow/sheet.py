@@ -39,6 +39,11 @@ def stage_pictures(result: Result) -> Iterator[tuple[str, list[Image.Image]]]:
             yield f"{number}-{stage.name.lower()}", to_images(stage.data)
 
 
+def stage_names(chain: AnyChain) -> list[str]:
+    """The `number-name` that `stage_pictures` may give, before anything is made."""
+    return [f"{number}-{type(stage).__name__.lower()}" for number, stage in enumerate(tuple(chain)[:-1], 1)]
+
+
 def warm_up(chains: Sequence[AnyChain], model: "Backbone", batch: int) -> None:
     """Run each chain once with two steps, so that a comparison does not time first calls."""
     for chain in chains:

@@ -169,6 +169,15 @@ def test_a_read_only_folder_is_named(here: Path) -> None:
     assert code == 5 and "cannot be written" in err
 
 
+@pytest.mark.parametrize(("option", "name"), [("--stages", "x-2-decode.png"), ("--compare", "x-compare.png")])
+def test_nothing_beside_the_picture_is_overwritten(here: Path, option: str, name: str) -> None:
+    (here / name).write_bytes(b"mine")
+    words = ["generate", "a", *SMALL, "--out", "x.png", option, *(["native"] if option == "--compare" else [])]
+    code, _, err = call(*words)
+    assert code == 2 and name in err and "--force" in err
+    assert (here / name).read_bytes() == b"mine" and len(list(here.iterdir())) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_no_half_file(here: Path, number: int, code: int) -> None:
