@@ -24,7 +24,8 @@ def __getattr__(name: str) -> object:
             return import_module(f"mrflow.{name}")
         api = import_module("mrflow._api")
         if hasattr(api, name):
-            return getattr(api, name)
+            globals()[name] = getattr(api, name)  # the next use does not come here
+            return globals()[name]
     raise AttributeError(f"module 'mrflow' has no attribute {name!r}")
 
 

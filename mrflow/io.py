@@ -5,6 +5,7 @@ Files appear under their final name only when complete.
 """
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -266,14 +267,11 @@ def inspect_file(path: str | Path) -> list[str]:
         from mrflow.models.checkpoint import read_header
 
         header = read_header(where)
-        count = sum(int(np.prod(t.shape)) for t in header.tensors.values())
-        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in header.tensors.values()})
+        rows = [(name, str(t.dtype).removeprefix("torch."), t.shape) for name, t in header.tensors.items()]
+        count, dtypes = sum(math.prod(shape) for _, _, shape in rows), sorted({dtype for _, dtype, _ in rows})
         return [
-            f"{where.name}: {len(header.tensors)} tensors, {human(count)} parameters, {', '.join(dtypes)}",
-            *(
-                f"  {name}  {str(t.dtype).removeprefix('torch.')}  {list(t.shape)}"
-                for name, t in list(header.tensors.items())[:10]
-            ),
-            *([f"  ... and {len(header.tensors) - 10} more"] if len(header.tensors) > 10 else []),
+            f"{where.name}: {len(rows)} tensors, {human(count)} parameters, {', '.join(dtypes)}",
+            *(f"  {name}  {dtype}  {list(shape)}" for name, dtype, shape in rows[:10]),
+            *([f"  ... and {len(rows) - 10} more"] if len(rows) > 10 else []),
         ]
     return describe_record(read_record(where))

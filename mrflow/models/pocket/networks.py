@@ -80,7 +80,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, *, vocabulary: int, length: int, width: int, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
+        self.tokens = nn.Embedding.from_pretrained(torch.randn(vocabulary, width), freeze=False)
         self.places = nn.Parameter(torch.zeros(length, width))
         self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
