@@ -22,6 +22,7 @@ from mrflow.models.pocket.networks import Autoencoder
 from mrflow.scenes.grammar import FULL, POCKET_1
 
 log = logging.getLogger("autoencoder")
+WORLDS = {"pocket-1": POCKET_1, "full": FULL}
 
 
 def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
@@ -41,16 +42,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--out", type=Path, default=Path("runs/pocket/autoencoder.pt"))
+    parser.add_argument("--world", choices=list(WORLDS), default="pocket-1")
+    parser.add_argument("--start", type=Path, help="weights of another run to begin with")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
-    small = torch.cat([pictures(POCKET_1, 5000, 128, 1)[0], pictures(FULL, 1000, 128, 2)[0]])
-    large = torch.cat([pictures(POCKET_1, 2000, 256, 3)[0], pictures(FULL, 400, 256, 4)[0]])
+    world = WORLDS[args.world]
+    small = torch.cat([pictures(world, 5000, 128, 1)[0], pictures(FULL, 1000, 128, 2)[0]])
+    large = torch.cat([pictures(world, 2000, 256, 3)[0], pictures(FULL, 400, 256, 4)[0]])
     log.info("rendered %d + %d pictures", len(small), len(large))
     net = channels_last(Autoencoder())
+    if args.start is not None:
+        net.load_state_dict(torch.load(args.start, weights_only=True)["ema"])
     ema = Autoencoder()
     ema.load_state_dict(net.state_dict())
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99))
@@ -108,7 +116,7 @@ def main() -> None:
     save()
     with torch.no_grad():
         for name, size in (("128", 128), ("256", 256)):
-            x = pictures(POCKET_1, 100, size, 99)[0].float() / 255
+            x = pictures(world, 100, size, 99)[0].float() / 255
             mse = (ema.decode(ema.encode(x)).clamp(0, 1) - x).square().mean((1, 2, 3))
             log.info("PSNR at %s: %.2f dB", name, float((-10 * mse.log10()).mean()))
 
