@@ -17,5 +17,6 @@ from mrflow.scenes.score import CATEGORIES as CATEGORIES
 from mrflow.scenes.score import Scores as Scores
 from mrflow.scenes.score import chance as chance
 from mrflow.scenes.score import compare as compare
+from mrflow.scenes.score import other_captions as other_captions
 from mrflow.scenes.score import score as score
 from mrflow.scenes.score import score_many as score_many

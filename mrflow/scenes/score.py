@@ -59,14 +59,18 @@ def chance(pixels: Array | Tensor, captions: Sequence[str]) -> dict[str, float]:
     Pictures whose caption is the only one of its kind are left out.
     """
     _same_length(pixels, captions)
+    pairs = zip(pixels, other_captions(captions), strict=True)
+    return _means(score(picture, other) for picture, other in pairs if other is not None)
+
+
+def other_captions(captions: Sequence[str]) -> list[str | None]:
+    """For each caption the next different one of its own kind, going round; None where there is no such caption."""
     kinds = [parse(caption).kind for caption in captions]
-    scores: list[Scores] = []
-    for i, picture in enumerate(pixels):
+    out: list[str | None] = []
+    for i, caption in enumerate(captions):
         later = (j % len(captions) for j in range(i + 1, i + len(captions)))
-        other = next((captions[j] for j in later if kinds[j] == kinds[i] and captions[j] != captions[i]), None)
-        if other is not None:
-            scores.append(score(picture, other))
-    return _means(scores)
+        out.append(next((captions[j] for j in later if kinds[j] == kinds[i] and captions[j] != caption), None))
+    return out
 
 
 def _same_length(pixels: Array | Tensor, captions: Sequence[str]) -> None:
