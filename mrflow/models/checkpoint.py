@@ -11,7 +11,7 @@ import os
 import struct
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -37,12 +37,13 @@ OTHER_FORMATS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `start` counts bytes from the beginning of the file."""
+    """Where one tensor lies: `start` counts bytes from the beginning of the file; `scale` multiplies its values."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
+    scale: "Entry | None" = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Header:
     path: Path
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def under(self, *prefixes: str) -> "Header":
+        """The tensors whose names begin with one of the prefixes: a part of an all-in-one file."""
+        return replace(self, tensors={n: e for n, e in self.tensors.items() if n.startswith(prefixes)})
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,8 @@ def load_into(
             elif entry.shape != (want := (rows, *shape[1:])):
                 problems.append(f"{part} has shape {entry.shape}, expected {want}")
             elif not entry.dtype.is_floating_point or (dtype is None and entry.dtype.itemsize == 1):
-                problems.append(f"{part} is {entry.dtype}" + ("" if dtype else ": say in which dtype to load it"))
+                advice = "" if dtype or not entry.dtype.is_floating_point else ": say in which dtype to load it"
+                problems.append(f"{part} is {entry.dtype}{advice}")
     problems += [f"{name} is not expected" for name in header.tensors if name not in used]
     if problems:
         what = type(module).__name__
@@ -226,9 +232,13 @@ def load_into(
 
     files: dict[Path, torch.UntypedStorage] = {}
     for name, target in state.items():
-        tensor = assembled(header, layout[name], files, dtype=dtype, device=device).reshape(target.shape)
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
+        take = getattr(parent, "take", None)
+        if take is not None and leaf == "weight":
+            take([valued(header.tensors[part], files) for part in layout[name].names], device)
+            continue
+        tensor = assembled(header, layout[name], files, dtype=dtype, device=device).reshape(target.shape)
         old = getattr(parent, leaf)
         setattr(parent, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
 
@@ -242,7 +252,8 @@ def assembled(
     device: torch.device | str,
 ) -> Tensor:
     """One parameter from its parts; `files` keeps the mappings that were made."""
-    parts = [mapped(header.tensors[name], files) for name in source.names]
+    pairs = [valued(header.tensors[name], files) for name in source.names]
+    parts = [v if s is None else (v.to(device).float() * by_row(s.to(device), v)).to(dtype) for v, s in pairs]
     if source.swap:
         parts = list(reversed(parts[0].chunk(2)))
     if len(parts) == 1:
@@ -251,6 +262,16 @@ def assembled(
     for target, part in zip(torch.split(out, [len(part) for part in parts]), parts, strict=True):
         target.copy_(part)
     return out
+
+
+def valued(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> tuple[Tensor, Tensor | None]:
+    """A tensor as it lies in the file, and what its values are to be multiplied with."""
+    return mapped(entry, files), None if entry.scale is None else mapped(entry.scale, files)
+
+
+def by_row(scale: Tensor, values: Tensor) -> Tensor:
+    """A scale (one value, or one a row) in float32, shaped to multiply `values`."""
+    return scale.float().reshape(-1, *(1,) * (values.ndim - 1))
 
 
 def mapped(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> Tensor:

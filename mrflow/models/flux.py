@@ -1,6 +1,6 @@
 """The FLUX.1 transformer, top to bottom. Parameter names and fused layouts are those of BFL's checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,11 @@ from mrflow.models.layers import (
     Embedder,
     QKNorm,
     Rope,
+    SplitLinear,
     apply_rope,
     attention,
     modulated,
+    project,
     rope_tables,
     sinusoid,
 )
@@ -92,26 +94,30 @@ class Modulate(nn.Module):
         self.lin = nn.Linear(hidden, vectors * hidden)
 
 
+def fused(width: int, rows: tuple[int, ...], *, split: bool) -> nn.Module:
+    """One linear for several projections; `split` keeps its matrices apart."""
+    return SplitLinear(width, rows) if split else nn.Linear(width, sum(rows))
+
+
 class SelfAttention(nn.Module):
     """The parameters of one stream's attention; `q_k_v` and `proj` stand before and after the joint attention."""
 
-    def __init__(self, p: FluxParams) -> None:
+    def __init__(self, p: FluxParams, *, split: bool) -> None:
         super().__init__()
-        self.heads = p.heads
-        self.qkv = nn.Linear(p.hidden, 3 * p.hidden)
+        self.heads, self.rows = p.heads, (p.hidden,) * 3
+        self.qkv = fused(p.hidden, self.rows, split=split)
         self.norm = QKNorm(p.head)
         self.proj = nn.Linear(p.hidden, p.hidden)
 
     def q_k_v(self, x: Float[Tensor, "b n d"]) -> list[Tensor]:
         """Normed queries and keys, and values, each of shape (b, heads, n, head)."""
-        q, k, v = heads_of(self.qkv(x), self.heads)
+        q, k, v = (by_head(part, self.heads) for part in project(self.qkv, x, self.rows))
         return [*self.norm(q, k), v]
 
 
-def heads_of(qkv: Float[Tensor, "b n e"], heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of shape (b, heads, n, head) from rows ordered (q k v)(head)(channel); views, no copy."""
-    q, k, v = qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+def by_head(x: Float[Tensor, "b n e"], heads: int) -> Float[Tensor, "b h n d"]:
+    """Channels ordered (head)(channel) to one axis each; a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def joined(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n e"]:
@@ -132,10 +138,10 @@ def bounded(x: Tensor) -> Tensor:
 class DoubleBlock(nn.Module):
     """Image and text with parameters of their own, and one attention over both."""
 
-    def __init__(self, p: FluxParams) -> None:
+    def __init__(self, p: FluxParams, *, split: bool) -> None:
         super().__init__()
         self.img_mod, self.txt_mod = Modulate(p.hidden, 6), Modulate(p.hidden, 6)
-        self.img_attn, self.txt_attn = SelfAttention(p), SelfAttention(p)
+        self.img_attn, self.txt_attn = SelfAttention(p, split=split), SelfAttention(p, split=split)
         self.img_mlp, self.txt_mlp = mlp(p), mlp(p)
 
     def forward(
@@ -165,10 +171,10 @@ class DoubleBlock(nn.Module):
 class SingleBlock(nn.Module):
     """Attention and MLP side by side on the joint sequence: one linear in, one out."""
 
-    def __init__(self, p: FluxParams) -> None:
+    def __init__(self, p: FluxParams, *, split: bool) -> None:
         super().__init__()
-        self.heads, self.hidden, self.mlp = p.heads, p.hidden, p.mlp
-        self.linear1 = nn.Linear(p.hidden, 3 * p.hidden + p.mlp)
+        self.heads, self.rows = p.heads, (p.hidden, p.hidden, p.hidden, p.mlp)
+        self.linear1 = fused(p.hidden, self.rows, split=split)
         self.linear2 = nn.Linear(p.hidden + p.mlp, p.hidden)
         self.norm = QKNorm(p.head)
         self.modulation = Modulate(p.hidden, 3)
@@ -178,8 +184,8 @@ class SingleBlock(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         """The joint sequence after the block; `vectors` are shift, scale, gate."""
         shift, scale, gate = vectors
-        qkv, inner = self.linear1(modulated(x, shift, scale)).split((3 * self.hidden, self.mlp), -1)
-        q, k, v = heads_of(qkv, self.heads)
+        *qkv, inner = project(self.linear1, modulated(x, shift, scale), self.rows)
+        q, k, v = (by_head(part, self.heads) for part in qkv)
         q, k = self.norm(q, k)
         out = joined(attend(apply_rope(q, rope), apply_rope(k, rope), v))
         return bounded(torch.addcmul(x, gate, self.linear2(torch.cat((out, F.gelu(inner, approximate="tanh")), -1))))
@@ -197,10 +203,11 @@ class FinalLayer(nn.Module):
 class Flux(nn.Module):
     """v(x, sigma): image tokens and what steers them to the velocity d x / d sigma.
 
-    `attention` is the function that every block calls; put another in its place to change it (b h n d each).
+    `attention` is the function that every block calls; put another in its place to change it (b h n d each). `split`
+    keeps the fused projections as the separate matrices that diffusers' files hold, so that those can stay mapped.
     """
 
-    def __init__(self, params: FluxParams) -> None:
+    def __init__(self, params: FluxParams, *, split: bool = False) -> None:
         super().__init__()
         p = self.params = params
         self.attention: Attention = attention
@@ -209,8 +216,8 @@ class Flux(nn.Module):
         self.time_in = Embedder(SINUSOID, p.hidden)
         self.vector_in = Embedder(p.pooled, p.hidden)
         self.guidance_in = Embedder(SINUSOID, p.hidden) if p.guidance else None
-        self.double_blocks = Blocks[DoubleBlock](DoubleBlock(p) for _ in range(p.double_blocks))
-        self.single_blocks = Blocks[SingleBlock](SingleBlock(p) for _ in range(p.single_blocks))
+        self.double_blocks = Blocks[DoubleBlock](DoubleBlock(p, split=split) for _ in range(p.double_blocks))
+        self.single_blocks = Blocks[SingleBlock](SingleBlock(p, split=split) for _ in range(p.single_blocks))
         self.final_layer = FinalLayer(p)
 
     @property
@@ -246,11 +253,44 @@ class Flux(nn.Module):
     def modulate(
         self, sigma: Float[Tensor, " b"], guidance: Float[Tensor, " b"] | None, pooled: Float[Tensor, "b p"]
     ) -> Float[Tensor, "b m d"]:
-        """Every modulation vector of one evaluation, in order: (shift, 1 + scale, gate) each time, without gate last.
+        """Every modulation vector of one evaluation, in order: (shift, 1 + scale, gate) each time, the last no gate."""
+        return self.tables([sigma], guidance, pooled)[0]
 
-        They depend on nothing else, so a chain whose levels are known can compute them once. The reference rounds
-        1000 sigma to the working dtype, divides by 1000 and multiplies again in it (in bfloat16 863.32 becomes 864,
-        guidance 3.5 becomes 3504): so do we (diffusers `pipeline_flux.py`, `transformer_flux.py`).
+    def tables(
+        self, sigmas: Sequence[Float[Tensor, " b"]], guidance: Float[Tensor, " b"] | None, pooled: Float[Tensor, "b p"]
+    ) -> list[Float[Tensor, "b m d"]]:
+        """`modulate` at several levels. Modulations depend on nothing else, so a chain can have them made beforehand.
+
+        Each linear serves all levels before the next is touched, one product a level: the same bits as one by one.
+        """
+        vectors = [self.steering(sigma, guidance, pooled) for sigma in sigmas]
+        rows: list[list[Tensor]] = [[] for _ in sigmas]
+        for linear in self.modulators():
+            for row, vector in zip(rows, vectors, strict=True):
+                row.append(linear(vector))
+        out: list[Tensor] = []
+        for row in rows:
+            table = rearrange(torch.cat(row, -1), "b (m d) -> b m d", d=self.params.hidden)
+            table[:, 1::3] += 1
+            out.append(table)
+        return out
+
+    def modulators(self) -> Iterator[nn.Module]:
+        """The linears that make modulation vectors, in the order of use."""
+        for block in self.double_blocks:
+            yield block.img_mod.lin
+            yield block.txt_mod.lin
+        for single in self.single_blocks:
+            yield single.modulation.lin
+        yield self.final_layer.adaLN_modulation[1]
+
+    def steering(
+        self, sigma: Float[Tensor, " b"], guidance: Float[Tensor, " b"] | None, pooled: Float[Tensor, "b p"]
+    ) -> Float[Tensor, "b d"]:
+        """SiLU of the sum of the embeddings of level, guidance and pooled text: what every modulation starts from.
+
+        The reference rounds 1000 sigma to the working dtype, divides by 1000 and multiplies again in it (in bfloat16
+        863.32 becomes 864, guidance 3.5 becomes 3504): so do we (diffusers `pipeline_flux.py`, `transformer_flux.py`).
         """
         dtype = self.dtype
         time = (1000 * sigma.float()).to(dtype) / 1000 * 1000
@@ -261,13 +301,7 @@ class Flux(nn.Module):
             vector = vector + self.guidance_in(sinusoid(1000 * guidance.to(dtype), SINUSOID).to(dtype))
         elif guidance is not None:
             raise PlanError("this transformer has no guidance embedding: `guidance` must be None")
-        vector = F.silu(vector + self.vector_in(pooled.to(dtype)))
-        rows = [m.lin(vector) for block in self.double_blocks for m in (block.img_mod, block.txt_mod)]
-        rows += [block.modulation.lin(vector) for block in self.single_blocks]
-        rows.append(self.final_layer.adaLN_modulation[1](vector))
-        table = rearrange(torch.cat(rows, -1), "b (m d) -> b m d", d=self.params.hidden)
-        table[:, 1::3] += 1
-        return table
+        return F.silu(vector + self.vector_in(pooled.to(dtype)))
 
     def embed(
         self, tokens: Float[Tensor, "b l i"], context: Float[Tensor, "b t c"]

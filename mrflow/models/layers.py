@@ -68,6 +68,25 @@ def sinusoid(x: Float[Tensor, " b"], width: int = 256) -> Float[Tensor, "b width
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
+class SplitLinear(nn.Module):
+    """A linear whose rows lie in several matrices, as in files that keep q, k and v apart: joining them would copy."""
+
+    def __init__(self, width: int, rows: Sequence[int]) -> None:
+        super().__init__()
+        self.parts = Blocks[nn.Linear](nn.Linear(width, count) for count in rows)
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        """All rows, one part after another."""
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+def project(layer: nn.Module, x: Float[Tensor, "*b i"], rows: Sequence[int]) -> list[Tensor]:
+    """What a fused linear gives, cut into groups of `rows` output channels: views, or the parts as they were made."""
+    if isinstance(layer, SplitLinear):
+        return [part(x) for part in layer.parts]
+    return list(layer(x).split(list(rows), -1))
+
+
 class Embedder(nn.Module):
     """Linear, SiLU, linear."""
 

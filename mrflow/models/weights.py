@@ -9,18 +9,29 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
+from torch import Tensor
 
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.checkpoint import Header as Header
-from mrflow.models.checkpoint import Layout, Source, exported, load_into, open_checkpoint, read_json, save_file
-from mrflow.models.checkpoint import read_header as read_header
+from mrflow.models.checkpoint import (
+    Header,
+    Layout,
+    Source,
+    exported,
+    load_into,
+    open_checkpoint,
+    read_json,
+    save_file,
+)
 from mrflow.models.flux import Flux, FluxParams
+from mrflow.models.fp8 import described, store_fp8
+from mrflow.models.layers import SplitLinear
 from mrflow.models.vae_flux import VaeFlux, VaeParams
 
 Names = Callable[[str], tuple[str, ...]]
+PART = re.compile(r"\.parts\.(\d+)\.")
 
 # diffusers 0.42.1 `loaders/single_file_utils.py`
 EMBEDDERS = {
@@ -86,17 +97,37 @@ MARKS = {
 }
 
 
-def load_flux(where: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Flux:
-    """A FLUX transformer from a file or folder, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
+def load_flux(
+    where: str | Path | Header,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    storage: Literal["fp8"] | None = None,
+    fuse: bool | None = None,
+) -> Flux:
+    """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
+
+    `storage="fp8"` keeps the blocks' matrices in 8 bits. `fuse` joins projections that the file keeps apart, which
+    copies them; unless said, they stay apart, and all weights mapped, where nothing else needs a copy either.
 
     Raises:
         WeightsError: it is no FLUX transformer, or anything in it is missing, left over or of a wrong shape.
     """
-    header = open_checkpoint(where)
+    header = described(where if isinstance(where, Header) else open_checkpoint(where))
     names = flux_names(header)
     params = flux_params(header, names)
+    dtypes = {entry.dtype for entry in header.tensors.values()}
+    if dtype is None and any(d.itemsize == 1 for d in dtypes):
+        dtype = torch.bfloat16
+    apart = len(names("double_blocks.0.img_attn.qkv.weight")) > 1
+    unchanged = len(dtypes) == 1 and dtype in (None, *dtypes)
+    if fuse is None:
+        fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
     with torch.device("meta"):
-        flux = Flux(params)
+        flux = Flux(params, split=apart and not (fuse or storage))
+    if storage == "fp8":
+        store_fp8(flux.double_blocks)
+        store_fp8(flux.single_blocks)
     load_into(flux, header, flux_layout(flux, names), dtype=dtype, device=device)
     return flux
 
@@ -104,18 +135,30 @@ def load_flux(where: str | Path, *, dtype: torch.dtype | None = None, device: to
 def save_flux(flux: Flux, path: Path) -> None:
     """Write a transformer in BFL's layout; what shapes do not tell (axes, theta) goes into the file's metadata."""
     config = {"_class_name": FLUX_CLASS, "axes_dims_rope": flux.params.axes, "theta": flux.params.theta}
-    save_file(exported(flux.state_dict(), flux_layout(flux, bfl(""))), path, metadata={"config": json.dumps(config)})
+    state = whole_state(flux)
+    same = {name: Source((name,), (len(tensor),)) for name, tensor in state.items()}
+    save_file(exported(state, same), path, metadata={"config": json.dumps(config)})
+
+
+def whole_state(flux: Flux) -> dict[str, Tensor]:
+    """Native names and fused matrices, also where the transformer keeps projections apart."""
+    state = {name: tensor for name, tensor in flux.state_dict().items() if PART.search(name) is None}
+    for name, module in flux.named_modules():
+        if isinstance(module, SplitLinear):
+            for leaf in ("weight", "bias"):
+                state[f"{name}.{leaf}"] = torch.cat([getattr(part, leaf) for part in module.parts])
+    return state
 
 
 def load_vae_flux(
-    where: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> VaeFlux:
-    """A FLUX autoencoder from a file or folder, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
+    """A FLUX autoencoder from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
 
     Raises:
         WeightsError: it is no such autoencoder, or anything in it is missing, left over or of a wrong shape.
     """
-    header = open_checkpoint(where)
+    header = described(where if isinstance(where, Header) else open_checkpoint(where))
     names = vae_names(header)
     params = vae_params(header, names)
     with torch.device("meta"):
@@ -198,6 +241,10 @@ def flux_layout(flux: Flux, names: Names) -> Layout:
     """
     layout: dict[str, Source] = {}
     for name, tensor in flux.state_dict().items():
+        if (part := PART.search(name)) is not None:
+            whole = names(name[: part.start()] + "." + name[part.end() :])
+            layout[name] = Source((whole[int(part[1])],), (tensor.shape[0],))
+            continue
         parts, rows, d = names(name), tensor.shape[0], flux.params.hidden
         split = (rows,) if len(parts) == 1 else (d, d, d, rows - 3 * d)[: len(parts)]
         layout[name] = Source(parts, split, swap="norm_out" in parts[0])

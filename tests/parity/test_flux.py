@@ -136,14 +136,16 @@ def test_shards_load_as_one_file_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_bfl_layout_gives_the_same_bits(case: str, tmp_path: Path) -> None:
     diffusers_flux(case, tmp_path)
-    ours = load_flux(tmp_path)
+    apart, ours = load_flux(tmp_path), load_flux(tmp_path, fuse=True)
     (tmp_path / "native").mkdir()
-    save_flux(ours, tmp_path / "native" / "flux.safetensors")
+    save_flux(apart, tmp_path / "native" / "flux.safetensors")
     again = load_flux(tmp_path / "native" / "flux.safetensors")
     assert again.params == ours.params
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
     given = inputs(ours.params, GRIDS[case])
     assert torch.equal(call(ours, given), call(again, given))
+    assert "img_attn.qkv.parts.2.weight" in "".join(apart.state_dict())
+    assert relative(call(apart, given), call(again, given)) < 1e-6
 
 
 def small() -> Flux:

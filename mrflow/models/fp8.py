@@ -1,0 +1,128 @@
+"""8-bit floating-point weights: reading the community's files, and keeping weights so while computing in more bits.
+
+Two kinds of file exist: plain casts, whose values are the weights, and scaled ones, where weight = value x scale. The
+older convention marks itself with a tensor `scaled_fp8` and names scales `<layer>.scale_weight`, the newer names them
+`<layer>.weight_scale` beside `<layer>.comfy_quant` or in the header's `_quantization_metadata`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mrflow.errors import WeightsError
+from mrflow.models.checkpoint import Entry, Header, some
+
+FP8_MAX = 448.0  # the largest float8_e4m3fn
+SCALES = (".scale_weight", ".weight_scale")
+ACTIVATIONS = (".scale_input", ".input_scale")  # for products in 8 bits, which are not made here
+MARKS = ("scaled_fp8", ".comfy_quant")
+REFUSED = {
+    ".absmax": "bitsandbytes 4-bit or 8-bit",
+    ".quant_map": "bitsandbytes 4-bit",
+    ".qweight": "GPTQ, AWQ or SVDQuant",
+    ".weight_scale_2": "NVFP4",
+}
+FORMATS = ("float8_e4m3fn", "float8_e5m2")
+
+
+def described(header: Header) -> Header:
+    """The same checkpoint with every 8-bit weight's scale beside it, and without the tensors that say so.
+
+    Raises:
+        WeightsError: another quantisation, or a scaled file in which an 8-bit weight has no scale.
+    """
+    tensors = dict(header.tensors)
+    for ending, what in REFUSED.items():
+        if found := [name for name in tensors if name.endswith(ending)]:
+            raise WeightsError(f"{header.path} is quantised ({what}: {some(found)}); use a bfloat16 or fp8 file")
+    if str(header.metadata.get("model_class", "")).startswith("Nunchaku"):
+        raise WeightsError(f"{header.path} is quantised (Nunchaku); use a bfloat16 or fp8 file")
+    for layer, settings in _formats(header).items():
+        if (kind := settings.get("format")) not in FORMATS:
+            raise WeightsError(f"{header.path}: {layer} is quantised as {kind!r}; use a bfloat16 or fp8 file")
+    scaled = "_quantization_metadata" in header.metadata
+    scales: dict[str, Entry] = {}
+    for name, entry in header.tensors.items():
+        if ending := next((e for e in SCALES if name.endswith(e)), None):
+            scales[name.removesuffix(ending) + ".weight"] = tensors.pop(name)
+        elif name.endswith((*ACTIVATIONS, *MARKS)):
+            scaled |= name.endswith(MARKS)
+            del tensors[name]
+        elif entry.dtype == torch.uint8:
+            raise WeightsError(f"{header.path}: {name} is quantised to packed bytes; use a bfloat16 or fp8 file")
+    scaled |= bool(scales)
+    lost = [name for name in scales if name not in tensors]
+    if lost:
+        raise WeightsError(f"{header.path} has scales of {len(lost)} weights that it does not have: {some(lost)}")
+    bare = [n for n, e in tensors.items() if scaled and _wants_scale(n, e) and n not in scales]
+    if bare:
+        raise WeightsError(
+            f"{header.path} is scaled fp8, but {len(bare)} of its weights have no scale: {some(bare)}; the file is "
+            "incomplete"
+        )
+    for name, scale in scales.items():
+        if scale.shape not in ((), (1,), tensors[name].shape[:1], (*tensors[name].shape[:1], 1)):
+            raise WeightsError(f"{header.path}: the scale of {name} has shape {scale.shape}, expected one value")
+        tensors[name] = replace(tensors[name], scale=scale)
+    return replace(header, tensors=tensors)
+
+
+def _wants_scale(name: str, entry: Entry) -> bool:
+    return entry.dtype.itemsize == 1 and entry.dtype.is_floating_point and len(entry.shape) == 2
+
+
+def _formats(header: Header) -> dict[str, dict[str, Any]]:
+    try:
+        table: Any = json.loads(header.metadata.get("_quantization_metadata", "{}"))
+        return {str(k): dict(v) for k, v in table.get("layers", {}).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise WeightsError(f"{header.path}: its _quantization_metadata cannot be read") from None
+
+
+class Fp8Linear(nn.Module):
+    """A linear whose weight is stored as float8_e4m3fn with one scale a row; products are in the input's dtype."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out, width, dtype=torch.float8_e4m3fn), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out), requires_grad=False)
+        self.register_buffer("scale", torch.ones(out), persistent=False)
+        self.scale: Tensor
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        """(x w') scale + bias."""
+        out = F.linear(x, self.weight.to(x.dtype))
+        return torch.addcmul(self.bias.to(x.dtype), out, self.scale.to(x.dtype))
+
+    def take(self, parts: Sequence[tuple[Tensor, Tensor | None]], device: torch.device | str) -> None:
+        """Fill the weight from (values, scale) of its rows: 8-bit values are kept as they are, others are rounded."""
+        weights: list[Tensor] = []
+        scales: list[Tensor] = []
+        for values, scale in parts:
+            if values.dtype == torch.float8_e4m3fn:
+                own = torch.ones(()) if scale is None else scale.float().reshape(-1)
+                weights.append(values.to(device))
+                scales.append(own.to(device).expand(len(values)))
+                continue
+            exact = values.to(device).float() * (1.0 if scale is None else scale.to(device).float().reshape(-1, 1))
+            row = (exact.abs().amax(1) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+            weights.append((exact / row[:, None]).to(torch.float8_e4m3fn))
+            scales.append(row)
+        self.weight = nn.Parameter(torch.cat([w.view(torch.uint8) for w in weights]).view(weights[0].dtype), False)  # noqa: FBT003
+        self.scale = torch.cat(scales)
+
+
+def store_fp8(module: nn.Module) -> None:
+    """Put an `Fp8Linear` in the place of every linear of a module that was built on the meta device."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            with torch.device("meta"):
+                setattr(module, name, Fp8Linear(child.in_features, child.out_features))
+        else:
+            store_fp8(child)
