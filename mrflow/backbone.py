@@ -5,12 +5,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from mrflow.errors import PlanError
+from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.spec import ModelInfo
 from mrflow.upscalers import Upscaler
@@ -42,6 +43,30 @@ class Condition:
         if self.batch != 1:
             raise PlanError(f"a condition for {self.batch} prompts cannot serve a batch of {batch}")
         return Condition({name: t.expand(batch, *t.shape[1:]) for name, t in self.tensors.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write the encoded prompts as a safetensors file, so that later runs need no text encoder.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        from mrflow.models.checkpoint import save_file
+
+        save_file(self.tensors, Path(path), metadata={"mrflow": "condition"})
+
+    @staticmethod
+    def load(path: str | Path) -> "Condition":
+        """What `save` wrote.
+
+        Raises:
+            WeightsError: the file is missing, broken, or holds something else.
+        """
+        from mrflow.models.checkpoint import mapped, read_header
+
+        header = read_header(Path(path))
+        if header.metadata.get("mrflow") != "condition":
+            raise WeightsError(f"{path} holds no encoded prompts; make one with model.condition([...]).save(path)")
+        return Condition({name: mapped(entry, {}).clone() for name, entry in header.tensors.items()})
 
     def check_finite(self, what: str) -> None:
         """Raise PlanError where a tensor holds NaN or infinity: it would give a black picture minutes later."""

@@ -31,7 +31,17 @@ app = typer.Typer(
 )
 
 Prompts = Annotated[list[str], typer.Argument(help="What to draw; several prompts make a batch.")]
-ModelName = Annotated[str, typer.Option("--model", help="Embedded model, or the path of its weights.")]
+ModelName = Annotated[
+    str, typer.Option("--model", help="pocket, a hub id (owner/name), a folder, or a file; plan: also flux1-dev, ...")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the files' own unless said.")]
+OffloadMode = Annotated[
+    str, typer.Option("--offload", help="none, phase or block: weights leave the device when idle.")
+]
+Storage = Annotated[str | None, typer.Option("--storage", help="fp8: keep the blocks' matrices in 8 bits.")]
+Vae = Annotated[str | None, typer.Option("--vae", help="The autoencoder, where it is not beside the model.")]
+Text = Annotated[str | None, typer.Option("--text", help="Text encoders and tokenizers, where not beside the model.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile each block with torch.compile.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="paper, official or native.")]
 Size = Annotated[str | None, typer.Option("--size", help="HEIGHTxWIDTH in pixels; the model's own unless said.")]
 Low = Annotated[str | None, typer.Option("--low", help="HEIGHTxWIDTH of the low-resolution stage.")]
@@ -70,15 +80,19 @@ def generate(
         str | None, typer.Option("--compare", help="native: one labelled sheet beside native sampling.")
     ] = None,
     device: DeviceName = "auto",
+    dtype: Dtype = None,
+    offload: OffloadMode = "none",
+    storage: Storage = None,
+    vae: Vae = None,
+    text: Text = None,
+    compile: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Draw pictures, and say what each stage cost."""
-    from mrflow.models import load
-
     with console() as err:
         if compare not in (None, "native"):
             raise PlanError(f"--compare takes native, got {compare!r}")
-        backbone = load(model, device=device)
+        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile)
         info = backbone.info
         chain = build(recipe, info, size=size, low=low, steps=steps, refine_steps=refine_steps, sigma=sigma, sr=sr)
         other = build("native", info, size=size) if compare else None
@@ -97,14 +111,18 @@ def run(
     force: Force = False,
     stages: KeepStages = False,
     device: DeviceName = "auto",
+    dtype: Dtype = None,
+    offload: OffloadMode = "none",
+    storage: Storage = None,
+    vae: Vae = None,
+    text: Text = None,
+    compile: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Run a chain from a Python file."""
-    from mrflow.models import load
-
     with console() as err:
         own = load_chain(chain)
-        backbone = load(model, device=device)
+        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile)
         _draw(err, own, backbone, prompts, seed, batch, negative, out, force, stages, as_json)
 
 
@@ -162,22 +180,59 @@ def replay(
     model: Annotated[str | None, typer.Option("--model", help="The weights, where the model is not embedded.")] = None,
     start: Annotated[Path | None, typer.Option("--start", help="The picture it began with, if it did.")] = None,
     device: DeviceName = "auto",
+    dtype: Dtype = None,
+    offload: OffloadMode = "none",
+    storage: Storage = None,
+    vae: Vae = None,
+    text: Text = None,
+    compile: Compile = False,
 ) -> None:
     """Make a picture again from the record it carries."""
     from mrflow.io import read_image, read_record, save_result
     from mrflow.io import replay as again
-    from mrflow.models import load
 
     with console() as err:
         target = free_path(out, picture.with_stem(f"{picture.stem}-replay"), 1, force)
         record = read_record(picture)
         types = own_types(own) if own is not None else ()
         pixels = read_image(start) if start is not None else None
-        backbone = load(model or str(record.get("model", "pocket")), device=device)
+        name = model or str(record.get("model", "pocket"))
+        backbone = load_model(name, device, dtype, offload, storage, vae, text, compile)
         result = again(picture, model=backbone, types=types, start=pixels)
         for path in save_result(result, target):
             err.print(f"made again in {result.seconds:.2f} s")
             typer.echo(path)
+
+
+def load_model(
+    where: str,
+    device: str,
+    dtype: str | None,
+    offload: str,
+    storage: str | None,
+    vae: str | None,
+    text: str | None,
+    compile: bool,
+) -> "Backbone":
+    """A model from the words of the command line."""
+    import torch
+
+    from mrflow.models import load
+    from mrflow.models.memory import check_offload
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise PlanError(f"--dtype takes {', '.join(dtypes)}, got {dtype!r}")
+    return load(
+        where,
+        dtype=dtypes[dtype] if dtype else None,
+        device=device,
+        offload=check_offload(offload),
+        storage=storage,  # type: ignore[arg-type]  # pyright: ignore  # load says what it takes
+        vae=vae,
+        text=text,
+        compile=compile,
+    )
 
 
 def build(

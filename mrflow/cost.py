@@ -4,6 +4,8 @@ Only matrix products, attention and convolutions count. For a transformer of wid
 each block of either kind costs 24 d^2 S in its linears and 4 d S^2 in attention: FLUX.1-dev 12.909e9 S + 700,416 S^2.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mrflow.errors import PlanError
@@ -13,6 +15,7 @@ from mrflow.stage import Plan, Work, human, plan
 
 if TYPE_CHECKING:
     from mrflow.guidance import Guidance
+    from mrflow.models.memory import Offload
     from mrflow.schedules import Sigmas
     from mrflow.solvers import Solver
 
@@ -80,6 +83,65 @@ def floor_seconds(planned: Plan, *, flops: float = H200[1], bandwidth: float = H
     return total
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes on the device at the worst moment, by what is happening then."""
+
+    moments: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The most."""
+        return max(self.moments.values())
+
+
+def memory(
+    planned: Plan, *, offload: "Offload" = "none", storage: str | None = None, fold: bool = True, value_bytes: int = 2
+) -> Memory | None:
+    """What a plan needs on the device: weights that are there, and values alive at once; None where sizes are unknown.
+
+    For a model that is not loaded, weights are counted in bfloat16, and `storage="fp8"` halves its blocks. Attention is
+    taken to keep no table of scores, convolutions no workspace: a GPU's libraries may take more.
+    """
+    info = planned.model
+    f, a = info.footprint, info.architecture
+    if f is None or a is None:
+        return None
+    if storage == "fp8" and not info.version:
+        f = replace(
+            f,
+            blocks=f.blocks // 2,
+            block_pair=f.block_pair // 2,
+            modulation=f.modulation // 2,
+            modulation_pair=f.modulation_pair // 2,
+        )
+    text = f.text + (f.text_pair if offload == "block" else f.text_layers)
+    steady = f.rest + f.autoencoder + (f.block_pair if offload == "block" else f.blocks)
+    folding = 0
+    if offload == "none" or (offload == "phase" and not fold):
+        steady += f.modulation
+    elif offload == "phase":
+        folding = f.modulation_pair
+    else:
+        folding = max(0, f.modulation_pair - f.block_pair)
+    beside = text if offload == "none" else 0
+    moments = {"encoding the prompt": text + (steady if offload == "none" else 0)}
+    if folding:
+        moments["folding modulations"] = steady + folding + beside
+    for row in planned.rows:
+        values = 0.0
+        pixels = next((s for s in (row.out, row.spec) if isinstance(s, Pixels)), None)
+        if row.work.nfe and isinstance(row.out, Latents):
+            values = f.forward_values * (row.out.tokens + a.text_tokens) * a.hidden * row.out.batch
+        elif pixels is not None and isinstance(row.spec, Latents) != isinstance(row.out, Latents):
+            per_pixel = f.encode_values if isinstance(row.out, Latents) else f.decode_values
+            values = per_pixel * pixels.batch * pixels.height * pixels.width
+        if values:
+            name = f"{row.name} {row.out}"
+            moments[name] = max(moments.get(name, 0), steady + beside + int(values * value_bytes))
+    return Memory(moments)
+
+
 def native_plan(planned: Plan) -> Plan | None:
     """The plan of 50 native steps for the picture that a plan ends in."""
     from mrflow.recipes import native
@@ -95,9 +157,14 @@ def compared(planned: Plan) -> list[str]:
     a, lines = planned.model.architecture, list[str]()
     native = native_plan(planned)
     if a is not None:
-        lines.append(
-            f"weights   {human(a.parameters)} parameters, {human(2 * a.parameters)}B in bfloat16 (transformer)"
-        )
+        lines.append(f"weights   {human(a.parameters)} parameters (transformer)")
+    if memory(planned) is not None and a is not None and a.parameters > 1e9:
+        lines += ["memory    on the device at the worst moment, weights in bfloat16 (in fp8):"]
+        for mode in ("none", "phase", "block"):
+            wide, narrow = memory(planned, offload=mode), memory(planned, offload=mode, storage="fp8")
+            if wide is not None and narrow is not None:
+                at = max(wide.moments, key=lambda k: wide.moments[k])
+                lines.append(f"  offload {mode:<6} {wide.peak / 1e9:5.1f} GB ({narrow.peak / 1e9:.1f} GB), {at}")
     if native is not None and planned.work.flops and native.work.flops:
         ratio = native.work.flops / planned.work.flops
         lines.append(
@@ -122,5 +189,6 @@ def report(planned: Plan) -> dict[str, object]:
         "nfe": planned.nfe,
         "flops": planned.work.flops,
         "native_flops": native.work.flops if native else None,
+        "memory": {mode: m.moments for mode in ("none", "phase", "block") if (m := memory(planned, offload=mode))},
         "parameters": planned.model.architecture.parameters if planned.model.architecture else None,
     }

@@ -5,7 +5,6 @@ Files appear under their final name only when complete.
 """
 
 import json
-import math
 import os
 import re
 import tempfile
@@ -22,7 +21,7 @@ from torch import Tensor
 from mrflow.errors import PlanError, RecordError, ResourceError
 from mrflow.records import decode_chain, encode_chain
 from mrflow.spec import Start
-from mrflow.stage import AnyChain, human
+from mrflow.stage import AnyChain
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -167,12 +166,15 @@ def make_record(result: "Result", item: int = 0) -> dict[str, object]:
         "chain": encode_chain(result.chain),
         "stages": [
             {"name": s.name, "out": str(s.spec), "seconds": round(s.seconds, 6), "nfe": s.nfe, "cached": s.cached}
+            | ({"notes": list(s.notes)} if s.notes else {})
             for s in result.stages
         ],
         "batch": len(result.seeds),
         "condition_seconds": round(result.condition_seconds, 6),
         "peak_bytes": result.peak_bytes,
     }
+    if result.notes:
+        record["notes"] = list(result.notes)
     if not isinstance(result.plan.rows[0].spec, Start):
         record["start"] = str(result.plan.rows[0].spec)
     return record
@@ -261,17 +263,10 @@ def replay(
 
 
 def inspect_file(path: str | Path) -> list[str]:
-    """What a file is, in lines: how a PNG was made, or what a safetensors checkpoint holds."""
+    """What a file or folder is, in lines: how a PNG was made, or what a safetensors checkpoint holds."""
     where = Path(path)
-    if where.suffix == ".safetensors":
-        from mrflow.models.checkpoint import read_header
+    if where.is_dir() or where.suffix in (".safetensors", ".json"):
+        from mrflow.models.describe import describe
 
-        header = read_header(where)
-        rows = [(name, str(t.dtype).removeprefix("torch."), t.shape) for name, t in header.tensors.items()]
-        count, dtypes = sum(math.prod(shape) for _, _, shape in rows), sorted({dtype for _, dtype, _ in rows})
-        return [
-            f"{where.name}: {len(rows)} tensors, {human(count)} parameters, {', '.join(dtypes)}",
-            *(f"  {name}  {dtype}  {list(shape)}" for name, dtype, shape in rows[:10]),
-            *([f"  ... and {len(rows) - 10} more"] if len(rows) > 10 else []),
-        ]
+        return describe(where)
     return describe_record(read_record(where))

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition
 from mrflow.errors import MrflowError, NonFiniteError, PlanError, PromiseError
+from mrflow.flow import Velocity
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, check_seed
+from mrflow.notes import collected
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
 from mrflow.spec import Pixels, Spec, Start, State
@@ -55,7 +57,15 @@ class StageEnded:
     cached: bool
 
 
-Event = StageBegan | Stepped | StageEnded
+@dataclass(frozen=True)
+class Noted:
+    """Something the user should know: lost words, a fallback. `index` is the stage's, None before the first."""
+
+    index: int | None
+    text: str
+
+
+Event = StageBegan | Stepped | StageEnded | Noted
 Listener = Callable[[Event], None]
 
 
@@ -79,9 +89,11 @@ class Context:
     ) -> Tensor:
         """Integrate the model's guided field from x along `sigmas`."""
         draws = iter(range(1, 1 + len(sigmas)))
+        levels = solver.points(sigmas)
+        model = cast("Backbone", Announced(self.model, levels)) if takes_levels(self.model) else self.model
         return integrate(
             solver,
-            guidance.field(self.model, self.cond, self.negative),
+            guidance.field(model, self.cond, self.negative),
             x,
             sigmas,
             on_step=self.on_step,
@@ -99,6 +111,26 @@ class Context:
         return State(planned.out, data)  # type: ignore[arg-type]  # pyright: ignore
 
 
+def takes_levels(model: object) -> bool:
+    """Whether a model's `field` wants to know, as `levels=`, which noise levels it will be asked for."""
+    return getattr(model, "takes_levels", False) is True
+
+
+class Announced:
+    """A model whose fields are told which levels they will be asked for; all else is the model's own."""
+
+    def __init__(self, model: Backbone, levels: Sequence[float]) -> None:
+        self._model, self._levels = model, tuple(levels)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
+        """The model's field, told the levels."""
+        field = cast("Callable[..., Velocity]", self._model.field)
+        return field(cond, guidance=guidance, levels=self._levels)
+
+
 @dataclass(frozen=True)
 class StageRecord:
     """What one stage did. `data` is its tensor where the run was asked to keep it; `nfe` counts forwards a picture."""
@@ -110,6 +142,7 @@ class StageRecord:
     flops: float
     cached: bool
     data: Tensor | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +159,7 @@ class Result:
     chain: AnyChain
     condition_seconds: float
     peak_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -199,13 +233,17 @@ def run(
             raise PlanError(f"stage {number} of {len(stages)}, {short(stage)}: {error}") from None
     negative = model.info.negative if negative is None else negative
 
+    _reset_peak(model.device)
     with torch.inference_mode():
         began = time.perf_counter()
-        cond = model.condition(prompts) if condition is None else condition.repeat(len(prompts))
-        cond.check_finite("prompt's")
-        other = model.condition([negative]).repeat(len(prompts)) if planned.work.negative else None
-        if other is not None:
-            other.check_finite("negative prompt's")
+        with collected() as lost:
+            cond = model.condition(prompts) if condition is None else condition.repeat(len(prompts))
+            cond.check_finite("prompt's")
+            other = model.condition([negative]).repeat(len(prompts)) if planned.work.negative else None
+            if other is not None:
+                other.check_finite("negative prompt's")
+        for text in lost:
+            _emit(on_event, Noted(None, text))
         _synchronise(model.device)
         condition_seconds = time.perf_counter() - began
         context = Context(model, cond, other, seeds, "")
@@ -214,19 +252,21 @@ def run(
         records, data = [], first.data if found is None else found
         for index, (stage, row, scope) in enumerate(zip(stages, planned.rows, _scopes(stages), strict=True)):
             _emit(on_event, StageBegan(index, len(stages), row.name, row.out))
-            began, cached = time.perf_counter(), index < done
+            began, cached, notes = time.perf_counter(), index < done, list[str]()
             if not cached:
                 inner = replace(context, scope=scope, on_step=_relay(on_event, index))
-                data = _apply(
-                    stage, State(row.spec, data), row.out, inner, f"stage {index + 1} of {len(stages)}, {short(stage)}"
-                )
+                where = f"stage {index + 1} of {len(stages)}, {short(stage)}"
+                with collected() as notes:
+                    data = _apply(stage, State(row.spec, data), row.out, inner, where)
                 _synchronise(model.device)
+                for text in notes:
+                    _emit(on_event, Noted(index, text))
             seconds = time.perf_counter() - began
             if cache is not None and not cached:
                 cache.put(keys[index], data)
             kept = data if keep and index >= done - 1 else None
             work = Work() if cached else row.work
-            records.append(StageRecord(row.name, row.out, seconds, work.nfe, work.flops, cached, kept))
+            records.append(StageRecord(row.name, row.out, seconds, work.nfe, work.flops, cached, kept, tuple(notes)))
             _emit(on_event, StageEnded(index, seconds, cached))
     wide = AnyChain(stages)
     return Result(
@@ -240,6 +280,7 @@ def run(
         wide,
         condition_seconds,
         _peak(model.device),
+        tuple(lost),
     )
 
 
@@ -336,6 +377,11 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak(device: torch.device) -> int:

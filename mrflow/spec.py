@@ -6,7 +6,7 @@ change numbers live here.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 from torch import Tensor
@@ -76,6 +76,34 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """Bytes of a model's weights, by what moves together; `pair` is the most that two neighbours take.
+
+    `rest` is the transformer without its blocks and its modulation linears; `text` the encoders without their layers.
+    Then values alive at once while it computes, at the most: of a forward per token and channel of its width, of the
+    autoencoder per pixel.
+    """
+
+    rest: int
+    modulation: int
+    modulation_pair: int
+    blocks: int
+    block_pair: int
+    autoencoder: int
+    text: int = 0
+    text_layers: int = 0
+    text_pair: int = 0
+    forward_values: float = 22.0
+    encode_values: float = 646.0
+    decode_values: float = 768.0
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.rest + self.modulation + self.blocks + self.autoencoder + self.text + self.text_layers
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Facts about a model, without weights.
 
@@ -85,7 +113,7 @@ class ModelInfo:
     (height, width), that its recipes use when none are said. `upscale` is the scale of the super-resolution net its
     recipe uses when none is named (None: there is none), `upscale_flops` its operations per pixel that comes in.
     `encode` and `decode` are operations of the autoencoder as (linear, quadratic) in the pixels of the picture.
-    `version` tells one set of weights from another.
+    `version` tells one set of weights from another. `footprint` is what it needs of memory: as loaded, or in bfloat16.
     """
 
     name: str
@@ -103,6 +131,7 @@ class ModelInfo:
     encode: tuple[float, float] = (0.0, 0.0)
     decode: tuple[float, float] = (0.0, 0.0)
     version: str = ""
+    footprint: Footprint | None = None
 
     def tokens(self, height: int, width: int) -> int:
         """Image tokens of a picture of this many pixels."""
@@ -212,6 +241,19 @@ _QWEN_ENCODE, _QWEN_DECODE = (2.328e6, 0.373), (4.098e6, 0.376)
 # RRDBNet x2 (RealESRGAN_x2plus), 2.350 TFLOP for a 512 x 512 picture.
 _RRDB_X2 = 8.965e6
 
+# FLUX.1 in bfloat16: parameters x 2, counted on the meta device. Text: CLIP-L and T5-XXL, whose 24 layers may visit.
+_FLUX_FOOTPRINT = Footprint(
+    rest=2 * 45_244_480,
+    modulation=2 * 3_247_448_064,
+    modulation_pair=2 * 113_283_072,
+    blocks=2 * 8_608_715_776,
+    block_pair=2 * 453_096_448,
+    autoencoder=2 * 83_819_683,
+    text=2 * 254_660_864,
+    text_layers=2 * 4_630_710_272,
+    text_pair=2 * 385_894_400,
+)
+
 FLUX = ModelInfo(
     "flux1-dev",
     LatentSpace("flux1"),
@@ -222,6 +264,7 @@ FLUX = ModelInfo(
     upscale_flops=_RRDB_X2,
     encode=_FLUX_ENCODE,
     decode=_FLUX_DECODE,
+    footprint=_FLUX_FOOTPRINT,
 )
 SCHNELL = ModelInfo(
     "flux1-schnell",
@@ -232,6 +275,7 @@ SCHNELL = ModelInfo(
     upscale_flops=_RRDB_X2,
     encode=_FLUX_ENCODE,
     decode=_FLUX_DECODE,
+    footprint=replace(_FLUX_FOOTPRINT, rest=2 * 35_014_720),
 )
 QWEN = ModelInfo(
     "qwen-image",

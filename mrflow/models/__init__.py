@@ -2,43 +2,135 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from mrflow.backbone import Backbone
-from mrflow.errors import PlanError, WeightsError
+from mrflow.errors import MrflowError, PlanError, WeightsError
+from mrflow.models.memory import Offload, Ways, check_offload
 from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo
+from mrflow.upscalers import Upscaler
+
+if TYPE_CHECKING:
+    from mrflow.models.sources import Files
 
 PLANNED: dict[str, ModelInfo] = {info.name: info for info in (FLUX, SCHNELL, QWEN)}
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def load(
-    where: str | Path = "pocket", *, dtype: torch.dtype = torch.float32, device: str | torch.device = "auto"
+    where: str | Path = "pocket",
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "auto",
+    offload: Offload = "none",
+    storage: Literal["fp8"] | None = None,
+    vae: str | Path | None = None,
+    text: str | Path | None = None,
+    fold: bool = True,
+    compile: bool | str = False,
+    graphs: bool = True,
+    tile: int | None = None,
+    upscaler: Upscaler | None = None,
 ) -> Backbone:
-    """A model ready to run: "pocket", or the path of a file in its format. Never touches the network.
+    """A model ready to run: "pocket", a hub id (`owner/name`, `owner/name@revision`), a folder or a file.
 
-    `dtype` is what the transformer computes in; `device="auto"` takes CUDA, then MPS, then the CPU.
+    A folder is a repository as diffusers saves it, or one that holds single files; a file is a transformer, whose
+    autoencoder and text encoders are beside it or where `vae` and `text` say. Only a hub id touches the network.
+
+    Args:
+        dtype: what the transformer computes in; None is the files' own (float32 for pocket, bfloat16 for fp8 files).
+        device: "auto" takes CUDA, then MPS, then the CPU.
+        offload: "none", "phase" (text encoders leave the device after use, modulations visit it) or "block" (blocks
+            visit it one by one).
+        storage: "fp8" keeps the blocks' matrices in 8 bits and computes in `dtype`; this changes the pictures a little.
+        fold: make the modulations of a schedule once, before its first step; the pictures are the same to the bit.
+        compile: compile each block with torch.compile (a string names a backend); once for each resolution.
+        graphs: on CUDA, replay each step as a graph.
+        tile: side of the autoencoder's tiles in latent cells; None works whole, and in tiles only out of memory.
+        upscaler: what `Upscale()` uses when none is named.
 
     Raises:
-        WeightsError: there is no such model or file, or the file is broken. PlanError: there is no such device.
+        WeightsError: there is no such model, or a file is missing, broken, or not what it should be; all headers are
+            checked before any weights are read. PlanError: an argument cannot be. ResourceError: the hub says no.
     """
     from mrflow.models.pocket.model import WEIGHTS, load_pocket
 
     chosen = choose_device(device)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise PlanError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    if str(where) == "pocket":
-        return load_pocket(WEIGHTS, device=chosen, dtype=dtype)
-    path = Path(where)
-    if path.is_file():
-        return load_pocket(path, device=chosen, dtype=dtype)
-    if str(where) in PLANNED:
+    if storage not in (None, "fp8"):
+        raise PlanError(f"storage must be None or 'fp8', got {storage!r}")
+    ways = Ways(check_offload(offload), fold, compile, graphs, tile)
+    path = WEIGHTS if str(where) == "pocket" else Path(where)
+    if str(where) == "pocket" or is_pocket(path):
+        given = {"offload": offload != "none", "storage": storage, "vae": vae, "text": text, "compile": compile}
+        if odd := [name for name, value in given.items() if value]:
+            raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
+        return load_pocket(path, device=chosen, dtype=dtype or torch.float32)
+    if str(where) in PLANNED and not path.exists():
+        (hub,) = (key for key, name in HUB_NAMES.items() if name == str(where))
         raise WeightsError(
-            f"{where} can be planned (mrflow plan --model {where}), but its weights cannot be loaded yet"
+            f"{where} is a name for planning (mrflow plan --model {where}); to load it, say where its files are: a hub "
+            f"id such as {hub}, a folder or a file"
         )
-    raise WeightsError(f"there is no model or file {str(where)!r}; use 'pocket', or the path of a pocket file")
+    from mrflow.models.sources import find
+
+    if not path.exists() and ("/" not in str(where) or path.suffix == ".safetensors"):
+        raise WeightsError(
+            f"there is no model or file {str(where)!r}; use 'pocket', a hub id such as "
+            "black-forest-labs/FLUX.1-dev, a folder or a safetensors file"
+        )
+    files = find(where, vae=vae, text=text)
+    return load_flux1(files, where, dtype=dtype, device=chosen, storage=storage, ways=ways, upscaler=upscaler)
+
+
+HUB_NAMES = {
+    "black-forest-labs/FLUX.1-dev": "flux1-dev",
+    "black-forest-labs/FLUX.1-schnell": "flux1-schnell",
+    "Qwen/Qwen-Image": "qwen-image",
+}
+
+
+def is_pocket(path: Path) -> bool:
+    """Whether a file is an embedded model's; a file that cannot be read is not."""
+    from mrflow.models.checkpoint import read_header
+
+    try:
+        return path.is_file() and any(name.startswith("flow.double_blocks.") for name in read_header(path).tensors)
+    except MrflowError:
+        return False
+
+
+def load_flux1(
+    files: "Files",
+    where: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    storage: Literal["fp8"] | None,
+    ways: Ways,
+    upscaler: Upscaler | None,
+) -> Backbone:
+    """FLUX.1 from parts that were found: all headers are held against the networks before weights are read."""
+    from mrflow.models.flux1 import Flux1, flux1_info
+    from mrflow.models.sources import fingerprint
+    from mrflow.models.weights import compute_dtype, load_flux, load_vae_flux
+
+    resting = torch.device("cpu") if ways.offload != "none" else device
+    working = dtype or compute_dtype(files.transformer)
+    vae = load_vae_flux(files.vae, dtype=working, device=resting)
+    flow = load_flux(files.transformer, dtype=working, device=resting, storage=storage)
+    text = None
+    if files.text is not None:
+        from mrflow.models.text import load_text
+
+        text = load_text(files.text, dtype=dtype, device=resting)
+    kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
+    version = "/".join((fingerprint(files.transformer, files.vae), *kept))
+    info = flux1_info(flow, vae, text, files.scheduler, version=version, path=where)
+    return Flux1(flow=flow, vae=vae, text=text, info=info, device=device, ways=ways, upscaler=upscaler)
 
 
 def info(name: str) -> ModelInfo:
@@ -50,9 +142,9 @@ def info(name: str) -> ModelInfo:
     from mrflow.models.pocket.model import POCKET
 
     known = {"pocket": POCKET, **PLANNED}
-    if name not in known:
-        raise PlanError(f"there is no model {name!r}; known are {', '.join(known)}")
-    return known[name]
+    if name not in known and name not in HUB_NAMES:
+        raise PlanError(f"there is no model {name!r} to plan; known are {', '.join((*known, *HUB_NAMES))}")
+    return known[HUB_NAMES.get(name, name)]
 
 
 def choose_device(device: str | torch.device) -> torch.device:

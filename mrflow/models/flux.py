@@ -117,7 +117,8 @@ class SelfAttention(nn.Module):
 
 def by_head(x: Float[Tensor, "b n e"], heads: int) -> Float[Tensor, "b h n d"]:
     """Channels ordered (head)(channel) to one axis each; a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def joined(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n e"]:
@@ -307,7 +308,17 @@ class Flux(nn.Module):
         self, tokens: Float[Tensor, "b l i"], context: Float[Tensor, "b t c"]
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b t d"]]:
         """The image stream and the text stream."""
-        return self.img_in(tokens.to(self.dtype)), self.txt_in(context.to(self.dtype))
+        return self.embed_image(tokens), self.embed_text(context)
+
+    def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
+        """The image stream, from tokens of any floating dtype."""
+        image: Tensor = self.img_in(tokens.to(self.dtype))
+        return image
+
+    def embed_text(self, context: Float[Tensor, "b t c"]) -> Float[Tensor, "b t d"]:
+        """The text stream; it does not depend on the level."""
+        text: Tensor = self.txt_in(context.to(self.dtype))
+        return text
 
     def blocks(
         self,

@@ -49,8 +49,8 @@ def described(header: Header) -> Header:
     scaled = "_quantization_metadata" in header.metadata
     scales: dict[str, Entry] = {}
     for name, entry in header.tensors.items():
-        if ending := next((e for e in SCALES if name.endswith(e)), None):
-            scales[name.removesuffix(ending) + ".weight"] = tensors.pop(name)
+        if name.endswith(SCALES):
+            scales[name.rpartition(".")[0] + ".weight"] = tensors.pop(name)
         elif name.endswith((*ACTIVATIONS, *MARKS)):
             scaled |= name.endswith(MARKS)
             del tensors[name]

@@ -50,11 +50,22 @@ class VaeFlux(nn.Module):
         self, pixels: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"] | None = None
     ) -> Float[Tensor, "b c y x"]:
         """The mode of the posterior, or with standard normal `noise` a sample: mean + exp(logvar / 2) noise."""
+        return self.posterior(self.moments(pixels), noise)
+
+    def moments(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c2 y x"]:
+        """Mean and log-variance of the posterior, one after the other along the channels, float32."""
         h, w = pixels.shape[-2:]
         m = self.params.downscale
         if h % m or w % m:
             raise PlanError(f"a picture's sides must be multiples of {m} to be encoded, got {h}x{w}")
-        z, logvar = self.encoder((2 * pixels - 1).to(self.encoder.conv_in.weight.dtype)).float().chunk(2, 1)
+        out: Tensor = self.encoder((2 * pixels - 1).to(self.encoder.conv_in.weight.dtype)).float()
+        return out
+
+    def posterior(
+        self, moments: Float[Tensor, "b c2 y x"], noise: Float[Tensor, "b c y x"] | None = None
+    ) -> Float[Tensor, "b c y x"]:
+        """Normalised latents: the mode, or with standard normal `noise` a sample."""
+        z, logvar = moments.chunk(2, 1)
         if noise is not None:
             z = torch.addcmul(z, (0.5 * logvar.clamp(-30.0, 20.0)).exp(), noise)
         latents: Tensor = (z - self.params.shift) * self.params.scale

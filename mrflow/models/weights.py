@@ -5,6 +5,7 @@ another layout; from it follow the sizes, the loading and the saving. A layout i
 """
 
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -94,6 +95,9 @@ MARKS = {
     "decoder.up_blocks.0.resnets.0.conv1.weight": "a FLUX autoencoder",
     "decoder.middle.0.residual.0.gamma": "a Qwen-Image autoencoder",
     "decoder.mid_block.resnets.0.norm1.gamma": "a Qwen-Image autoencoder",
+    "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "a T5 encoder",
+    "conv_first.weight": "a super-resolution net",
 }
 
 
@@ -105,7 +109,7 @@ def load_flux(
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
 ) -> Flux:
-    """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
+    """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` is the file's.
 
     `storage="fp8"` keeps the blocks' matrices in 8 bits. `fuse` joins projections that the file keeps apart, which
     copies them; unless said, they stay apart, and all weights mapped, where nothing else needs a copy either.
@@ -116,11 +120,9 @@ def load_flux(
     header = described(where if isinstance(where, Header) else open_checkpoint(where))
     names = flux_names(header)
     params = flux_params(header, names)
-    dtypes = {entry.dtype for entry in header.tensors.values()}
-    if dtype is None and any(d.itemsize == 1 for d in dtypes):
-        dtype = torch.bfloat16
+    dtype = dtype or compute_dtype(header)
     apart = len(names("double_blocks.0.img_attn.qkv.weight")) > 1
-    unchanged = len(dtypes) == 1 and dtype in (None, *dtypes)
+    unchanged = all(entry.dtype == dtype for entry in header.tensors.values())
     if fuse is None:
         fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
     with torch.device("meta"):
@@ -148,6 +150,16 @@ def whole_state(flux: Flux) -> dict[str, Tensor]:
             for leaf in ("weight", "bias"):
                 state[f"{name}.{leaf}"] = torch.cat([getattr(part, leaf) for part in module.parts])
     return state
+
+
+def compute_dtype(header: Header) -> torch.dtype:
+    """What a checkpoint's network computes in: the dtype of most of its values; bfloat16 where they are 8-bit."""
+    counts: dict[torch.dtype, int] = {}
+    for entry in header.tensors.values():
+        if entry.dtype.is_floating_point:
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
+    most = max(counts, key=lambda d: counts[d], default=torch.bfloat16)
+    return torch.bfloat16 if most.itemsize == 1 else most
 
 
 def load_vae_flux(
@@ -372,9 +384,18 @@ def agree(header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -
         raise WeightsError(f"{header.path}: its config does not belong to its weights: {', '.join(wrong)}")
 
 
+def kind(header: Header) -> str | None:
+    """What a checkpoint is, as far as its keys tell."""
+    return next((what for mark, what in MARKS.items() if any(n.endswith(mark) for n in header.tensors)), None)
+
+
+def looks_like(header: Header, wanted: str) -> bool:
+    """Whether a checkpoint's keys are those of `wanted`, one of the values of `MARKS`."""
+    return any(what == wanted and any(n.endswith(mark) for n in header.tensors) for mark, what in MARKS.items())
+
+
 def refuse(header: Header, wanted: str) -> NoReturn:
     """Say what a checkpoint is instead of what it was taken for."""
-    known = next((what for mark, what in MARKS.items() if any(n.endswith(mark) for n in header.tensors)), None)
-    first = next(iter(header.tensors), "nothing")
-    what = f"it looks like {known}" if known else f"its {len(header.tensors)} tensors begin with {first}"
-    raise WeightsError(f"{header.path} is not {wanted}: {what}")
+    what, first = kind(header), next(iter(header.tensors), "nothing")
+    found = f"it looks like {what}" if what else f"its {len(header.tensors)} tensors begin with {first}"
+    raise WeightsError(f"{header.path} is not {wanted}: {found}")

@@ -7,6 +7,7 @@ transformer, autoencoder and x2 super-resolution net. The model card is beside i
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,11 +19,11 @@ from mrflow.backbone import Condition
 from mrflow.errors import PlanError, PromptError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.checkpoint import read_header
-from mrflow.models.flux import Flux, FluxParams, image_ids, pack, unpack
-from mrflow.models.layers import Rope
+from mrflow.models.field import FluxField, step
+from mrflow.models.flux import Flux, FluxParams
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
-from mrflow.spec import Architecture, LatentSpace, ModelInfo, Shift
+from mrflow.spec import Architecture, Footprint, LatentSpace, ModelInfo, Shift
 from mrflow.upscalers import Upscaler
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,17 @@ POCKET = ModelInfo(
     upscale_flops=95_904,
     encode=(32_704, 0),
     decode=(51_136, 0),
+    footprint=Footprint(
+        rest=462_080,
+        modulation=2_707_968,
+        modulation_pair=792_576,
+        blocks=7_119_104,
+        block_pair=3_165_184,
+        autoencoder=7_423_104 + 769_152,  # and the super-resolution net
+        text=1_632_768,
+        encode_values=21.0,
+        decode_values=12.75,
+    ),
 )
 
 
@@ -160,24 +172,16 @@ class Pocket:
         context, pooled = self._text(ids.to(self._device))
         return Condition({"context": context, "pooled": pooled})
 
-    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
-        """The velocity of the flow for these captions."""
+    takes_levels = True
+
+    def field(
+        self, cond: Condition, *, guidance: float | None = None, levels: Sequence[float] | None = None
+    ) -> Velocity:
+        """The velocity of the flow for these captions; `levels` are the sigmas it will be asked for."""
         if guidance is not None:
             raise PlanError("pocket has no guidance embedding; use CFG(scale)")
-        rope: dict[tuple[int, int], Rope] = {}
-        context, pooled = cond["context"], cond["pooled"]
-        text_ids = torch.zeros(context.shape[1], 3, device=self._device)
-
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            h, w = x.shape[2] // 2, x.shape[3] // 2
-            ids = image_ids(h, w, device=self._device)
-            if (h, w) not in rope:
-                rope[h, w] = self._flow.rope(ids, text_ids)
-            level = torch.full((x.shape[0],), sigma, device=self._device)
-            tokens = self._flow(pack(x), ids, context, text_ids, pooled, level, None, rope=rope[h, w])
-            return unpack(tokens.float(), h, w)
-
-        return velocity
+        own = partial(step, self._flow)
+        return FluxField(self._flow, cond["context"], cond["pooled"], None, levels=levels or (), step=own)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it."""

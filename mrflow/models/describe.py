@@ -1,0 +1,76 @@
+"""What a checkpoint is, from its headers alone."""
+
+import math
+from pathlib import Path
+
+from mrflow.errors import MrflowError
+from mrflow.models.checkpoint import Header, open_checkpoint
+from mrflow.models.fp8 import described
+from mrflow.models.weights import (
+    flux_diffusers,
+    flux_names,
+    flux_params,
+    kind,
+    vae_names,
+    vae_params,
+)
+from mrflow.stage import human
+
+SAMPLE = "decoder.mid.block_1.conv1.weight"  # a native name that the other layout changes
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+def describe(where: Path) -> list[str]:
+    """Lines about a file, an index, a folder of shards, or a repository (each of its parts)."""
+    if where.is_dir() and any((where / part).is_dir() for part in PARTS):
+        lines: list[str] = []
+        for part in PARTS:
+            if (where / part).is_dir():
+                lines += [f"{part}/", *(f"  {line}" for line in checkpoint(open_checkpoint(where / part))[:4])]
+        return lines
+    return checkpoint(open_checkpoint(where))
+
+
+def checkpoint(header: Header) -> list[str]:
+    """What it holds, what network that is, and its first tensors."""
+    rows = [(name, str(t.dtype).removeprefix("torch."), t.shape) for name, t in header.tensors.items()]
+    count, dtypes = sum(math.prod(shape) for _, _, shape in rows), sorted({dtype for _, dtype, _ in rows})
+    shards = len({t.file for t in header.tensors.values()})
+    files = f" in {shards} files" if shards > 1 else ""
+    return [
+        f"{header.path.name}: {len(rows)} tensors{files}, {human(count) or 0} parameters, {', '.join(dtypes)}",
+        *network(header),
+        *(f"  {name}  {dtype}  {list(shape)}" for name, dtype, shape in rows[:10]),
+        *([f"  ... and {len(rows) - 10} more"] if len(rows) > 10 else []),
+    ]
+
+
+def network(header: Header) -> list[str]:
+    """The network it is for, its layout and sizes, as far as keys and shapes tell."""
+    what = kind(header)
+    if what is None:
+        return ["network   not known to mrflow"]
+    lines = [f"network   {what.removeprefix('a ')}"]
+    try:
+        plain = described(header)
+        if what == "a FLUX transformer":
+            names = flux_names(plain)
+            p = flux_params(plain, names)
+            layout = "diffusers" if names is flux_diffusers else "Black Forest Labs"
+            variant = "with guidance embedding (dev)" if p.guidance else "without guidance embedding (schnell)"
+            lines.append(f"layout    {layout}, {variant}")
+            lines.append(
+                f"sizes     width {p.hidden}, {p.heads} heads, {p.double_blocks} double and {p.single_blocks} single "
+                f"blocks, {p.in_channels} channels a token, text {p.context}, pooled {p.pooled}"
+            )
+        elif what == "a FLUX autoencoder":
+            names = vae_names(plain)
+            v = vae_params(plain, names)
+            native = names(SAMPLE)[0].endswith(SAMPLE)
+            lines.append(f"layout    {'Black Forest Labs' if native else 'diffusers'}")
+            lines.append(f"sizes     channels {', '.join(map(str, v.channels))}; {v.latent} latent channels")
+        if any(entry.scale is not None for entry in plain.tensors.values()):
+            lines.append("values    8-bit with scales")
+    except MrflowError as error:
+        lines.append(f"problem   {error}")
+    return lines

@@ -1,0 +1,200 @@
+"""Where weights are: on the device all the time, in the phase that needs them, or block by block.
+
+A `Part` keeps its tensors on the host and lends them to the device; going back copies nothing. Where host and device
+are one (a CPU) nothing moves, but the ledger counts as if it did, so that predictions can be held against it.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mrflow.errors import PlanError
+
+Offload = Literal["none", "phase", "block"]
+OFFLOADS: tuple[Offload, ...] = ("none", "phase", "block")
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a model runs, apart from what it computes.
+
+    `offload`: weights stay on the device ("none"), leave it after their phase ("phase"), or visit it block by block
+    ("block"). `fold` makes a schedule's modulations once, before its first step. `compile` compiles each block, with
+    the dynamo backend of that name if it is one. `graphs` replays each step as a CUDA graph. `tile` has the autoencoder
+    work in tiles of so many latent cells; None: whole, and in tiles only when memory runs out.
+    """
+
+    offload: Offload = "none"
+    fold: bool = True
+    compile: bool | str | Callable[..., Any] = False
+    graphs: bool = True
+    tile: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.compile and self.offload == "block":
+            raise PlanError("compile=True needs blocks that stay in place; use offload='none' or 'phase' with it")
+        if self.tile is not None and (isinstance(self.tile, bool) or self.tile < 16 or self.tile % 8):
+            raise PlanError(f"tile must be a multiple of 8 latent cells, at least 16, got {self.tile!r}")
+
+
+class Ledger:
+    """Bytes of weights that are on the device, and the most there were."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def add(self, count: int) -> None:
+        """Count bytes that came (or, negative, went)."""
+        self.now += count
+        self.peak = max(self.peak, self.now)
+
+
+class Part:
+    """Tensors of some modules that visit the device together; those of the modules in `without` are not among them."""
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        device: torch.device,
+        ledger: Ledger,
+        *,
+        without: Iterable[nn.Module] = (),
+        pin: bool = False,
+    ) -> None:
+        self.device, self.ledger = device, ledger
+        left = {id(t) for module in without for t in tensors_of(module)}
+        found = {id(t): t for module in modules for t in tensors_of(module) if id(t) not in left}
+        self.tensors = list(found.values())
+        self.host = [pinned(t.data) if pin and device.type == "cuda" else t.data for t in self.tensors]
+        self.bytes = sum(t.nbytes for t in self.host)
+        self.here = False
+        self.arrived: torch.cuda.Event | None = None
+
+    def bring(self, stream: "torch.cuda.Stream | None" = None) -> None:
+        """Put the tensors on the device; on a side stream if one is given, and then `arrived` tells when."""
+        if self.here:
+            return
+        self.here = True
+        self.ledger.add(self.bytes)
+        if self.device.type == "cpu":
+            return
+        with torch.inference_mode(mode=False):  # parameters cannot take tensors made in inference mode
+            if stream is None:
+                for tensor, host in zip(self.tensors, self.host, strict=True):
+                    tensor.data = host.to(self.device, non_blocking=True)
+                return
+            current = torch.cuda.current_stream(self.device)
+            with torch.cuda.stream(stream):
+                for tensor, host in zip(self.tensors, self.host, strict=True):
+                    tensor.data = host.to(self.device, non_blocking=True)
+                    tensor.data.record_stream(current)
+                self.arrived = torch.cuda.Event()
+                self.arrived.record(stream)
+
+    def wait(self) -> None:
+        """Make the device's current work wait for tensors that are still on their way."""
+        if self.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.arrived)
+            self.arrived = None
+
+    def send_back(self) -> None:
+        """Take the tensors off the device."""
+        if not self.here:
+            return
+        self.here = False
+        self.arrived = None
+        self.ledger.add(-self.bytes)
+        for tensor, host in zip(self.tensors, self.host, strict=True):
+            tensor.data = host
+
+
+class Conveyor:
+    """Blocks that run one after another: each is on the device while it runs, and the next one is on its way."""
+
+    def __init__(self, blocks: Sequence[tuple[nn.Module, Part]], device: torch.device) -> None:
+        self.parts = [part for _, part in blocks]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for number, (module, _) in enumerate(blocks):
+            module.register_forward_pre_hook(partial(self._enter, number))
+            module.register_forward_hook(partial(self._leave, number))
+
+    def _enter(self, number: int, *_: object) -> None:
+        for part in self.parts[number : number + 2]:
+            part.bring(self.stream)
+        self.parts[number].wait()
+
+    def _leave(self, number: int, *_: object) -> None:
+        self.parts[number].send_back()
+
+    def clear(self) -> None:
+        """Take everything off the device: after an exception some may be left."""
+        for part in self.parts:
+            part.send_back()
+
+
+class Phase:
+    """What has to be on the device at the same time: parts that stay for the phase, conveyors that run in it."""
+
+    def __init__(self, parts: Sequence[Part], conveyors: Sequence[Conveyor] = ()) -> None:
+        self.parts, self.conveyors = parts, conveyors
+
+    def bring(self) -> None:
+        """Begin."""
+        for part in self.parts:
+            part.bring()
+
+    def send_back(self) -> None:
+        """End."""
+        for conveyor in self.conveyors:
+            conveyor.clear()
+        for part in self.parts:
+            part.send_back()
+
+
+class Residency:
+    """Which phase is on the device. One thread at a time uses what moves; what never moves needs no waiting."""
+
+    def __init__(self, phases: dict[str, Phase], *, moving: bool) -> None:
+        self.phases, self.moving = phases, moving
+        self.lock = threading.RLock()
+        if not moving:
+            for phase in phases.values():
+                phase.bring()
+
+    @contextmanager
+    def using(self, name: str) -> Generator[None]:
+        """Inside, the phase is on the device, and no other."""
+        if not self.moving:
+            yield
+            return
+        with self.lock:
+            for other, phase in self.phases.items():
+                if other != name:
+                    phase.send_back()
+            self.phases[name].bring()
+            yield
+
+
+def tensors_of(module: nn.Module) -> Iterable[Tensor]:
+    """Parameters and buffers."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A copy in page-locked memory, from which copies to a GPU run beside its work."""
+    return tensor.pin_memory()
+
+
+def check_offload(offload: str) -> Offload:
+    """An offload mode, or PlanError."""
+    for known in OFFLOADS:
+        if offload == known:
+            return known
+    raise PlanError(f"offload must be {', '.join(OFFLOADS)}, got {offload!r}")

@@ -1,0 +1,183 @@
+"""Where the parts of a model lie: a hub repository, a folder, or single files; found and checked before any is read.
+
+Nothing here touches the network unless a hub id was given, and then huggingface_hub alone does (its cache,
+`HF_HUB_OFFLINE`, its progress bars).
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mrflow.errors import ResourceError, WeightsError
+from mrflow.models.checkpoint import Header, open_checkpoint, read_json
+from mrflow.models.weights import kind, looks_like, refuse
+
+if TYPE_CHECKING:
+    from mrflow.models.text import TextFiles
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+PATTERNS = [
+    "model_index.json",
+    *(f"{part}/*.{ending}" for part in ("transformer", "vae") for ending in ("json", "safetensors")),
+    *(f"{part}/*.{ending}" for part in ("text_encoder", "text_encoder_2") for ending in ("json", "safetensors")),
+    "tokenizer/*",
+    "tokenizer_2/*",
+    "scheduler/*.json",
+]
+PREFIX = "model.diffusion_model."  # of the transformer in an all-in-one file
+VAE_PREFIXES = ("vae.", "first_stage_model.")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The parts of a model, by their headers; `text` is None where there are no text encoders."""
+
+    transformer: Header
+    vae: Header
+    text: "TextFiles | None"
+    scheduler: Mapping[str, Any]
+
+
+def find(where: str | Path, *, vae: str | Path | None = None, text: str | Path | None = None) -> Files:
+    """The parts of a model in a hub repository (`owner/name` or `owner/name@revision`), a folder or a single file.
+
+    `vae` and `text` say where the autoencoder and the text encoders are, where they are not beside the transformer.
+
+    Raises:
+        WeightsError: a part is missing, there are several, or it is not what it should be.
+        ResourceError: a hub repository cannot be had.
+    """
+    path = Path(where)
+    if not path.exists():
+        if not HUB_ID.fullmatch(str(where)) or path.suffix == ".safetensors":
+            raise WeightsError(f"there is no file or folder {where}")
+        path = fetch(str(where))
+    if path.is_dir() and (path / "transformer").is_dir():
+        return _repository(path, vae, text)
+    if path.is_dir() and (path / "config.json").is_file() and path.parent.joinpath("vae").is_dir() and vae is None:
+        return _repository(path.parent, vae, text)
+    return _loose(path, vae, text)
+
+
+def fetch(repository: str) -> Path:
+    """The local folder of a hub repository, with the files that a model needs and no others."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    name, _, revision = repository.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=PATTERNS))
+    except GatedRepoError:
+        raise ResourceError(
+            f"{name} is gated: accept its licence on huggingface.co and log in with `hf auth login`"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise ResourceError(
+            f"{name} is not in the local cache and cannot be fetched ({_first_line(error)}); with HF_HUB_OFFLINE=1 "
+            "nothing is ever fetched"
+        ) from None
+    except RepositoryNotFoundError:
+        raise WeightsError(f"there is no folder {name}, and no such repository on the hub that you may see") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ResourceError(f"{name} cannot be fetched: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -> Files:
+    """A folder as diffusers saves a pipeline."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        name = str(read_json(index).get("_class_name"))
+        if not name.startswith("Flux") or name.startswith("Flux2"):
+            raise WeightsError(f"{folder} holds a {name}; mrflow loads FluxPipeline repositories")
+    transformer = _of_kind(open_checkpoint(folder / "transformer"), "a FLUX transformer")
+    if vae is None and not (folder / "vae").is_dir():
+        raise WeightsError(f"{folder} has no vae folder; say where the autoencoder is: vae=")
+    auto = _of_kind(open_checkpoint(vae or folder / "vae"), "a FLUX autoencoder")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    words = text or (folder if (folder / "text_encoder").is_dir() or (folder / "text_encoder_2").is_dir() else None)
+    return Files(transformer, auto, find_words(words), read_json(scheduler) if scheduler.is_file() else {})
+
+
+def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files:
+    """Single files, in a folder or named: each is known by its keys."""
+    folder = path if path.is_dir() else path.parent
+    headers = {p: open_checkpoint(p) for p in sorted(folder.glob("*.safetensors"))} if path.is_dir() else {}
+    if path.is_dir():
+        transformer = _only([h for h in headers.values() if looks_like(h, "a FLUX transformer")], folder, headers)
+    else:
+        transformer = open_checkpoint(path)
+    whole = transformer
+    if any(name.startswith(PREFIX) for name in whole.tensors):
+        transformer = whole.under(PREFIX)
+    _of_kind(transformer, "a FLUX transformer")
+    if vae is not None:
+        auto = open_checkpoint(vae)
+    elif inside := next((p for p in VAE_PREFIXES if any(n.startswith(p) for n in whole.tensors)), None):
+        auto = whole.under(inside)
+    else:
+        beside = [
+            h
+            for p in _beside(folder, path)
+            if looks_like(h := headers.get(p) or open_checkpoint(p), "a FLUX autoencoder")
+        ]
+        if not beside:
+            raise WeightsError(f"there is no FLUX autoencoder beside {path}; say where it is: vae='ae.safetensors'")
+        auto = _only(beside, folder, {})
+    found = text
+    if text is None and all((folder / name).is_dir() for name in ("tokenizer", "tokenizer_2")):
+        found = folder
+    return Files(transformer, _of_kind(auto, "a FLUX autoencoder"), find_words(found), {})
+
+
+def _beside(folder: Path, path: Path) -> list[Path]:
+    """Checkpoints in a folder that may be the autoencoder: small enough, and not the transformer itself."""
+    names = [p for p in sorted(folder.glob("*.safetensors")) if p != path and p.stat().st_size < 1 << 30]
+    return names + [p for p in (folder / "vae",) if p.is_dir()]
+
+
+def _only(found: Sequence[Header], folder: Path, headers: Mapping[Path, Header]) -> Header:
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        names = ", ".join(f"{p.name} ({kind(h) or 'unknown'})" for p, h in headers.items()) or "no safetensors file"
+        raise WeightsError(f"{folder} holds no FLUX transformer; it holds {names}")
+    raise WeightsError(f"{folder} holds several, name one: {', '.join(h.path.name for h in found)}")
+
+
+def _of_kind(header: Header, wanted: str) -> Header:
+    if not looks_like(header, wanted):
+        refuse(header, wanted)
+    return header
+
+
+def find_words(where: str | Path | None) -> "TextFiles | None":
+    """The text encoders and tokenizers in a folder or hub repository."""
+    if where is None:
+        return None
+    from mrflow.models.text import find_text
+
+    path = Path(where)
+    if not path.exists() and HUB_ID.fullmatch(str(where)):
+        path = fetch(str(where))
+    return find_text(path)
+
+
+def fingerprint(*headers: Header) -> str:
+    """Twelve hex digits that change with names, shapes and, by samples, values of checkpoints; reads little."""
+    digest = hashlib.sha256()
+    for header in headers:
+        for file in sorted({entry.file for entry in header.tensors.values()}):
+            entries = [(n, e) for n, e in sorted(header.tensors.items()) if e.file == file]
+            digest.update(repr([(n, str(e.dtype), e.shape) for n, e in entries]).encode())
+            with file.open("rb") as f:
+                for _, entry in entries[:: max(1, len(entries) // 64)]:
+                    f.seek(entry.start)
+                    digest.update(f.read(4096))
+    return digest.hexdigest()[:12]

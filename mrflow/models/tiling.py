@@ -1,0 +1,68 @@
+"""A large tensor through a network in overlapping tiles, blended where they overlap."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mrflow.errors import PlanError
+
+
+def tiled(f: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, up: int = 1, down: int = 1) -> Tensor:
+    """f(x) for x of shape (b, c, h, w), made of tiles of `tile` cells a side that overlap by `overlap`.
+
+    f changes sides by up / down; tile and overlap must be multiples of `down`. Of an overlap, the third nearest to a
+    tile's own border is not used, and over the middle third one tile fades into the next: exact for a network that
+    reaches no farther than a third of the overlap.
+
+    Raises:
+        PlanError: the tile does not exceed the overlap, or does not divide.
+    """
+    if tile <= overlap or overlap < 0 or tile % down or overlap % down:
+        raise PlanError(f"tile ({tile}) must exceed overlap ({overlap}), both multiples of {down}")
+    h, w = x.shape[-2:]
+    out: Tensor | None = None
+    total: Tensor | None = None
+    for top in starts(h, tile, overlap, down):
+        for left in starts(w, tile, overlap, down):
+            y = f(x[..., top : top + tile, left : left + tile])
+            if out is None or total is None:
+                out = y.new_zeros(*y.shape[:2], h * up // down, w * up // down)
+                total = y.new_zeros(1, 1, *out.shape[-2:])
+            i, j = top * up // down, left * up // down
+            edge = overlap * up // down
+            rows = ramp(y.shape[-2], edge, first=i == 0, last=i + y.shape[-2] == out.shape[-2], like=y)
+            columns = ramp(y.shape[-1], edge, first=j == 0, last=j + y.shape[-1] == out.shape[-1], like=y)
+            weight = rows[:, None] * columns
+            here = (..., slice(i, i + y.shape[-2]), slice(j, j + y.shape[-1]))
+            out[here] += y * weight
+            total[here] += weight
+    if out is None or total is None:
+        raise PlanError(f"nothing to tile: {tuple(x.shape)}")
+    return out.div_(total)
+
+
+def starts(side: int, tile: int, overlap: int, step: int) -> list[int]:
+    """Where tiles begin: every tile - overlap, the last moved back so that it ends with the side."""
+    if side <= tile:
+        return [0]
+    last = side - tile
+    last -= last % step
+    begins = list(range(0, last, tile - overlap))
+    return [*begins, last]
+
+
+def ramp(length: int, edge: int, *, first: bool, last: bool, like: Tensor) -> Tensor:
+    """Weights along one side of a tile: 0, rising, then 1 over thirds of the overlap; but 1 at a true border."""
+    weights = like.new_ones(length)
+    edge = min(edge, length)
+    unused = edge // 3
+    rising = edge - 2 * unused
+    slope = like.new_ones(edge)
+    slope[:unused] = 0
+    slope[unused : unused + rising] = torch.arange(1, rising + 1, device=like.device) / (rising + 1)
+    if not first:
+        weights[:edge] = slope
+    if not last:
+        weights[length - edge :] = torch.minimum(weights[length - edge :], slope.flip(0))
+    return weights

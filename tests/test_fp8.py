@@ -1,0 +1,178 @@
+"""8-bit files and 8-bit storage: values against the same file in 32 bits, and files that are not what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mrflow.errors import WeightsError
+from mrflow.models.checkpoint import open_checkpoint
+from mrflow.models.flux import Flux, FluxParams
+from mrflow.models.fp8 import FP8_MAX, Fp8Linear, described
+from mrflow.models.weights import flux_diffusers, flux_layout, load_flux, whole_state
+from tests.parity.test_flux import SMALL, call, inputs, relative, scatter
+
+PARAMS = FluxParams(16, 16, 24, 12, 128, 1, (16, 56, 56), 4.0, 1, 1, guidance=True)
+CONFIG = {"config": json.dumps({"_class_name": "FluxTransformer2DModel", "axes_dims_rope": [16, 56, 56]})}
+F8 = torch.float8_e4m3fn
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    """A small FLUX in BFL's layout."""
+    net = Flux(PARAMS)
+    scatter(net, seed)
+    return {name: t.detach().clone() for name, t in net.state_dict().items()}
+
+
+def is_matrix(name: str, t: Tensor) -> bool:
+    return t.ndim == 2 and "blocks" in name
+
+
+def plain(path: Path, *, prefix: str = "") -> Path:
+    """Every tensor cast to 8 bits."""
+    save_file({prefix + k: t.to(F8) for k, t in tensors().items()}, path, metadata=CONFIG)
+    return path
+
+
+def scaled(path: Path, style: str, *, prefix: str = "") -> dict[str, Tensor]:
+    """The blocks' matrices in 8 bits with a scale each; gives what their values stand for."""
+    out: dict[str, Tensor] = {}
+    stand: dict[str, Tensor] = {}
+    meta, layers = dict(CONFIG), {}
+    for name, t in tensors().items():
+        stand[name] = t.to(torch.bfloat16)
+        if not is_matrix(name, t):
+            out[prefix + name] = t.to(torch.bfloat16)
+            continue
+        scale = t.abs().max() / FP8_MAX
+        out[prefix + name] = (t / scale).to(F8)
+        stand[name] = (out[prefix + name].float() * scale).to(torch.bfloat16)
+        layer = prefix + name.removesuffix(".weight")
+        if style == "older":
+            out[f"{layer}.scale_weight"] = scale
+            out[f"{layer}.scale_input"] = torch.ones(())
+        else:
+            out[f"{layer}.weight_scale"] = scale.reshape(1) if style == "newer" else scale.expand(len(t), 1).clone()
+            settings = json.dumps({"format": "float8_e4m3fn"}).encode()
+            out[f"{layer}.comfy_quant"] = torch.frombuffer(bytearray(settings), dtype=torch.uint8)
+            layers[layer] = {"format": "float8_e4m3fn"}
+    if style == "older":
+        out[prefix + "scaled_fp8"] = torch.empty(2, dtype=F8)
+    if style == "by row":
+        meta["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
+    save_file(out, path, metadata=meta)
+    return stand
+
+
+@pytest.mark.parametrize("style", ["older", "newer", "by row"])
+def test_scaled_files_give_what_their_values_stand_for(style: str, tmp_path: Path) -> None:
+    want = scaled(tmp_path / "f.safetensors", style)
+    flux = load_flux(tmp_path / "f.safetensors")
+    assert flux.dtype == torch.bfloat16
+    for name, tensor in flux.state_dict().items():
+        assert torch.equal(tensor, want[name]), name
+
+
+def test_a_plain_cast_is_read_as_bfloat16(tmp_path: Path) -> None:
+    flux = load_flux(plain(tmp_path / "f.safetensors", prefix="model.diffusion_model."))
+    for name, tensor in tensors().items():
+        assert torch.equal(flux.state_dict()[name], tensor.to(F8).to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("style", ["older", "newer"])
+def test_storage_keeps_a_files_own_8_bits(style: str, tmp_path: Path) -> None:
+    want = scaled(tmp_path / "f.safetensors", style)
+    kept, wide = load_flux(tmp_path / "f.safetensors", storage="fp8"), load_flux(tmp_path / "f.safetensors")
+    given = inputs(PARAMS, (3, 4))
+    assert relative(call(kept, given), call(wide, given)) < 2e-2  # bfloat16: the scale multiplies after the product
+    weight = kept.double_blocks[0].img_attn.qkv.weight
+    assert weight.dtype == F8
+    stand = weight.float() * kept.double_blocks[0].img_attn.qkv.scale[:, None]
+    assert relative(stand, want["double_blocks.0.img_attn.qkv.weight"]) < 1e-2
+
+
+def test_storage_halves_the_blocks_and_stays_close(tmp_path: Path) -> None:
+    save_file({k: t.to(torch.bfloat16) for k, t in tensors().items()}, tmp_path / "f.safetensors", metadata=CONFIG)
+    narrow, wide = load_flux(tmp_path / "f.safetensors", storage="fp8"), load_flux(tmp_path / "f.safetensors")
+    blocks = [sum(p.nbytes for p in f.double_blocks.parameters()) for f in (narrow, wide)]
+    assert blocks[0] < 0.52 * blocks[1]
+    given = inputs(PARAMS, (3, 4))
+    assert 1e-4 < relative(call(narrow, given), call(wide, given)) < 0.1
+
+
+def test_storage_joins_what_a_file_keeps_apart(tmp_path: Path) -> None:
+    net = Flux(SMALL)
+    scatter(net, 2)
+    from mrflow.models.checkpoint import exported
+
+    config = {"_class_name": "FluxTransformer2DModel", "axes_dims_rope": SMALL.axes}
+    meta = {"config": json.dumps(config)}
+    save_file(exported(net.state_dict(), flux_layout(net, flux_diffusers)), tmp_path / "f.safetensors", metadata=meta)
+    flux = load_flux(tmp_path / "f.safetensors", storage="fp8")
+    linear = flux.double_blocks[0].img_attn.qkv
+    assert isinstance(linear, Fp8Linear) and linear.weight.shape == (3 * SMALL.hidden, SMALL.hidden)
+    want = whole_state(net)["double_blocks.0.img_attn.qkv.weight"]
+    assert relative(linear.weight.float() * linear.scale[:, None], want) < 0.05
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31), st.floats(-8, 8))
+def test_rounding_to_8_bits_is_within_a_sixteenth_of_each_value(seed: int, magnitude: float) -> None:
+    values = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * 10.0**magnitude
+    linear = Fp8Linear(32, 4)
+    linear.take([(values, None)], "cpu")
+    back = linear.weight.float() * linear.scale[:, None]
+    smallest = linear.scale[:, None] * 2.0**-9  # half of e4m3fn's smallest step
+    assert bool(((back - values).abs() <= values.abs() / 16 + smallest).all())
+
+
+def spoil(path: Path, change: str) -> None:
+    """A scaled file with something wrong."""
+    from safetensors.torch import load_file
+
+    scaled(path, "newer")
+    data = load_file(path)
+    metadata = dict(CONFIG)
+    layer = "double_blocks.0.img_mlp.0"
+    match change:
+        case "a scale is missing":
+            del data[f"{layer}.weight_scale"]
+        case "a weight is missing":
+            del data[f"{layer}.weight"]
+        case "a scale of three":
+            data[f"{layer}.weight_scale"] = torch.ones(3)
+        case "another format":
+            metadata["_quantization_metadata"] = json.dumps({"layers": {layer: {"format": "nvfp4"}}})
+        case "broken metadata":
+            metadata["_quantization_metadata"] = "{"
+        case "bitsandbytes":
+            data[f"{layer}.weight.absmax"] = torch.ones(3)
+        case "packed":
+            data[f"{layer}.weight"] = torch.ones(3, 4, dtype=torch.uint8)
+        case _:
+            metadata["model_class"] = "NunchakuFluxTransformer2dModel"
+    save_file(data, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("a scale is missing", "1 of its weights have no scale: double_blocks.0.img_mlp.0.weight"),
+        ("a weight is missing", "scales of 1 weights that it does not have"),
+        ("a scale of three", r"has shape \(3,\), expected one value"),
+        ("another format", "quantised as 'nvfp4'"),
+        ("broken metadata", "cannot be read"),
+        ("bitsandbytes", "bitsandbytes"),
+        ("packed", "packed bytes"),
+        ("nunchaku", "Nunchaku"),
+    ],
+)
+def test_files_that_are_not_whole_are_refused(change: str, words: str, tmp_path: Path) -> None:
+    spoil(tmp_path / "f.safetensors", change)
+    with pytest.raises(WeightsError, match=words):
+        described(open_checkpoint(tmp_path / "f.safetensors"))
