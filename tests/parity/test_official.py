@@ -110,7 +110,7 @@ def test_bfloat16_is_as_close_to_float32_as_theirs(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path, guidance=True, dtype=torch.bfloat16)
     model, exact = mf.load(tmp_path, device="cpu"), mf.load(tmp_path, device="cpu", dtype=torch.float32)
     assert model.info.version.endswith("/bfloat16")
-    given, seeds = {k: v.bfloat16() for k, v in words(8).items()}, list(range(8))
+    given, seeds = {k: v.bfloat16() for k, v in words(16).items()}, list(range(16))
     _, theirs = official(
         pipe,
         {"prompt_embeds": given["context"], "pooled_prompt_embeds": given["pooled"]},
@@ -123,4 +123,5 @@ def test_bfloat16_is_as_close_to_float32_as_theirs(tmp_path: Path) -> None:
     chain = mf.recipes.official(UP, low=(64, 64), size=(128, 128), steps=4)
     ours = mf.run(chain, model, condition=mf.Condition(given), seed=seeds).pixels
     best = mf.run(chain, exact, condition=mf.Condition(given), seed=seeds).pixels
-    assert relative(ours, best) < 1.1 * relative(theirs.float(), best) < 0.1
+    errors = torch.tensor([[relative(x[i], best[i]) for x in (ours, theirs.float())] for i in range(16)])
+    assert float((errors[:, 0] / errors[:, 1]).log().mean()) < 0.08  # over 48 pictures: 0.0005, standard error 0.011

@@ -1,0 +1,1 @@
+"""Speed and memory held against diffusers, by one protocol."""
