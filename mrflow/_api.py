@@ -35,6 +35,7 @@ from mrflow.noise import PerItem as PerItem
 from mrflow.noise import Stream as Stream
 from mrflow.runner import Context as Context
 from mrflow.runner import Event as Event
+from mrflow.runner import Noted as Noted
 from mrflow.runner import Result as Result
 from mrflow.runner import StageBegan as StageBegan
 from mrflow.runner import StageEnded as StageEnded

@@ -92,6 +92,10 @@ def generate(
     with console() as err:
         if compare not in (None, "native"):
             raise PlanError(f"--compare takes native, got {compare!r}")
+        if sr in (None, "own") and recipe != "native" and not embedded(model):
+            raise PlanError(
+                f"{model} comes without a super-resolution net; choose one: --sr lanczos, bicubic, bilinear or nearest"
+            )
         backbone = load_model(model, device, dtype, offload, storage, vae, text, compile)
         info = backbone.info
         chain = build(recipe, info, size=size, low=low, steps=steps, refine_steps=refine_steps, sigma=sigma, sr=sr)
@@ -202,6 +206,13 @@ def replay(
         for path in save_result(result, target):
             err.print(f"made again in {result.seconds:.2f} s")
             typer.echo(path)
+
+
+def embedded(where: str) -> bool:
+    """Whether a model is one that comes with everything."""
+    from mrflow.models import is_pocket
+
+    return where == "pocket" or is_pocket(Path(where)) or not (Path(where).exists() or "/" in where)
 
 
 def load_model(

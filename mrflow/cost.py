@@ -94,6 +94,11 @@ class Memory:
         """The most."""
         return max(self.moments.values())
 
+    @property
+    def worst(self) -> str:
+        """What happens then."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
 
 def memory(
     planned: Plan, *, offload: "Offload" = "none", storage: str | None = None, fold: bool = True, value_bytes: int = 2
@@ -163,8 +168,9 @@ def compared(planned: Plan) -> list[str]:
         for mode in ("none", "phase", "block"):
             wide, narrow = memory(planned, offload=mode), memory(planned, offload=mode, storage="fp8")
             if wide is not None and narrow is not None:
-                at = max(wide.moments, key=lambda k: wide.moments[k])
-                lines.append(f"  offload {mode:<6} {wide.peak / 1e9:5.1f} GB ({narrow.peak / 1e9:.1f} GB), {at}")
+                lines.append(
+                    f"  offload {mode:<6} {wide.peak / 1e9:5.1f} GB ({narrow.peak / 1e9:.1f} GB), {wide.worst}"
+                )
     if native is not None and planned.work.flops and native.work.flops:
         ratio = native.work.flops / planned.work.flops
         lines.append(

@@ -1,15 +1,20 @@
 """Set up for all tests: shapes are checked, examples are bounded, nothing touches a network."""
 
 import os
+import pkgutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from jaxtyping import install_import_hook
 
+import mrflow
 import tests.shapes  # noqa: F401  (the hook names it by its path)
 
-install_import_hook("mrflow.models", "tests.shapes.typechecker")
+# `mrflow.models` itself is left out: its `load` is given wrong types on purpose, to see what it says.
+parts = pkgutil.iter_modules([str(Path(mrflow.__file__).parent / "models")])
+install_import_hook([f"mrflow.models.{part.name}" for part in parts], "tests.shapes.typechecker")
 
 import pytest
 import torch

@@ -1,8 +1,9 @@
 """Models: what `load` can make, each from its own file."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -29,7 +30,7 @@ def load(
     vae: str | Path | None = None,
     text: str | Path | None = None,
     fold: bool = True,
-    compile: bool | str = False,
+    compile: bool | str | Callable[..., Any] = False,
     graphs: bool = True,
     tile: int | None = None,
     upscaler: Upscaler | None = None,
@@ -46,7 +47,7 @@ def load(
             visit it one by one).
         storage: "fp8" keeps the blocks' matrices in 8 bits and computes in `dtype`; this changes the pictures a little.
         fold: make the modulations of a schedule once, before its first step; the pictures are the same to the bit.
-        compile: compile each block with torch.compile (a string names a backend); once for each resolution.
+        compile: compile each block with torch.compile, once a resolution; a string or function is a dynamo backend.
         graphs: on CUDA, replay each step as a graph.
         tile: side of the autoencoder's tiles in latent cells; None works whole, and in tiles only out of memory.
         upscaler: what `Upscale()` uses when none is named.
@@ -116,17 +117,18 @@ def load_flux1(
     """FLUX.1 from parts that were found: all headers are held against the networks before weights are read."""
     from mrflow.models.flux1 import Flux1, flux1_info
     from mrflow.models.sources import fingerprint
-    from mrflow.models.weights import compute_dtype, load_flux, load_vae_flux
+    from mrflow.models.weights import compute_dtype, prepare_flux, prepare_vae_flux
 
     resting = torch.device("cpu") if ways.offload != "none" else device
     working = dtype or compute_dtype(files.transformer)
-    vae = load_vae_flux(files.vae, dtype=working, device=resting)
-    flow = load_flux(files.transformer, dtype=working, device=resting, storage=storage)
-    text = None
+    read_vae = prepare_vae_flux(files.vae, dtype=working, device=resting)
+    read_flow = prepare_flux(files.transformer, dtype=working, device=resting, storage=storage)
+    read_text = None
     if files.text is not None:
-        from mrflow.models.text import load_text
+        from mrflow.models.text import prepare_text
 
-        text = load_text(files.text, dtype=dtype, device=resting)
+        read_text = prepare_text(files.text, dtype=dtype, device=resting)
+    vae, flow, text = read_vae(), read_flow(), None if read_text is None else read_text()
     kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
     version = "/".join((fingerprint(files.transformer, files.vae), *kept))
     info = flux1_info(flow, vae, text, files.scheduler, version=version, path=where)

@@ -191,26 +191,15 @@ def open_checkpoint(where: str | Path) -> Header:
     return Header(where, tensors)
 
 
-def load_into(
-    module: nn.Module,
-    header: Header,
-    layout: Layout,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Fill every parameter and buffer of `module` (built on the meta device) from the checkpoint.
-
-    What needs no change (on the CPU, of the dtype asked for, not joined from parts) stays mapped from the file and is
-    read when it is used; the rest is copied tensor by tensor. `dtype=None` keeps the file's.
+def check_layout(module: nn.Module, header: Header, layout: Layout, *, dtype: torch.dtype | None = None) -> None:
+    """Hold a checkpoint's names, shapes and dtypes against a module's, without reading weights.
 
     Raises:
         WeightsError: once, for all names that are missing, left over, or of a wrong shape or dtype.
     """
-    state = module.state_dict()
     problems: list[str] = []
     used: set[str] = set()
-    for name, target in state.items():
+    for name, target in module.state_dict().items():
         source = layout[name]
         shape = list(target.shape)
         while source.squeeze and shape[-1] == 1:
@@ -230,6 +219,25 @@ def load_into(
         what = type(module).__name__
         raise WeightsError(f"{header.path} does not fit {what}: {len(problems)} problems: {some(problems)}")
 
+
+def load_into(
+    module: nn.Module,
+    header: Header,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Fill every parameter and buffer of `module` (built on the meta device) from the checkpoint.
+
+    What needs no change (on the CPU, of the dtype asked for, not joined from parts) stays mapped from the file and is
+    read when it is used; the rest is copied tensor by tensor. `dtype=None` keeps the file's.
+
+    Raises:
+        WeightsError: as `check_layout`, before any weight is read.
+    """
+    check_layout(module, header, layout, dtype=dtype)
+    state = module.state_dict()
     files: dict[Path, torch.UntypedStorage] = {}
     for name, target in state.items():
         owner, _, leaf = name.rpartition(".")

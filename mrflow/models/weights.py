@@ -20,6 +20,7 @@ from mrflow.models.checkpoint import (
     Header,
     Layout,
     Source,
+    check_layout,
     exported,
     load_into,
     open_checkpoint,
@@ -95,7 +96,7 @@ MARKS = {
     "decoder.up_blocks.0.resnets.0.conv1.weight": "a FLUX autoencoder",
     "decoder.middle.0.residual.0.gamma": "a Qwen-Image autoencoder",
     "decoder.mid_block.resnets.0.norm1.gamma": "a Qwen-Image autoencoder",
-    "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
+    "embeddings.token_embedding.weight": "a CLIP text encoder",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "a T5 encoder",
     "conv_first.weight": "a super-resolution net",
 }
@@ -109,7 +110,21 @@ def load_flux(
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
 ) -> Flux:
+    """`prepare_flux`, and read the weights at once."""
+    return prepare_flux(where, dtype=dtype, device=device, storage=storage, fuse=fuse)()
+
+
+def prepare_flux(
+    where: str | Path | Header,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    storage: Literal["fp8"] | None = None,
+    fuse: bool | None = None,
+) -> Callable[[], Flux]:
     """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` is the file's.
+
+    Names and shapes are checked now; the function that is given back reads the weights.
 
     `storage="fp8"` keeps the blocks' matrices in 8 bits. `fuse` joins projections that the file keeps apart, which
     copies them; unless said, they stay apart, and all weights mapped, where nothing else needs a copy either.
@@ -130,8 +145,14 @@ def load_flux(
     if storage == "fp8":
         store_fp8(flux.double_blocks)
         store_fp8(flux.single_blocks)
-    load_into(flux, header, flux_layout(flux, names), dtype=dtype, device=device)
-    return flux
+    layout = flux_layout(flux, names)
+    check_layout(flux, header, layout, dtype=dtype)
+
+    def read() -> Flux:
+        load_into(flux, header, layout, dtype=dtype, device=device)
+        return flux
+
+    return read
 
 
 def save_flux(flux: Flux, path: Path) -> None:
@@ -165,7 +186,16 @@ def compute_dtype(header: Header) -> torch.dtype:
 def load_vae_flux(
     where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> VaeFlux:
+    """`prepare_vae_flux`, and read the weights at once."""
+    return prepare_vae_flux(where, dtype=dtype, device=device)()
+
+
+def prepare_vae_flux(
+    where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Callable[[], VaeFlux]:
     """A FLUX autoencoder from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
+
+    Names and shapes are checked now; the function that is given back reads the weights.
 
     Raises:
         WeightsError: it is no such autoencoder, or anything in it is missing, left over or of a wrong shape.
@@ -175,8 +205,14 @@ def load_vae_flux(
     params = vae_params(header, names)
     with torch.device("meta"):
         vae = VaeFlux(params)
-    load_into(vae, header, vae_layout(vae, names), dtype=dtype, device=device)
-    return vae
+    layout = vae_layout(vae, names)
+    check_layout(vae, header, layout, dtype=dtype)
+
+    def read() -> VaeFlux:
+        load_into(vae, header, layout, dtype=dtype, device=device)
+        return vae
+
+    return read
 
 
 def save_vae_flux(vae: VaeFlux, path: Path) -> None:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mrflow.backbone import Condition
-from mrflow.errors import PlanError, PromptError, WeightsError
+from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.checkpoint import read_header
 from mrflow.models.field import FluxField, step
 from mrflow.models.flux import Flux, FluxParams
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
+from mrflow.models.text import check_prompt
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
 from mrflow.spec import Architecture, Footprint, LatentSpace, ModelInfo, Shift
 from mrflow.upscalers import Upscaler
@@ -195,18 +196,6 @@ class Pocket:
 
 
 ADVICE = "it draws captions such as 'a big red circle at the left on coarse dots' or 'the big blue word CAT'"
-
-
-def check_prompt(prompt: str) -> None:
-    """Refuse what cannot be text: lone surrogates and NUL; anything else is a prompt, even an empty one.
-
-    Raises:
-        PromptError: the prompt cannot be encoded, or is longer than a million characters.
-    """
-    if len(prompt) > 1_000_000:
-        raise PromptError(f"the prompt has {len(prompt)} characters; a million is the limit")
-    if "\0" in prompt or any(0xD800 <= ord(c) <= 0xDFFF for c in prompt):
-        raise PromptError(f"the prompt holds characters that are no text (NUL or a lone surrogate): {prompt[:40]!r}")
 
 
 WEIGHTS = Path(__file__).parent / "pocket-1.safetensors"

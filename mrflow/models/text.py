@@ -1,0 +1,262 @@
+"""FLUX.1's text encoders: CLIP-L's pooled vector and T5-XXL's states, through transformers.
+
+As in diffusers' `pipeline_flux.py`: CLIP reads 77 tokens and gives the final state of its first end token; T5 reads a
+fixed number, padded, and neither it nor the transformer is given a mask, so the padding's states count.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mrflow.errors import PlanError, PromptError, WeightsError
+from mrflow.models.checkpoint import Header, Layout, Source, check_layout, load_into, open_checkpoint, read_json
+from mrflow.models.fp8 import described
+from mrflow.models.weights import compute_dtype, looks_like, refuse
+from mrflow.notes import note
+
+CLIP_TOKENS, T5_TOKENS = 77, 512
+CLIP, T5 = "a CLIP text encoder", "a T5 encoder"
+# Settings that shapes do not tell, as published (openai/clip-vit-large-patch14, google/t5-v1_1-xxl).
+CLIP_CONFIG = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2}
+T5_CONFIG = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A tokenizer as transformers has them."""
+
+    def __call__(self, text: str, **options: object) -> Any:  # noqa: ANN401
+        """An encoding with `input_ids`."""
+        ...
+
+    def decode(self, token_ids: list[int]) -> object:
+        """The text of token ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The encoders by their headers, their configs (empty: read off the shapes), and their tokenizers' folders."""
+
+    clip: Header
+    t5: Header
+    clip_config: Mapping[str, Any]
+    t5_config: Mapping[str, Any]
+    tokenizer: Path
+    tokenizer_2: Path
+
+
+def find_text(where: Path) -> TextFiles:
+    """The encoders in a folder: as diffusers saves them, or single files beside the two tokenizers' folders.
+
+    Raises:
+        WeightsError: something is missing, or is not what it should be.
+    """
+    if not where.is_dir():
+        raise WeightsError(f"text must be a folder with text encoders and tokenizers, got {where}")
+    saved = [where / name for name in ("text_encoder", "text_encoder_2")]
+    loose = {p: open_checkpoint(p) for p in sorted(where.glob("*.safetensors")) if not all(s.is_dir() for s in saved)}
+    found: list[Header | None] = []
+    for folder, wanted in zip(saved, (CLIP, T5), strict=True):
+        if folder.is_dir():
+            header = open_checkpoint(folder)
+            if not looks_like(header, wanted):
+                refuse(header, wanted)
+            found.append(header)
+            continue
+        files = [h for h in loose.values() if looks_like(h, wanted)]
+        if len(files) > 1:
+            raise WeightsError(f"{where} holds several of {wanted}: {', '.join(h.path.name for h in files)}")
+        found.append(files[0] if files else None)
+    tokenizers = [where / name for name in ("tokenizer", "tokenizer_2")]
+    missing = [f"{s.name} ({w})" for s, w, f in zip(saved, (CLIP, T5), found, strict=True) if f is None]
+    missing += [f"{t.name} (a tokenizer's folder)" for t in tokenizers if not t.is_dir()]
+    clip, t5 = found
+    if missing or clip is None or t5 is None:
+        raise WeightsError(
+            f"{where} lacks {', '.join(missing)}; text encoders and tokenizers are in FLUX.1's repository: say where "
+            "with text="
+        )
+    configs = [read_json(p) if (p := h.path.parent / "config.json").is_file() else {} for h in (clip, t5)]
+    return TextFiles(described(clip), described(t5), configs[0], configs[1], *tokenizers)
+
+
+def prepare_text(
+    files: TextFiles, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Callable[[], "ClipT5"]:
+    """Check names and shapes of both encoders; what is given back then reads them. `dtype=None` is the files' own."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    clip_config = CLIPTextConfig.from_dict(dict(files.clip_config) or clip_sizes(files.clip))
+    t5_config = T5Config.from_dict(dict(files.t5_config) or t5_sizes(files.t5))
+    with torch.device("meta"):
+        clip, t5 = cast("nn.Module", CLIPTextModel(clip_config)), cast("nn.Module", T5EncoderModel(t5_config))
+    layouts = (clip_layout(clip, files.clip), t5_layout(t5, files.t5))
+    kinds = [dtype or compute_dtype(header) for header in (files.clip, files.t5)]
+    for module, header, layout, kind in zip((clip, t5), (files.clip, files.t5), layouts, kinds, strict=True):
+        check_layout(module, header, layout, dtype=kind)
+
+    def read() -> ClipT5:
+        for module, header, layout, kind in zip((clip, t5), (files.clip, files.t5), layouts, kinds, strict=True):
+            load_into(module, header, layout, dtype=kind, device=device)
+        embeddings = clip.get_submodule("text_model.embeddings" if hasattr(clip, "text_model") else "embeddings")
+        places = torch.arange(clip_config.max_position_embeddings, device=device).expand(1, -1)
+        embeddings.register_buffer("position_ids", places, persistent=False)
+        t5.get_submodule("encoder.embed_tokens").register_parameter("weight", t5.get_parameter("shared.weight"))
+        if kinds[1] == torch.float16:  # its products leave float16's range: transformers keeps them wide too
+            for name, module in t5.named_modules():
+                if name.endswith(".wo"):
+                    module.float()
+        return ClipT5(clip, t5, *tokenizers(files))
+
+    return read
+
+
+def tokenizers(files: TextFiles) -> tuple[Tokenizer, Tokenizer]:
+    """CLIP's and T5's tokenizers, from local files only."""
+    import transformers
+
+    out: list[Tokenizer] = []
+    for kind, folder in (("CLIPTokenizer", files.tokenizer), ("T5TokenizerFast", files.tokenizer_2)):
+        try:
+            out.append(getattr(transformers, kind).from_pretrained(folder, local_files_only=True))
+        except Exception as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise WeightsError(f"{folder} holds no tokenizer that can be read: {why}") from error
+    return out[0], out[1]
+
+
+class ClipT5:
+    """Prompts to T5's states and CLIP's pooled vector."""
+
+    def __init__(self, clip: nn.Module, t5: nn.Module, tokenizer: Tokenizer, tokenizer_2: Tokenizer) -> None:
+        self.clip, self.t5 = clip.eval().requires_grad_(False), t5.eval().requires_grad_(False)  # noqa: FBT003
+        self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
+
+    def modules(self) -> list[nn.Module]:
+        """Both networks."""
+        return [self.clip, self.t5]
+
+    def layers(self) -> list[nn.Module]:
+        """T5's layers, by far the most of the weights, in the order they run."""
+        return list(self.t5.get_submodule("encoder.block").children())
+
+    def __call__(self, prompts: Sequence[str], *, length: int = T5_TOKENS) -> tuple[Tensor, Tensor]:
+        """States (prompts, length, width) in T5's dtype and pooled (prompts, width) in CLIP's.
+
+        One prompt after another, so that none depends on its neighbours. What either encoder cannot read is noted.
+
+        Raises:
+            PlanError: length is not from 1 to 512. PromptError: a prompt is no text.
+        """
+        if isinstance(length, bool) or not 1 <= length <= T5_TOKENS:
+            raise PlanError(f"T5 reads from 1 to {T5_TOKENS} tokens, got {length!r}")
+        for prompt in prompts:
+            check_prompt(prompt)
+        states: list[Tensor] = []
+        pooled: list[Tensor] = []
+        for prompt in prompts:
+            short = self._tokens(self.tokenizer, prompt, CLIP_TOKENS, "CLIP", " (T5 still may)")
+            pooled.append(self.clip(short).pooler_output)
+            long = self._tokens(self.tokenizer_2, prompt, length, "T5", "")
+            states.append(self.t5(long).last_hidden_state)
+        return torch.cat(states), torch.cat(pooled)
+
+    def _tokens(self, tokenizer: Tokenizer, prompt: str, limit: int, who: str, but: str) -> Tensor:
+        """Token ids (1, limit), padded or cut; what is cut off is noted."""
+        all_ids: list[int] = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        if len(all_ids) > limit:
+            lost = str(tokenizer.decode(all_ids[limit - 1 : -1])).strip()
+            note(f"{who} reads {limit} tokens and does not see{but}: {shortened(lost)!r}")
+        ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
+        return cast("Tensor", ids).to(next(self.t5.parameters()).device)
+
+
+def shortened(text: str, most: int = 120) -> str:
+    """A long text's beginning and end."""
+    return text if len(text) <= most else f"{text[: most - 40]} ... {text[-35:]}"
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse what cannot be text: lone surrogates and NUL; anything else is a prompt, even an empty one.
+
+    Raises:
+        PromptError: the prompt cannot be encoded, or is longer than a million characters.
+    """
+    if len(prompt) > 1_000_000:
+        raise PromptError(f"the prompt has {len(prompt)} characters; a million is the limit")
+    if "\0" in prompt or any(0xD800 <= ord(c) <= 0xDFFF for c in prompt):
+        raise PromptError(f"the prompt holds characters that are no text (NUL or a lone surrogate): {prompt[:40]!r}")
+
+
+def clip_layout(clip: nn.Module, header: Header) -> Layout:
+    """Where CLIP's parameters lie: published names begin with `text_model.`, transformers' own with or without it."""
+    prefix = "text_model." if any(name.startswith("text_model.") for name in header.tensors) else ""
+    return {n: Source((prefix + n.removeprefix("text_model."),), (len(t),)) for n, t in clip.state_dict().items()}
+
+
+def t5_layout(t5: nn.Module, header: Header) -> Layout:
+    """Where T5's parameters lie: files hold its one embedding under either name, or under both."""
+    out: dict[str, Source] = {}
+    twins = ("shared.weight", "encoder.embed_tokens.weight")
+    for name, tensor in t5.state_dict().items():
+        given = next((t for t in (name, *twins) if t in header.tensors), name) if name in twins else name
+        out[name] = Source((given,), (len(tensor),))
+    return out
+
+
+def clip_sizes(header: Header) -> dict[str, Any]:
+    """A config for CLIP's text tower from the shapes of its file; heads have 64 channels."""
+    prefix = "text_model." if any(name.startswith("text_model.") for name in header.tensors) else ""
+    vocabulary, width = shape_of(header, f"{prefix}embeddings.token_embedding.weight")
+    positions, _ = shape_of(header, f"{prefix}embeddings.position_embedding.weight")
+    inner, _ = shape_of(header, f"{prefix}encoder.layers.0.mlp.fc1.weight")
+    return CLIP_CONFIG | {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "max_position_embeddings": positions,
+        "intermediate_size": inner,
+        "num_attention_heads": max(1, width // 64),
+        "num_hidden_layers": layers_of(header, f"{prefix}encoder.layers.{{}}.mlp.fc1.weight"),
+    }
+
+
+def t5_sizes(header: Header) -> dict[str, Any]:
+    """A config for T5 v1.1's encoder from the shapes of its file."""
+    block = "encoder.block.0.layer"
+    name = "shared.weight" if "shared.weight" in header.tensors else "encoder.embed_tokens.weight"
+    vocabulary, width = shape_of(header, name)
+    buckets, heads = shape_of(header, f"{block}.0.SelfAttention.relative_attention_bias.weight")
+    rows, _ = shape_of(header, f"{block}.0.SelfAttention.q.weight")
+    inner, _ = shape_of(header, f"{block}.1.DenseReluDense.wi_0.weight")
+    layers = layers_of(header, "encoder.block.{}.layer.0.SelfAttention.q.weight")
+    return T5_CONFIG | {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_ff": inner,
+        "d_kv": rows // max(1, heads),
+        "num_heads": heads,
+        "num_layers": layers,
+        "relative_attention_num_buckets": buckets,
+        "tie_word_embeddings": False,
+    }
+
+
+def shape_of(header: Header, name: str) -> tuple[int, int]:
+    """Rows and columns of a matrix that must be there."""
+    entry = header.tensors.get(name)
+    if entry is None or len(entry.shape) != 2:
+        raise WeightsError(f"{header.path}: {name} is {'missing' if entry is None else 'not a matrix'}")
+    return entry.shape[0], entry.shape[1]
+
+
+def layers_of(header: Header, template: str) -> int:
+    """How many layers there are, from 0 on."""
+    count = 0
+    while template.format(count) in header.tensors:
+        count += 1
+    return count

@@ -1,0 +1,264 @@
+"""FLUX.1's text encoders against diffusers' own encoding, on a tiny repository with every part."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mrflow as mf
+from mrflow.errors import PlanError, PromptError, WeightsError
+from mrflow.models.flux1 import Flux1
+from mrflow.models.text import find_text, prepare_text
+from mrflow.notes import collected
+from tests.parity.reenact import official
+from tests.parity.test_flux import relative
+from tests.tiny import write_flux_repo
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PROMPTS = ["a cat", "", "a long, long tale! " * 3, "Ünïcödé 日本 🙂 and more"]
+UP = mf.Lanczos(2)
+
+
+@pytest.fixture(scope="session")
+def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_flux_repo(tmp_path_factory.mktemp("flux") / "repo")
+
+
+@pytest.fixture(scope="session")
+def pipe(repo: Path) -> Any:
+    from diffusers import FluxPipeline
+
+    return FluxPipeline.from_pretrained(repo)
+
+
+def loaded(where: Path, **more: Any) -> Flux1:
+    model = mf.load(where, device="cpu", **more)
+    assert isinstance(model, Flux1)
+    return model
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompts_are_encoded_as_the_reference_does(prompt: str, repo: Path, pipe: Any) -> None:
+    cond = loaded(repo).condition([prompt])
+    context, pooled, _ = pipe.encode_prompt(prompt, prompt)
+    assert cond["context"].shape == (1, 512, 24) and cond["pooled"].shape == (1, 12)
+    assert relative(cond["context"], context.detach()) < 1e-5
+    assert relative(cond["pooled"], pooled.detach()) < 1e-6
+
+
+@pytest.mark.parity
+def test_in_bfloat16(repo: Path, tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+
+    narrow = FluxPipeline.from_pretrained(repo, torch_dtype=torch.bfloat16)
+    cond = loaded(repo, dtype=torch.bfloat16).condition([PROMPTS[2]])
+    context, pooled, _ = narrow.encode_prompt(PROMPTS[2], PROMPTS[2])
+    assert cond["context"].dtype == torch.bfloat16
+    assert relative(cond["context"], context.detach()) < 1e-2
+    assert relative(cond["pooled"], pooled.detach()) < 1e-2
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("case", "guidance", "length"), [("plain", False, 256), ("uneven", True, 512)])
+def test_a_whole_run_from_prompts_is_theirs(case: str, guidance: bool, length: int, tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+
+    folder = write_flux_repo(tmp_path / "r", case=case, guidance=guidance, shard="300KB")
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+    words = {"prompt": ["a cat", "a long tale of two " * 4], "max_sequence_length": length}
+    size: dict[str, Any] = dict(low=(32, 64), size=(64, 128), steps=4)
+    _, want = official(FluxPipeline.from_pretrained(folder), words, seeds=[1, 7], upscale=UP, **size)
+    model = loaded(folder)
+    assert model.info.name == ("flux1-dev" if guidance else "flux1-schnell")
+    result = mf.run(mf.recipes.official(UP, **size), model, words["prompt"], seed=[1, 7])
+    assert relative(result.pixels, want) < 1e-4
+
+
+def test_a_prompt_does_not_depend_on_its_neighbours(repo: Path) -> None:
+    model = loaded(repo)
+    both = model.condition(PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        one = model.condition([prompt])
+        assert torch.equal(one["context"][0], both["context"][i]) and torch.equal(one["pooled"][0], both["pooled"][i])
+
+
+def test_equal_prompts_are_encoded_once(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(repo)
+    assert model._text is not None
+    calls: list[int] = []
+    model._text.t5.register_forward_hook(lambda *_: calls.append(1))
+    cond = model.condition(["a", "b", "a", "a"])
+    assert len(calls) == 2
+    assert torch.equal(cond["context"][0], cond["context"][3])
+    assert not torch.equal(cond["context"][0], cond["context"][1])
+
+
+def test_lost_words_are_told(repo: Path) -> None:
+    model, long = loaded(repo), "a" * 74 + "bcdef" + "g" * 440
+    with collected() as notes:
+        model.condition(["a" * 75])
+    assert notes == []
+    with collected() as notes:
+        model.condition([long])
+    assert len(notes) == 2
+    assert notes[0].startswith("CLIP reads 77 tokens and does not see (T5 still may): 'cdefggg")
+    assert notes[1] == "T5 reads 512 tokens and does not see: 'ggggggggg'"
+    result = mf.run(mf.recipes.native(size=(32, 32), steps=1), model, long)
+    assert len(result.notes) == 2 and result.record()["notes"] == list(result.notes)
+
+
+def test_what_is_no_text_is_refused(repo: Path) -> None:
+    model = loaded(repo)
+    for prompt in ("a\0b", "\ud800", "a" * 1_000_001):
+        with pytest.raises(PromptError):
+            model.condition([prompt])
+    assert model._text is not None
+    for length in (0, 513):
+        with pytest.raises(PlanError, match="from 1 to 512"):
+            model._text(["a"], length=length)
+
+
+def test_offloading_does_not_change_words(repo: Path) -> None:
+    want = loaded(repo).condition(PROMPTS)
+    for offload in ("phase", "block"):
+        model = loaded(repo, offload=offload)
+        got = model.condition(PROMPTS)
+        assert torch.equal(got["context"], want["context"]) and torch.equal(got["pooled"], want["pooled"])
+        assert model.info.footprint is not None
+        f = model.info.footprint
+        assert model.ledger.peak == f.text + (f.text_layers if offload == "phase" else f.text_pair)
+
+
+def single_files(repo: Path, folder: Path, *, dtype: torch.dtype, both: bool = True) -> Path:
+    """The community's way: one file an encoder, no configs; T5's embedding under both names."""
+    shutil.copytree(repo / "tokenizer", folder / "tokenizer")
+    shutil.copytree(repo / "tokenizer_2", folder / "tokenizer_2")
+    clip = load_file(repo / "text_encoder" / "model.safetensors")
+    t5 = load_file(repo / "text_encoder_2" / "model.safetensors")
+    name = "text_model." if not next(iter(clip)).startswith("text_model.") else ""
+    save_file({name + k: v for k, v in clip.items()}, folder / "clip_l.safetensors")
+    if both:
+        t5["encoder.embed_tokens.weight"] = t5["shared.weight"].clone()
+    save_file({k: v.to(dtype) for k, v in t5.items()}, folder / "t5xxl.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_single_files_give_the_same_states(repo: Path, tmp_path: Path, both: bool) -> None:
+    # Sizes of a config are read off the shapes; the tiny CLIP has heads of 6, which its file cannot say.
+    files = find_text(single_files(repo, tmp_path, dtype=torch.float32, both=both))
+    assert files.t5_config == {} and files.clip_config == {}
+    context, pooled = prepare_text(files)()([PROMPTS[2]])
+    want = loaded(repo).condition([PROMPTS[2]])
+    assert relative(context, want["context"]) < 0.2  # the tiny T5's relative distances differ from the published ones
+    assert pooled.shape == want["pooled"].shape
+
+
+def test_eight_bit_and_half_precision_t5(repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    narrow = prepare_text(find_text(single_files(repo, tmp_path / "a", dtype=torch.float8_e4m3fn)))()
+    assert {p.dtype for p in narrow.t5.parameters()} == {torch.bfloat16}
+    half = prepare_text(find_text(single_files(repo, tmp_path / "b", dtype=torch.float16)))()
+    wide = {n for n, p in half.t5.named_parameters() if p.dtype == torch.float32}
+    assert wide and all(".wo." in n for n in wide)
+    for encoder in (narrow, half):
+        context, _ = encoder(["a cat"])
+        assert bool(torch.isfinite(context).all())
+
+
+def drop_tokenizers(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer")
+    shutil.rmtree(folder / "text_encoder_2")
+
+
+def swap(folder: Path) -> None:
+    (folder / "text_encoder").rename(folder / "x")
+    (folder / "text_encoder_2").rename(folder / "text_encoder")
+    (folder / "x").rename(folder / "text_encoder_2")
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any], part: str = "text_encoder_2") -> None:
+    path = folder / part / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (folder / "text_encoder" / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+
+
+def no_vocabulary(folder: Path) -> None:
+    for path in (folder / "tokenizer_2").iterdir():
+        path.write_text("{")
+
+
+WO = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "two parts are missing": (drop_tokenizers, r"text_encoder_2 \(a T5 encoder\), tokenizer .*text="),
+    "the wrong way round": (swap, "is not a CLIP text encoder: it looks like a T5 encoder"),
+    "an extra key": (lambda f: edit(f, lambda t: t.update(more=torch.ones(2))), "more is not expected"),
+    "a missing key": (lambda f: edit(f, lambda t: t.pop(WO)), f"1 problems: {WO} is missing"),
+    "a wrong shape": (lambda f: edit(f, lambda t: t.update({WO: torch.ones(3, 3)})), r"wo.weight has shape \(3, 3\)"),
+    "cut off": (
+        lambda f: (f / "text_encoder" / "model.safetensors").write_bytes(b"1234"),
+        "4 bytes, expected at least 8",
+    ),
+    "a pickle": (pickle_only, "text_encoder should hold one safetensors checkpoint; it holds none"),
+    "no tokenizer": (no_vocabulary, "tokenizer_2 holds no tokenizer that can be read"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_what_is_wrong_is_said(what: str, repo: Path, tmp_path: Path) -> None:
+    shutil.copytree(repo, tmp_path / "r")
+    change, said = SPOILT[what]
+    change(tmp_path / "r")
+    with pytest.raises(WeightsError, match=said):
+        loaded(tmp_path / "r")
+
+
+def test_words_from_elsewhere(repo: Path, tmp_path: Path) -> None:
+    shutil.copytree(repo, tmp_path / "r")
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        shutil.rmtree(tmp_path / "r" / part)
+    assert loaded(tmp_path / "r")._text is None
+    assert loaded(tmp_path / "r", text=repo)._text is not None
+    with pytest.raises(WeightsError, match="text must be a folder"):
+        loaded(tmp_path / "r", text=tmp_path / "nowhere")
+
+
+def test_transformers_is_imported_only_for_words(repo: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, mrflow as mf; mf.run; mf.load('pocket'); assert 'transformers' not in sys.modules; "
+        f"mf.load({str(repo)!r}, device='cpu'); assert 'transformers' in sys.modules; print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "fine"
+
+
+def test_the_command_line_draws_from_a_repository(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.test_cli import call
+
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(repo), "--size", "64x64", "--low", "32x32", "--steps", "2", "--sr", "lanczos"]
+    more = ["--device", "cpu", "--offload", "phase", "--dtype", "bfloat16", "--storage", "fp8"]
+    code, out, err = call("generate", "a cat", *words, *more, "--out", "x.png")
+    assert code == 0, err
+    record = json.loads(call("inspect", "--json", "x.png")[1])
+    assert record["model"] == "flux1-dev" and record["weights"].endswith("/bfloat16/fp8")
+    code, again, err = call("replay", "x.png", "--model", str(repo), *more)
+    assert code == 0, err
+    assert bool((mf.read_image(again.strip()) == mf.read_image("x.png")).all())
+    code, _, err = call("generate", "a cat", *words[:-2], "--device", "cpu", "--out", "y.png")
+    assert code == 2 and "--sr" in err
