@@ -11,6 +11,7 @@ so that x0 = x - sigma velocity and eps = x + (1 - sigma) velocity. Every functi
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from mrflow.errors import PlanError
@@ -51,3 +52,8 @@ def raise_noise(x: Tensor, eps: Tensor, sigma: float, to: float) -> Tensor:
         raise PlanError(f"noise can only be raised, from sigma below 1 to at most 1, got {sigma!r} -> {to!r}")
     scale = (1.0 - to) / (1.0 - sigma)
     return scale * x + math.sqrt(to**2 - (scale * sigma) ** 2) * eps
+
+
+def finite(x: Tensor) -> bool:
+    """Whether every number is finite: the sum tells at once; where it does not (it may overflow), all are looked at."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())

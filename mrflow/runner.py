@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition
 from mrflow.errors import MrflowError, NonFiniteError, PlanError, PromiseError
-from mrflow.flow import Velocity
+from mrflow.flow import Velocity, finite
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, check_seed
 from mrflow.notes import collected
@@ -324,7 +324,7 @@ def _first(start: Tensor | State[Spec] | None, batch: int, model: Backbone) -> S
     if spec.batch != batch:
         raise PlanError(f"start holds {spec.batch} items, but there are {batch} prompts or seeds")
     data = data.detach().to(model.device, torch.float32)
-    if not bool(torch.isfinite(data).all()):
+    if not finite(data):
         raise PlanError("start holds NaN or infinity")
     if isinstance(spec, Pixels) and (float(data.min()) < 0 or float(data.max()) > 1):
         raise PlanError(f"start must be pixels in [0, 1], got {float(data.min()):g} to {float(data.max()):g}")
@@ -356,7 +356,7 @@ def _apply(stage: AnyStage, state: State[Spec], out: Spec, ctx: Context, where: 
         raise PromiseError(f"{where}: apply made {data.dtype}; between stages everything is float32")
     if data.device.type != ctx.model.device.type:
         raise PromiseError(f"{where}: apply made a tensor on {data.device}, the model lives on {ctx.model.device}")
-    if not bool(torch.isfinite(data).all()):
+    if not finite(data):
         raise NonFiniteError(f"{where}: made NaN or infinity ({ctx.model.info.name})")
     if isinstance(out, Pixels) and (float(data.min()) < 0 or float(data.max()) > 1):
         raise PromiseError(f"{where}: pixels must lie in [0, 1], got {float(data.min()):g} to {float(data.max()):g}")

@@ -113,7 +113,7 @@ def integrate(
             x, past = solver.step(checked, x, sigma, to, past, noise=_like(x, noise(), "the noise"))
         else:
             x, past = solver.step(checked, x, sigma, to, past)
-        if not bool(torch.isfinite(x).all()):
+        if not flow.finite(x):
             what = "NaN" if bool(torch.isnan(x).any()) else "infinity"
             where = ", ".join((f"sigma {sigma:g} -> {to:g}", *facts))
             raise NonFiniteError(f"{what} after step {index} of {steps} ({where})")
