@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mrflow.cli import app
+from tests.tiny import write_flux_repo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -28,8 +29,11 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.filterwarnings("ignore")
 def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if "FLUX.1-dev" in "".join(code for _, code in blocks(page, "python")):
+        write_flux_repo(tmp_path / "FLUX.1-dev")  # a tiny one in the real layout
     names: dict[str, object] = {"__name__": "page"}
     for line, code in blocks(page, "python"):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)

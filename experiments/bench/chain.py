@@ -157,7 +157,7 @@ def counted_flops(call: Callable[[], Tensor]) -> int:
     """What a call's matrix products, attention and convolutions come to."""
     with FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def whole(name: str, folder: Path, repeats: int | None) -> list[Row]:

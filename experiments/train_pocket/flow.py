@@ -21,9 +21,10 @@ from experiments.train_pocket.muon import Muon
 from mrflow.models.flux import Flux, image_ids, pack
 from mrflow.models.pocket.model import FLUX_PARAMS, POCKET, TEXT_LENGTH, VOCABULARY, text_encoder
 from mrflow.models.pocket.networks import Autoencoder, tokenise
-from mrflow.scenes.grammar import POCKET_1, in_world
+from mrflow.scenes.grammar import FULL, POCKET_1, World, in_world
 
 log = logging.getLogger("flow")
+WORLDS = {"pocket-1": POCKET_1, "full": FULL}
 SIZES = {128: 16000, 256: 5000}
 BATCH = {128: 32, 256: 8}
 
@@ -43,7 +44,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-def cached_latents(folder: Path) -> dict[int, tuple[Tensor, Tensor]]:
+def cached_latents(folder: Path, world: World) -> dict[int, tuple[Tensor, Tensor]]:
     """Latents (half precision) and caption ids at each size, made once."""
     path = folder / "latents.pt"
     if path.exists():
@@ -54,8 +55,8 @@ def cached_latents(folder: Path) -> dict[int, tuple[Tensor, Tensor]]:
     out = {}
     for size, count in SIZES.items():
         shot = folder / f"pictures_{size}.pt"
-        images, captions = torch.load(shot, weights_only=True) if shot.exists() else pictures(POCKET_1, count, size, 11)
-        known = [i for i, caption in enumerate(captions) if in_world(POCKET_1, caption)][:count]
+        images, captions = torch.load(shot, weights_only=True) if shot.exists() else pictures(world, count, size, 11)
+        known = [i for i, caption in enumerate(captions) if in_world(world, caption)][:count]
         images, captions = images[known], [captions[i] for i in known]
         with torch.no_grad():
             chunks = [auto.encode(images[i : i + 50].float() / 255).half() for i in range(0, len(images), 50)]
@@ -103,13 +104,19 @@ def main() -> None:
         "--high-share", type=float, default=0.5, help="share of steps at the high resolution, when mixed"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/pocket"))
+    parser.add_argument("--world", choices=list(WORLDS), default="pocket-1")
+    parser.add_argument("--start", type=Path, help="weights of another run to begin with")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(args.seed)
-    data = cached_latents(args.out)
+    torch.set_num_threads(args.threads)
+    data = cached_latents(args.out, WORLDS[args.world])
     net, ema = Trainee(), Trainee()
     net.flow.reset(torch.Generator().manual_seed(args.seed))
+    if args.start is not None:
+        net.load_state_dict(torch.load(args.start, weights_only=True)["ema"])
     net.flow.attention = plain_attention
     ema.load_state_dict(net.state_dict())
     opts = optimisers(net, args.rate)
