@@ -63,13 +63,15 @@ class Header:
 class Source:
     """What one parameter is made of: tensors of a file, `rows` of each, one under the other along the first axis.
 
-    `swap` exchanges the halves of the first axis; `squeeze` says that the file leaves out trailing axes of length 1.
+    `swap` exchanges the halves of the first axis; `squeeze` says that the file leaves out trailing axes of length 1,
+    `frame` that its tensor has one axis more, the third, of which the last slice is taken.
     """
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
     swap: bool = False
     squeeze: bool = False
+    frame: bool = False
 
 
 Layout = Mapping[str, Source]
@@ -209,7 +211,7 @@ def check_layout(module: nn.Module, header: Header, layout: Layout, *, dtype: to
             entry = header.tensors.get(part)
             if entry is None:
                 problems.append(f"{part} is missing")
-            elif entry.shape != (want := (rows, *shape[1:])):
+            elif (entry.shape[:2] + entry.shape[3:] if source.frame else entry.shape) != (want := (rows, *shape[1:])):
                 problems.append(f"{part} has shape {entry.shape}, expected {want}")
             elif not entry.dtype.is_floating_point or (dtype is None and entry.dtype.itemsize == 1):
                 advice = "" if dtype or not entry.dtype.is_floating_point else ": say in which dtype to load it"
@@ -262,6 +264,8 @@ def assembled(
     """One parameter from its parts; `files` keeps the mappings that were made."""
     pairs = [valued(header.tensors[name], files) for name in source.names]
     parts = [v if s is None else (v.to(device).float() * by_row(s.to(device), v)).to(dtype) for v, s in pairs]
+    if source.frame:
+        parts = [part[:, :, -1].contiguous() for part in parts]
     if source.swap:
         parts = list(reversed(parts[0].chunk(2)))
     if len(parts) == 1:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 EPS = 1e-6
+SINUSOID = 256  # channels of the embedding of level and guidance
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,11 +61,14 @@ def apply_rope(x: Float[Tensor, "*b n d"], rope: Rope) -> Float[Tensor, "*b n d"
     return turned.flatten(-2).to(x.dtype)
 
 
-def sinusoid(x: Float[Tensor, " b"], width: int = 256) -> Float[Tensor, "b width"]:
-    """[cos(x f), sin(x f)] with f_k = 10000^(-k / half), k below half = width / 2; float32."""
-    half = width // 2
-    f = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
-    angles = x.float()[:, None] * f
+def frequencies(half: int, device: torch.device) -> Float[Tensor, " half"]:
+    """10000^(-k / half) for k below half, float32."""
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
+
+
+def sinusoid(x: Float[Tensor, " b"], width: int = SINUSOID) -> Float[Tensor, "b width"]:
+    """[cos(x f), sin(x f)] with the frequencies f of `width` / 2 channels; float32."""
+    angles = x.float()[:, None] * frequencies(width // 2, x.device)
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
@@ -102,24 +106,27 @@ class Embedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) * scale over the last axis."""
+    """x / sqrt(mean x^2 + eps) * scale over the last axis; `late` rounds to the dtype before the scale multiplies."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, late: bool = False) -> None:
         super().__init__()
+        self.late = late
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """The same shape."""
+        if self.late:
+            return F.rms_norm(x, (x.shape[-1],), None, EPS) * self.scale
         return F.rms_norm(x, (x.shape[-1],), self.scale, EPS)
 
 
 class QKNorm(nn.Module):
     """One RMS norm for queries, one for keys, over a head's channels."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, late: bool = False) -> None:
         super().__init__()
-        self.query_norm = RMSNorm(width)
-        self.key_norm = RMSNorm(width)
+        self.query_norm = RMSNorm(width, late=late)
+        self.key_norm = RMSNorm(width, late=late)
 
     def forward(
         self, q: Float[Tensor, "*b d"], k: Float[Tensor, "*c d"]
@@ -129,7 +136,7 @@ class QKNorm(nn.Module):
 
 
 def modulated(
-    x: Float[Tensor, "b n d"], shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]
+    x: Float[Tensor, "b n d"], shift: Float[Tensor, "m 1 d"], scale: Float[Tensor, "m 1 d"]
 ) -> Float[Tensor, "b n d"]:
     """LN(x) * scale + shift; the norm has no parameters, and `scale` is one plus what the network gives."""
     return torch.addcmul(shift, F.layer_norm(x, (x.shape[-1],), eps=EPS), scale)

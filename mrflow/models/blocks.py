@@ -1,0 +1,161 @@
+"""What FLUX and Qwen-Image are built of: two-stream blocks, modulation, the final layer, packing into tokens."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mrflow.models.layers import Attention, QKNorm, Rope, SplitLinear, apply_rope, modulated, project
+
+FP16_MAX = 65504.0
+
+
+@runtime_checkable
+class Sizes(Protocol):
+    """What a block needs to know of its transformer."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head(self) -> int: ...
+    @property
+    def mlp(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def late_scale(self) -> bool: ...
+
+
+def pack(latents: Float[Tensor, "b c y x"], *, patch: int = 2) -> Float[Tensor, "b l d"]:
+    """Latents to tokens, row by row; inside a token the channel is the slowest index, then row, then column."""
+    # rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)"), 2.5 times as fast on a CPU.
+    return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2).contiguous()
+
+
+def unpack(tokens: Float[Tensor, "b l d"], h: int, w: int, *, patch: int = 2) -> Float[Tensor, "b c y x"]:
+    """Tokens of an h x w grid back to latents: the inverse of `pack`."""
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=patch, q=patch)
+
+
+class Modulate(nn.Module):
+    """The linear that gives one stream of one block its shift, scale and gate vectors."""
+
+    def __init__(self, hidden: int, vectors: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(hidden, vectors * hidden)
+
+
+def fused(width: int, rows: tuple[int, ...], *, split: bool) -> nn.Module:
+    """One linear for several projections; `split` keeps its matrices apart."""
+    return SplitLinear(width, rows) if split else nn.Linear(width, sum(rows))
+
+
+class SelfAttention(nn.Module):
+    """The parameters of one stream's attention; `q_k_v` and `proj` stand before and after the joint attention."""
+
+    def __init__(self, p: Sizes, *, split: bool) -> None:
+        super().__init__()
+        self.heads, self.rows = p.heads, (p.hidden,) * 3
+        self.qkv = fused(p.hidden, self.rows, split=split)
+        self.norm = QKNorm(p.head)
+        self.proj = nn.Linear(p.hidden, p.hidden)
+
+    def q_k_v(self, x: Float[Tensor, "b n d"]) -> list[Tensor]:
+        """Normed queries and keys, and values, each of shape (b, heads, n, head)."""
+        q, k, v = (by_head(part, self.heads) for part in project(self.qkv, x, self.rows))
+        return [*self.norm(q, k), v]
+
+
+def by_head(x: Float[Tensor, "b n e"], heads: int) -> Float[Tensor, "b h n d"]:
+    """Channels ordered (head)(channel) to one axis each; a view."""
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
+
+
+def joined(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n e"]:
+    """Heads side by side again."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def mlp(p: Sizes) -> nn.Sequential:
+    """Linear, GELU (tanh form), linear."""
+    return nn.Sequential(nn.Linear(p.hidden, p.mlp), nn.GELU(approximate="tanh"), nn.Linear(p.mlp, p.hidden))
+
+
+def bounded(x: Tensor) -> Tensor:
+    """x, clipped to the largest finite value in float16, as in the reference (FLUX's streams leave its range)."""
+    return x.clip(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
+
+
+class DoubleBlock(nn.Module):
+    """Image and text with parameters of their own, and one attention over both."""
+
+    def __init__(self, p: Sizes, *, split: bool) -> None:
+        super().__init__()
+        self.img_mod, self.txt_mod = Modulate(p.hidden, 6), Modulate(p.hidden, 6)
+        self.img_attn, self.txt_attn = SelfAttention(p, split=split), SelfAttention(p, split=split)
+        self.img_mlp, self.txt_mlp = mlp(p), mlp(p)
+
+    def forward(
+        self,
+        img: Float[Tensor, "b l d"],
+        txt: Float[Tensor, "b t d"],
+        rope: Rope,
+        vectors: tuple[Tensor, ...],
+        attend: Attention,
+        *,
+        last: bool = False,
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b u d"]]:
+        """Both streams after the block; `vectors`: (shift, scale, gate) x (attention, MLP) of image, then text.
+
+        The text stream comes back empty from a block that is the `last` to have one.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors[:6]
+        tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = vectors[6:]
+        theirs = self.txt_attn.q_k_v(modulated(txt, tshift1, tscale1))
+        ours = self.img_attn.q_k_v(modulated(img, shift1, scale1))
+        q, k, v = (torch.cat(pair, 2) for pair in zip(theirs, ours, strict=True))  # (b, heads, t + l, head)
+        out = joined(attend(apply_rope(q, rope), apply_rope(k, rope), v))
+        t = txt.shape[1]
+
+        img = torch.addcmul(img, gate1, self.img_attn.proj(out[:, t:]))
+        img = torch.addcmul(img, gate2, self.img_mlp(modulated(img, shift2, scale2)))
+        if last:
+            return img, txt[:, :0]
+        txt = torch.addcmul(txt, tgate1, self.txt_attn.proj(out[:, :t]))
+        txt = torch.addcmul(txt, tgate2, self.txt_mlp(modulated(txt, tshift2, tscale2)))
+        return img, bounded(txt)
+
+
+class FinalLayer(nn.Module):
+    """The last modulated norm and the linear to patches."""
+
+    def __init__(self, p: Sizes) -> None:
+        super().__init__()
+        self.linear = nn.Linear(p.hidden, p.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(p.hidden, 2 * p.hidden))
+
+
+def tables(
+    modulators: Iterable[nn.Module], vectors: Sequence[Float[Tensor, "b d"]], hidden: int
+) -> list[Float[Tensor, "b m d"]]:
+    """Modulation vectors from what each level starts from: (shift, 1 + scale, gate) each time, the last no gate.
+
+    Each linear serves all levels before the next is touched, one product a level: the same bits as one by one.
+    """
+    rows: list[list[Tensor]] = [[] for _ in vectors]
+    for linear in modulators:
+        for row, vector in zip(rows, vectors, strict=True):
+            row.append(linear(vector))
+    out: list[Tensor] = []
+    for row in rows:
+        table = rearrange(torch.cat(row, -1), "b (m d) -> b m d", d=hidden)
+        table[:, 1::3] += 1
+        out.append(table)
+    return out

@@ -1,0 +1,227 @@
+"""The Qwen-Image transformer, top to bottom: two-stream blocks only, and modulations that depend on the level alone.
+
+Parameter names are those of `flux.py` where the parts are the same; diffusers' names are in `weights.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mrflow.errors import PlanError
+from mrflow.models.blocks import DoubleBlock, FinalLayer, bounded, tables
+from mrflow.models.layers import (
+    SINUSOID,
+    Attention,
+    Blocks,
+    Embedder,
+    RMSNorm,
+    Rope,
+    attention,
+    frequencies,
+    modulated,
+    rope_tables,
+)
+
+MAX_POSITION = 4096  # the reference's tables of text positions end there
+
+
+@dataclass(frozen=True)
+class QwenParams:
+    """Sizes of a Qwen-Image transformer; the defaults are the published ones."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    context: int = 3584
+    hidden: int = 3072
+    heads: int = 24
+    axes: tuple[int, ...] = (16, 56, 56)
+    mlp_ratio: float = 4.0
+    double_blocks: int = 60
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise PlanError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        if any(axis % 2 for axis in self.axes) or sum(self.axes) != self.head:
+            raise PlanError(f"axes must be even and sum to hidden / heads = {self.head}, got {self.axes}")
+
+    @property
+    def head(self) -> int:
+        """Channels of one head."""
+        return self.hidden // self.heads
+
+    @property
+    def mlp(self) -> int:
+        """Inner width of the MLPs."""
+        return int(self.hidden * self.mlp_ratio)
+
+    @property
+    def late_scale(self) -> bool:
+        """Norms round to the working dtype before their scale multiplies (diffusers `normalization.py`)."""
+        return True
+
+
+def positions(h: int, w: int, text: int, *, device: torch.device | str | None = None) -> Float[Tensor, "n 3"]:
+    """Positions of `text` tokens, then of an h x w grid, on the axes (frame, row, column).
+
+    Rows and columns are counted from the middle, an odd grid has one more below zero; text goes on along the diagonal
+    from max(h // 2, w // 2) (diffusers `QwenEmbedRope` with scale_rope).
+
+    Raises:
+        PlanError: text positions go beyond the reference's tables.
+    """
+    start = max(h // 2, w // 2)
+    if start + text > MAX_POSITION:
+        raise PlanError(f"{text} text tokens beside a grid of {h}x{w} go beyond position {MAX_POSITION}")
+    words = torch.arange(start, start + text, dtype=torch.float32, device=device)[:, None].expand(text, 3)
+    grid = torch.zeros(h, w, 3, device=device)
+    grid[..., 1] = torch.arange(h // 2 - h, h // 2, device=device)[:, None]
+    grid[..., 2] = torch.arange(w // 2 - w, w // 2, device=device)
+    return torch.cat((words, grid.flatten(0, 1)))
+
+
+def masked_attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h n d"],
+    v: Float[Tensor, "b h n d"],
+    *,
+    keys: Bool[Tensor, "b n"],
+) -> Float[Tensor, "b h n d"]:
+    """Attention to the keys that are marked."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None])
+
+
+def packed_attention(
+    q: Float[Tensor, "1 h n d"],
+    k: Float[Tensor, "1 h n d"],
+    v: Float[Tensor, "1 h n d"],
+    *,
+    texts: Sequence[int],
+    image: int,
+    attend: Attention = attention,
+) -> Float[Tensor, "1 h n d"]:
+    """Attention within each item of one long sequence: all texts (of these lengths), then all images.
+
+    Neighbours with texts of one length are attended to together; nothing is padded or masked.
+    """
+    out = torch.empty_like(q)
+    text_at, image_at = 0, sum(texts)
+    for length, group in groupby(texts):
+        count = len(list(group))
+        spans = (slice(text_at, text_at + count * length), slice(image_at, image_at + count * image))
+        parts = [
+            torch.cat([rearrange(x[:, :, span], "1 h (c n) d -> c h n d", c=count) for span in spans], 2)
+            for x in (q, k, v)
+        ]
+        mixed = attend(parts[0], parts[1], parts[2])
+        for span, part in zip(spans, mixed.split((length, image), 2), strict=True):
+            out[:, :, span] = rearrange(part, "c h n d -> 1 h (c n) d")
+        text_at, image_at = spans[0].stop, spans[1].stop
+    return out
+
+
+class QwenImage(nn.Module):
+    """v(x, sigma): image tokens and text states to the velocity d x / d sigma.
+
+    `attention` is the function that every block calls, `split` keeps projections apart: see `Flux`.
+    """
+
+    def __init__(self, params: QwenParams, *, split: bool = False) -> None:
+        super().__init__()
+        p = self.params = params
+        self.attention: Attention = attention
+        self.img_in = nn.Linear(p.in_channels, p.hidden)
+        self.txt_norm = RMSNorm(p.context, late=True)
+        self.txt_in = nn.Linear(p.context, p.hidden)
+        self.time_in = Embedder(SINUSOID, p.hidden)
+        self.double_blocks = Blocks[DoubleBlock](DoubleBlock(p, split=split) for _ in range(p.double_blocks))
+        self.final_layer = FinalLayer(p)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return self.img_in.weight.dtype
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b l i"],
+        grid: tuple[int, int],
+        context: Float[Tensor, "b t c"],
+        sigma: Float[Tensor, " b"],
+        *,
+        mask: Bool[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b l o"]:
+        """The velocity in the network's dtype; `mask` marks the states that are text, where a batch is padded."""
+        attend = self.attention
+        if mask is not None and not bool(mask.all()):
+            attend = partial(masked_attention, keys=F.pad(mask, (0, tokens.shape[1]), value=True))
+        table = self.tables([sigma])[0]
+        rope = self.rope(positions(*grid, context.shape[1], device=tokens.device))
+        img = self.blocks(self.embed_image(tokens), self.embed_text(context), rope, table, attend=attend)
+        return self.head(img, table)
+
+    def rope(self, places: Float[Tensor, "n 3"]) -> Rope:
+        """Rotations of tokens at these positions."""
+        return rope_tables(places, self.params.axes, theta=self.params.theta)
+
+    def tables(self, sigmas: Sequence[Float[Tensor, " b"]]) -> list[Float[Tensor, "b m d"]]:
+        """Every modulation vector at several levels; they depend on nothing else, so all prompts share them."""
+        return tables(self.modulators(), [self.steering(sigma) for sigma in sigmas], self.params.hidden)
+
+    def modulators(self) -> Iterator[nn.Module]:
+        """The linears that make modulation vectors, in the order of use."""
+        for block in self.double_blocks:
+            yield block.img_mod.lin
+            yield block.txt_mod.lin
+        yield self.final_layer.adaLN_modulation[1]
+
+    def steering(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """SiLU of the embedded level: what every modulation starts from.
+
+        As in the reference, 1000 sigma is rounded to the working dtype and divided by 1000 in it; the sinusoid is that
+        times its frequencies, times 1000, in float32 (diffusers `pipeline_qwenimage.py`, `embeddings.py`).
+        """
+        level = (1000 * sigma.float()).to(self.dtype) / 1000
+        angles = 1000 * (level.float()[:, None] * frequencies(SINUSOID // 2, sigma.device))
+        embedded = torch.cat((angles.cos(), angles.sin()), -1)
+        return F.silu(self.time_in(embedded.to(self.dtype)))
+
+    def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
+        """The image stream, from tokens of any floating dtype."""
+        image: Tensor = self.img_in(tokens.to(self.dtype))
+        return image
+
+    def embed_text(self, context: Float[Tensor, "b t c"]) -> Float[Tensor, "b t d"]:
+        """The text stream; it does not depend on the level."""
+        text: Tensor = self.txt_in(self.txt_norm(context.to(self.dtype)))
+        return text
+
+    def blocks(
+        self,
+        img: Float[Tensor, "b l d"],
+        txt: Float[Tensor, "b t d"],
+        rope: Rope,
+        modulation: Float[Tensor, "m v d"],
+        *,
+        attend: Attention | None = None,
+    ) -> Float[Tensor, "b l d"]:
+        """The image stream after all blocks; `modulation` has one row for all items, or one each."""
+        vectors = modulation.unsqueeze(2).unbind(1)
+        last = len(self.double_blocks) - 1
+        for i, block in enumerate(self.double_blocks):
+            img, txt = block(img, txt, rope, vectors[12 * i : 12 * i + 12], attend or self.attention, last=i == last)
+            img = bounded(img)
+        return img
+
+    def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "m v d"]) -> Float[Tensor, "b l o"]:
+        """The image stream to the velocity."""
+        shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)
+        velocity: Tensor = self.final_layer.linear(modulated(img, shift, scale))
+        return velocity

@@ -1,0 +1,249 @@
+"""Which tensors of Qwen-Image's published checkpoints the parameters of our models are, and sizes off the shapes.
+
+The transformer is published under diffusers' names alone; the autoencoder under diffusers' and under Wan's.
+"""
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mrflow.errors import PlanError, WeightsError
+from mrflow.models.checkpoint import Header, Layout, Source, check_layout, load_into, open_checkpoint
+from mrflow.models.fp8 import described, store_fp8
+from mrflow.models.qwen_image import QwenImage, QwenParams
+from mrflow.models.vae_qwen import QwenVaeParams, VaeQwen
+from mrflow.models.weights import PART, Names, agree, compute_dtype, config_of, count, looks_like, refuse, shape
+
+CLASS, VAE_CLASS = "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
+TRANSFORMER, AUTOENCODER = "a Qwen-Image transformer", "a Qwen-Image autoencoder"
+TOP = {
+    "img_in": ("img_in",),
+    "txt_norm": ("txt_norm",),
+    "txt_in": ("txt_in",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+BLOCK = {
+    "img_mod.lin": ("img_mod.1",),
+    "txt_mod.lin": ("txt_mod.1",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("img_mlp.net.0.proj",),
+    "img_mlp.2": ("img_mlp.net.2",),
+    "txt_mlp.0": ("txt_mlp.net.0.proj",),
+    "txt_mlp.2": ("txt_mlp.net.2",),
+}
+# Same keys, another forward (diffusers config): Qwen-Image-Edit-2511, -Layered.
+OTHER = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+PREFIXES = ("model.diffusion_model.", "")
+
+
+def prepare_qwen(
+    where: str | Path | Header,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    storage: Literal["fp8"] | None = None,
+    fuse: bool | None = None,
+) -> Callable[[], QwenImage]:
+    """A Qwen-Image transformer from a file, folder or header; as `prepare_flux`: checked now, read by the function.
+
+    Raises:
+        WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
+    """
+    header = described(where if isinstance(where, Header) else open_checkpoint(where))
+    if not looks_like(header, TRANSFORMER):
+        refuse(header, TRANSFORMER)
+    prefix = next(p for p in PREFIXES if f"{p}txt_norm.weight" in header.tensors)
+    names = qwen_names(prefix)
+    params = qwen_params(header, names)
+    dtype = dtype or compute_dtype(header)
+    unchanged = all(entry.dtype == dtype for entry in header.tensors.values())
+    if fuse is None:
+        fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
+    with torch.device("meta"):
+        net = QwenImage(params, split=not (fuse or storage))
+    if storage == "fp8":
+        store_fp8(net.double_blocks)
+    layout = qwen_layout(net, names)
+    check_layout(net, header, layout, dtype=dtype)
+
+    def read() -> QwenImage:
+        load_into(net, header, layout, dtype=dtype, device=device)
+        return net
+
+    return read
+
+
+def qwen_names(prefix: str = "") -> Names:
+    """Published names of a native parameter: q, k, v are apart there."""
+
+    def names(name: str) -> tuple[str, ...]:
+        stem, _, leaf = name.rpartition(".")
+        kind, _, rest = stem.partition(".")
+        if kind == "double_blocks":
+            index, _, rest = rest.partition(".")
+            targets = tuple(f"transformer_blocks.{index}.{t}" for t in BLOCK[rest])
+        else:
+            targets = TOP[stem]
+        return tuple(f"{prefix}{t}.{'weight' if leaf == 'scale' else leaf}" for t in targets)
+
+    return names
+
+
+def qwen_layout(net: QwenImage, names: Names) -> Layout:
+    """Where every parameter of the transformer lies; the last modulation is (scale, shift) there."""
+    layout: dict[str, Source] = {}
+    for name, tensor in net.state_dict().items():
+        if (part := PART.search(name)) is not None:
+            whole = names(name[: part.start()] + "." + name[part.end() :])
+            layout[name] = Source((whole[int(part[1])],), (tensor.shape[0],))
+            continue
+        parts, rows = names(name), tensor.shape[0]
+        layout[name] = Source(parts, (rows // len(parts),) * len(parts), swap="norm_out" in parts[0])
+    return layout
+
+
+def qwen_params(header: Header, names: Names) -> QwenParams:
+    """Sizes of a Qwen-Image transformer; the rotary axes are of a config, or the published ones for heads of 128."""
+    hidden, in_channels = shape(header, names("img_in.weight")[0], 2)
+    (head,) = shape(header, names("double_blocks.0.img_attn.norm.query_norm.scale")[0], 1)
+    mlp, _ = shape(header, names("double_blocks.0.img_mlp.0.weight")[0], 2)
+    if not hidden or not head:
+        raise WeightsError(f"{header.path} has a transformer of width {hidden} with heads of {head}")
+    blocks = count(header, names, "double_blocks.{}.img_mod.lin.weight")
+    context = shape(header, names("txt_in.weight")[0], 2)[1]
+    config = config_of(header, CLASS)
+    if odd := [flag for flag in OTHER if config.get(flag)]:
+        raise WeightsError(f"{header.path}: its config sets {odd[0]}: another model than Qwen-Image, not supported")
+    sizes = {"attention_head_dim": head, "num_attention_heads": hidden // head, "num_layers": blocks}
+    agree(header, config, sizes | {"in_channels": in_channels, "joint_attention_dim": context})
+    axes = config.get("axes_dims_rope", QwenParams.axes if head == 128 else None)
+    if axes is None:
+        raise WeightsError(f"{header.path}: heads of {head} channels, but no config.json says their axes_dims_rope")
+    try:
+        return QwenParams(
+            in_channels=in_channels,
+            out_channels=shape(header, names("final_layer.linear.weight")[0], 2)[0],
+            context=context,
+            hidden=hidden,
+            heads=hidden // head,
+            axes=tuple(operator.index(axis) for axis in axes),
+            mlp_ratio=mlp / hidden,
+            double_blocks=blocks,
+        )
+    except (PlanError, TypeError, ValueError) as error:
+        raise WeightsError(f"{header.path}: {error}") from None
+
+
+WAN_RULES = (
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"coder\.conv_in\.", "coder.conv1."),
+    (r"coder\.norm_out\.", "coder.head.0."),
+    (r"coder\.conv_out\.", "coder.head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"(samples\.\d+|middle\.[02])\.norm1\.", r"\1.residual.0."),
+    (r"(samples\.\d+|middle\.[02])\.conv1\.", r"\1.residual.2."),
+    (r"(samples\.\d+|middle\.[02])\.norm2\.", r"\1.residual.3."),
+    (r"(samples\.\d+|middle\.[02])\.conv2\.", r"\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+)
+
+
+def same(name: str) -> tuple[str, ...]:
+    """diffusers' names are the native ones."""
+    return (name,)
+
+
+def wan(name: str) -> tuple[str, ...]:
+    """Wan's names of a native autoencoder parameter; it counts residual blocks and changes of size in one row."""
+    name = re.sub(r"\.up_blocks\.(\d)\.resnets\.(\d)\.", lambda m: f".upsamples.{4 * int(m[1]) + int(m[2])}.", name)
+    name = re.sub(r"\.up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f".upsamples.{4 * int(m[1]) + 3}.", name)
+    for pattern, replacement in WAN_RULES:
+        name = re.sub(pattern, replacement, name)
+    return (name,)
+
+
+def prepare_vae_qwen(
+    where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Callable[[], VaeQwen]:
+    """A Qwen-Image autoencoder for pictures, in diffusers' or Wan's layout; what only video needs is not read.
+
+    Raises:
+        WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
+    """
+    header = described(where if isinstance(where, Header) else open_checkpoint(where))
+    if not looks_like(header, AUTOENCODER):
+        refuse(header, AUTOENCODER)
+    names = wan if "decoder.middle.0.residual.0.gamma" in header.tensors else same
+    params = qwen_vae_params(header, names)
+    header = replace(header, tensors={n: e for n, e in header.tensors.items() if ".time_conv." not in n})
+    with torch.device("meta"):
+        vae = VaeQwen(params)
+    layout = qwen_vae_layout(vae, header, names)
+    check_layout(vae, header, layout, dtype=dtype)
+
+    def read() -> VaeQwen:
+        load_into(vae, header, layout, dtype=dtype, device=device)
+        return vae
+
+    return read
+
+
+def qwen_vae_layout(vae: VaeQwen, header: Header, names: Names) -> Layout:
+    """Where every parameter of the autoencoder lies; what has a time axis in the file gives its last slice."""
+    layout: dict[str, Source] = {}
+    for name, tensor in vae.state_dict().items():
+        (given,) = names(name)
+        entry = header.tensors.get(given)
+        framed = entry is not None and len(entry.shape) == tensor.ndim + 1
+        layout[name] = Source((given,), (tensor.shape[0],), frame=framed)
+    return layout
+
+
+def qwen_vae_params(header: Header, names: Names) -> QwenVaeParams:
+    """Sizes of the autoencoder; mean and std of the latents are of a config, or the published ones for 16 channels."""
+    channels: list[int] = []
+    width, residuals, index = 0, 0, 0
+    while True:
+        if (conv := names(f"encoder.down_blocks.{index}.conv1.weight")[0]) in header.tensors:
+            width, residuals = shape(header, conv, 5)[0], residuals + 1
+        elif names(f"encoder.down_blocks.{index}.resample.1.weight")[0] in header.tensors:
+            channels.append(width)
+        else:
+            break
+        index += 1
+    channels.append(width)
+    latent = shape(header, names("post_quant_conv.weight")[0], 5)[0]
+    config = config_of(header, VAE_CLASS)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if latent != 16 and (mean is None or std is None):
+        raise WeightsError(f"{header.path}: {latent} latent channels, but no config.json says their mean and std")
+    agree(header, config, {"z_dim": latent, "base_dim": channels[0]})
+    try:
+        return QwenVaeParams(
+            channels=tuple(channels),
+            latent=latent,
+            blocks=residuals // len(channels),
+            mean=QwenVaeParams.mean if mean is None else tuple(float(v) for v in mean),
+            std=QwenVaeParams.std if std is None else tuple(float(v) for v in std),
+        )
+    except (PlanError, TypeError, ValueError) as error:
+        raise WeightsError(f"{header.path}: {error}") from None
