@@ -45,3 +45,11 @@ class ResourceError(MrflowError, OSError):
 
 class RecordError(MrflowError, ValueError):
     """A picture carries no record, or one that cannot be replayed."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any kind says that memory ran out, on a GPU or a CPU."""
+    import torch
+
+    said = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -5,16 +5,17 @@ Each branch has a field of its own, so a cache that lives in a field never mixes
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition
-from mrflow.errors import PlanError
+from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.flow import Velocity
+from mrflow.notes import note
 from mrflow.spec import ModelInfo
 
 
@@ -60,9 +61,13 @@ class Distilled(Guidance):
 
 @dataclass(frozen=True)
 class CFG(Guidance):
-    """Classifier-free guidance u + scale (c - u) (Ho & Salimans 2022, arXiv 2207.12598); at scale 1, c in one pass."""
+    """Classifier-free guidance u + scale (c - u) (Ho & Salimans 2022, arXiv 2207.12598); at scale 1, c in one pass.
+
+    `packed`: both branches in one pass over the network, where the model can; two passes when memory runs out.
+    """
 
     scale: float
+    packed: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_scale("scale", self.scale)
@@ -74,10 +79,10 @@ class CFG(Guidance):
     def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
         if self.scale == 1.0:
             return model.field(cond)
-        c, u = _branches(model, cond, negative, self)
+        branches = _branches(model, cond, negative, self, packed=self.packed)
 
         def guided(x: Tensor, sigma: float) -> Tensor:
-            return _mix(c(x, sigma), u(x, sigma), self.scale)
+            return _mix(*branches(x, sigma), self.scale)
 
         return guided
 
@@ -86,10 +91,12 @@ class CFG(Guidance):
 class RescaledCFG(Guidance):
     """Qwen-Image's guidance: m ||c|| / ||m|| with m = u + scale (c - u), norms over each token's latent cells.
 
-    As in diffusers `QwenImagePipeline`, without an epsilon. A token is patch x patch cells of all channels.
+    As in diffusers `QwenImagePipeline`, without an epsilon. A token is patch x patch cells of all channels. `packed` as
+    for `CFG`.
     """
 
     scale: float
+    packed: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_scale("scale", self.scale)
@@ -101,12 +108,12 @@ class RescaledCFG(Guidance):
     def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
         if self.scale == 1.0:
             return model.field(cond)
-        c, u = _branches(model, cond, negative, self)
+        branches = _branches(model, cond, negative, self, packed=self.packed)
         patch = model.info.space.patch
 
         def guided(x: Tensor, sigma: float) -> Tensor:
-            towards = c(x, sigma)
-            mixed = _mix(towards, u(x, sigma), self.scale)
+            towards, away = branches(x, sigma)
+            mixed = _mix(towards, away, self.scale)
             ratio = token_norm(towards, patch) / token_norm(mixed, patch)
             return mixed * repeat(ratio, "b 1 h w -> b 1 (h p) (w q)", p=patch, q=patch)
 
@@ -158,11 +165,31 @@ def _mix(c: Tensor, u: Tensor, scale: float) -> Tensor:
 
 
 def _branches(
-    model: Backbone, cond: Condition, negative: Condition | None, guidance: Guidance
-) -> tuple[Velocity, Velocity]:
+    model: Backbone, cond: Condition, negative: Condition | None, guidance: Guidance, *, packed: bool
+) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+    """Both velocities: from one pass where the model can (`together`) and memory allows, else from a field each."""
     if negative is None:
         raise PlanError(f"{guidance!r} needs a negative; encode one (the empty prompt will do), or use scale 1")
-    return model.field(cond), model.field(negative.repeat(cond.batch))
+    other = negative.repeat(cond.batch)
+    together: Callable[..., Callable[[Tensor, float], tuple[Tensor, Tensor]]] | None
+    together = getattr(model, "together", None) if packed else None
+    joint = None if together is None else together((cond, other))
+    apart: list[Velocity] = [] if joint is not None else [model.field(cond), model.field(other)]
+
+    def both(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        if joint is not None and not apart:
+            try:
+                c, u = joint(x, sigma)
+                return c, u
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            note("both branches of the guidance do not fit into memory at once; they take turns from here on")
+        if not apart:
+            apart.extend((model.field(cond), model.field(other)))
+        return apart[0](x, sigma), apart[1](x, sigma)
+
+    return both
 
 
 def _check_scale(name: str, value: object) -> None:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -123,7 +123,8 @@ class Announced:
         self._model, self._levels = model, tuple(levels)
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._model, name)
+        value = getattr(self._model, name)
+        return partial(value, levels=self._levels) if name == "together" else value
 
     def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
         """The model's field, told the levels."""

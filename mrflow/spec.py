@@ -277,6 +277,21 @@ SCHNELL = ModelInfo(
     decode=_FLUX_DECODE,
     footprint=replace(_FLUX_FOOTPRINT, rest=2 * 35_014_720),
 )
+# Qwen-Image in bfloat16: parameters x 2. Text: Qwen2.5-VL's language model, without vision tower and head.
+_QWEN_FOOTPRINT = Footprint(
+    rest=2 * 21_642_816,
+    modulation=2 * 6_815_864_832,
+    modulation_pair=2 * 113_283_072,
+    blocks=2 * 13_592_893_440,
+    block_pair=2 * 453_096_448,
+    autoencoder=2 * 44_599_603,
+    text=2 * 545_000_960,
+    text_layers=2 * 6_525_618_176,
+    text_pair=2 * 466_115_584,
+    encode_values=587.0,
+    decode_values=676.0,
+)
+
 QWEN = ModelInfo(
     "qwen-image",
     LatentSpace("qwen-image"),
@@ -289,4 +304,5 @@ QWEN = ModelInfo(
     upscale_flops=_RRDB_X2,
     encode=_QWEN_ENCODE,
     decode=_QWEN_DECODE,
+    footprint=_QWEN_FOOTPRINT,
 )

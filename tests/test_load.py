@@ -18,7 +18,7 @@ import mrflow as mf
 from mrflow.cost import memory
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.models.describe import describe
-from mrflow.models.flux1 import Flux1
+from mrflow.models.flux_backbone import Flux1
 from mrflow.models.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
 from tests.live import LiveBytes
 from tests.parity.test_flux import relative
@@ -277,7 +277,7 @@ def test_folding_keeps_bits_for_every_solver_and_guidance(repo: Path, solver: mf
     chain = mf.Sample(32, 32, mf.Shifted(3), solver=solver, guidance=guidance) >> mf.Decode()
     folded, plain = loaded(repo), loaded(repo, fold=False)
     for model in (folded, plain):
-        model._text = None
+        model._words = None
 
         def condition(prompts: Any) -> mf.Condition:
             return mf.Condition({k: v[:1].expand(len(prompts), *v.shape[1:]) for k, v in words(2).items()})
@@ -369,7 +369,7 @@ def test_the_autoencoder_goes_on_in_tiles(
     repo: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], tmp_path: Path
 ) -> None:
     model = loaded(repo)
-    monkeypatch.setattr("mrflow.models.flux1.TILE", 16)
+    monkeypatch.setattr("mrflow.models.base.TILE", 16)
     chain = mf.recipes.native(size=(160, 160), steps=1)
     whole = draw(model, chain=chain).pixels
     shrink(model, 16, monkeypatch, error)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from mrflow.models.base import footprint
 from mrflow.models.checkpoint import DTYPES, Entry, Header, Layout, Source
 from mrflow.models.flux import Flux
-from mrflow.models.flux1 import footprint
 from mrflow.models.vae_flux import VaeFlux
 from mrflow.models.weights import flux_layout, flux_names, flux_params, vae_layout, vae_names, vae_params
 from mrflow.spec import FLUX, SCHNELL

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import mrflow as mf
 from mrflow.errors import PlanError, PromptError, WeightsError
-from mrflow.models.flux1 import Flux1
+from mrflow.models.flux_backbone import Flux1
 from mrflow.models.text import find_text, prepare_text
 from mrflow.notes import collected
 from tests.parity.reenact import official
@@ -92,9 +92,9 @@ def test_a_prompt_does_not_depend_on_its_neighbours(repo: Path) -> None:
 
 def test_equal_prompts_are_encoded_once(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded(repo)
-    assert model._text is not None
+    assert model._words is not None
     calls: list[int] = []
-    model._text.t5.register_forward_hook(lambda *_: calls.append(1))
+    model._words.t5.register_forward_hook(lambda *_: calls.append(1))
     cond = model.condition(["a", "b", "a", "a"])
     assert len(calls) == 2
     assert torch.equal(cond["context"][0], cond["context"][3])
@@ -120,10 +120,10 @@ def test_what_is_no_text_is_refused(repo: Path) -> None:
     for prompt in ("a\0b", "\ud800", "a" * 1_000_001):
         with pytest.raises(PromptError):
             model.condition([prompt])
-    assert model._text is not None
+    assert model._words is not None
     for length in (0, 513):
         with pytest.raises(PlanError, match="from 1 to 512"):
-            model._text(["a"], length=length)
+            model._words(["a"], length=length)
 
 
 def test_offloading_does_not_change_words(repo: Path) -> None:
@@ -232,8 +232,8 @@ def test_words_from_elsewhere(repo: Path, tmp_path: Path) -> None:
     shutil.copytree(repo, tmp_path / "r")
     for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         shutil.rmtree(tmp_path / "r" / part)
-    assert loaded(tmp_path / "r")._text is None
-    assert loaded(tmp_path / "r", text=repo)._text is not None
+    assert loaded(tmp_path / "r")._words is None
+    assert loaded(tmp_path / "r", text=repo)._words is not None
     with pytest.raises(WeightsError, match="text must be a folder"):
         loaded(tmp_path / "r", text=tmp_path / "nowhere")
 

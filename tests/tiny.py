@@ -120,3 +120,110 @@ def write_flux_repo(
     )
     pipe.save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+def qwen_tokenizer(folder: Path) -> int:
+    """Qwen2's tokenizer without merges: a token a byte, and the template's marks; gives the size of its vocabulary."""
+    names = bytes_as_letters()
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    added = {
+        str(len(names) + i): {
+            "content": mark, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True,
+        }
+        for i, mark in enumerate(marks)
+    }  # fmt: skip
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": added,
+        "eos_token": marks[2],
+        "pad_token": marks[0],
+        "unk_token": None,
+        "bos_token": None,
+        "model_max_length": 131072,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(names) + len(marks)
+
+
+QWENS: dict[str, dict[str, Any]] = {
+    "two": dict(num_layers=2, attention_head_dim=16, num_attention_heads=2, axes_dims_rope=(4, 6, 6)),
+    "three": dict(num_layers=3, attention_head_dim=24, num_attention_heads=3, axes_dims_rope=(4, 12, 8)),
+    "wide": dict(num_layers=1, attention_head_dim=32, num_attention_heads=4, axes_dims_rope=(8, 10, 14)),
+}
+QWEN_WIDTHS = {"two": 32, "three": 48, "wide": 64}
+
+
+def write_qwen_repo(
+    folder: Path, *, case: str = "two", dtype: torch.dtype = torch.float32, words: bool = True, shard: str = "10GB"
+) -> Path:
+    """A QwenImagePipeline with every part, saved by diffusers; all parameters are far from where they start."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    scratch, width = folder / "scratch", QWEN_WIDTHS[case]
+    size = qwen_tokenizer(scratch / "tokenizer")
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=64, out_channels=16, joint_attention_dim=width, **QWENS[case]
+    )
+    vae = AutoencoderKLQwenImage(base_dim=8 * (1 + len(case) % 3), z_dim=16)
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=dict(
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=size,
+                max_position_embeddings=4096,
+                rms_norm_eps=1e-6,
+                rope_parameters={
+                    "mrope_section": [width // 8 - 2 * (width // 24), width // 24, width // 24],
+                    "rope_type": "default",
+                    "rope_theta": 1000000.0,
+                },
+                bos_token_id=size - 3,
+                eos_token_id=size - 1,
+            ),
+            vision_config=dict(
+                depth=1,
+                hidden_size=16,
+                num_heads=2,
+                out_hidden_size=width,
+                intermediate_size=24,
+                fullatt_block_indexes=[0],
+            ),
+        )
+    )
+    for seed, module in enumerate((transformer, vae, encoder), 3):
+        scatter(module.eval(), seed)
+        for name, p in module.named_parameters():
+            if name.endswith("gamma"):
+                generator = torch.Generator().manual_seed(seed)
+                p.data = 1 + 0.3 * torch.randn(p.shape, generator=generator)
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            base_image_seq_len=256,
+            base_shift=0.5,
+            max_image_seq_len=8192,
+            max_shift=0.9,
+            shift=1.0,
+            shift_terminal=0.02,
+            time_shift_type="exponential",
+            use_dynamic_shifting=True,
+        ),
+        vae=vae.to(dtype),
+        transformer=transformer.to(dtype),
+        text_encoder=encoder.to(dtype) if words else None,
+        tokenizer=Qwen2Tokenizer.from_pretrained(scratch / "tokenizer") if words else None,
+    )
+    pipe.save_pretrained(folder, max_shard_size=shard)
+    return folder

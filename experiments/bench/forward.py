@@ -11,18 +11,20 @@ Outputs are compared first: 1e-5 in float32; in bfloat16 1.5e-2, or no further f
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from experiments.bench.protocol import FAST, Row, paired, publish
-from mrflow.models.field import step
+from experiments.bench.protocol import FAST, Clock, Row, paired, publish
+from mrflow.models.fields import step
 from mrflow.models.flux import Flux, image_ids
 from mrflow.models.weights import load_flux
 
+CHANNELS = 64
+WAYS = ("apart", "fused")
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 
 
@@ -32,17 +34,18 @@ class Size(NamedTuple):
     heads: int
     axes: tuple[int, int, int]
     context: int
+    pooled: int
     grid: tuple[int, int]
     text: int
     bars: tuple[float, float]
 
 
 SIZES = {
-    "tiny": Size(4, (8, 12, 12), 128, (16, 16), 32, (1.20, 1.20)),
-    "small": Size(6, (8, 28, 28), 512, (16, 16), 64, (1.15, 1.10)),
-    "mid-256": Size(8, (16, 56, 56), 4096, (16, 16), 128, (1.15, 1.10)),
-    "mid-1024": Size(8, (16, 56, 56), 4096, (32, 32), 128, (1.15, 1.10)),
-    "mid-4096": Size(8, (16, 56, 56), 4096, (64, 64), 128, (1.15, 1.10)),
+    "tiny": Size(4, (8, 12, 12), 128, 64, (16, 16), 32, (1.20, 1.20)),
+    "small": Size(6, (8, 28, 28), 512, 64, (16, 16), 64, (1.15, 1.10)),
+    "mid-256": Size(8, (16, 56, 56), 4096, 768, (16, 16), 128, (1.15, 1.10)),
+    "mid-1024": Size(8, (16, 56, 56), 4096, 768, (32, 32), 128, (1.15, 1.10)),
+    "mid-4096": Size(8, (16, 56, 56), 4096, 768, (64, 64), 128, (1.15, 1.10)),
 }
 FEW = ("tiny", "small")
 SEVERAL = ("tiny", "small", "mid-256", "mid-1024")
@@ -60,40 +63,43 @@ def scatter(module: nn.Module, seed: int = 3) -> None:
                 p.copy_(0.3 * noise + (0.7 if "norm" in name and name.endswith("weight") else 0.2))
 
 
-def theirs_of(size: Size) -> Any:
+def theirs_of(size: Size) -> nn.Module:
     """diffusers' transformer of that size, random."""
     from diffusers import FluxTransformer2DModel
     from diffusers.utils.logging import set_verbosity_error
 
     set_verbosity_error()
-    net = FluxTransformer2DModel(
-        in_channels=64,
+    net: Any = FluxTransformer2DModel(
+        in_channels=CHANNELS,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=sum(size.axes),
         num_attention_heads=size.heads,
         joint_attention_dim=size.context,
-        pooled_projection_dim=768 if size.context > 1000 else 64,
+        pooled_projection_dim=size.pooled,
         guidance_embeds=True,
         axes_dims_rope=size.axes,
-    ).eval()
+    )
     scatter(net)
-    return net
+    module: nn.Module = net.eval()
+    return module
 
 
-def inputs(config: Any, size: Size) -> dict[str, Tensor]:
+def inputs(size: Size) -> dict[str, Tensor]:
     """What a step is given, in float32."""
     g = torch.Generator().manual_seed(7)
     return {
-        "tokens": torch.randn(1, size.grid[0] * size.grid[1], config.in_channels, generator=g),
+        "tokens": torch.randn(1, size.grid[0] * size.grid[1], CHANNELS, generator=g),
         "context": torch.randn(1, size.text, size.context, generator=g),
-        "pooled": torch.randn(1, config.pooled_projection_dim, generator=g),
+        "pooled": torch.randn(1, size.pooled, generator=g),
         "sigma": torch.tensor([0.86332]),
         "guidance": torch.tensor([3.5]),
     }
 
 
-def reference_call(net: Any, size: Size, given: dict[str, Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+def reference_call(
+    net: Callable[..., Any], size: Size, given: dict[str, Tensor], dtype: torch.dtype
+) -> Callable[[], Tensor]:
     """One step as FluxPipeline calls it."""
     value = {k: v.to(dtype) if k in ("tokens", "context", "pooled") else v for k, v in given.items()}
     time = (1000 * value["sigma"]).to(dtype)
@@ -130,18 +136,26 @@ def our_call(flow: Flux, size: Size, given: dict[str, Tensor]) -> Callable[[], T
     return call
 
 
-def compared(name: str, *, threads: int, repeats: int | None, dtypes: list[torch.dtype], relax: float) -> list[Row]:
+def compared(
+    name: str,
+    *,
+    dtypes: Sequence[torch.dtype],
+    ways: Sequence[str] = WAYS,
+    threads: int = 1,
+    repeats: int | None = None,
+    relax: float = 1.0,
+) -> list[Row]:
     """Rows of one size."""
     size, rows = SIZES[name], list[Row]()
     with tempfile.TemporaryDirectory() as folder:
-        theirs = theirs_of(size)
-        given = inputs(theirs.config, size)
+        theirs: Any = theirs_of(size)
+        given = inputs(size)
         oracle = reference_call(theirs, size, given, torch.float32)()
         for dtype in dtypes:
             theirs = theirs.to(dtype)
             where = Path(folder) / str(dtype)
             theirs.save_pretrained(where)
-            nets = {way: load_flux(where, dtype=dtype, fuse=way == "fused") for way in ("apart", "fused")}
+            nets = {way: load_flux(where, dtype=dtype, fuse=way == "fused") for way in ways}
             reference = reference_call(theirs, size, given, dtype)
             for way, net in nets.items():
                 runs = paired(
@@ -154,7 +168,7 @@ def compared(name: str, *, threads: int, repeats: int | None, dtypes: list[torch
                 )
                 bar = relax * size.bars[dtype == torch.bfloat16]
                 case = f"{name}, {str(dtype).removeprefix('torch.')}, {way}"
-                clock = "cpu" if threads == 1 else "wall"
+                clock: Clock = "cpu" if threads == 1 else "wall"
                 rows.append(Row(case, runs, bar, clock, {"difference": f"{runs.error:.1e}"}))
     return rows
 
@@ -165,6 +179,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="tiny and small in float32, bars relaxed by 5 %%")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SEVERAL)
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, help="unless said, what the time of a call asks for")
     args = parser.parse_args()
@@ -174,9 +189,10 @@ def main() -> None:
         for name in sizes
         for row in compared(
             name,
+            dtypes=[getattr(torch, d) for d in dtypes],
+            ways=args.ways,
             threads=args.threads,
             repeats=args.repeats,
-            dtypes=[getattr(torch, d) for d in dtypes],
             relax=FAST if args.fast else 1.0,
         )
     ]

@@ -84,7 +84,7 @@ def load(
             "black-forest-labs/FLUX.1-dev, a folder or a safetensors file"
         )
     files = find(where, vae=vae, text=text)
-    return load_flux1(files, where, dtype=dtype, device=chosen, storage=storage, ways=ways, upscaler=upscaler)
+    return load_found(files, where, dtype=dtype, device=chosen, storage=storage, ways=ways, upscaler=upscaler)
 
 
 HUB_NAMES = {
@@ -104,7 +104,7 @@ def is_pocket(path: Path) -> bool:
         return False
 
 
-def load_flux1(
+def load_found(
     files: "Files",
     where: str | Path,
     *,
@@ -114,25 +114,75 @@ def load_flux1(
     ways: Ways,
     upscaler: Upscaler | None,
 ) -> Backbone:
-    """FLUX.1 from parts that were found: all headers are held against the networks before weights are read."""
-    from mrflow.models.flux1 import Flux1, flux1_info
+    """A model from parts that were found: all headers are held against the networks before weights are read."""
+    from mrflow.models.sources import FLUX as FLUX_FAMILY
     from mrflow.models.sources import fingerprint
-    from mrflow.models.weights import compute_dtype, prepare_flux, prepare_vae_flux
+    from mrflow.models.weights import compute_dtype
 
     resting = torch.device("cpu") if ways.offload != "none" else device
     working = dtype or compute_dtype(files.transformer)
+    kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
+    version = "/".join((fingerprint(files.transformer, files.vae), *kept))
+    make = load_flux1 if files.family is FLUX_FAMILY else load_qwen
+    return make(files, where, version, working, dtype, device, resting, storage, ways, upscaler)
+
+
+def load_flux1(
+    files: "Files",
+    where: str | Path,
+    version: str,
+    working: torch.dtype,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    resting: torch.device,
+    storage: Literal["fp8"] | None,
+    ways: Ways,
+    upscaler: Upscaler | None,
+) -> Backbone:
+    """FLUX.1 from its parts."""
+    from mrflow.models.flux_backbone import Flux1, flux1_info
+    from mrflow.models.weights import prepare_flux, prepare_vae_flux
+
     read_vae = prepare_vae_flux(files.vae, dtype=working, device=resting)
     read_flow = prepare_flux(files.transformer, dtype=working, device=resting, storage=storage)
     read_text = None
     if files.text is not None:
-        from mrflow.models.text import prepare_text
+        from mrflow.models.text import TextFiles, prepare_text
 
+        assert isinstance(files.text, TextFiles)
         read_text = prepare_text(files.text, dtype=dtype, device=resting)
     vae, flow, text = read_vae(), read_flow(), None if read_text is None else read_text()
-    kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
-    version = "/".join((fingerprint(files.transformer, files.vae), *kept))
     info = flux1_info(flow, vae, text, files.scheduler, version=version, path=where)
     return Flux1(flow=flow, vae=vae, text=text, info=info, device=device, ways=ways, upscaler=upscaler)
+
+
+def load_qwen(
+    files: "Files",
+    where: str | Path,
+    version: str,
+    working: torch.dtype,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    resting: torch.device,
+    storage: Literal["fp8"] | None,
+    ways: Ways,
+    upscaler: Upscaler | None,
+) -> Backbone:
+    """Qwen-Image from its parts."""
+    from mrflow.models.qwen_backbone import Qwen, qwen_info
+    from mrflow.models.weights_qwen import prepare_qwen, prepare_vae_qwen
+
+    read_vae = prepare_vae_qwen(files.vae, dtype=working, device=resting)
+    read_flow = prepare_qwen(files.transformer, dtype=working, device=resting, storage=storage)
+    read_text = None
+    if files.text is not None:
+        from mrflow.models.text_qwen import QwenTextFiles, prepare_text_qwen
+
+        assert isinstance(files.text, QwenTextFiles)
+        read_text = prepare_text_qwen(files.text, dtype=dtype, device=resting)
+    vae, flow, text = read_vae(), read_flow(), None if read_text is None else read_text()
+    info = qwen_info(flow, vae, text, files.scheduler, version=version, path=where)
+    return Qwen(flow=flow, vae=vae, text=text, info=info, device=device, ways=ways, upscaler=upscaler)
 
 
 def info(name: str) -> ModelInfo:

@@ -166,6 +166,10 @@ class Flux(nn.Module):
         vectors = [self.steering(sigma, guidance, pooled) for sigma in sigmas]
         return tables(self.modulators(), vectors, self.params.hidden)
 
+    def stack(self) -> list[nn.Module]:
+        """All blocks in the order they run."""
+        return [*self.double_blocks, *self.single_blocks]
+
     def modulators(self) -> Iterator[nn.Module]:
         """The linears that make modulation vectors, in the order of use."""
         for block in self.double_blocks:

@@ -175,6 +175,10 @@ class QwenImage(nn.Module):
         """Every modulation vector at several levels; they depend on nothing else, so all prompts share them."""
         return tables(self.modulators(), [self.steering(sigma) for sigma in sigmas], self.params.hidden)
 
+    def stack(self) -> list[nn.Module]:
+        """All blocks in the order they run."""
+        return list(self.double_blocks)
+
     def modulators(self) -> Iterator[nn.Module]:
         """The linears that make modulation vectors, in the order of use."""
         for block in self.double_blocks:

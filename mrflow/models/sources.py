@@ -17,6 +17,7 @@ from mrflow.models.weights import kind, looks_like, refuse
 
 if TYPE_CHECKING:
     from mrflow.models.text import TextFiles
+    from mrflow.models.text_qwen import QwenTextFiles
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 PATTERNS = [
@@ -32,12 +33,33 @@ VAE_PREFIXES = ("vae.", "first_stage_model.")
 
 
 @dataclass(frozen=True)
+class Family:
+    """What the parts of a family look like, and the pipeline class of its repositories."""
+
+    name: str
+    transformer: str
+    vae: str
+    pipelines: tuple[str, ...]
+
+
+FLUX = Family("FLUX", "a FLUX transformer", "a FLUX autoencoder", ("FluxPipeline", "FluxImg2ImgPipeline"))
+QWEN = Family(
+    "Qwen-Image",
+    "a Qwen-Image transformer",
+    "a Qwen-Image autoencoder",
+    ("QwenImagePipeline", "QwenImageImg2ImgPipeline"),
+)
+FAMILIES = (FLUX, QWEN)
+
+
+@dataclass(frozen=True)
 class Files:
     """The parts of a model, by their headers; `text` is None where there are no text encoders."""
 
+    family: Family
     transformer: Header
     vae: Header
-    text: "TextFiles | None"
+    text: "TextFiles | QwenTextFiles | None"
     scheduler: Mapping[str, Any]
 
 
@@ -94,46 +116,48 @@ def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -
     index = folder / "model_index.json"
     if index.is_file():
         name = str(read_json(index).get("_class_name"))
-        if not name.startswith("Flux") or name.startswith("Flux2"):
-            raise WeightsError(f"{folder} holds a {name}; mrflow loads FluxPipeline repositories")
-    transformer = _of_kind(open_checkpoint(folder / "transformer"), "a FLUX transformer")
+        known = [pipeline for family in FAMILIES for pipeline in family.pipelines]
+        if name not in known:
+            raise WeightsError(f"{folder} holds a {name}; mrflow loads {' and '.join(known[::2])} repositories")
+    transformer = open_checkpoint(folder / "transformer")
+    family = family_of(transformer)
     if vae is None and not (folder / "vae").is_dir():
         raise WeightsError(f"{folder} has no vae folder; say where the autoencoder is: vae=")
-    auto = _of_kind(open_checkpoint(vae or folder / "vae"), "a FLUX autoencoder")
+    auto = _of_kind(open_checkpoint(vae or folder / "vae"), family.vae)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     words = text or (folder if (folder / "text_encoder").is_dir() or (folder / "text_encoder_2").is_dir() else None)
-    return Files(transformer, auto, find_words(words), read_json(scheduler) if scheduler.is_file() else {})
+    settings = read_json(scheduler) if scheduler.is_file() else {}
+    return Files(family, transformer, auto, find_words(words, family), settings)
 
 
 def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files:
     """Single files, in a folder or named: each is known by its keys."""
     folder = path if path.is_dir() else path.parent
-    headers = {p: open_checkpoint(p) for p in sorted(folder.glob("*.safetensors"))} if path.is_dir() else {}
     if path.is_dir():
-        transformer = _only([h for h in headers.values() if looks_like(h, "a FLUX transformer")], folder, headers)
+        headers = {p: open_checkpoint(p) for p in sorted(folder.glob("*.safetensors"))}
+        found = [h for h in headers.values() if any(looks_like(h, family.transformer) for family in FAMILIES)]
+        transformer = _only(found, folder, headers)
     else:
+        headers = {}
         transformer = open_checkpoint(path)
     whole = transformer
     if any(name.startswith(PREFIX) for name in whole.tensors):
         transformer = whole.under(PREFIX)
-    _of_kind(transformer, "a FLUX transformer")
+    family = family_of(transformer)
     if vae is not None:
         auto = open_checkpoint(vae)
     elif inside := next((p for p in VAE_PREFIXES if any(n.startswith(p) for n in whole.tensors)), None):
         auto = whole.under(inside)
     else:
-        beside = [
-            h
-            for p in _beside(folder, path)
-            if looks_like(h := headers.get(p) or open_checkpoint(p), "a FLUX autoencoder")
-        ]
-        if not beside:
-            raise WeightsError(f"there is no FLUX autoencoder beside {path}; say where it is: vae='ae.safetensors'")
-        auto = _only(beside, folder, {})
-    found = text
-    if text is None and all((folder / name).is_dir() for name in ("tokenizer", "tokenizer_2")):
-        found = folder
-    return Files(transformer, _of_kind(auto, "a FLUX autoencoder"), find_words(found), {})
+        near = [headers.get(p) or open_checkpoint(p) for p in _beside(folder, transformer.path)]
+        near = [header for header in near if looks_like(header, family.vae)]
+        if not near:
+            raise WeightsError(f"there is no {family.name} autoencoder beside {path}; say where it is: vae=")
+        auto = _only(near, folder, {})
+    found_words = text
+    if text is None and (folder / "tokenizer").is_dir():
+        found_words = folder
+    return Files(family, transformer, _of_kind(auto, family.vae), find_words(found_words, family), {})
 
 
 def _beside(folder: Path, path: Path) -> list[Path]:
@@ -147,8 +171,17 @@ def _only(found: Sequence[Header], folder: Path, headers: Mapping[Path, Header])
         return found[0]
     if not found:
         names = ", ".join(f"{p.name} ({kind(h) or 'unknown'})" for p, h in headers.items()) or "no safetensors file"
-        raise WeightsError(f"{folder} holds no FLUX transformer; it holds {names}")
+        wanted = " and no ".join(family.transformer.removeprefix("a ") for family in FAMILIES)
+        raise WeightsError(f"{folder} holds no {wanted}; it holds {names}")
     raise WeightsError(f"{folder} holds several, name one: {', '.join(h.path.name for h in found)}")
+
+
+def family_of(transformer: Header) -> Family:
+    """The family of a transformer, or WeightsError where it is none."""
+    for family in FAMILIES:
+        if looks_like(transformer, family.transformer):
+            return family
+    refuse(transformer, " or ".join(family.transformer for family in FAMILIES))
 
 
 def _of_kind(header: Header, wanted: str) -> Header:
@@ -157,16 +190,17 @@ def _of_kind(header: Header, wanted: str) -> Header:
     return header
 
 
-def find_words(where: str | Path | None) -> "TextFiles | None":
+def find_words(where: str | Path | None, family: Family) -> "TextFiles | QwenTextFiles | None":
     """The text encoders and tokenizers in a folder or hub repository."""
     if where is None:
         return None
     from mrflow.models.text import find_text
+    from mrflow.models.text_qwen import find_text_qwen
 
     path = Path(where)
     if not path.exists() and HUB_ID.fullmatch(str(where)):
         path = fetch(str(where))
-    return find_text(path)
+    return find_text(path) if family is FLUX else find_text_qwen(path)
 
 
 def fingerprint(*headers: Header) -> str:

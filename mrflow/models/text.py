@@ -111,23 +111,25 @@ def prepare_text(
             for name, module in t5.named_modules():
                 if name.endswith(".wo"):
                     module.float()
-        return ClipT5(clip, t5, *tokenizers(files))
+        words = tokenizer_of("CLIPTokenizer", files.tokenizer), tokenizer_of("T5TokenizerFast", files.tokenizer_2)
+        return ClipT5(clip, t5, *words)
 
     return read
 
 
-def tokenizers(files: TextFiles) -> tuple[Tokenizer, Tokenizer]:
-    """CLIP's and T5's tokenizers, from local files only."""
+def tokenizer_of(kind: str, folder: Path) -> Tokenizer:
+    """A tokenizer of transformers, by its class, from local files only.
+
+    Raises:
+        WeightsError: the folder does not hold one.
+    """
     import transformers
 
-    out: list[Tokenizer] = []
-    for kind, folder in (("CLIPTokenizer", files.tokenizer), ("T5TokenizerFast", files.tokenizer_2)):
-        try:
-            out.append(getattr(transformers, kind).from_pretrained(folder, local_files_only=True))
-        except Exception as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise WeightsError(f"{folder} holds no tokenizer that can be read: {why}") from error
-    return out[0], out[1]
+    try:
+        return cast("Tokenizer", getattr(transformers, kind).from_pretrained(folder, local_files_only=True))
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{folder} holds no tokenizer that can be read: {why}") from error
 
 
 class ClipT5:

@@ -98,6 +98,8 @@ MARKS = {
     "decoder.mid_block.resnets.0.norm1.gamma": "a Qwen-Image autoencoder",
     "embeddings.token_embedding.weight": "a CLIP text encoder",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "a T5 encoder",
+    "model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
+    "model.language_model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
     "conv_first.weight": "a super-resolution net",
 }
 

@@ -61,3 +61,49 @@ def official(
         output_type="pt",
     ).images
     return small, large
+
+
+def official_qwen(
+    pipe: Any,
+    words: dict[str, Any],
+    *,
+    seeds: Sequence[int],
+    low: tuple[int, int],
+    size: tuple[int, int],
+    steps: int,
+    upscale: Callable[[Tensor], Tensor],
+    refine_steps: int = 1,
+    sigma: float = 0.12,
+    scale: float = 4.0,
+) -> tuple[Tensor, Tensor]:
+    """The same with QwenImagePipeline and QwenImageImg2ImgPipeline: true CFG with the negative prompt " " in both."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageImg2ImgPipeline
+
+    pipe.set_progress_bar_config(disable=True)
+    guided = dict(negative_prompt=[" "] * len(seeds), true_cfg_scale=scale)
+    small = pipe(
+        **words,
+        **guided,
+        height=low[0],
+        width=low[1],
+        num_inference_steps=steps,
+        generator=generators(seeds),
+        output_type="pt",
+    ).images
+    parts = {k: v for k, v in pipe.components.items() if k != "scheduler"}
+    direct = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+    refiner = QwenImageImg2ImgPipeline(**parts, scheduler=direct)
+    refiner.set_progress_bar_config(disable=True)
+    large = refiner(
+        **words,
+        **guided,
+        image=upscale(small.float()).clamp(0, 1),
+        strength=1.0,
+        sigmas=[sigma * (1 - i / refine_steps) for i in range(refine_steps)],
+        height=size[0],
+        width=size[1],
+        num_inference_steps=refine_steps,
+        generator=generators([seed + 1 for seed in seeds]),
+        output_type="pt",
+    ).images
+    return small, large

@@ -5,7 +5,7 @@ transformer, autoencoder and x2 super-resolution net. The model card is beside i
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from mrflow.backbone import Condition
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.checkpoint import read_header
-from mrflow.models.field import FluxField, step
+from mrflow.models.fields import FluxField, side_by_side, step
 from mrflow.models.flux import Flux, FluxParams
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
 from mrflow.models.text import check_prompt
@@ -183,6 +183,12 @@ class Pocket:
             raise PlanError("pocket has no guidance embedding; use CFG(scale)")
         own = partial(step, self._flow)
         return FluxField(self._flow, cond["context"], cond["pooled"], None, levels=levels or (), step=own)
+
+    def together(
+        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None
+    ) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
+        """The velocities for several conditions at once, from one pass over a larger batch."""
+        return side_by_side(conds, partial(self.field, levels=levels))
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it."""

@@ -1,0 +1,242 @@
+"""What large models share as backbones: phases of memory, folding, compiling, graphs, the autoencoder in tiles."""
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mrflow.errors import PlanError, WeightsError, is_out_of_memory
+from mrflow.models.graphs import Graphed
+from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
+from mrflow.models.tiling import tiled
+from mrflow.notes import note
+from mrflow.spec import Footprint, ModelInfo, Shift
+from mrflow.upscalers import Upscaler
+
+TILE = 64  # latent cells a side, where the autoencoder works in tiles
+DIRECT = Ways()
+
+
+@runtime_checkable
+class Transformer(Protocol):
+    """A network of blocks whose modulations can be made apart."""
+
+    def stack(self) -> list[nn.Module]:
+        """All blocks in the order they run."""
+        ...
+
+    def modulators(self) -> Iterator[nn.Module]:
+        """The linears that make modulation vectors."""
+        ...
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """Pictures in [0, 1] to normalised latents and back."""
+
+    @property
+    def params(self) -> Any: ...  # noqa: ANN401
+    def moments(self, pixels: Tensor) -> Tensor: ...
+    def posterior(self, moments: Tensor, noise: Tensor | None = None) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Networks that encode prompts."""
+
+    def modules(self) -> list[nn.Module]: ...
+    def layers(self) -> list[nn.Module]: ...
+
+
+Text = TypeVar("Text")
+
+
+class LatentModel:
+    """A transformer, an autoencoder and perhaps text encoders. A model of its own adds `condition` and `field`."""
+
+    takes_levels: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        flow: nn.Module,
+        vae: nn.Module,
+        text: object | None,
+        info: ModelInfo,
+        device: torch.device,
+        step: Callable[..., Tensor],
+        ways: Ways = DIRECT,
+        upscaler: Upscaler | None = None,
+    ) -> None:
+        assert isinstance(flow, Transformer)
+        assert isinstance(vae, Autoencoder)
+        self._net: Transformer = flow
+        self._vae: Autoencoder = vae
+        self._words = text
+        self._info, self._device, self._ways, self._upscaler = info, device, ways, upscaler
+        self.ledger = Ledger()
+        for module in (flow, vae):
+            module.eval().requires_grad_(False)  # noqa: FBT003
+        for p in vae.parameters():
+            if p.ndim == 4 and p.shape[-1] > 1:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        self._residency = Residency(self._phases(flow, vae), moving=ways.offload != "none")
+        if ways.compile:
+            backend: Any = "inductor" if ways.compile is True else ways.compile
+            for block in self._net.stack():
+                block.compile(backend=backend, dynamic=False)
+        graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
+        self._step: Callable[..., Tensor] = Graphed(partial(step, flow)) if graphs else partial(step, flow)
+
+    def _phases(self, flow: nn.Module, vae: nn.Module) -> dict[str, Phase]:
+        """Text encoders are one phase, transformer and autoencoder the other."""
+        ways = self._ways
+
+        def part(*modules: nn.Module, without: Sequence[nn.Module] = (), pin: bool = False) -> Part:
+            return Part(modules, self._device, self.ledger, without=without, pin=pin)
+
+        def conveyor(modules: Sequence[nn.Module], without: Sequence[nn.Module] = ()) -> Conveyor:
+            return Conveyor([(m, part(m, without=without, pin=True)) for m in modules], self._device)
+
+        modulators = list(self._net.modulators())
+        apart: list[nn.Module] = []
+        conveyors: list[Conveyor] = []
+        if ways.offload == "block" or (ways.offload == "phase" and ways.fold):
+            conveyors.append(conveyor(modulators))
+            apart += modulators
+        if ways.offload == "block":
+            conveyors.append(conveyor(self._net.stack(), without=modulators))
+            apart += self._net.stack()
+        phases = {"main": Phase([part(flow, vae, without=apart)], conveyors)}
+        if isinstance(self._words, TextEncoder):
+            layers = self._words.layers() if ways.offload == "block" else []
+            rest = part(*self._words.modules(), without=layers)
+            phases["text"] = Phase([rest], [conveyor(layers)] if layers else [])
+        return phases
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts, with the version of these weights."""
+        return self._info
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents and pixels live."""
+        return self._device
+
+    @property
+    def upscaler(self) -> Upscaler | None:
+        """The super-resolution net it was given, if any."""
+        return self._upscaler
+
+    def _encoder(self, kind: type[Text]) -> Text:
+        """The text encoders, or PlanError where there are none."""
+        if not isinstance(self._words, kind):
+            raise PlanError(
+                f"{self._info.name} was loaded without text encoders: say where they are, load(..., text=folder), or "
+                "give encoded prompts, run(..., condition=Condition.load(file))"
+            )
+        return self._words
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of the posterior's mode, or a sample of it."""
+        x = pixels.contiguous(memory_format=torch.channels_last)
+        moments = self._in_tiles(self._vae.moments, x, down=self._vae.params.downscale)
+        return self._vae.posterior(moments, noise).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, clamped."""
+        x = latents.contiguous(memory_format=torch.channels_last)
+        out = self._in_tiles(self._vae.decode, x, up=self._vae.params.downscale)
+        return out.clamp_(0, 1).contiguous()
+
+    def _in_tiles(self, f: Callable[[Tensor], Tensor], x: Tensor, *, up: int = 1, down: int = 1) -> Tensor:
+        """f(x), whole or in tiles; in tiles too when the whole does not fit into memory. `down`: x is pixels."""
+        tile = self._ways.tile
+        with self._residency.using("main"):
+            if tile is None:
+                try:
+                    return f(x)
+                except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+                    if not is_out_of_memory(error) or max(x.shape[-2:]) <= TILE * down:
+                        raise
+                # Outside the handler, where what the failed call had made is free again.
+                tile = TILE
+                h, w = (side * up for side in x.shape[-2:])
+                note(f"the autoencoder ran out of memory at {h}x{w}; it works in tiles of {TILE * up * down} pixels")
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+            overlap = max(8, tile // 4 // 8 * 8)
+            return tiled(f, x, tile=tile * down, overlap=overlap * down, up=up, down=down)
+
+
+def encoded_once(prompts: Sequence[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `encode` gives for each prompt, with equal prompts encoded once."""
+    different = list(dict.fromkeys(prompts))
+    tensors = encode(different)
+    if len(different) == len(prompts):
+        return tensors
+    rows = [different.index(prompt) for prompt in prompts]
+    return {name: tensor[rows] for name, tensor in tensors.items()}
+
+
+def footprint(flow: Transformer, vae: nn.Module, text: object | None, **values: float) -> Footprint:
+    """Bytes of each part as loaded, for predictions of memory; `values` are those of `Footprint`."""
+    assert isinstance(flow, nn.Module)
+    modulators = [bytes_of(m) for m in flow.modulators()]
+    inside = {id(t) for m in flow.modulators() for t in tensors_of(m)}
+    blocks = [bytes_of(block, without=inside) for block in flow.stack()]
+    words = text if isinstance(text, TextEncoder) else None
+    layers = [bytes_of(layer) for layer in words.layers()] if words is not None else []
+    whole_text = sum(bytes_of(m) for m in words.modules()) if words is not None else 0
+    return Footprint(
+        rest=bytes_of(flow) - sum(modulators) - sum(blocks),
+        modulation=sum(modulators),
+        modulation_pair=largest_pair(modulators),
+        blocks=sum(blocks),
+        block_pair=largest_pair(blocks),
+        autoencoder=bytes_of(vae),
+        text=whole_text - sum(layers),
+        text_layers=sum(layers),
+        text_pair=largest_pair(layers),
+        **values,
+    )
+
+
+def largest_pair(sizes: Sequence[int]) -> int:
+    """The most that two neighbours take together."""
+    return max((a + b for a, b in pairwise((*sizes, 0))), default=0)
+
+
+def bytes_of(module: nn.Module, *, without: Container[int] = ()) -> int:
+    """Bytes of parameters and buffers, each counted once; `without` are ids of tensors to leave out."""
+    return sum(t.nbytes for t in {id(t): t for t in tensors_of(module) if id(t) not in without}.values())
+
+
+def count(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def shift_of(scheduler: Mapping[str, Any], path: object) -> Shift | None:
+    """The timestep shift that a repository's scheduler_config.json states."""
+    if not scheduler:
+        return None
+    terminal = scheduler.get("shift_terminal")
+    try:
+        if scheduler.get("use_dynamic_shifting"):
+            return Shift(
+                float(scheduler["base_shift"]),
+                float(scheduler["max_shift"]),
+                int(scheduler["base_image_seq_len"]),
+                int(scheduler["max_image_seq_len"]),
+                terminal=None if terminal is None else float(terminal),
+                kind=scheduler.get("time_shift_type", "exponential"),
+            )
+        return Shift.fixed(float(scheduler.get("shift", 1.0)))
+    except (KeyError, TypeError, ValueError, PlanError) as error:
+        raise WeightsError(f"{path}: its scheduler_config.json cannot be used: {error}") from None

@@ -1,0 +1,195 @@
+"""One integration of a transformer: what does not change from step to step is made once."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from mrflow.backbone import Condition
+from mrflow.errors import PlanError
+from mrflow.flow import Velocity
+from mrflow.models.flux import Flux, image_ids, pack, unpack
+from mrflow.models.layers import Rope
+from mrflow.models.qwen_image import QwenImage, packed_attention, positions
+
+
+@runtime_checkable
+class Step(Protocol):
+    """Image tokens, the text stream, rotations and modulations to the velocity's tokens."""
+
+    def __call__(
+        self, tokens: Tensor, text: Tensor, cos: Tensor, sin: Tensor, table: Tensor, /, *, key: object = None
+    ) -> Tensor:
+        """`key` tells apart what shapes do not, for what is recorded per shape."""
+        ...
+
+
+def step(
+    flow: Flux, tokens: Tensor, text: Tensor, cos: Tensor, sin: Tensor, table: Tensor, /, *, key: object = None
+) -> Tensor:
+    """The step itself: embed the image, all blocks, head."""
+    return flow.head(flow.blocks(flow.embed_image(tokens), text, Rope(cos, sin), table), table)
+
+
+class FluxField:
+    """The velocity (x, sigma) -> d x / d sigma for fixed conditions.
+
+    Embedded text and rotations are made at the first call and die with the field. So are the modulations of `levels`,
+    the sigmas it will be asked for; of another level when it is met. `levels=None` makes them anew in every call.
+    `using` is entered while the network works, so that its weights can be brought where they are needed.
+    """
+
+    def __init__(
+        self,
+        flow: Flux,
+        context: Tensor,
+        pooled: Tensor,
+        guidance: Tensor | None,
+        *,
+        levels: Sequence[float] | None = (),
+        step: Step,
+        using: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.flow, self.context, self.pooled, self.guidance = flow, context, pooled, guidance
+        self.levels, self.step, self.using = levels, step, using
+        self.text: Tensor | None = None
+        self.ropes: dict[tuple[int, int], Rope] = {}
+        self.tables: dict[float, Tensor] = {}
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """Latents (b, c, h, w) at a level to their velocity, float32."""
+        if x.shape[0] != self.context.shape[0]:
+            raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {self.context.shape[0]}")
+        with self.using():
+            table = self._table(sigma)
+            h, w = x.shape[2] // 2, x.shape[3] // 2
+            if (h, w) not in self.ropes:
+                ids = image_ids(h, w, device=x.device)
+                self.ropes[h, w] = self.flow.rope(ids, ids.new_zeros(self.context.shape[1], 3))
+            if self.text is None:
+                self.text = self.flow.embed_text(self.context)
+            tokens = self.step(pack(x), self.text, *self.ropes[h, w], table, key=self.flow.attention)
+            return unpack(tokens.float(), h, w)
+
+    def _table(self, sigma: float) -> Tensor:
+        if sigma in self.tables:
+            return self.tables[sigma]
+        wanted = list(dict.fromkeys((sigma, *(self.levels or ()))))
+        sigmas = [torch.full((len(self.pooled),), level, device=self.pooled.device) for level in wanted]
+        tables = self.flow.tables(sigmas, self.guidance, self.pooled)
+        if self.levels is not None:
+            self.levels = ()
+            self.tables.update(zip(wanted, tables, strict=True))
+        return tables[0]
+
+
+def side_by_side(
+    conds: Sequence[Condition], field: Callable[[Condition], Velocity]
+) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
+    """Fields for several conditions of equal shapes as one field over a larger batch."""
+    joined = field(Condition({name: torch.cat([c[name] for c in conds]) for name in conds[0].tensors}))
+
+    def velocities(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
+        return joined(x.repeat(len(conds), 1, 1, 1), sigma).chunk(len(conds))
+
+    return velocities
+
+
+def qwen_step(
+    net: QwenImage, tokens: Tensor, text: Tensor, cos: Tensor, sin: Tensor, table: Tensor, /, *, key: object = None
+) -> Tensor:
+    """One step of Qwen-Image; a `key` of (image tokens, text lengths) says that items lie packed in one sequence."""
+    attend = net.attention
+    if isinstance(key, tuple):
+        image, texts = cast("tuple[int, tuple[int, ...]]", key)
+        attend = partial(packed_attention, texts=texts, image=image, attend=net.attention)
+    img = net.blocks(net.embed_image(tokens), text, Rope(cos, sin), table, attend=attend)
+    return net.head(img, table)
+
+
+class QwenField:
+    """The velocities (x, sigma) -> d x / d sigma of every branch, for texts of any lengths, in one pass.
+
+    `branches` holds, for each branch of a guidance, the states (tokens, width) of each item. Items whose texts are
+    equally long are a batch; otherwise all lie in one sequence, and attention stays within each: no padding, no mask.
+    Modulations depend on the level alone: one row serves all items.
+    """
+
+    def __init__(
+        self,
+        net: QwenImage,
+        branches: Sequence[Sequence[Tensor]],
+        *,
+        levels: Sequence[float] | None = (),
+        step: Step,
+        tables: Callable[[Sequence[float]], list[Tensor]],
+        using: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.net, self.branches, self.levels = net, branches, levels
+        self.step, self.make_tables, self.using = step, tables, using
+        items = [item for branch in branches for item in branch]
+        # Equal lengths side by side, so that attention may treat them as a batch.
+        self.order = sorted(range(len(items)), key=lambda i: len(items[i]))
+        self.items = [items[i] for i in self.order]
+        self.lengths = tuple(len(item) for item in self.items)
+        self.text: Tensor | None = None
+        self.ropes: dict[tuple[int, int], Rope] = {}
+        self.tables: dict[float, Tensor] = {}
+
+    @property
+    def batched(self) -> bool:
+        """Whether all texts are equally long."""
+        return len(set(self.lengths)) == 1
+
+    def __call__(self, x: Tensor, sigma: float) -> tuple[Tensor, ...]:
+        """Latents (b, c, h, w) at a level to the velocity of each branch, float32."""
+        if x.shape[0] != len(self.branches[0]):
+            raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(self.branches[0])}")
+        h, w = x.shape[2] // 2, x.shape[3] // 2
+        with self.using():
+            table = self._table(sigma)
+            if self.text is None:
+                self.text = self._embedded()
+            if (h, w) not in self.ropes:
+                self.ropes[h, w] = self._rope(h, w)
+            packed = pack(x)
+            tokens = torch.stack([packed[i % len(packed)] for i in self.order])  # (items, tokens, channels)
+            key: object = self.net.attention
+            if not self.batched:
+                tokens, key = tokens.flatten(0, 1)[None], (h * w, self.lengths)
+            out = self.step(tokens, self.text, *self.ropes[h, w], table, key=key).float()
+        back = torch.empty(len(self.order), dtype=torch.long)
+        back[torch.tensor(self.order)] = torch.arange(len(self.order))
+        velocities = unpack(out.view(len(self.order), h * w, -1)[back.to(out.device)], h, w)
+        return velocities.chunk(len(self.branches))
+
+    def _embedded(self) -> Tensor:
+        """The text streams, a batch or one behind the other."""
+        if self.batched:
+            return self.net.embed_text(torch.stack(list(self.items)))
+        return self.net.embed_text(torch.cat(list(self.items))[None])
+
+    def _rope(self, h: int, w: int) -> Rope:
+        """Rotations of each text in turn, then of each image; of one text and image where they are a batch."""
+        device = self.items[0].device
+        whole = self.net.rope(positions(h, w, max(self.lengths), device=device))
+        if self.batched:
+            return whole
+        start = max(self.lengths)
+        rows = [torch.arange(length, device=device) for length in self.lengths]
+        rows += [torch.arange(start, start + h * w, device=device)] * len(self.lengths)
+        pick = torch.cat(rows)
+        return Rope(whole.cos[pick], whole.sin[pick])
+
+    def _table(self, sigma: float) -> Tensor:
+        if sigma in self.tables:
+            return self.tables[sigma]
+        wanted = list(dict.fromkeys((sigma, *(self.levels or ()))))
+        made = self.make_tables(wanted)
+        if self.levels is not None:
+            self.levels = ()
+            self.tables.update(zip(wanted, made, strict=True))
+        return made[0]

@@ -1,0 +1,140 @@
+"""Qwen-Image as a backbone: text encoder, transformer and autoencoder behind the methods that stages use."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mrflow.backbone import Condition
+from mrflow.errors import PlanError, WeightsError
+from mrflow.flow import Velocity
+from mrflow.models.base import DIRECT, LatentModel, count, encoded_once, footprint, shift_of
+from mrflow.models.fields import QwenField, qwen_step
+from mrflow.models.memory import Ways
+from mrflow.models.qwen_image import QwenImage
+from mrflow.models.vae_qwen import VaeQwen
+from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
+from mrflow.upscalers import Upscaler
+
+if TYPE_CHECKING:
+    from mrflow.models.text_qwen import QwenText
+
+
+# Values alive at once per pixel in bfloat16, where norms work in float32: measured on the networks themselves.
+ENCODE, DECODE = 587.0, 676.0
+
+
+class Qwen(LatentModel):
+    """Qwen-Image, or a model of its architecture. Build it with `mrflow.load`."""
+
+    def __init__(
+        self,
+        *,
+        flow: QwenImage,
+        vae: VaeQwen,
+        text: "QwenText | None",
+        info: ModelInfo,
+        device: torch.device,
+        ways: Ways = DIRECT,
+        upscaler: Upscaler | None = None,
+        tables: Mapping[float, Tensor] | None = None,
+    ) -> None:
+        super().__init__(
+            flow=flow, vae=vae, text=text, info=info, device=device, step=qwen_step, ways=ways, upscaler=upscaler
+        )
+        self._flow = flow
+        self._folded = None if tables is None else {k: t.to(device) for k, t in tables.items()}
+
+    @property
+    def transformer(self) -> QwenImage:
+        """The network itself: `embed_image`, `blocks`, `head` and `attention` are open to wrappers."""
+        return self._flow
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """States (b, longest, width), zeros behind, and a mask (b, longest) of the text; equal prompts encoded once."""
+        from mrflow.models.text_qwen import QwenText, padded
+
+        words = self._encoder(QwenText)
+
+        def encode(different: list[str]) -> dict[str, Tensor]:
+            with self._residency.using("text"):
+                context, mask = padded(words(different))
+            return {"context": context, "mask": mask}
+
+        return Condition(encoded_once(prompts, encode))
+
+    def field(
+        self, cond: Condition, *, guidance: float | None = None, levels: Sequence[float] | None = None
+    ) -> Velocity:
+        """The velocity of the flow; with `levels`, the sigmas it will be asked for, their modulations come first."""
+        if guidance is not None:
+            raise PlanError(f"{self._info.name} has no guidance embedding; use RescaledCFG(scale)")
+        velocities = self.together((cond,), levels=levels)
+        return lambda x, sigma: velocities(x, sigma)[0]
+
+    def together(
+        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None
+    ) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
+        """The velocities for several conditions at once, from one pass: linears over all tokens, attention by item."""
+        return QwenField(
+            self._flow,
+            [self._states(cond) for cond in conds],
+            levels=(levels or ()) if self._ways.fold else None,
+            step=self._step,
+            tables=self._tables,
+            using=partial(self._residency.using, "main"),
+        )
+
+    def _tables(self, levels: Sequence[float]) -> list[Tensor]:
+        """Modulations at these levels: made beforehand, or now."""
+        if self._folded is None:
+            return self._flow.tables([torch.full((1,), level, device=self._device) for level in levels])
+        if unknown := [level for level in levels if level not in self._folded]:
+            raise PlanError(
+                f"{self._info.name} was loaded with fold=chain, for the levels of that chain; sigma {unknown[0]:g} is "
+                "not among them: load it with fold=True, or with the chain that is run"
+            )
+        return [self._folded[level] for level in levels]
+
+    def _states(self, cond: Condition) -> list[Tensor]:
+        """Each item's own states, without padding."""
+        width, names = self._flow.params.context, set(cond.tensors)
+        if "context" not in names:
+            raise PlanError(f"{self._info.name} needs a condition with context, got {sorted(names)}")
+        context = cond["context"].to(self._device)
+        if context.ndim != 3 or context.shape[-1] != width or context.shape[1] == 0:
+            raise PlanError(
+                f"{self._info.name} needs context (batch, tokens, {width}), got {tuple(context.shape)}; was the prompt "
+                "encoded for another model?"
+            )
+        if "mask" not in names:
+            return list(context)
+        lengths = [int(n) for n in cond["mask"].sum(1)]
+        if min(lengths) == 0:
+            raise PlanError("a prompt's mask marks no text at all")
+        return [item[:length] for item, length in zip(context, lengths, strict=True)]
+
+
+def qwen_info(
+    flow: QwenImage, vae: VaeQwen, text: "QwenText | None", scheduler: Mapping[str, Any], *, version: str, path: object
+) -> ModelInfo:
+    """Facts of a loaded model: Qwen-Image's, with its own sizes."""
+    p = flow.params
+    if p.in_channels != 4 * vae.params.latent or p.out_channels != p.in_channels:
+        raise WeightsError(
+            f"{path} takes {p.in_channels} channels a token and gives {p.out_channels}, its autoencoder has "
+            f"{4 * vae.params.latent}: not a text-to-image model that is supported"
+        )
+    assert QWEN.architecture is not None
+    words = QWEN.architecture.text_tokens
+    return replace(
+        QWEN,
+        space=LatentSpace("qwen-image", vae.params.latent, vae.params.downscale),
+        shift=shift_of(scheduler, path) or QWEN.shift,
+        architecture=Architecture(p.hidden, p.double_blocks, 0, p.context, words, count(flow), p.mlp_ratio),
+        footprint=footprint(flow, vae, text, encode_values=ENCODE, decode_values=DECODE),
+        version=version,
+    )

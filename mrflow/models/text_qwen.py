@@ -1,0 +1,133 @@
+"""Qwen-Image's text encoder: the language model of Qwen2.5-VL-7B, through transformers.
+
+As in diffusers' `pipeline_qwenimage.py`: the prompt in a fixed template, the last hidden state after the final norm,
+the template's first 34 tokens dropped. The vision tower and the language-model head are never read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mrflow.errors import PlanError, WeightsError
+from mrflow.models.checkpoint import Header, Layout, Source, check_layout, load_into, open_checkpoint, read_json
+from mrflow.models.fp8 import described
+from mrflow.models.text import Tokenizer, check_prompt, shortened, tokenizer_of
+from mrflow.models.weights import compute_dtype, looks_like, refuse
+from mrflow.notes import note
+
+ENCODER = "a Qwen2.5-VL text encoder"
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+DROPPED = 34  # tokens of the template before the prompt
+CLOSING = 5  # and after it
+MAX_TOKENS = 1024  # what the encoder may be given beyond the template's beginning
+MAX_STATES = 512  # what the reference's pipelines keep of it unless told otherwise
+UNUSED = ("visual.", "model.visual.", "lm_head.")
+PREFIXES = ("model.language_model.", "model.")  # of the language model, new and old
+
+
+@dataclass(frozen=True)
+class QwenTextFiles:
+    """The encoder by its header, without what text does not need; its config, and its tokenizer's folder."""
+
+    encoder: Header
+    config: Mapping[str, Any]
+    tokenizer: Path
+
+
+def find_text_qwen(where: Path) -> QwenTextFiles:
+    """The encoder in a folder with `text_encoder/` and `tokenizer/`.
+
+    Raises:
+        WeightsError: something is missing, or is not what it should be.
+    """
+    folder, tokens = where / "text_encoder", where / "tokenizer"
+    missing = [p.name for p in (folder, folder / "config.json", tokens) if not p.exists()]
+    if missing:
+        raise WeightsError(f"{where} lacks {', '.join(missing)} of Qwen-Image's text encoder; say where it is: text=")
+    header = described(open_checkpoint(folder))
+    if not looks_like(header, ENCODER):
+        refuse(header, ENCODER)
+    needed = {name: entry for name, entry in header.tensors.items() if not name.startswith(UNUSED)}
+    return QwenTextFiles(replace(header, tensors=needed), read_json(folder / "config.json"), tokens)
+
+
+def prepare_text_qwen(
+    files: QwenTextFiles, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Callable[[], "QwenText"]:
+    """Check names and shapes of the encoder; what is given back then reads it. `dtype=None` is the file's own."""
+    from transformers import Qwen2_5_VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
+
+    config: Any = Qwen2_5_VLConfig.from_dict(dict(files.config)).get_text_config()
+    with torch.device("meta"):
+        model = cast("nn.Module", Qwen2_5_VLTextModel(config))
+    layout = text_layout(model, files.encoder)
+    kind = dtype or compute_dtype(files.encoder)
+    check_layout(model, files.encoder, layout, dtype=kind)
+
+    def read() -> QwenText:
+        load_into(model, files.encoder, layout, dtype=kind, device=device)
+        rotary: Any = Qwen2_5_VLRotaryEmbedding(config)  # its tables are in no file
+        model.register_module("rotary_emb", rotary.to(device))
+        return QwenText(model, tokenizer_of("Qwen2Tokenizer", files.tokenizer))
+
+    return read
+
+
+def text_layout(model: nn.Module, header: Header) -> Layout:
+    """Where the language model's parameters lie."""
+    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in header.tensors), PREFIXES[0])
+    return {name: Source((prefix + name,), (len(tensor),)) for name, tensor in model.state_dict().items()}
+
+
+class QwenText:
+    """Prompts to the language model's states."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer  # noqa: FBT003
+
+    def modules(self) -> list[nn.Module]:
+        """The one network."""
+        return [self.model]
+
+    def layers(self) -> list[nn.Module]:
+        """Its layers, by far the most of the weights, in the order they run."""
+        return list(self.model.get_submodule("layers").children())
+
+    def __call__(self, prompts: Sequence[str], *, length: int = MAX_STATES) -> list[Tensor]:
+        """States (tokens, width) of each prompt: its own tokens and the template's closing ones, at most `length`.
+
+        One prompt after another, so that none depends on its neighbours. What cannot be read is noted.
+
+        Raises:
+            PlanError: length is not from 1 to 1024. PromptError: a prompt is no text.
+        """
+        if isinstance(length, bool) or not 1 <= length <= MAX_TOKENS:
+            raise PlanError(f"the text encoder reads from 1 to {MAX_TOKENS} tokens, got {length!r}")
+        for prompt in prompts:
+            check_prompt(prompt)
+        return [self._states(prompt, length) for prompt in prompts]
+
+    def _states(self, prompt: str, length: int) -> Tensor:
+        ids: list[int] = self.tokenizer(TEMPLATE.format(prompt), truncation=False, verbose=False).input_ids
+        if len(ids) - DROPPED > length:
+            lost = str(self.tokenizer.decode(ids[DROPPED + length : max(len(ids) - CLOSING, DROPPED + length)])).strip()
+            note(f"Qwen-Image reads {length} tokens of a prompt and does not see: {shortened(lost)!r}")
+        given = torch.tensor([ids[: DROPPED + MAX_TOKENS]], device=next(self.model.parameters()).device)
+        states: Tensor = self.model(input_ids=given, use_cache=False).last_hidden_state
+        return states[0, DROPPED : DROPPED + length]
+
+
+def padded(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """States of unequal length as one tensor (b, longest, width), zeros behind, and a mask (b, longest) of the text."""
+    longest = max(len(s) for s in states)
+    context = torch.stack([torch.nn.functional.pad(s, (0, 0, 0, longest - len(s))) for s in states])
+    mask = torch.stack([torch.arange(longest, device=s.device) < len(s) for s in states])
+    return context, mask
