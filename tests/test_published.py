@@ -12,9 +12,21 @@ from torch import nn
 from mrflow.models.base import footprint
 from mrflow.models.checkpoint import DTYPES, Entry, Header, Layout, Source
 from mrflow.models.flux import Flux
+from mrflow.models.qwen_image import QwenImage
+from mrflow.models.text_qwen import UNUSED, text_layout
 from mrflow.models.vae_flux import VaeFlux
+from mrflow.models.vae_qwen import VaeQwen
 from mrflow.models.weights import flux_layout, flux_names, flux_params, vae_layout, vae_names, vae_params
-from mrflow.spec import FLUX, SCHNELL
+from mrflow.models.weights_qwen import (
+    qwen_layout,
+    qwen_names,
+    qwen_params,
+    qwen_vae_layout,
+    qwen_vae_params,
+    same,
+    wan,
+)
+from mrflow.spec import FLUX, QWEN, SCHNELL
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "checkpoints.json").read_text())
 
@@ -22,7 +34,12 @@ GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "checkpo
 def header(which: str, *, without: dict[str, Any] | None = None) -> Header:
     """A published checkpoint's header, with nowhere to read weights from."""
     path = Path("/nowhere/model.safetensors")
-    rows = GOLDEN[which]["tensors"].items()
+    given = GOLDEN[which]
+    rows = [
+        (name.replace(".*.", f".{i}.", 1), value)
+        for name, value in given["tensors"].items()
+        for i in range(given["repeats"] if ".*." in name else 1)
+    ]
     return Header(path, {n: Entry(path, DTYPES[d], tuple(s), 0) for n, (d, s) in rows if n not in (without or {})})
 
 
@@ -88,3 +105,64 @@ def test_the_planned_footprint_is_the_networks_own(info: Any) -> None:
     assert planned.text_layers == sum(layers) and planned.text == whole - sum(layers)
     assert planned.text_pair == layers[0] + layers[1]
     assert planned.total == 2 * (info.architecture.parameters + 83_819_683 + 4_762_310_656 + 123_060_480)
+
+
+def test_qwen_image() -> None:
+    given = header("qwen_image")
+    assert len(given.tensors) == GOLDEN["qwen_image"]["count"] == 1933
+    names = qwen_names()
+    with torch.device("meta"):
+        split, fused = (QwenImage(qwen_params(given, names), split=split) for split in (True, False))
+    for net in (split, fused):
+        assert expected(net, qwen_layout(net, names)) == {n: e.shape for n, e in given.tensors.items()}
+    assert QWEN.architecture is not None
+    count = sum(p.numel() for p in fused.parameters())
+    assert count == QWEN.architecture.parameters == GOLDEN["qwen_image"]["parameters"] == 20_430_401_088
+
+
+@pytest.mark.parametrize("which", ["qwen_vae", "qwen_vae_wan"])
+def test_qwen_vae(which: str) -> None:
+    given, names = header(which), same if which == "qwen_vae" else wan
+    with torch.device("meta"):
+        vae = VaeQwen(qwen_vae_params(given, names))
+    layout = qwen_vae_layout(vae, given, names)
+    needed = {n: e.shape for n, e in given.tensors.items() if ".time_conv." not in n}
+    assert {s.names[0] for s in layout.values()} == set(needed)
+    for name, tensor in vae.state_dict().items():
+        shape = needed[layout[name].names[0]]
+        assert tuple(tensor.shape) == (shape[:2] + shape[3:] if layout[name].frame else shape), name
+    assert sum(p.numel() for p in vae.parameters()) == 44_599_603
+    assert GOLDEN[which]["parameters"] == 126_892_531
+
+
+def test_qwen_text() -> None:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    given = header("qwen_text")
+    assert len(given.tensors) == GOLDEN["qwen_text"]["count"] == 729
+    with torch.device("meta"):
+        model = Qwen2_5_VLTextModel(
+            Qwen2_5_VLTextConfig(
+                hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                num_key_value_heads=4, vocab_size=152064,
+            )
+        )  # fmt: skip
+    needed = {n: e.shape for n, e in given.tensors.items() if not n.startswith(UNUSED)}
+    assert expected(model, text_layout(model, given)) == needed
+    assert sum(p.numel() for p in model.parameters()) == 7_070_619_136
+
+
+def test_the_planned_footprint_of_qwen_image() -> None:
+    given, v = header("qwen_image"), header("qwen_vae")
+    with torch.device("meta"):
+        net = QwenImage(qwen_params(given, qwen_names())).bfloat16()
+        vae = VaeQwen(qwen_vae_params(v, same)).bfloat16()
+    counted, planned = footprint(net, vae, None), QWEN.footprint
+    assert planned is not None
+    for field in ("rest", "modulation", "modulation_pair", "blocks", "block_pair", "autoencoder"):
+        assert getattr(counted, field) == getattr(planned, field), field
+    sizes = {n: 2 * math.prod(e.shape) for n, e in header("qwen_text").tensors.items() if not n.startswith(UNUSED)}
+    layers = [sum(b for n, b in sizes.items() if n.startswith(f"model.layers.{i}.")) for i in range(28)]
+    assert planned.text_layers == sum(layers) and planned.text == sum(sizes.values()) - sum(layers)
+    assert planned.text_pair == 2 * layers[0]

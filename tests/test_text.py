@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import mrflow as mf
 from mrflow.errors import PlanError, PromptError, WeightsError
 from mrflow.models.flux_backbone import Flux1
-from mrflow.models.text import find_text, prepare_text
+from mrflow.models.text import check_prompt, find_text, prepare_text
 from mrflow.notes import collected
 from tests.parity.reenact import official
-from tests.parity.test_flux import relative
-from tests.tiny import write_flux_repo
+from tests.parity.test_flux import relative, scatter
+from tests.tiny import clip_tokenizer, t5_tokenizer, write_flux_repo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = ["a cat", "", "a long, long tale! " * 3, "Ünïcödé 日本 🙂 and more"]
@@ -120,6 +120,8 @@ def test_what_is_no_text_is_refused(repo: Path) -> None:
     for prompt in ("a\0b", "\ud800", "a" * 1_000_001):
         with pytest.raises(PromptError):
             model.condition([prompt])
+    with pytest.raises(PromptError, match="must be text, got 3"):
+        check_prompt(3)
     assert model._words is not None
     for length in (0, 513):
         with pytest.raises(PlanError, match="from 1 to 512"):
@@ -162,6 +164,63 @@ def test_single_files_give_the_same_states(repo: Path, tmp_path: Path, both: boo
     assert pooled.shape == want["pooled"].shape
 
 
+@pytest.mark.parity
+def test_single_files_have_the_published_settings(tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    letters, pieces = clip_tokenizer(tmp_path / "tokenizer"), t5_tokenizer(tmp_path / "tokenizer_2")
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=letters,
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=2,  # of 64 channels
+            max_position_embeddings=77,
+            hidden_act="quick_gelu",
+            layer_norm_eps=1e-5,
+            eos_token_id=2,
+        )
+    ).eval()
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=pieces,
+            d_model=24,
+            d_ff=40,
+            d_kv=8,
+            num_heads=3,
+            num_layers=2,
+            feed_forward_proj="gated-gelu",
+            layer_norm_epsilon=1e-6,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=128,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    scatter(clip, 5)
+    scatter(t5, 6)
+    words = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in clip.state_dict().items()}
+    save_file(words, tmp_path / "clip_l.safetensors")
+    embedding = t5.get_input_embeddings().weight.detach()
+    t5.encoder.embed_tokens.weight.data.copy_(embedding)
+    save_file({n: t.clone() for n, t in t5.state_dict().items()}, tmp_path / "t5xxl_fp16.safetensors")
+    ours = prepare_text(find_text(tmp_path))()
+    context, pooled = ours([PROMPTS[2]])
+    with torch.no_grad():
+        states = t5(ours._tokens(ours.tokenizer_2, PROMPTS[2], 512, "T5", "")).last_hidden_state
+        vector = clip(ours._tokens(ours.tokenizer, PROMPTS[2], 77, "CLIP", "")).pooler_output
+    assert relative(context, states) < 1e-6 and relative(pooled, vector) < 1e-6
+
+
+@pytest.mark.parity
+def test_half_precision_t5_has_the_values_of_transformers(repo: Path) -> None:
+    from transformers import T5EncoderModel
+
+    theirs = dict(T5EncoderModel.from_pretrained(repo / "text_encoder_2", dtype=torch.float16).named_parameters())
+    for name, ours in prepare_text(find_text(repo), dtype=torch.float16)().t5.named_parameters():
+        assert ours.dtype == theirs[name].dtype and torch.equal(ours, theirs[name]), name
+
+
 def test_eight_bit_and_half_precision_t5(repo: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -198,6 +257,14 @@ def pickle_only(folder: Path) -> None:
     (folder / "text_encoder" / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
 
 
+def half_fetched(folder: Path) -> None:
+    pickle_only(folder)
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer" / "vocab.json").unlink(missing_ok=True)
+    for path in (folder / "tokenizer_2").iterdir():
+        path.unlink()
+
+
 def no_vocabulary(folder: Path) -> None:
     for path in (folder / "tokenizer_2").iterdir():
         path.write_text("{")
@@ -214,7 +281,8 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "text_encoder" / "model.safetensors").write_bytes(b"1234"),
         "4 bytes, expected at least 8",
     ),
-    "a pickle": (pickle_only, "text_encoder should hold one safetensors checkpoint; it holds none"),
+    "a pickle": (pickle_only, r"lacks text_encoder \(a CLIP text encoder; there are only pickles\);"),
+    "half fetched": (half_fetched, r"only pickles\), tokenizer \(.*merges.txt\), tokenizer_2 \(.*spiece.model\);"),
     "no tokenizer": (no_vocabulary, "tokenizer_2 holds no tokenizer that can be read"),
 }
 
@@ -253,7 +321,7 @@ def test_the_command_line_draws_from_a_repository(repo: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     words = ["--model", str(repo), "--size", "64x64", "--low", "32x32", "--steps", "2", "--sr", "lanczos"]
     more = ["--device", "cpu", "--offload", "phase", "--dtype", "bfloat16", "--storage", "fp8"]
-    code, out, err = call("generate", "a cat", *words, *more, "--out", "x.png")
+    code, _, err = call("generate", "a cat", *words, *more, "--out", "x.png")
     assert code == 0, err
     record = json.loads(call("inspect", "--json", "x.png")[1])
     assert record["model"] == "flux1-dev" and record["weights"].endswith("/bfloat16/fp8")

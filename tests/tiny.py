@@ -1,6 +1,7 @@
 """Complete FLUX.1 repositories that diffusers and transformers write themselves, small enough for a test."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def write_flux_repo(
         tokenizer_2=T5TokenizerFast.from_pretrained(scratch / "tokenizer_2"),
     )
     pipe.save_pretrained(folder, max_shard_size=shard)
+    shutil.rmtree(scratch)
     return folder
 
 

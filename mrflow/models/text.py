@@ -13,13 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError, PromptError, WeightsError
-from mrflow.models.checkpoint import Header, Layout, Source, check_layout, load_into, open_checkpoint, read_json
+from mrflow.models.checkpoint import (
+    Header,
+    Layout,
+    Source,
+    assembled,
+    check_layout,
+    load_into,
+    open_checkpoint,
+    read_json,
+)
 from mrflow.models.fp8 import described
 from mrflow.models.weights import compute_dtype, looks_like, refuse
 from mrflow.notes import note
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
 CLIP, T5 = "a CLIP text encoder", "a T5 encoder"
+# Of each tokenizer, the sets of files that do; without them transformers makes one that knows no words.
+VOCABULARIES = {
+    "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
+}
 # Settings that shapes do not tell, as published (openai/clip-vit-large-patch14, google/t5-v1_1-xxl).
 CLIP_CONFIG = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2}
 T5_CONFIG = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
@@ -62,7 +76,7 @@ def find_text(where: Path) -> TextFiles:
     loose = {p: open_checkpoint(p) for p in sorted(where.glob("*.safetensors")) if not all(s.is_dir() for s in saved)}
     found: list[Header | None] = []
     for folder, wanted in zip(saved, (CLIP, T5), strict=True):
-        if folder.is_dir():
+        if folder.is_dir() and (any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin"))):
             header = open_checkpoint(folder)
             if not looks_like(header, wanted):
                 refuse(header, wanted)
@@ -72,9 +86,13 @@ def find_text(where: Path) -> TextFiles:
         if len(files) > 1:
             raise WeightsError(f"{where} holds several of {wanted}: {', '.join(h.path.name for h in files)}")
         found.append(files[0] if files else None)
-    tokenizers = [where / name for name in ("tokenizer", "tokenizer_2")]
-    missing = [f"{s.name} ({w})" for s, w, f in zip(saved, (CLIP, T5), found, strict=True) if f is None]
-    missing += [f"{t.name} (a tokenizer's folder)" for t in tokenizers if not t.is_dir()]
+    tokenizers = [where / name for name in VOCABULARIES]
+    pickles = ["; there are only pickles" if any(s.glob("*.bin")) else "" for s in saved]
+    missing = [f"{s.name} ({w}{p})" for s, w, f, p in zip(saved, (CLIP, T5), found, pickles, strict=True) if f is None]
+    for folder in tokenizers:
+        ways = VOCABULARIES[folder.name]
+        if not any(all((folder / name).is_file() for name in way) for way in ways):
+            missing.append(f"{folder.name} (a folder with {' or '.join(' and '.join(way) for way in ways)})")
     clip, t5 = found
     if missing or clip is None or t5 is None:
         raise WeightsError(
@@ -110,7 +128,9 @@ def prepare_text(
         if kinds[1] == torch.float16:  # its products leave float16's range: transformers keeps them wide too
             for name, module in t5.named_modules():
                 if name.endswith(".wo"):
-                    module.float()
+                    source = layouts[1][f"{name}.weight"]
+                    wide = assembled(files.t5, source, {}, dtype=torch.float32, device=device)
+                    module.register_parameter("weight", nn.Parameter(wide, requires_grad=False))
         words = tokenizer_of("CLIPTokenizer", files.tokenizer), tokenizer_of("T5TokenizerFast", files.tokenizer_2)
         return ClipT5(clip, t5, *words)
 
@@ -183,12 +203,14 @@ def shortened(text: str, most: int = 120) -> str:
     return text if len(text) <= most else f"{text[: most - 40]} ... {text[-35:]}"
 
 
-def check_prompt(prompt: str) -> None:
-    """Refuse what cannot be text: lone surrogates and NUL; anything else is a prompt, even an empty one.
+def check_prompt(prompt: object) -> None:
+    """Refuse what cannot be text: lone surrogates and NUL; any other string is a prompt, even an empty one.
 
     Raises:
-        PromptError: the prompt cannot be encoded, or is longer than a million characters.
+        PromptError: the prompt is no string, cannot be encoded, or is longer than a million characters.
     """
+    if not isinstance(prompt, str):
+        raise PromptError(f"a prompt must be text, got {prompt!r}")
     if len(prompt) > 1_000_000:
         raise PromptError(f"the prompt has {len(prompt)} characters; a million is the limit")
     if "\0" in prompt or any(0xD800 <= ord(c) <= 0xDFFF for c in prompt):

@@ -48,7 +48,10 @@ def find_text_qwen(where: Path) -> QwenTextFiles:
         WeightsError: something is missing, or is not what it should be.
     """
     folder, tokens = where / "text_encoder", where / "tokenizer"
-    missing = [p.name for p in (folder, folder / "config.json", tokens) if not p.exists()]
+    missing = [str(p.relative_to(where)) for p in (folder, folder / "config.json") if not p.exists()]
+    vocabulary = [(tokens / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    if not (vocabulary[0] or all(vocabulary[1:])):  # transformers would make a tokenizer that knows no words
+        missing.append("tokenizer (a folder with vocab.json and merges.txt)")
     if missing:
         raise WeightsError(f"{where} lacks {', '.join(missing)} of Qwen-Image's text encoder; say where it is: text=")
     header = described(open_checkpoint(folder))
