@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mrflow.errors import PlanError
 from mrflow.guidance import own_guidance
 from mrflow.spec import Latents, ModelInfo, Pixels, check_size
-from mrflow.stage import Plan, Work, human, plan
+from mrflow.stage import AnyChain, Plan, Work, human, plan
 
 if TYPE_CHECKING:
     from mrflow.guidance import Guidance
@@ -29,6 +29,19 @@ def forward_flops(model: ModelInfo, tokens: int) -> float:
     linear = (8 + 4 * a.mlp_ratio) * a.hidden**2 * blocks * s
     ends = 2 * a.hidden * (2 * model.space.channels * model.space.patch**2 * tokens + a.context * a.text_tokens)
     return linear + 4 * a.hidden * blocks * s**2 + ends
+
+
+def levels(chain: AnyChain, model: ModelInfo) -> tuple[float, ...]:
+    """Every noise level at which a chain's own stages ask a model for its field, without repeats."""
+    from mrflow.stages import Refine, Sample
+
+    found: list[float] = []
+    for stage, row in zip(chain, plan(chain, model).rows, strict=True):
+        if isinstance(stage, Sample):
+            found += stage.solver.points(stage.sigmas(model))
+        elif isinstance(stage, Refine) and isinstance(row.spec, Latents):
+            found += stage.solver.points(stage.sigmas(row.spec, model))
+    return tuple(dict.fromkeys(found))
 
 
 def decode_flops(model: ModelInfo, height: int, width: int) -> float:
@@ -138,6 +151,7 @@ def memory(
         pixels = next((s for s in (row.out, row.spec) if isinstance(s, Pixels)), None)
         if row.work.nfe and isinstance(row.out, Latents):
             values = f.forward_values * (row.out.tokens + a.text_tokens) * a.hidden * row.out.batch
+            values *= 2 if row.work.negative else 1  # both branches of the guidance in one pass
         elif pixels is not None and isinstance(row.spec, Latents) != isinstance(row.out, Latents):
             per_pixel = f.encode_values if isinstance(row.out, Latents) else f.decode_values
             values = per_pixel * pixels.batch * pixels.height * pixels.width

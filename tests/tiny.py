@@ -133,7 +133,8 @@ def qwen_tokenizer(folder: Path) -> int:
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     added = {
         str(len(names) + i): {
-            "content": mark, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True,
+            "content": mark, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+            "special": True,
         }
         for i, mark in enumerate(marks)
     }  # fmt: skip

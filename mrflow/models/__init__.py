@@ -1,5 +1,7 @@
 """Models: what `load` can make, each from its own file."""
 
+import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from mrflow.backbone import Backbone
+from mrflow.cost import levels
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.models.memory import Offload, Ways, check_offload
 from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo
+from mrflow.stage import Chain
 from mrflow.upscalers import Upscaler
 
 if TYPE_CHECKING:
@@ -29,7 +33,7 @@ def load(
     storage: Literal["fp8"] | None = None,
     vae: str | Path | None = None,
     text: str | Path | None = None,
-    fold: bool = True,
+    fold: bool | Chain[Any, Any] = True,
     compile: bool | str | Callable[..., Any] = False,
     graphs: bool = True,
     tile: int | None = None,
@@ -46,7 +50,9 @@ def load(
         offload: "none", "phase" (text encoders leave the device after use, modulations visit it) or "block" (blocks
             visit it one by one).
         storage: "fp8" keeps the blocks' matrices in 8 bits and computes in `dtype`; this changes the pictures a little.
-        fold: make the modulations of a schedule once, before its first step; the pictures are the same to the bit.
+        fold: make the modulations of a schedule once, before its first step; the pictures are the same to the bit. For
+            Qwen-Image a chain: those of its levels are made while loading, and kept on disk for the next time, and a
+            third of the weights is never loaded; other levels are then refused.
         compile: compile each block with torch.compile, once a resolution; a string or function is a dynamo backend.
         graphs: on CUDA, replay each step as a graph.
         tile: side of the autoencoder's tiles in latent cells; None works whole, and in tiles only out of memory.
@@ -63,10 +69,11 @@ def load(
         raise PlanError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     if storage not in (None, "fp8"):
         raise PlanError(f"storage must be None or 'fp8', got {storage!r}")
-    ways = Ways(check_offload(offload), fold, compile, graphs, tile)
+    ways = Ways(check_offload(offload), bool(fold), compile, graphs, tile)
     path = WEIGHTS if str(where) == "pocket" else Path(where)
     if str(where) == "pocket" or is_pocket(path):
         given = {"offload": offload != "none", "storage": storage, "vae": vae, "text": text, "compile": compile}
+        given["fold"] = isinstance(fold, Chain)
         if odd := [name for name, value in given.items() if value]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
         return load_pocket(path, device=chosen, dtype=dtype or torch.float32)
@@ -84,7 +91,10 @@ def load(
             "black-forest-labs/FLUX.1-dev, a folder or a safetensors file"
         )
     files = find(where, vae=vae, text=text)
-    return load_found(files, where, dtype=dtype, device=chosen, storage=storage, ways=ways, upscaler=upscaler)
+    chain = fold if isinstance(fold, Chain) else None
+    return load_found(
+        files, where, dtype=dtype, device=chosen, storage=storage, ways=ways, upscaler=upscaler, chain=chain
+    )
 
 
 HUB_NAMES = {
@@ -113,6 +123,7 @@ def load_found(
     storage: Literal["fp8"] | None,
     ways: Ways,
     upscaler: Upscaler | None,
+    chain: Chain[Any, Any] | None = None,
 ) -> Backbone:
     """A model from parts that were found: all headers are held against the networks before weights are read."""
     from mrflow.models.sources import FLUX as FLUX_FAMILY
@@ -123,8 +134,11 @@ def load_found(
     working = dtype or compute_dtype(files.transformer)
     kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
     version = "/".join((fingerprint(files.transformer, files.vae), *kept))
-    make = load_flux1 if files.family is FLUX_FAMILY else load_qwen
-    return make(files, where, version, working, dtype, device, resting, storage, ways, upscaler)
+    if files.family is FLUX_FAMILY:
+        if chain is not None:
+            raise PlanError("fold=chain is for Qwen-Image; FLUX's modulations depend on the prompt too: use fold=True")
+        return load_flux1(files, where, version, working, dtype, device, resting, storage, ways, upscaler)
+    return load_qwen(files, where, version, working, dtype, device, resting, storage, ways, upscaler, chain)
 
 
 def load_flux1(
@@ -167,22 +181,39 @@ def load_qwen(
     storage: Literal["fp8"] | None,
     ways: Ways,
     upscaler: Upscaler | None,
+    chain: Chain[Any, Any] | None = None,
 ) -> Backbone:
     """Qwen-Image from its parts."""
-    from mrflow.models.qwen_backbone import Qwen, qwen_info
+    from mrflow.models.base import count
+    from mrflow.models.qwen_backbone import Qwen, qwen_facts, qwen_info
     from mrflow.models.weights_qwen import prepare_qwen, prepare_vae_qwen
 
     read_vae = prepare_vae_qwen(files.vae, dtype=working, device=resting)
-    read_flow = prepare_qwen(files.transformer, dtype=working, device=resting, storage=storage)
+    prepared = prepare_qwen(files.transformer, dtype=working, device=resting, storage=storage)
+    parameters = count(prepared.net)
     read_text = None
     if files.text is not None:
         from mrflow.models.text_qwen import QwenTextFiles, prepare_text_qwen
 
         assert isinstance(files.text, QwenTextFiles)
         read_text = prepare_text_qwen(files.text, dtype=dtype, device=resting)
-    vae, flow, text = read_vae(), read_flow(), None if read_text is None else read_text()
-    info = qwen_info(flow, vae, text, files.scheduler, version=version, path=where)
-    return Qwen(flow=flow, vae=vae, text=text, info=info, device=device, ways=ways, upscaler=upscaler)
+    vae, made = read_vae(), None
+    if chain is None:
+        flow = prepared.read()
+    else:
+        asked = levels(chain, qwen_facts(prepared.net, vae, files.scheduler, path=where))
+        key = hashlib.sha256(repr((version, asked)).encode()).hexdigest()[:16]
+        flow, made = prepared.read_folded(asked, device=device, keep=cache_folder() / f"modulation-{key}.safetensors")
+    text = None if read_text is None else read_text()
+    info = qwen_info(flow, vae, text, files.scheduler, version=version, path=where, parameters=parameters)
+    return Qwen(flow=flow, vae=vae, text=text, info=info, device=device, ways=ways, upscaler=upscaler, tables=made)
+
+
+def cache_folder() -> Path:
+    """Where results that can be made again are kept: $MRFLOW_CACHE, or mrflow in the user's cache folder."""
+    if own := os.environ.get("MRFLOW_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mrflow"
 
 
 def info(name: str) -> ModelInfo:

@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -229,8 +229,9 @@ def load_into(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    skip: Container[str] = (),
 ) -> None:
-    """Fill every parameter and buffer of `module` (built on the meta device) from the checkpoint.
+    """Fill every parameter and buffer of `module` (built on the meta device) from the checkpoint, but those in `skip`.
 
     What needs no change (on the CPU, of the dtype asked for, not joined from parts) stays mapped from the file and is
     read when it is used; the rest is copied tensor by tensor. `dtype=None` keeps the file's.
@@ -242,6 +243,8 @@ def load_into(
     state = module.state_dict()
     files: dict[Path, torch.UntypedStorage] = {}
     for name, target in state.items():
+        if name in skip:
+            continue
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
         take = getattr(parent, "take", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mrflow.backbone import Condition
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
-from mrflow.models.base import DIRECT, LatentModel, count, encoded_once, footprint, shift_of
+from mrflow.models.base import DIRECT, LatentModel, encoded_once, footprint, shift_of
 from mrflow.models.fields import QwenField, qwen_step
 from mrflow.models.memory import Ways
 from mrflow.models.qwen_image import QwenImage
@@ -118,23 +118,35 @@ class Qwen(LatentModel):
         return [item[:length] for item, length in zip(context, lengths, strict=True)]
 
 
-def qwen_info(
-    flow: QwenImage, vae: VaeQwen, text: "QwenText | None", scheduler: Mapping[str, Any], *, version: str, path: object
-) -> ModelInfo:
-    """Facts of a loaded model: Qwen-Image's, with its own sizes."""
+def qwen_facts(flow: QwenImage, vae: VaeQwen, scheduler: Mapping[str, Any], *, path: object) -> ModelInfo:
+    """Facts of a model that do not depend on how its weights are kept: Qwen-Image's, with its own sizes."""
     p = flow.params
     if p.in_channels != 4 * vae.params.latent or p.out_channels != p.in_channels:
         raise WeightsError(
             f"{path} takes {p.in_channels} channels a token and gives {p.out_channels}, its autoencoder has "
             f"{4 * vae.params.latent}: not a text-to-image model that is supported"
         )
+    space = LatentSpace("qwen-image", vae.params.latent, vae.params.downscale)
+    return replace(QWEN, space=space, shift=shift_of(scheduler, path) or QWEN.shift)
+
+
+def qwen_info(
+    flow: QwenImage,
+    vae: VaeQwen,
+    text: "QwenText | None",
+    scheduler: Mapping[str, Any],
+    *,
+    version: str,
+    path: object,
+    parameters: int,
+) -> ModelInfo:
+    """All facts of a loaded model."""
+    p = flow.params
     assert QWEN.architecture is not None
     words = QWEN.architecture.text_tokens
     return replace(
-        QWEN,
-        space=LatentSpace("qwen-image", vae.params.latent, vae.params.downscale),
-        shift=shift_of(scheduler, path) or QWEN.shift,
-        architecture=Architecture(p.hidden, p.double_blocks, 0, p.context, words, count(flow), p.mlp_ratio),
+        qwen_facts(flow, vae, scheduler, path=path),
+        architecture=Architecture(p.hidden, p.double_blocks, 0, p.context, words, parameters, p.mlp_ratio),
         footprint=footprint(flow, vae, text, encode_values=ENCODE, decode_values=DECODE),
         version=version,
     )

@@ -186,16 +186,17 @@ class QwenImage(nn.Module):
             yield block.txt_mod.lin
         yield self.final_layer.adaLN_modulation[1]
 
-    def steering(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+    def steering(self, sigma: Float[Tensor, " b"], embedder: Embedder | None = None) -> Float[Tensor, "b d"]:
         """SiLU of the embedded level: what every modulation starts from.
 
         As in the reference, 1000 sigma is rounded to the working dtype and divided by 1000 in it; the sinusoid is that
-        times its frequencies, times 1000, in float32 (diffusers `pipeline_qwenimage.py`, `embeddings.py`).
+        times its frequencies, times 1000, in float32 (diffusers `pipeline_qwenimage.py`, `embeddings.py`). `embedder`
+        stands in for the network's own, on another device.
         """
         level = (1000 * sigma.float()).to(self.dtype) / 1000
         angles = 1000 * (level.float()[:, None] * frequencies(SINUSOID // 2, sigma.device))
         embedded = torch.cat((angles.cos(), angles.sin()), -1)
-        return F.silu(self.time_in(embedded.to(self.dtype)))
+        return F.silu((embedder or self.time_in)(embedded.to(self.dtype)))
 
     def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
         """The image stream, from tokens of any floating dtype."""

@@ -3,17 +3,31 @@
 The transformer is published under diffusers' names alone; the autoencoder under diffusers' and under Wan's.
 """
 
+import copy
 import operator
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.checkpoint import Header, Layout, Source, check_layout, load_into, open_checkpoint
+from mrflow.models.blocks import tables
+from mrflow.models.checkpoint import (
+    Header,
+    Layout,
+    Source,
+    assembled,
+    check_layout,
+    load_into,
+    open_checkpoint,
+    save_file,
+)
 from mrflow.models.fp8 import described, store_fp8
 from mrflow.models.qwen_image import QwenImage, QwenParams
 from mrflow.models.vae_qwen import QwenVaeParams, VaeQwen
@@ -51,6 +65,77 @@ OTHER = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 PREFIXES = ("model.diffusion_model.", "")
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A transformer on the meta device whose checkpoint was checked: `read` fills it."""
+
+    net: QwenImage
+    header: Header
+    layout: Layout
+    dtype: torch.dtype
+    device: torch.device | str
+
+    def read(self) -> QwenImage:
+        """All weights."""
+        load_into(self.net, self.header, self.layout, dtype=self.dtype, device=self.device)
+        return self.net
+
+    def read_folded(
+        self, levels: Sequence[float], *, device: torch.device, keep: Path | None = None
+    ) -> tuple[QwenImage, dict[float, Tensor]]:
+        """All weights but those of modulations, and the modulations of these levels, which are made once and kept.
+
+        Each linear is read, serves all levels and is let go; where `keep` holds the tables already, none is read.
+        """
+        net = self.net
+        names = {id(m): n for n, m in net.named_modules()}
+        linears = [names[id(m)] for m in net.modulators()]
+        gone = {f"{name}.{leaf}" for name in linears for leaf in ("weight", "bias")}
+        load_into(net, self.header, self.layout, dtype=self.dtype, device=self.device, skip=gone)
+        for name in linears:
+            owner, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(owner), leaf, Folded())
+        if keep is not None and keep.is_file():
+            known = {float(k): t for k, t in load_file(keep).items()}
+            if set(levels) <= set(known):
+                return net, known
+
+        def linear(name: str) -> nn.Module:
+            parts = (assembled(self.header, self.layout[f"{name}.{leaf}"], {}, dtype=self.dtype, device=device)
+                     for leaf in ("weight", "bias"))  # fmt: skip
+            return Given(*parts)
+
+        with torch.inference_mode():
+            embedder = copy.deepcopy(net.time_in).to(device)
+            vectors = [net.steering(torch.full((1,), level, device=device), embedder) for level in levels]
+            made = tables((linear(name) for name in linears), vectors, net.params.hidden)
+        out = {level: table.cpu() for level, table in zip(levels, made, strict=True)}
+        if keep is not None:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            save_file({repr(level): table for level, table in out.items()}, keep)
+        return net, out
+
+
+class Given(nn.Module):
+    """A linear of tensors that are there already."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x w' + b."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Folded(nn.Module):
+    """In the place of a linear whose results were made beforehand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Never."""
+        raise PlanError("this model was loaded with fold=chain: its modulation weights were not read")
+
+
 def prepare_qwen(
     where: str | Path | Header,
     *,
@@ -58,8 +143,8 @@ def prepare_qwen(
     device: torch.device | str = "cpu",
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
-) -> Callable[[], QwenImage]:
-    """A Qwen-Image transformer from a file, folder or header; as `prepare_flux`: checked now, read by the function.
+) -> Prepared:
+    """A Qwen-Image transformer from a file, folder or header, as `prepare_flux`: names and shapes are checked now.
 
     Raises:
         WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
@@ -80,12 +165,7 @@ def prepare_qwen(
         store_fp8(net.double_blocks)
     layout = qwen_layout(net, names)
     check_layout(net, header, layout, dtype=dtype)
-
-    def read() -> QwenImage:
-        load_into(net, header, layout, dtype=dtype, device=device)
-        return net
-
-    return read
+    return Prepared(net, header, layout, dtype, device)
 
 
 def qwen_names(prefix: str = "") -> Names:

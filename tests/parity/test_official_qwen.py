@@ -1,4 +1,4 @@
-"""`recipes.official` for Qwen-Image against the published procedure, re-enacted with diffusers on tiny random weights."""
+"""`recipes.official` for Qwen-Image against the published procedure, re-enacted with diffusers on tiny weights."""
 
 from pathlib import Path
 
