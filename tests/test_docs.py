@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mrflow.cli import app
-from tests.tiny import write_flux_repo
+from tests.tiny import write_flux_repo, write_qwen_repo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -34,6 +34,9 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     if "FLUX.1-dev" in "".join(code for _, code in blocks(page, "python")):
         write_flux_repo(tmp_path / "FLUX.1-dev")  # a tiny one in the real layout
+    if '"Qwen-Image"' in "".join(code for _, code in blocks(page, "python")):
+        write_qwen_repo(tmp_path / "Qwen-Image")
+    monkeypatch.setenv("MRFLOW_CACHE", str(tmp_path / "cache"))
     names: dict[str, object] = {"__name__": "page"}
     for line, code in blocks(page, "python"):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)

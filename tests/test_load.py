@@ -176,9 +176,16 @@ def extra_key(folder: Path) -> None:
 
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no vae": (lambda f: shutil.rmtree(f / "vae"), "has no vae folder"),
-    "not a FLUX pipeline": (lambda f: change_index(f, _class_name="QwenImagePipeline"), "holds a QwenImagePipeline"),
+    "another pipeline": (lambda f: change_index(f, _class_name="SanaPipeline"), "holds a SanaPipeline; mrflow loads"),
+    "another family's pipeline": (
+        lambda f: change_index(f, _class_name="QwenImagePipeline"),
+        "says it holds a QwenImagePipeline, but its transformer is a FLUX transformer",
+    ),
     "FLUX.2": (lambda f: change_index(f, _class_name="Flux2KleinPipeline"), "holds a Flux2KleinPipeline"),
-    "an autoencoder as transformer": (spoil_names, "is not a FLUX transformer: it looks like a FLUX autoencoder"),
+    "an autoencoder as transformer": (
+        spoil_names,
+        "is not a FLUX transformer or a Qwen-Image transformer: it looks like a FLUX autoencoder",
+    ),
     "cut off": (lambda f: cut(f / "vae" / "diffusion_pytorch_model.safetensors"), "cut off or has extra bytes"),
     "an extra key": (extra_key, "surprise.weight is not expected"),
     "empty": (
@@ -208,7 +215,9 @@ def test_what_is_wrong_is_said_before_weights_are_read(
 
 
 def test_several_or_no_transformers_in_a_folder(single: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="holds no FLUX transformer; it holds no safetensors file"):
+    with pytest.raises(
+        WeightsError, match="holds no FLUX transformer and no Qwen-Image transformer; it holds no safetensors file"
+    ):
         loaded(tmp_path)
     shutil.copy(single / "ae.safetensors", tmp_path)
     with pytest.raises(WeightsError, match=r"it holds ae.safetensors \(a FLUX autoencoder\)"):

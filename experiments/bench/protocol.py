@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "runs" / "bench"
-PACKAGES = ("mrflow", "torch", "diffusers", "transformers", "safetensors", "numpy")
+PACKAGES = ("mrflow", "torch", "diffusers", "accelerate", "transformers", "safetensors", "numpy")
 CONTROL = (0.97, 1.03)  # a control whose interval has nothing in common with this says that the run measured noise
 RESAMPLES = 2000
 FAST = 0.95  # what bars are multiplied with where a machine is shared and lanes are short

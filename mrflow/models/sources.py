@@ -114,13 +114,14 @@ def _first_line(error: BaseException) -> str:
 def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -> Files:
     """A folder as diffusers saves a pipeline."""
     index = folder / "model_index.json"
-    if index.is_file():
-        name = str(read_json(index).get("_class_name"))
-        known = [pipeline for family in FAMILIES for pipeline in family.pipelines]
-        if name not in known:
-            raise WeightsError(f"{folder} holds a {name}; mrflow loads {' and '.join(known[::2])} repositories")
+    name = str(read_json(index).get("_class_name")) if index.is_file() else None
+    known = [pipeline for family in FAMILIES for pipeline in family.pipelines]
+    if name is not None and name not in known:
+        raise WeightsError(f"{folder} holds a {name}; mrflow loads {' and '.join(known[::2])} repositories")
     transformer = open_checkpoint(folder / "transformer")
     family = family_of(transformer)
+    if name is not None and name not in family.pipelines:
+        raise WeightsError(f"{folder} says it holds a {name}, but its transformer is {family.transformer}")
     if vae is None and not (folder / "vae").is_dir():
         raise WeightsError(f"{folder} has no vae folder; say where the autoencoder is: vae=")
     auto = _of_kind(open_checkpoint(vae or folder / "vae"), family.vae)
