@@ -168,6 +168,15 @@ def test_a_chain_folds_the_modulations_away(repo: Path, tmp_path: Path, monkeypa
     read.clear()
     assert torch.equal(draw(loaded(repo, fold=CHAIN), batch=2).pixels, want)
     assert len(read) == first - 10  # five linears of weight and bias were not read again
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(b"broken")
+    assert torch.equal(draw(loaded(repo, fold=CHAIN), batch=2).pixels, want)
+    assert kept.stat().st_size > 100
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("MRFLOW_CACHE", str(tmp_path / "file" / "below"))
+    with collected() as notes:
+        assert torch.equal(draw(loaded(repo, fold=CHAIN), batch=2).pixels, want)
+    assert len(notes) == 1 and "could not be kept" in notes[0]
     with pytest.raises(PlanError, match=r"loaded with fold=chain, for the levels of that chain; sigma 0\.\d+ is not"):
         draw(model, chain=mf.recipes.native(size=(64, 64), steps=5))
     with pytest.raises(PlanError, match="prompt too"):

@@ -140,8 +140,8 @@ def main() -> None:
         folder = Path(name)
         size = write_weights(folder, args.gigabytes)
         mapping = find_spec("accelerate") is not None
-        print(f"{size / 1e9:.2f} GB = {size / MIB:.0f} MiB in bfloat16; memory in MiB, diffusers / ours; diffusers runs")
-        print(f"{'with' if mapping else 'WITHOUT'} accelerate\n")
+        print(f"{size / 1e9:.2f} GB = {size / MIB:.0f} MiB in bfloat16; memory in MiB, diffusers / ours;")
+        print(f"diffusers runs {'with' if mapping else 'WITHOUT'} accelerate\n")
         for case in CASES:
             theirs, ours = code("theirs", folder, case), code("ours", folder, case)
             if process(theirs).report["digest"] != process(ours).report["digest"]:

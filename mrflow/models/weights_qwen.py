@@ -13,10 +13,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mrflow.errors import PlanError, WeightsError
+from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.models.blocks import tables
 from mrflow.models.checkpoint import (
     Header,
@@ -32,6 +33,7 @@ from mrflow.models.fp8 import described, store_fp8
 from mrflow.models.qwen_image import QwenImage, QwenParams
 from mrflow.models.vae_qwen import QwenVaeParams, VaeQwen
 from mrflow.models.weights import PART, Names, agree, compute_dtype, config_of, count, looks_like, refuse, shape
+from mrflow.notes import note
 
 CLASS, VAE_CLASS = "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
 TRANSFORMER, AUTOENCODER = "a Qwen-Image transformer", "a Qwen-Image autoencoder"
@@ -95,10 +97,9 @@ class Prepared:
         for name in linears:
             owner, _, leaf = name.rpartition(".")
             setattr(net.get_submodule(owner), leaf, Folded())
-        if keep is not None and keep.is_file():
-            known = {float(k): t for k, t in load_file(keep).items()}
-            if set(levels) <= set(known):
-                return net, known
+        known = kept_tables(keep)
+        if set(levels) <= set(known):
+            return net, known
 
         def linear(name: str) -> nn.Module:
             parts = (assembled(self.header, self.layout[f"{name}.{leaf}"], {}, dtype=self.dtype, device=device)
@@ -111,9 +112,22 @@ class Prepared:
             made = tables((linear(name) for name in linears), vectors, net.params.hidden)
         out = {level: table.cpu() for level, table in zip(levels, made, strict=True)}
         if keep is not None:
-            keep.parent.mkdir(parents=True, exist_ok=True)
-            save_file({repr(level): table for level, table in out.items()}, keep)
+            try:
+                keep.parent.mkdir(parents=True, exist_ok=True)
+                save_file({repr(level): table for level, table in out.items()}, keep)
+            except (OSError, ResourceError) as error:
+                note(f"modulations could not be kept for the next time: {error}; $MRFLOW_CACHE names another folder")
         return net, out
+
+
+def kept_tables(path: Path | None) -> dict[float, Tensor]:
+    """Modulations that were kept, by level; none where there is no file or a broken one."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return {float(name): table for name, table in load_file(path).items()}
+    except (OSError, SafetensorError, ValueError):
+        return {}
 
 
 class Given(nn.Module):

@@ -144,7 +144,8 @@ class Pocket:
         self._flow = flow.to(device, dtype).eval()
         self._autoencoder = channels_last(autoencoder.to(device).eval())
         self._device = device
-        self._info = replace(POCKET, version=version)
+        kept = "" if dtype == torch.float32 else f"/{dtype}".replace("torch.", "")
+        self._info = replace(POCKET, version=version + kept)
         self._sr = PocketSR(channels_last(sr.to(device).eval()), version)
 
     @property
