@@ -1,4 +1,7 @@
-"""The command line: thin verbs over the library. For people on stderr, results on stdout, exit codes as in `errors`."""
+"""The command line: thin verbs over the library. For people on stderr, results on stdout, exit codes as in `errors`.
+
+Long because typer reads every option of every verb from its signature.
+"""
 
 import json
 import logging

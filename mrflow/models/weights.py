@@ -1,7 +1,8 @@
 """Which tensors of a published checkpoint the parameters of our models are, and their sizes, read off the shapes.
 
 Native names are Black Forest Labs'. A `Names` gives, for a native name, the name or names (parts of a fused matrix) in
-another layout; from it follow the sizes, the loading and the saving. A layout is recognised by its keys.
+another layout; from it follow the sizes, the loading and the saving. A layout is recognised by its keys. The file is
+long because names, sizes, loading and saving of one layout are only understood side by side.
 """
 
 import json
