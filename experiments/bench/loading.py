@@ -5,8 +5,8 @@ single file. Every load is a fresh process, page cache warm; time and memory cou
 (RssAnon) are what a load costs; mapped pages (RssFile) are shared with the page cache. Before anything is timed, both
 sides must hold the same bits in two tensors, one of which the layouts store in different orders.
 
-diffusers maps files only where `accelerate` is installed; without it every load makes random weights first and copies
-into them, two to a hundred times slower. Which of the two was measured stands in the first line: the fair one is with.
+diffusers maps files only where `accelerate` is installed; without it a load makes random weights first and copies into
+them. Which of the two was measured stands above the table: the fair comparison is the one with it.
 
     python -m experiments.bench.loading --gigabytes 1.9
 """

@@ -47,6 +47,8 @@ def checkpoint(header: Header) -> list[str]:
 
 def network(header: Header) -> list[str]:
     """The network it is for, its layout and sizes, as far as keys and shapes tell."""
+    if "flow.double_blocks.0.img_attn.qkv.weight" in header.tensors:
+        return [f"network   pocket, mrflow's embedded model, version {header.metadata.get('version', 'unknown')}"]
     what = kind(header)
     if what is None:
         return ["network   not known to mrflow"]
