@@ -134,7 +134,13 @@ class DoubleBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last modulated norm and the linear to patches."""
+    """The last modulated norm and the linear to patches.
+
+    `scale_first` says that the modulation's rows are (scale, shift), as diffusers' files have them: then those can stay
+    mapped, and the two vectors are exchanged instead of the matrix's halves.
+    """
+
+    scale_first = False
 
     def __init__(self, p: Sizes) -> None:
         super().__init__()
@@ -143,11 +149,12 @@ class FinalLayer(nn.Module):
 
 
 def tables(
-    modulators: Iterable[nn.Module], vectors: Sequence[Float[Tensor, "b d"]], hidden: int
+    modulators: Iterable[nn.Module], vectors: Sequence[Float[Tensor, "b d"]], hidden: int, *, scale_first: bool
 ) -> list[Float[Tensor, "b m d"]]:
     """Modulation vectors from what each level starts from: (shift, 1 + scale, gate) each time, the last no gate.
 
     Each linear serves all levels before the next is touched, one product a level: the same bits as one by one.
+    `scale_first` is the final layer's.
     """
     rows: list[list[Tensor]] = [[] for _ in vectors]
     for linear in modulators:
@@ -155,6 +162,8 @@ def tables(
             row.append(linear(vector))
     out: list[Tensor] = []
     for row in rows:
+        if scale_first:
+            row[-1] = torch.cat(tuple(reversed(row[-1].chunk(2, -1))), -1)
         table = rearrange(torch.cat(row, -1), "b (m d) -> b m d", d=hidden)
         table[:, 1::3] += 1
         out.append(table)

@@ -164,7 +164,7 @@ class Flux(nn.Module):
     ) -> list[Float[Tensor, "b m d"]]:
         """`modulate` at several levels: modulations depend on nothing else, so a chain can have them made before."""
         vectors = [self.steering(sigma, guidance, pooled) for sigma in sigmas]
-        return tables(self.modulators(), vectors, self.params.hidden)
+        return tables(self.modulators(), vectors, self.params.hidden, scale_first=self.final_layer.scale_first)
 
     def stack(self) -> list[nn.Module]:
         """All blocks in the order they run."""

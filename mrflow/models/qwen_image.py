@@ -173,7 +173,8 @@ class QwenImage(nn.Module):
 
     def tables(self, sigmas: Sequence[Float[Tensor, " b"]]) -> list[Float[Tensor, "b m d"]]:
         """Every modulation vector at several levels; they depend on nothing else, so all prompts share them."""
-        return tables(self.modulators(), [self.steering(sigma) for sigma in sigmas], self.params.hidden)
+        vectors = [self.steering(sigma) for sigma in sigmas]
+        return tables(self.modulators(), vectors, self.params.hidden, scale_first=self.final_layer.scale_first)
 
     def stack(self) -> list[nn.Module]:
         """All blocks in the order they run."""

@@ -145,6 +145,7 @@ def prepare_flux(
         fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
     with torch.device("meta"):
         flux = Flux(params, split=apart and not (fuse or storage))
+    flux.final_layer.scale_first = apart and not (fuse or storage)
     if storage == "fp8":
         store_fp8(flux.double_blocks)
         store_fp8(flux.single_blocks)
@@ -169,6 +170,9 @@ def save_flux(flux: Flux, path: Path) -> None:
 def whole_state(flux: Flux) -> dict[str, Tensor]:
     """Native names and fused matrices, also where the transformer keeps projections apart."""
     state = {name: tensor for name, tensor in flux.state_dict().items() if PART.search(name) is None}
+    if flux.final_layer.scale_first:
+        for name in (f"final_layer.adaLN_modulation.1.{leaf}" for leaf in ("weight", "bias")):
+            state[name] = torch.cat(tuple(reversed(state[name].chunk(2))))
     for name, module in flux.named_modules():
         if isinstance(module, SplitLinear):
             for leaf in ("weight", "bias"):
@@ -298,7 +302,7 @@ def flux_layout(flux: Flux, names: Names) -> Layout:
             continue
         parts, rows, d = names(name), tensor.shape[0], flux.params.hidden
         split = (rows,) if len(parts) == 1 else (d, d, d, rows - 3 * d)[: len(parts)]
-        layout[name] = Source(parts, split, swap="norm_out" in parts[0])
+        layout[name] = Source(parts, split, swap="norm_out" in parts[0] and not flux.final_layer.scale_first)
     return layout
 
 

@@ -109,7 +109,8 @@ class Prepared:
         with torch.inference_mode():
             embedder = copy.deepcopy(net.time_in).to(device)
             vectors = [net.steering(torch.full((1,), level, device=device), embedder) for level in levels]
-            made = tables((linear(name) for name in linears), vectors, net.params.hidden)
+            first = net.final_layer.scale_first
+            made = tables((linear(name) for name in linears), vectors, net.params.hidden, scale_first=first)
         out = {level: table.cpu() for level, table in zip(levels, made, strict=True)}
         if keep is not None:
             try:
@@ -175,6 +176,7 @@ def prepare_qwen(
         fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
     with torch.device("meta"):
         net = QwenImage(params, split=not (fuse or storage))
+    net.final_layer.scale_first = not (fuse or storage)
     if storage == "fp8":
         store_fp8(net.double_blocks)
     layout = qwen_layout(net, names)
@@ -207,7 +209,8 @@ def qwen_layout(net: QwenImage, names: Names) -> Layout:
             layout[name] = Source((whole[int(part[1])],), (tensor.shape[0],))
             continue
         parts, rows = names(name), tensor.shape[0]
-        layout[name] = Source(parts, (rows // len(parts),) * len(parts), swap="norm_out" in parts[0])
+        swap = "norm_out" in parts[0] and not net.final_layer.scale_first
+        layout[name] = Source(parts, (rows // len(parts),) * len(parts), swap=swap)
     return layout
 
 
