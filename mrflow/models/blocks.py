@@ -1,7 +1,7 @@
 """What FLUX and Qwen-Image are built of: two-stream blocks, modulation, the final layer, packing into tokens."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,27 +9,37 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mrflow.errors import PlanError
 from mrflow.models.layers import Attention, QKNorm, Rope, SplitLinear, apply_rope, modulated, project
 
 FP16_MAX = 65504.0
 
 
-@runtime_checkable
-class Sizes(Protocol):
-    """What a block needs to know of its transformer."""
+class Sizes:
+    """What the parameters of every transformer of these blocks have in common; their dataclasses add the fields."""
+
+    hidden: int
+    heads: int
+    axes: tuple[int, ...]
+    mlp_ratio: float
+    out_channels: int
+    late_scale: ClassVar[bool] = False  # whether norms of queries and keys round before their scale multiplies
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise PlanError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        if any(axis % 2 for axis in self.axes) or sum(self.axes) != self.head:
+            raise PlanError(f"axes must be even and sum to hidden / heads = {self.head}, got {self.axes}")
 
     @property
-    def hidden(self) -> int: ...
+    def head(self) -> int:
+        """Channels of one head."""
+        return self.hidden // self.heads
+
     @property
-    def heads(self) -> int: ...
-    @property
-    def head(self) -> int: ...
-    @property
-    def mlp(self) -> int: ...
-    @property
-    def out_channels(self) -> int: ...
-    @property
-    def late_scale(self) -> bool: ...
+    def mlp(self) -> int:
+        """Inner width of the MLPs."""
+        return int(self.hidden * self.mlp_ratio)
 
 
 def pack(latents: Float[Tensor, "b c y x"], *, patch: int = 2) -> Float[Tensor, "b l d"]:

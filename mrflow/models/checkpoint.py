@@ -229,20 +229,32 @@ def load_into(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    skip: Container[str] = (),
 ) -> None:
-    """Fill every parameter and buffer of `module` (built on the meta device) from the checkpoint, but those in `skip`.
-
-    What needs no change (on the CPU, of the dtype asked for, not joined from parts) stays mapped from the file and is
-    read when it is used; the rest is copied tensor by tensor. `dtype=None` keeps the file's.
+    """`check_layout`, then `fill`.
 
     Raises:
         WeightsError: as `check_layout`, before any weight is read.
     """
     check_layout(module, header, layout, dtype=dtype)
-    state = module.state_dict()
+    fill(module, header, layout, dtype=dtype, device=device)
+
+
+def fill(
+    module: nn.Module,
+    header: Header,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    skip: Container[str] = (),
+) -> None:
+    """Fill parameters and buffers of `module` (built on the meta device), but those in `skip`, from what was checked.
+
+    What needs no change (on the CPU, of the dtype asked for, not joined from parts) stays mapped from the file and is
+    read when it is used; the rest is copied tensor by tensor. `dtype=None` keeps the file's.
+    """
     files: dict[Path, torch.UntypedStorage] = {}
-    for name, target in state.items():
+    for name, target in module.state_dict().items():
         if name in skip:
             continue
         owner, _, leaf = name.rpartition(".")

@@ -34,6 +34,28 @@ def step(
     return flow.head(flow.blocks(flow.embed_image(tokens), text, Rope(cos, sin), table), table)
 
 
+class Tables:
+    """Modulations by level: of all announced `levels` when the first is asked for, of another one when it is met.
+
+    `levels=None` makes them anew each time.
+    """
+
+    def __init__(self, make: Callable[[Sequence[float]], list[Tensor]], levels: Sequence[float] | None) -> None:
+        self.make, self.levels = make, levels
+        self.made: dict[float, Tensor] = {}
+
+    def __call__(self, sigma: float) -> Tensor:
+        """The modulations at a level."""
+        if sigma in self.made:
+            return self.made[sigma]
+        wanted = list(dict.fromkeys((sigma, *(self.levels or ()))))
+        tables = self.make(wanted)
+        if self.levels is not None:
+            self.levels = ()
+            self.made.update(zip(wanted, tables, strict=True))
+        return tables[0]
+
+
 class FluxField:
     """The velocity (x, sigma) -> d x / d sigma for fixed conditions.
 
@@ -54,17 +76,17 @@ class FluxField:
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.flow, self.context, self.pooled, self.guidance = flow, context, pooled, guidance
-        self.levels, self.step, self.using = levels, step, using
+        self.step, self.using = step, using
+        self.table = Tables(self._tables, levels)
         self.text: Tensor | None = None
         self.ropes: dict[tuple[int, int], Rope] = {}
-        self.tables: dict[float, Tensor] = {}
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Latents (b, c, h, w) at a level to their velocity, float32."""
         if x.shape[0] != self.context.shape[0]:
             raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {self.context.shape[0]}")
         with self.using():
-            table = self._table(sigma)
+            table = self.table(sigma)
             h, w = x.shape[2] // 2, x.shape[3] // 2
             if (h, w) not in self.ropes:
                 ids = image_ids(h, w, device=x.device)
@@ -74,16 +96,9 @@ class FluxField:
             tokens = self.step(pack(x), self.text, *self.ropes[h, w], table, key=self.flow.attention)
             return unpack(tokens.float(), h, w)
 
-    def _table(self, sigma: float) -> Tensor:
-        if sigma in self.tables:
-            return self.tables[sigma]
-        wanted = list(dict.fromkeys((sigma, *(self.levels or ()))))
-        sigmas = [torch.full((len(self.pooled),), level, device=self.pooled.device) for level in wanted]
-        tables = self.flow.tables(sigmas, self.guidance, self.pooled)
-        if self.levels is not None:
-            self.levels = ()
-            self.tables.update(zip(wanted, tables, strict=True))
-        return tables[0]
+    def _tables(self, levels: Sequence[float]) -> list[Tensor]:
+        sigmas = [torch.full((len(self.pooled),), level, device=self.pooled.device) for level in levels]
+        return self.flow.tables(sigmas, self.guidance, self.pooled)
 
 
 def side_by_side(
@@ -128,8 +143,8 @@ class QwenField:
         tables: Callable[[Sequence[float]], list[Tensor]],
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.net, self.branches, self.levels = net, branches, levels
-        self.step, self.make_tables, self.using = step, tables, using
+        self.net, self.branches = net, branches
+        self.step, self.table, self.using = step, Tables(tables, levels), using
         items = [item for branch in branches for item in branch]
         # Equal lengths side by side, so that attention may treat them as a batch.
         self.order = sorted(range(len(items)), key=lambda i: len(items[i]))
@@ -137,7 +152,6 @@ class QwenField:
         self.lengths = tuple(len(item) for item in self.items)
         self.text: Tensor | None = None
         self.ropes: dict[tuple[int, int], Rope] = {}
-        self.tables: dict[float, Tensor] = {}
 
     @property
     def batched(self) -> bool:
@@ -150,7 +164,7 @@ class QwenField:
             raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(self.branches[0])}")
         h, w = x.shape[2] // 2, x.shape[3] // 2
         with self.using():
-            table = self._table(sigma)
+            table = self.table(sigma)
             if self.text is None:
                 self.text = self._embedded()
             if (h, w) not in self.ropes:
@@ -183,13 +197,3 @@ class QwenField:
         rows += [torch.arange(start, start + h * w, device=device)] * len(self.lengths)
         pick = torch.cat(rows)
         return Rope(whole.cos[pick], whole.sin[pick])
-
-    def _table(self, sigma: float) -> Tensor:
-        if sigma in self.tables:
-            return self.tables[sigma]
-        wanted = list(dict.fromkeys((sigma, *(self.levels or ()))))
-        made = self.make_tables(wanted)
-        if self.levels is not None:
-            self.levels = ()
-            self.tables.update(zip(wanted, made, strict=True))
-        return made[0]

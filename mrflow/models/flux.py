@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.blocks import DoubleBlock, FinalLayer, Modulate, bounded, by_head, fused, joined, tables
+from mrflow.models.blocks import DoubleBlock, FinalLayer, Modulate, Sizes, bounded, by_head, fused, joined, tables
 from mrflow.models.blocks import pack as pack
 from mrflow.models.blocks import unpack as unpack
 from mrflow.models.layers import (
@@ -29,7 +29,7 @@ from mrflow.models.layers import (
 
 
 @dataclass(frozen=True)
-class FluxParams:
+class FluxParams(Sizes):
     """Sizes of a FLUX transformer; the defaults are FLUX.1-dev's. `axes` are a head's channels for each axis."""
 
     in_channels: int = 64
@@ -44,27 +44,6 @@ class FluxParams:
     single_blocks: int = 38
     guidance: bool = True
     theta: float = 10000.0
-
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise PlanError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
-        if any(axis % 2 for axis in self.axes) or sum(self.axes) != self.head:
-            raise PlanError(f"axes must be even and sum to hidden / heads = {self.head}, got {self.axes}")
-
-    @property
-    def head(self) -> int:
-        """Channels of one head."""
-        return self.hidden // self.heads
-
-    @property
-    def mlp(self) -> int:
-        """Inner width of the MLPs."""
-        return int(self.hidden * self.mlp_ratio)
-
-    @property
-    def late_scale(self) -> bool:
-        """Whether norms of queries and keys round before their scale multiplies: not here."""
-        return False
 
     @property
     def modulations(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.blocks import DoubleBlock, FinalLayer, bounded, tables
+from mrflow.models.blocks import DoubleBlock, FinalLayer, Sizes, bounded, tables
 from mrflow.models.layers import (
     SINUSOID,
     Attention,
@@ -33,7 +34,7 @@ MAX_POSITION = 4096  # the reference's tables of text positions end there
 
 
 @dataclass(frozen=True)
-class QwenParams:
+class QwenParams(Sizes):
     """Sizes of a Qwen-Image transformer; the defaults are the published ones."""
 
     in_channels: int = 64
@@ -46,26 +47,7 @@ class QwenParams:
     double_blocks: int = 60
     theta: float = 10000.0
 
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise PlanError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
-        if any(axis % 2 for axis in self.axes) or sum(self.axes) != self.head:
-            raise PlanError(f"axes must be even and sum to hidden / heads = {self.head}, got {self.axes}")
-
-    @property
-    def head(self) -> int:
-        """Channels of one head."""
-        return self.hidden // self.heads
-
-    @property
-    def mlp(self) -> int:
-        """Inner width of the MLPs."""
-        return int(self.hidden * self.mlp_ratio)
-
-    @property
-    def late_scale(self) -> bool:
-        """Norms round to the working dtype before their scale multiplies (diffusers `normalization.py`)."""
-        return True
+    late_scale: ClassVar[bool] = True  # diffusers `normalization.py`
 
 
 def positions(h: int, w: int, text: int, *, device: torch.device | str | None = None) -> Float[Tensor, "n 3"]:

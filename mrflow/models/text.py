@@ -19,7 +19,7 @@ from mrflow.models.checkpoint import (
     Source,
     assembled,
     check_layout,
-    load_into,
+    fill,
     open_checkpoint,
     read_json,
 )
@@ -120,7 +120,7 @@ def prepare_text(
 
     def read() -> ClipT5:
         for module, header, layout, kind in zip((clip, t5), (files.clip, files.t5), layouts, kinds, strict=True):
-            load_into(module, header, layout, dtype=kind, device=device)
+            fill(module, header, layout, dtype=kind, device=device)
         embeddings = clip.get_submodule("text_model.embeddings" if hasattr(clip, "text_model") else "embeddings")
         places = torch.arange(clip_config.max_position_embeddings, device=device).expand(1, -1)
         embeddings.register_buffer("position_ids", places, persistent=False)

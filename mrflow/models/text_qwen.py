@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.checkpoint import Header, Layout, Source, check_layout, load_into, open_checkpoint, read_json
+from mrflow.models.checkpoint import Header, Layout, Source, check_layout, fill, open_checkpoint, read_json
 from mrflow.models.fp8 import described
 from mrflow.models.text import Tokenizer, check_prompt, shortened, tokenizer_of
 from mrflow.models.weights import compute_dtype, looks_like, refuse
@@ -76,7 +76,7 @@ def prepare_text_qwen(
     check_layout(model, files.encoder, layout, dtype=kind)
 
     def read() -> QwenText:
-        load_into(model, files.encoder, layout, dtype=kind, device=device)
+        fill(model, files.encoder, layout, dtype=kind, device=device)
         rotary: Any = Qwen2_5_VLRotaryEmbedding(config)  # its tables are in no file
         model.register_module("rotary_emb", rotary.to(device))
         return QwenText(model, tokenizer_of("Qwen2Tokenizer", files.tokenizer))

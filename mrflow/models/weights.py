@@ -23,7 +23,7 @@ from mrflow.models.checkpoint import (
     Source,
     check_layout,
     exported,
-    load_into,
+    fill,
     open_checkpoint,
     read_json,
     save_file,
@@ -52,9 +52,8 @@ TOP = EMBEDDERS | {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-DOUBLE = {
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
+# A two-stream block's attention is named alike in FLUX and Qwen-Image.
+ATTENTION = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "img_attn.norm.query_norm": ("attn.norm_q",),
@@ -63,6 +62,10 @@ DOUBLE = {
     "txt_attn.norm.key_norm": ("attn.norm_added_k",),
     "img_attn.proj": ("attn.to_out.0",),
     "txt_attn.proj": ("attn.to_add_out",),
+}
+DOUBLE = ATTENTION | {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
     "img_mlp.0": ("ff.net.0.proj",),
     "img_mlp.2": ("ff.net.2",),
     "txt_mlp.0": ("ff_context.net.0.proj",),
@@ -153,7 +156,7 @@ def prepare_flux(
     check_layout(flux, header, layout, dtype=dtype)
 
     def read() -> Flux:
-        load_into(flux, header, layout, dtype=dtype, device=device)
+        fill(flux, header, layout, dtype=dtype, device=device)
         return flux
 
     return read
@@ -216,7 +219,7 @@ def prepare_vae_flux(
     check_layout(vae, header, layout, dtype=dtype)
 
     def read() -> VaeFlux:
-        load_into(vae, header, layout, dtype=dtype, device=device)
+        fill(vae, header, layout, dtype=dtype, device=device)
         return vae
 
     return read
@@ -296,14 +299,22 @@ def flux_layout(flux: Flux, names: Names) -> Layout:
     """
     layout: dict[str, Source] = {}
     for name, tensor in flux.state_dict().items():
-        if (part := PART.search(name)) is not None:
-            whole = names(name[: part.start()] + "." + name[part.end() :])
-            layout[name] = Source((whole[int(part[1])],), (tensor.shape[0],))
+        if (apart := one_part(name, tensor, names)) is not None:
+            layout[name] = apart
             continue
         parts, rows, d = names(name), tensor.shape[0], flux.params.hidden
         split = (rows,) if len(parts) == 1 else (d, d, d, rows - 3 * d)[: len(parts)]
         layout[name] = Source(parts, split, swap="norm_out" in parts[0] and not flux.final_layer.scale_first)
     return layout
+
+
+def one_part(name: str, tensor: Tensor, names: Names) -> Source | None:
+    """Where a projection that is kept apart lies: one of the tensors that its fused name stands for."""
+    part = PART.search(name)
+    if part is None:
+        return None
+    whole = names(name[: part.start()] + "." + name[part.end() :])
+    return Source((whole[int(part[1])],), (tensor.shape[0],))
 
 
 def vae_layout(vae: VaeFlux, names: Names) -> Layout:

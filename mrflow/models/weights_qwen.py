@@ -25,14 +25,25 @@ from mrflow.models.checkpoint import (
     Source,
     assembled,
     check_layout,
-    load_into,
+    fill,
     open_checkpoint,
     save_file,
 )
 from mrflow.models.fp8 import described, store_fp8
 from mrflow.models.qwen_image import QwenImage, QwenParams
 from mrflow.models.vae_qwen import QwenVaeParams, VaeQwen
-from mrflow.models.weights import PART, Names, agree, compute_dtype, config_of, count, looks_like, refuse, shape
+from mrflow.models.weights import (
+    ATTENTION,
+    Names,
+    agree,
+    compute_dtype,
+    config_of,
+    count,
+    looks_like,
+    one_part,
+    refuse,
+    shape,
+)
 from mrflow.notes import note
 
 CLASS, VAE_CLASS = "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
@@ -46,17 +57,9 @@ TOP = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-BLOCK = {
+BLOCK = ATTENTION | {
     "img_mod.lin": ("img_mod.1",),
     "txt_mod.lin": ("txt_mod.1",),
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
     "img_mlp.0": ("img_mlp.net.0.proj",),
     "img_mlp.2": ("img_mlp.net.2",),
     "txt_mlp.0": ("txt_mlp.net.0.proj",),
@@ -79,7 +82,7 @@ class Prepared:
 
     def read(self) -> QwenImage:
         """All weights."""
-        load_into(self.net, self.header, self.layout, dtype=self.dtype, device=self.device)
+        fill(self.net, self.header, self.layout, dtype=self.dtype, device=self.device)
         return self.net
 
     def read_folded(
@@ -93,7 +96,7 @@ class Prepared:
         names = {id(m): n for n, m in net.named_modules()}
         linears = [names[id(m)] for m in net.modulators()]
         gone = {f"{name}.{leaf}" for name in linears for leaf in ("weight", "bias")}
-        load_into(net, self.header, self.layout, dtype=self.dtype, device=self.device, skip=gone)
+        fill(net, self.header, self.layout, dtype=self.dtype, device=self.device, skip=gone)
         for name in linears:
             owner, _, leaf = name.rpartition(".")
             setattr(net.get_submodule(owner), leaf, Folded())
@@ -204,9 +207,8 @@ def qwen_layout(net: QwenImage, names: Names) -> Layout:
     """Where every parameter of the transformer lies; the last modulation is (scale, shift) there."""
     layout: dict[str, Source] = {}
     for name, tensor in net.state_dict().items():
-        if (part := PART.search(name)) is not None:
-            whole = names(name[: part.start()] + "." + name[part.end() :])
-            layout[name] = Source((whole[int(part[1])],), (tensor.shape[0],))
+        if (apart := one_part(name, tensor, names)) is not None:
+            layout[name] = apart
             continue
         parts, rows = names(name), tensor.shape[0]
         swap = "norm_out" in parts[0] and not net.final_layer.scale_first
@@ -298,7 +300,7 @@ def prepare_vae_qwen(
     check_layout(vae, header, layout, dtype=dtype)
 
     def read() -> VaeQwen:
-        load_into(vae, header, layout, dtype=dtype, device=device)
+        fill(vae, header, layout, dtype=dtype, device=device)
         return vae
 
     return read
