@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
+BASICSR := .venv-basicsr
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test check lint fast docs parity gpu wheel clean
+.PHONY: help demo test test-basicsr check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mrflow needs Python 3.11 or newer; say make PYTHON=python3.11")'
@@ -19,6 +20,7 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt spandrel # without torchvision, which it hardly uses
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed ## Draw pictures with the embedded model, staged beside native
@@ -31,6 +33,16 @@ test: $(VENV)/.installed-dev ## Run all tests
 	$(BIN)/python -m pytest
 
 check: lint fast ## Lint, types and the fast tests
+
+$(BASICSR)/.installed: $(INPUTS)
+	$(PYTHON) -m venv $(BASICSR)
+	$(BASICSR)/bin/python -m pip install --quiet -c constraints.txt -e . pytest hypothesis beartype scipy pyyaml tqdm \
+	  requests setuptools addict future lmdb opencv-python-headless scikit-image yapf
+	$(BASICSR)/bin/python -m pip install --quiet --no-deps basicsr==1.4.2
+	@touch $@
+
+test-basicsr: $(BASICSR)/.installed ## Hold BasicSR(...) against the real package, in an environment of its own
+	$(BASICSR)/bin/python -m pytest tests/test_basicsr.py
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, pyright
 	$(BIN)/ruff check .
@@ -54,4 +66,4 @@ wheel: $(VENV)/.installed-dev ## Build a wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean: ## Remove the environment and everything made
-	rm -rf $(VENV) dist build $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BASICSR) dist build $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 """The public names, in one place. `mrflow/__init__.py` hands them on when first asked for."""
 
+from mrflow import metrics as metrics
 from mrflow import recipes as recipes
 from mrflow import schedules as schedules
 from mrflow import solvers as solvers
@@ -74,19 +75,30 @@ from mrflow.spec import Shift as Shift
 from mrflow.spec import Spec as Spec
 from mrflow.spec import Start as Start
 from mrflow.spec import State as State
+from mrflow.spec import size as size
 from mrflow.stage import Chain as Chain
 from mrflow.stage import Plan as Plan
 from mrflow.stage import Stage as Stage
 from mrflow.stage import Work as Work
 from mrflow.stage import plan as plan
+from mrflow.stages import Crop as Crop
 from mrflow.stages import Decode as Decode
 from mrflow.stages import Encode as Encode
+from mrflow.stages import Lift as Lift
 from mrflow.stages import Quantise as Quantise
 from mrflow.stages import Refine as Refine
 from mrflow.stages import Reinject as Reinject
 from mrflow.stages import Sample as Sample
 from mrflow.stages import Upscale as Upscale
 from mrflow.testing import toy as toy
+from mrflow.upscalers import BasicSR as BasicSR
+from mrflow.upscalers import Blend as Blend
+from mrflow.upscalers import Checkpoint as Checkpoint
+from mrflow.upscalers import ColourMatch as ColourMatch
+from mrflow.upscalers import EightBit as EightBit
 from mrflow.upscalers import Interpolate as Interpolate
 from mrflow.upscalers import Lanczos as Lanczos
+from mrflow.upscalers import Sharpen as Sharpen
+from mrflow.upscalers import Spandrel as Spandrel
 from mrflow.upscalers import Upscaler as Upscaler
+from mrflow.upscalers import load_upscaler as load_upscaler

@@ -232,22 +232,26 @@ def replay(
     model: "Backbone | None" = None,
     types: Iterable[type] = (),
     start: Tensor | None = None,
+    upscalers: Iterable[str | Path] = (),
 ) -> "Result":
     """Make a picture again from the record it carries; the same pixels on the same versions and device.
 
     A picture that was made in a batch may differ by rounding (one level of 255): it is made again alone.
 
     `model` is the loaded model where it is not embedded; `types` are the classes of your own that its chain uses;
-    `start` the pixels that it began with, where it did not begin with noise.
+    `start` the pixels that it began with, where it did not begin with noise; `upscalers` the files (or folders of them)
+    of the super-resolution networks that it used: a record holds their names and SHA-256, not where they lie.
 
     Raises:
         RecordError: there is no record, or this model is not the one that made the picture.
     """
     from mrflow.models import load
     from mrflow.runner import run
+    from mrflow.upscalers import known_files
 
     record = read_record(path)
-    chain: AnyChain = decode_chain(record.get("chain"), types)
+    with known_files(upscalers):
+        chain: AnyChain = decode_chain(record.get("chain"), types)
     prompt, seed, negative, name = (record.get(k) for k in ("prompt", "seed", "negative", "model"))
     if not (isinstance(prompt, str) and isinstance(seed, int) and isinstance(negative, str) and isinstance(name, str)):
         raise RecordError(f"{path}: its record lacks the prompt, seed, negative or model")

@@ -10,8 +10,9 @@ from mrflow.schedules import DirectSigma, Schedule, Shifted
 from mrflow.solvers import Euler, Solver
 from mrflow.spec import Pixels, Start
 from mrflow.stage import Chain
-from mrflow.stages import Decode, Encode, Quantise, Refine, Reinject, Sample, Upscale
+from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Sample, Upscale
 from mrflow.upscalers import Upscaler
+from mrflow.upscalers.interpolate import Filter
 
 SIGMA = 0.12  # the published noise level of refinement (arXiv 2607.01642; official scripts)
 
@@ -100,7 +101,8 @@ def ladder(
 ) -> Chain[Start, Pixels]:
     """MrFlow over more than two resolutions: sizes rise, and every rung is upscaled, noised and refined.
 
-    `sigmas` and `upscalers` are one for all rungs above the first, or one for each.
+    `sigmas` and `upscalers` are one for all rungs above the first, or one for each. Steps of any ratio work, each with
+    the aspect of the first: an upscaler runs until it is past the size, and an antialiased resize takes off the rest.
     """
     rungs = tuple(sizes)
     _check_ladder(rungs)
@@ -114,6 +116,48 @@ def ladder(
         refine = Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance)
         chain = chain >> Upscale(net, size) >> Encode() >> Reinject(sigma) >> refine >> Decode()
     return chain
+
+
+def latent(
+    filter: Filter = "bicubic",
+    *,
+    low: tuple[int, int] = (512, 512),
+    size: tuple[int, int] = (1024, 1024),
+    steps: int = 12,
+    refine_steps: int = 1,
+    sigma: float = SIGMA,
+    schedule: Schedule | None = None,
+    solver: Solver = Euler(),
+    guidance: Guidance | None = None,
+) -> Chain[Start, Pixels]:
+    """`paper` without pixels between: latents are interpolated. The baseline that shows what the SR network is for."""
+    _check_ladder((low, size))
+    return (
+        Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance)
+        >> Lift(size, filter)
+        >> Reinject(sigma)
+        >> Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance)
+        >> Decode()
+    )
+
+
+def enlarge(
+    size: tuple[int, int],
+    upscaler: Upscaler | None = None,
+    *,
+    sigma: float = 0.16,
+    refine_steps: int = 1,
+    solver: Solver = Euler(),
+    guidance: Guidance | None = None,
+) -> Chain[Pixels, Pixels]:
+    """MrFlow's second half for a picture that exists already: give it to `run` as `start=`."""
+    return (
+        Upscale(upscaler, size)
+        >> Encode()
+        >> Reinject(sigma)
+        >> Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance)
+        >> Decode()
+    )
 
 
 def _check_ladder(sizes: Sequence[tuple[int, int]]) -> None:

@@ -30,7 +30,11 @@ def encode(value: object) -> Plain:
     if isinstance(value, Sequence):
         return [encode(v) for v in cast(Sequence[object], value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        own = getattr(value, "recorded", None)  # a class may say what of its fields belongs into a record
+        plain = (
+            own() if own is not None else {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        )
+        fields = {name: encode(each) for name, each in plain.items()}
         return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
     raise RecordError(
         f"{type(value).__name__} cannot be written into a record; make it a frozen dataclass of plain fields"

@@ -234,6 +234,52 @@ def check_size(height: int, width: int, space: LatentSpace) -> None:
         raise PlanError(f"size {height}x{width} is not a multiple of {m}; try {near[0]}x{near[1]}")
 
 
+def size(aspect: str | float, *, megapixels: float = 1.0, multiple: int = 32) -> tuple[int, int]:
+    """The (height, width) in pixels nearest to an aspect, "width:height" or width / height, and an area.
+
+    A megapixel is 1024 x 1024 pixels. Sides are multiples of `multiple`: 32 lets a ladder begin at half the size for
+    models whose tokens are 16 pixels a side, 64 at a quarter.
+
+    Raises:
+        PlanError: the aspect, the area or the multiple make no sense.
+    """
+    ratio = _ratio(aspect)
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or not 1 <= multiple <= 1024:
+        raise PlanError(f"multiple must be a whole number from 1 to 1024, got {multiple!r}")
+    if not (isinstance(megapixels, int | float) and 0 < megapixels <= MAX_SIDE**2 / 2**20):
+        raise PlanError(f"megapixels must be above 0 to {MAX_SIDE**2 // 2**20}, got {megapixels!r}")
+    area = megapixels * 2**20
+
+    def near(side: float) -> set[int]:
+        low = max(1, math.floor(side / multiple))
+        return {low * multiple, (low + 1) * multiple}
+
+    def off(candidate: tuple[int, int]) -> float:
+        h, w = candidate
+        return abs(math.log(w / h / ratio)) + abs(math.log(h * w / area))
+
+    candidates = [(h, w) for h in near(math.sqrt(area / ratio)) for w in near(math.sqrt(area * ratio))]
+    best = min(sorted(candidates), key=off)
+    if max(best) > MAX_SIDE:
+        raise PlanError(f"{best[0]}x{best[1]} is beyond {MAX_SIDE} pixels a side")
+    return best
+
+
+def _ratio(aspect: str | float) -> float:
+    """Width over height."""
+    try:
+        if isinstance(aspect, str):
+            width, _, height = aspect.partition(":")
+            ratio = float(width) / float(height or 1)
+        else:
+            ratio = float(aspect)
+    except (TypeError, ValueError, ZeroDivisionError):
+        ratio = 0.0
+    if not (math.isfinite(ratio) and 0.05 <= ratio <= 20):
+        raise PlanError(f'an aspect is width:height, such as "16:9", or width / height from 0.05 to 20, got {aspect!r}')
+    return ratio
+
+
 # Autoencoder operations as (linear, quadratic) in the pixels, fitted to counts on the meta device at 512 x 512 and
 # 1024 x 1024 in TFLOP: FLUX encode 1.118, 4.883, decode 2.515, 10.47; Qwen-Image 0.636, 2.852, 1.100, 4.710.
 _FLUX_ENCODE, _FLUX_DECODE = (4.134e6, 0.498), (9.464e6, 0.497)

@@ -111,7 +111,11 @@ def test_plan_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "code", "text"),
     [
         (["generate", "a", "--size", "100x60"], 2, "size 100x60 is not a multiple of 16; try 96x64"),
-        (["generate", "a", "--size", "big"], 2, "--size must be HEIGHTxWIDTH in pixels, such as 256x256, got 'big'"),
+        (
+            ["generate", "a", "--size", "big"],
+            2,
+            "--size must be HEIGHTxWIDTH in pixels, such as 256x256, or an aspect (16:9), got 'big'",
+        ),
         (["generate", "a", "--size", "0"], 2, "height must be from 16"),
         (["generate", "a", "--size", "240x240"], 2, "half of 240x240 is not a multiple of 16; try 256x256"),
         (["generate", "a", "--steps", "0"], 2, "steps must be"),
@@ -123,7 +127,7 @@ def test_plan_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", "a", "--seed", "-1"], 2, "a seed must be"),
         (["generate", "a", "--batch", "0"], 2, "--batch must be at least 1"),
         (["generate", "a", "--recipe", "fast"], 2, "there is no recipe 'fast'; use paper, official or native"),
-        (["generate", "a", "--sr", "magic"], 2, "--sr takes own, lanczos"),
+        (["generate", "a", "--sr", "magic"], 2, "--sr takes own, nearest"),
         (["generate", "a", "--model", "nothing"], 3, "there is no model or file 'nothing'"),
         (["generate", "a", "--model", "flux1-dev"], 3, "is a name for planning"),
         (["generate", "a", "--device", "abacus"], 2, "device must be auto, cpu, cuda, cuda:N or mps"),

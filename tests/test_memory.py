@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mrflow.errors import PlanError
 from mrflow.models.graphs import Graphed
 from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, check_offload
-from mrflow.models.tiling import ramp, starts, tiled
 from mrflow.notes import collected
+from mrflow.tiling import ramp, starts, tiled
 
 CPU = torch.device("cpu")
 
@@ -179,9 +179,9 @@ def test_tiles_go_down_too() -> None:
 
 
 def test_a_ramp_is_one_at_a_true_border() -> None:
-    w = ramp(6, 2, first=True, last=False, like=torch.ones(1))
+    w = ramp(6, 2, 0, first=True, last=False, like=torch.ones(1))
     assert torch.allclose(w, torch.tensor([1, 1, 1, 1, 2 / 3, 1 / 3]))
-    w = ramp(8, 6, first=False, last=True, like=w)
+    w = ramp(8, 6, 2, first=False, last=True, like=w)
     assert torch.allclose(w, torch.tensor([0, 0, 1 / 3, 2 / 3, 1, 1, 1, 1]))
-    w = ramp(6, 2, first=True, last=False, like=w)
-    assert torch.allclose(ramp(6, 2, first=False, last=True, like=w), w.flip(0))
+    w = ramp(6, 2, 0, first=True, last=False, like=w)
+    assert torch.allclose(ramp(6, 2, 0, first=False, last=True, like=w), w.flip(0))

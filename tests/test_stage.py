@@ -123,7 +123,7 @@ def test_the_printed_plan_reads_as_in_the_readme() -> None:
         (
             lambda: mf.plan(FULL[:2] >> mf.Upscale(mf.Lanczos(), (1024, 1000)), mf.FLUX),  # type: ignore[operator]
             mf.PlanError,
-            "1024x1000 has another aspect than 512x512; 1000x1000 would keep it",
+            "1024x1000 has another aspect than 512x512; 1008x1008 would keep it",
         ),
         (
             lambda: mf.plan(FULL[:2] >> mf.Upscale(mf.Lanczos(), (256, 256)), mf.FLUX),  # type: ignore[operator]

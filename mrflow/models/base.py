@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from mrflow.errors import PlanError, WeightsError, is_out_of_memory
 from mrflow.models.graphs import Graphed
 from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
-from mrflow.models.tiling import tiled
 from mrflow.notes import note
 from mrflow.spec import Footprint, ModelInfo, Shift
+from mrflow.tiling import tiled
 from mrflow.upscalers import Upscaler
 
 TILE = 64  # latent cells a side, where the autoencoder works in tiles

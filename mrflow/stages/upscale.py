@@ -8,6 +8,7 @@ from torch import Tensor
 from mrflow.errors import PlanError
 from mrflow.spec import MAX_SIDE, ModelInfo, Pixels, State
 from mrflow.stage import Stage, Work
+from mrflow.stages.lift import check_rise
 from mrflow.upscalers import Upscaler
 
 if TYPE_CHECKING:
@@ -50,13 +51,7 @@ class Upscale(Stage[Pixels, Pixels]):
         """Pixels of `size`, or `scale` times the sides."""
         scale = self.scale(model)
         height, width = self.size or (scale * spec.height, scale * spec.width)
-        if height < spec.height or width < spec.width:
-            raise PlanError(f"{height}x{width} is smaller than what comes in ({spec.height}x{spec.width})")
-        if height * spec.width != width * spec.height:
-            near = f"{round(width * spec.height / spec.width)}x{width}"
-            raise PlanError(
-                f"{height}x{width} has another aspect than {spec.height}x{spec.width}; {near} would keep it"
-            )
+        check_rise((spec.height, spec.width), (height, width), model)
         if max(height, width) > MAX_SIDE:
             raise PlanError(f"{height}x{width} is beyond {MAX_SIDE} pixels a side")
         return Pixels(spec.batch, height, width)

@@ -8,18 +8,29 @@ from torch import Tensor
 from mrflow.errors import PlanError
 
 
-def tiled(f: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, up: int = 1, down: int = 1) -> Tensor:
+def tiled(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    tile: int,
+    overlap: int,
+    margin: int | None = None,
+    up: int = 1,
+    down: int = 1,
+) -> Tensor:
     """f(x) for x of shape (b, c, h, w), made of tiles of `tile` cells a side that overlap by `overlap`.
 
-    f changes sides by up / down; tile and overlap must be multiples of `down`. Of an overlap, the third nearest to a
-    tile's own border is not used, and over the middle third one tile fades into the next: exact for a network that
-    reaches no farther than a third of the overlap.
+    f changes sides by up / down; tile and overlap must be multiples of `down`. Of an overlap, the `margin` nearest to a
+    tile's own border (a third unless said) is not used, and over what is between the margins one tile fades into the
+    next: exact for a network that reaches no farther than the margin.
 
     Raises:
-        PlanError: the tile does not exceed the overlap, or does not divide.
+        PlanError: the tile does not exceed the overlap, the overlap not both margins, or a size does not divide.
     """
     if tile <= overlap or overlap < 0 or tile % down or overlap % down:
         raise PlanError(f"tile ({tile}) must exceed overlap ({overlap}), both multiples of {down}")
+    if margin is not None and not 0 <= 2 * margin <= overlap:
+        raise PlanError(f"overlap ({overlap}) must hold a margin ({margin}) at both of its ends")
     h, w = x.shape[-2:]
     out: Tensor | None = None
     total: Tensor | None = None
@@ -31,8 +42,9 @@ def tiled(f: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, 
                 total = y.new_zeros(1, 1, *out.shape[-2:])
             i, j = top * up // down, left * up // down
             edge = overlap * up // down
-            rows = ramp(y.shape[-2], edge, first=i == 0, last=i + y.shape[-2] == out.shape[-2], like=y)
-            columns = ramp(y.shape[-1], edge, first=j == 0, last=j + y.shape[-1] == out.shape[-1], like=y)
+            unused = edge // 3 if margin is None else margin * up // down
+            rows = ramp(y.shape[-2], edge, unused, first=i == 0, last=i + y.shape[-2] == out.shape[-2], like=y)
+            columns = ramp(y.shape[-1], edge, unused, first=j == 0, last=j + y.shape[-1] == out.shape[-1], like=y)
             weight = rows[:, None] * columns
             here = (..., slice(i, i + y.shape[-2]), slice(j, j + y.shape[-1]))
             out[here] += y * weight
@@ -52,11 +64,11 @@ def starts(side: int, tile: int, overlap: int, step: int) -> list[int]:
     return [*begins, last]
 
 
-def ramp(length: int, edge: int, *, first: bool, last: bool, like: Tensor) -> Tensor:
-    """Weights along one side of a tile: 0, rising, then 1 over thirds of the overlap; but 1 at a true border."""
+def ramp(length: int, edge: int, unused: int, *, first: bool, last: bool, like: Tensor) -> Tensor:
+    """Weights along one side of a tile: 0 over `unused`, rising, then 1 over `unused`; but 1 at a true border."""
     weights = like.new_ones(length)
-    edge = min(edge, length)
-    unused = edge // 3
+    if edge > length:
+        edge, unused = length, min(unused, length // 3)
     rising = edge - 2 * unused
     slope = like.new_ones(edge)
     slope[:unused] = 0

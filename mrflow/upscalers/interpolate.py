@@ -1,6 +1,5 @@
-"""The upscaler slot: pixels to `scale` times the pixels. Interpolation here; networks bring their own file."""
+"""Interpolation, the honest baseline of every learned upscaler."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,25 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrflow.errors import PlanError
-
-
-class Upscaler(ABC):
-    """Enlarges pictures. Subclass it as a frozen dataclass, or with a `repr` that names the weights."""
-
-    @property
-    @abstractmethod
-    def scale(self) -> int:
-        """What it multiplies both sides by."""
-
-    @property
-    def flops_per_pixel(self) -> float:
-        """Floating-point operations per pixel that comes in; 0 where not worth counting."""
-        return 0.0
-
-    @abstractmethod
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """float32 (b, 3, h, w) in [0, 1] to (b, 3, scale h, scale w), on the same device; need not be clamped."""
-
+from mrflow.upscalers.base import Upscaler, check_factor
 
 Filter = Literal["nearest", "bilinear", "bicubic"]
 
@@ -41,8 +22,7 @@ class Interpolate(Upscaler):
 
     def __post_init__(self) -> None:
         check_factor(self.factor)
-        if self.filter not in ("nearest", "bilinear", "bicubic"):
-            raise PlanError(f"filter must be nearest, bilinear or bicubic, got {self.filter!r}")
+        check_filter(self.filter)
 
     @property
     def scale(self) -> int:
@@ -55,6 +35,12 @@ class Interpolate(Upscaler):
             return F.interpolate(pixels, scale_factor=self.factor, mode="nearest-exact")
         out = F.interpolate(pixels, scale_factor=self.factor, mode=self.filter, align_corners=False)
         return out.clamp(0, 1)
+
+
+def check_filter(filter: object) -> None:
+    """Refuse an unknown filter."""
+    if filter not in ("nearest", "bilinear", "bicubic"):
+        raise PlanError(f"filter must be nearest, bilinear or bicubic, got {filter!r}")
 
 
 @dataclass(frozen=True)
@@ -90,9 +76,3 @@ def _lanczos_phases(factor: int) -> Tensor:
     x = torch.arange(-2, 4, dtype=torch.float64)[None, :] - shift[:, None]
     taps = torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), torch.zeros_like(x))
     return taps / taps.sum(1, keepdim=True)
-
-
-def check_factor(factor: object) -> None:
-    """Refuse a factor that is not a whole number from 1 to 16."""
-    if isinstance(factor, bool) or not isinstance(factor, int) or not 1 <= factor <= 16:
-        raise PlanError(f"an upscaler's factor must be a whole number from 1 to 16, got {factor!r}")

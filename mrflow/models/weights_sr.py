@@ -1,0 +1,209 @@
+"""Super-resolution checkpoints: safetensors or pickles of tensors alone, every naming, to the networks of `sr.py`.
+
+A pickle can run code when it is loaded. It is read here with torch's restricted reader, which makes tensors and plain
+containers and refuses everything else; sizes are held against the file's before.
+"""
+
+import hashlib
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mrflow.errors import ResourceError, WeightsError
+from mrflow.models.checkpoint import mapped, read_header, some
+from mrflow.models.sr import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
+
+MAX_BYTES = 8 << 30  # far above any published network; a guard against archives that grow when they are read
+WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net", "net_g")
+PREFIXES = ("module.", "netG.", "generator.", "params_ema.", "params.")
+State = dict[str, Tensor]
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hex.
+
+    Raises:
+        WeightsError: there is no such file. ResourceError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise WeightsError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_state(path: Path, *, first: str | None = None) -> State:
+    """The named tensors of a checkpoint, out of the containers that training programs put them in.
+
+    `params_ema` is taken before `params`, as Real-ESRGAN does; `first` names a container to take before all others.
+
+    Raises:
+        WeightsError: the file is missing, broken, holds more than tensors, or no network.
+        ResourceError: it cannot be read.
+    """
+    if not path.is_file():
+        what = "is a folder; name the file in it" if path.is_dir() else "does not exist"
+        raise WeightsError(f"{path} {what}")
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        files: dict[Path, torch.UntypedStorage] = {}
+        return _stripped({name: mapped(entry, files) for name, entry in header.tensors.items()})
+    return _stripped(_unwrapped(_unpickled(path), path, first))
+
+
+def _unpickled(path: Path) -> object:
+    try:
+        size = path.stat().st_size
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            with zipfile.ZipFile(path) as z:
+                if any(i.filename.endswith("constants.pkl") for i in z.infolist()):
+                    raise WeightsError(f"{path} is a TorchScript program, which is code: save its state_dict instead")
+                packed = [i for i in z.infolist() if i.compress_type != zipfile.ZIP_STORED]
+                if packed or sum(i.file_size for i in z.infolist()) > size:
+                    raise WeightsError(f"{path} is compressed inside: refused, torch writes no such files")
+        if size > MAX_BYTES:
+            raise WeightsError(f"{path} has {size} bytes; super-resolution networks have at most {MAX_BYTES}")
+        # A mapped archive shares memory with the file; older files can only be read whole.
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)|[`']([\w.]+)[`'] (?:was not|is not|that is)", str(error))
+        what = next((g for g in found.groups() if g), "") if found else ""
+        raise WeightsError(
+            f"{path} holds more than tensors{f' ({what})' if what else ''}, and could run code when it is loaded: "
+            "refused. Save its state_dict alone, as safetensors"
+        ) from None
+    except WeightsError:
+        raise
+    except PermissionError as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:
+        raise WeightsError(f"{path} is not a checkpoint that torch can read, or it is cut off ({error})") from None
+    return loaded
+
+
+def _unwrapped(loaded: object, path: Path, first: str | None) -> State:
+    while isinstance(loaded, Mapping):
+        table = cast("Mapping[object, object]", loaded)
+        if table and all(isinstance(v, Tensor) for v in table.values()):
+            return {str(k): cast(Tensor, v) for k, v in table.items()}
+        inner: Sequence[object] = [table[k] for k in (first, *WRAPPERS) if isinstance(table.get(k), Mapping)]
+        inner = inner or [v for v in table.values() if isinstance(v, Mapping)][: len(table) == 1]
+        if not inner:
+            raise WeightsError(
+                f"{path} holds no network under a name that is known ({', '.join(WRAPPERS)}); "
+                f"it holds {some([str(k) for k in table]) or 'nothing'}"
+            )
+        loaded = inner[0]
+    raise WeightsError(f"{path} holds {type(loaded).__name__}, not named tensors: save its state_dict")
+
+
+def _stripped(state: State) -> State:
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+# The first-generation naming numbers the parts of one sequence; "RRDB_trunk" names them by another word.
+_RENAMES = (
+    (re.compile(r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.(weight|bias)"), r"body.\1.rdb\2.conv\3.\4"),
+    (re.compile(r"RRDB_trunk\.(\d+)\.RDB(\d)\.conv(\d)\.(weight|bias)"), r"body.\1.rdb\2.conv\3.\4"),
+    (re.compile(r"model\.0\.(weight|bias)"), r"conv_first.\1"),
+    (re.compile(r"model\.1\.sub\.\d+\.(weight|bias)"), r"conv_body.\1"),
+    (re.compile(r"trunk_conv\.(weight|bias)"), r"conv_body.\1"),
+    (re.compile(r"upconv(\d)\.(weight|bias)"), r"conv_up\1.\2"),
+    (re.compile(r"HRconv\.(weight|bias)"), r"conv_hr.\1"),
+)
+
+
+def renamed(state: State) -> State:
+    """The same tensors under the names of `RRDBNet`; names that are in no known naming stay as they are."""
+    numbers = [int(m[1]) for name in state if (m := re.fullmatch(r"model\.(\d+)\.weight", name))]
+    last = max(numbers, default=-1)
+    out: State = {}
+    for name, tensor in state.items():
+        new = name
+        for pattern, to in _RENAMES:
+            if pattern.fullmatch(name):
+                new = pattern.sub(to, name)
+                break
+        else:
+            tail = re.fullmatch(r"model\.(\d+)\.(weight|bias)", name)
+            if tail:
+                index = int(tail[1])
+                part = {last: "conv_last", last - 2: "conv_hr"}.get(index, f"conv_up{index // 3}")
+                new = f"{part}.{tail[2]}"
+        out[new] = tensor
+    return out
+
+
+def recognised(state: State) -> RRDBParams | CompactParams | None:
+    """The sizes of the network that tensors (named as `renamed` gives them) belong to; None for any other network."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if {"conv_first.weight", "conv_last.weight", "body.0.rdb1.conv1.weight"} <= set(shapes):
+        first, last = shapes["conv_first.weight"], shapes["conv_last.weight"]
+        growth = shapes["body.0.rdb1.conv1.weight"]
+        if len(first) != 4 or len(last) != 4 or len(growth) != 4 or not last[0] or first[1] % last[0]:
+            return None
+        factor = math.isqrt(first[1] // last[0])
+        blocks = {int(m[1]) for name in shapes if (m := re.match(r"body\.(\d+)\.", name))}
+        ups = {int(m[1]) for name in shapes if (m := re.match(r"conv_up(\d+)\.", name))}
+        params = RRDBParams(first[0], max(blocks) + 1, growth[0], factor, len(ups), last[0])
+        fits = factor**2 * last[0] == first[1] and 2 ** len(ups) % factor == 0 and factor in (1, 2, 4)
+        return params if fits else None
+    convs = [
+        int(m[1]) for name in shapes if (m := re.fullmatch(r"body\.(\d+)\.weight", name)) and len(shapes[name]) == 4
+    ]
+    if convs and min(convs) == 0 and all(name.startswith("body.") for name in shapes):
+        first, last = shapes["body.0.weight"], shapes[f"body.{max(convs)}.weight"]
+        scale = math.isqrt(last[0] // first[1]) if first[1] else 0
+        if scale and scale**2 * first[1] == last[0] and max(convs) >= 2:
+            return CompactParams(first[0], (max(convs) - 2) // 2, scale, first[1])
+    return None
+
+
+def network(state: State, path: Path) -> RRDBNet | SRVGGNetCompact | None:
+    """The network that a checkpoint holds, in float32; None where it is none of those in `sr.py`.
+
+    Raises:
+        WeightsError: it is one of them, but tensors are missing, left over, or of another shape.
+    """
+    named = renamed(state)
+    params = recognised(named)
+    if params is None:
+        return None
+    with torch.device("meta"):
+        net = RRDBNet(params) if isinstance(params, RRDBParams) else SRVGGNetCompact(params)
+    want: dict[str, Any] = net.state_dict()
+    problems = [f"{name} is missing" for name in want if name not in named]
+    problems += [f"{name} is not expected" for name in named if name not in want]
+    problems += [
+        f"{name} has shape {tuple(named[name].shape)}, expected {tuple(target.shape)}"
+        for name, target in want.items()
+        if name in named and named[name].shape != target.shape
+    ]
+    problems += [f"{name} is {t.dtype}" for name, t in named.items() if not t.is_floating_point()]
+    if problems:
+        raise WeightsError(
+            f"{path} looks like {type(net).__name__} but does not fit it: {len(problems)} problems: {some(problems)}"
+        )
+    # Copies: a file that is replaced while the program runs must not change the network.
+    net.load_state_dict({name: _placed(tensor) for name, tensor in named.items()}, assign=True)
+    net.eval().requires_grad_(False)  # noqa: FBT003
+    return net
+
+
+def _placed(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 4:
+        return tensor.float().contiguous(memory_format=torch.channels_last).clone()
+    return tensor.to(torch.float32, copy=True)

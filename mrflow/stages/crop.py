@@ -1,0 +1,33 @@
+"""Pixels to fewer pixels, cut off at the edges."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mrflow.errors import PlanError
+from mrflow.spec import ModelInfo, Pixels, State
+from mrflow.stage import Stage
+
+if TYPE_CHECKING:
+    from mrflow.runner import Context
+
+
+@dataclass(frozen=True)
+class Crop(Stage[Pixels, Pixels]):
+    """The middle of a picture, `height` x `width` pixels of it."""
+
+    height: int
+    width: int
+
+    def plan(self, spec: Pixels, model: ModelInfo) -> Pixels:
+        """Pixels of that size."""
+        for name, side, have in (("height", self.height, spec.height), ("width", self.width, spec.width)):
+            if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= have:
+                raise PlanError(f"{name} must be a whole number of pixels from 1 to the picture's {have}, got {side!r}")
+        return Pixels(spec.batch, self.height, self.width)
+
+    def apply(self, state: State[Pixels], out: Pixels, ctx: "Context") -> Tensor:
+        """Cut."""
+        top, left = (state.spec.height - self.height) // 2, (state.spec.width - self.width) // 2
+        return state.data[:, :, top : top + self.height, left : left + self.width].contiguous()

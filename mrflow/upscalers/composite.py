@@ -1,0 +1,124 @@
+"""Upscalers made of upscalers: each is one frozen dataclass, as one of your own would be."""
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mrflow.errors import PlanError
+from mrflow.upscalers.base import Upscaler
+
+
+@dataclass(frozen=True)
+class Blend(Upscaler):
+    """(1 - amount) of one upscaler and amount of another of the same scale."""
+
+    first: Upscaler
+    second: Upscaler
+    amount: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.first.scale != self.second.scale:
+            raise PlanError(
+                f"two upscalers to blend must have one scale, got {self.first.scale} and {self.second.scale}"
+            )
+        check_between("amount", self.amount, 0.0, 1.0)
+
+    @property
+    def scale(self) -> int:
+        """Their scale."""
+        return self.first.scale
+
+    @property
+    def flops_per_pixel(self) -> float:
+        """Both together."""
+        return self.first.flops_per_pixel + self.second.flops_per_pixel
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Both, mixed."""
+        return self.first(pixels).lerp(self.second(pixels), self.amount)
+
+
+@dataclass(frozen=True)
+class Sharpen(Upscaler):
+    """An unsharp mask on what another upscaler gives: y + amount (y - mean of y over a square of 2 radius + 1)."""
+
+    inner: Upscaler
+    amount: float = 0.3
+    radius: int = 1
+
+    def __post_init__(self) -> None:
+        check_between("amount", self.amount, 0.0, 10.0)
+        if isinstance(self.radius, bool) or not isinstance(self.radius, int) or not 1 <= self.radius <= 64:
+            raise PlanError(f"radius must be a whole number of pixels from 1 to 64, got {self.radius!r}")
+
+    @property
+    def scale(self) -> int:
+        """The inner upscaler's."""
+        return self.inner.scale
+
+    @property
+    def flops_per_pixel(self) -> float:
+        """The inner upscaler's."""
+        return self.inner.flops_per_pixel
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Enlarge, then sharpen."""
+        y, r = self.inner(pixels), self.radius
+        return y + self.amount * (y - F.avg_pool2d(F.pad(y, (r, r, r, r), mode="replicate"), 2 * r + 1, stride=1))
+
+
+@dataclass(frozen=True)
+class ColourMatch(Upscaler):
+    """Another upscaler's pictures with each channel's mean and standard deviation those of the picture that came in."""
+
+    inner: Upscaler
+
+    @property
+    def scale(self) -> int:
+        """The inner upscaler's."""
+        return self.inner.scale
+
+    @property
+    def flops_per_pixel(self) -> float:
+        """The inner upscaler's."""
+        return self.inner.flops_per_pixel
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Enlarge, then match; a channel of one level stays one."""
+        y = self.inner(pixels)
+        mean, std = y.mean((2, 3), keepdim=True), y.std((2, 3), correction=0, keepdim=True)
+        to_mean, to_std = pixels.mean((2, 3), keepdim=True), pixels.std((2, 3), correction=0, keepdim=True)
+        return (y - mean) * (to_std / std.clamp_min(1e-6)) + to_mean
+
+
+@dataclass(frozen=True)
+class EightBit(Upscaler):
+    """Another upscaler between two roundings to 8 bits: what comes in is rounded, what goes out is cut off below.
+
+    So does the published procedure, which hands PIL pictures from part to part; the stage `Quantise` does one of them.
+    """
+
+    inner: Upscaler
+
+    @property
+    def scale(self) -> int:
+        """The inner upscaler's."""
+        return self.inner.scale
+
+    @property
+    def flops_per_pixel(self) -> float:
+        """The inner upscaler's."""
+        return self.inner.flops_per_pixel
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Round, enlarge, cut off; clamped."""
+        y = self.inner((pixels.clamp(0, 1) * 255).round() / 255)
+        return (y.clamp(0, 1) * 255).floor() / 255
+
+
+def check_between(name: str, value: object, low: float, high: float) -> None:
+    """Refuse a number outside [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isnan(value):
+        raise PlanError(f"{name} must be from {low:g} to {high:g}, got {value!r}")

@@ -1,0 +1,126 @@
+"""Upscalers whose weights lie in a file: found, told by their content, read once."""
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mrflow.errors import WeightsError
+from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
+
+if TYPE_CHECKING:
+    from mrflow.upscalers.base import Upscaler
+
+_known: ContextVar[tuple[Path, ...]] = ContextVar("known", default=())
+
+
+@contextmanager
+def known_files(paths: Iterable[str | Path]) -> Generator[None]:
+    """Inside, a file that is not where its name says is taken from `paths`, where one has that name."""
+    token = _known.set((*_known.get(), *(Path(p) for p in paths)))
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def located(path: str, sha256: str) -> tuple[Path, str]:
+    """Where a file lies, and the SHA-256 of what it holds.
+
+    Raises:
+        WeightsError: it is not there, or holds something else than `sha256` (if that is not empty) says.
+    """
+    from mrflow.models.weights_sr import digest
+
+    where = Path(path).expanduser()
+    if not where.is_file():
+        beside = [p / where.name if p.is_dir() else p for p in _known.get()]
+        where = next((p for p in beside if p.name == where.name and p.is_file()), where)
+    if sha256 and not where.is_file():
+        raise WeightsError(
+            f"{where} is not here (SHA-256 {sha256[:12]}...): say where it is, --sr FILE or upscalers=[file]"
+        )
+    found = digest(where)
+    if sha256 and found != sha256:
+        raise WeightsError(
+            f"{where} is another file than the one asked for: its SHA-256 begins {found[:12]}, not {sha256[:12]}"
+        )
+    return where, found
+
+
+@dataclass(frozen=True)
+class Checkpoint(Network):
+    """RRDBNet or SRVGGNetCompact from a file that BasicSR, Real-ESRGAN or ESRGAN wrote: any naming, any size.
+
+    A record names the file without its folder, and its SHA-256. Settings are those of `Network`.
+
+    Raises:
+        WeightsError: the file is missing, unsafe, broken, or holds another kind of network.
+    """
+
+    path: str
+    sha256: str = ""
+    tile: int | None = None
+    dtype: Precision | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.tile, self.dtype)
+        where, found = located(self.path, self.sha256)
+        object.__setattr__(self, "path", str(where))
+        object.__setattr__(self, "sha256", found)
+        _ = self.opened
+
+    def recorded(self) -> dict[str, object]:
+        """The fields that go into a record: no folder names."""
+        return {"path": Path(self.path).name, "sha256": self.sha256, "tile": self.tile, "dtype": self.dtype}
+
+    @property
+    def opened(self) -> Opened:
+        """The network, read once for all upscalers of the same file."""
+        return _own(self.path, self.sha256)
+
+
+@lru_cache(maxsize=16)
+def _own(path: str, sha256: str) -> Opened:
+    from mrflow.models.sr import RRDBParams
+    from mrflow.models.weights_sr import network, read_state
+
+    state = read_state(Path(path))
+    net = network(state, Path(path))
+    if net is None:
+        names = ", ".join(list(state)[:3])
+        raise WeightsError(
+            f"{path} holds neither RRDBNet nor SRVGGNetCompact (its tensors: {names}, ...): "
+            "try Spandrel(path), which knows forty more architectures, or BasicSR(options, weights)"
+        )
+    params = net.params
+    if params.channels != 3:
+        raise WeightsError(f"{path} works on {params.channels} channels; an upscaler needs 3 (red, green, blue)")
+    facts = Facts(
+        scale=params.scale,
+        multiple=params.unshuffle if isinstance(params, RRDBParams) else 1,
+        reach=params.reach,
+        values=params.values,
+        flops=params.flops,
+        half=("float16", "bfloat16"),
+    )
+    return Opened(net, facts)
+
+
+def load_upscaler(path: str | Path, *, tile: int | None = None, dtype: Precision | None = None) -> "Upscaler":
+    """The upscaler that a checkpoint holds: mrflow's own network where it is one of them, else spandrel's.
+
+    Raises:
+        WeightsError: the file is missing, unsafe or broken, or it holds a network that nothing here knows.
+    """
+    from mrflow.models.weights_sr import read_state, recognised, renamed
+
+    where, _ = located(str(path), "")
+    if recognised(renamed(read_state(where))) is not None:
+        return Checkpoint(str(where), tile=tile, dtype=dtype)
+    from mrflow.upscalers.spandrel import Spandrel
+
+    return Spandrel(str(where), tile=tile, dtype=dtype)

@@ -1,0 +1,256 @@
+"""From the words of the command line to objects: models, chains, upscalers, sizes, files.
+
+Nothing heavy is imported before it is needed.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from mrflow.errors import MrflowError, PlanError
+
+if TYPE_CHECKING:
+    from mrflow.backbone import Backbone
+    from mrflow.spec import ModelInfo, Pixels, Start
+    from mrflow.stage import AnyChain, Chain
+    from mrflow.upscalers import Upscaler
+    from mrflow.upscalers.interpolate import Filter
+
+
+def embedded(where: str) -> bool:
+    """Whether a model is one that comes with everything."""
+    from mrflow.models import is_pocket
+
+    return where == "pocket" or is_pocket(Path(where)) or not (Path(where).exists() or "/" in where)
+
+
+def load_model(
+    where: str,
+    device: str,
+    dtype: str | None,
+    offload: str,
+    storage: str | None,
+    vae: str | None,
+    text: str | None,
+    compile: bool,
+) -> "Backbone":
+    """A model from the words of the command line."""
+    import torch
+
+    from mrflow.models import load
+    from mrflow.models.memory import check_offload
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise PlanError(f"--dtype takes {', '.join(dtypes)}, got {dtype!r}")
+    return load(
+        where,
+        dtype=dtypes[dtype] if dtype else None,
+        device=device,
+        offload=check_offload(offload),
+        storage=storage,  # type: ignore[arg-type]  # pyright: ignore  # load says what it takes
+        vae=vae,
+        text=text,
+        compile=compile,
+    )
+
+
+def build(
+    recipe: str,
+    info: "ModelInfo",
+    *,
+    size: str | None = None,
+    low: str | None = None,
+    ladder: str | None = None,
+    steps: int | None = None,
+    refine_steps: int = 1,
+    sigma: float = 0.12,
+    sr: "Upscaler | str | None" = None,
+) -> "Chain[Start, Pixels]":
+    """A recipe's chain from the words of the command line; `sr` is what `upscaler` gave."""
+    from mrflow import recipes
+    from mrflow.cost import half
+
+    if ladder is not None:
+        if size or low or recipe != "paper":
+            raise PlanError("--ladder gives all sizes, of the recipe paper: leave out --size, --low and --recipe")
+        if isinstance(sr, str):
+            raise PlanError(f"--ladder goes over pixels; --sr {sr} does not")
+        sizes = [parse_size("--ladder", each, info) for each in ladder.split(",")]
+        return recipes.ladder(
+            sizes, steps=12 if steps is None else steps, sigmas=sigma, refine_steps=refine_steps, upscalers=sr
+        )
+    full = parse_size("--size", size, info) if size else info.size
+    if recipe == "native":
+        return recipes.native(size=full, steps=50 if steps is None else steps)
+    small = parse_size("--low", low, info) if low else (half(full, info) if size else info.low)
+    count = 12 if steps is None else steps
+    if isinstance(sr, str):
+        if recipe != "paper":
+            raise PlanError(f"--sr {sr} goes with the recipe paper, not {recipe!r}")
+        filter = cast("Filter", sr.removeprefix(LATENT))
+        return recipes.latent(filter, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
+    if recipe == "paper":
+        return recipes.paper(sr, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
+    if recipe == "official":
+        return recipes.official(sr, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
+    raise PlanError(f"there is no recipe {recipe!r}; use paper, official or native")
+
+
+LATENT = "latent-"
+FILTERS = ("nearest", "bilinear", "bicubic")
+NETWORK_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+SR_WORDS = (
+    "own, nearest, bilinear, bicubic, lanczos, latent-nearest, latent-bilinear, latent-bicubic, a checkpoint "
+    "(.pth, .safetensors), BasicSR options (.yml or .yml:WEIGHTS), or an upscaler of your own (file.py:name)"
+)
+
+
+def upscaler(name: str | None) -> "Upscaler | str | None":
+    """An upscaler by its word; None for the model's own, the word itself for enlarging latents."""
+    from mrflow.upscalers import BasicSR, Interpolate, Lanczos, Upscaler, load_upscaler
+
+    if name in (None, "own"):
+        return None
+    if name == "lanczos":
+        return Lanczos(2)
+    if name in FILTERS:
+        return Interpolate(2, name)  # type: ignore[arg-type]  # pyright: ignore
+    if name.startswith(LATENT) and name.removeprefix(LATENT) in FILTERS:
+        return name
+    if Path(name).suffix.lower() in NETWORK_FILES and ".yml:" not in name and ".yaml:" not in name:
+        return load_upscaler(name)
+    file, colon, rest = name.partition(".py:")
+    if colon:
+        names = load_file(Path(f"{file}.py"))
+        own = names.get(rest)
+        if not isinstance(own, Upscaler):
+            known = sorted(k for k, v in names.items() if isinstance(v, Upscaler))
+            raise PlanError(f"{file}.py has no upscaler {rest!r}; its upscalers are {', '.join(known) or 'none'}")
+        return own
+    for ending in (".yml", ".yaml"):
+        before, found, after = name.partition(ending)
+        if found and (not after or after.startswith(":")):
+            return BasicSR(before + found, after.removeprefix(":"))
+    raise PlanError(f"--sr takes {SR_WORDS}; got {name!r}")
+
+
+def parse_size(option: str, text: str, info: "ModelInfo | None" = None) -> tuple[int, int]:
+    """HEIGHTxWIDTH, one number for a square, or an aspect WIDTH:HEIGHT at about the model's own area."""
+    if ":" in text and info is not None:
+        from mrflow.spec import size
+
+        area = info.size[0] * info.size[1] / 2**20
+        return size(text, megapixels=area, multiple=2 * info.space.multiple)
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(p.isascii() and p.isdigit() and len(p) < 6 for p in parts):
+        raise PlanError(f"{option} must be HEIGHTxWIDTH in pixels, such as 256x256, or an aspect (16:9), got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def refinement(
+    height: int, width: int, scale: float, info: "ModelInfo", *, crop: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The part of a picture to take, and the size to bring it to: `scale` times the sides, in whole tokens.
+
+    Raises:
+        PlanError: the scale makes no sense, or the picture does not fit and may not be cropped.
+    """
+    from fractions import Fraction
+    from math import gcd
+
+    if not 1 <= scale <= 16:
+        raise PlanError(f"--scale must be from 1 to 16, got {scale:g}")
+    exact = Fraction(scale).limit_denominator(64)
+    p, m = exact.numerator, exact.denominator * info.space.multiple
+    unit = m // gcd(p, m)
+    small = (height // unit * unit, width // unit * unit)
+    if 0 in small:
+        raise PlanError(
+            f"{height}x{width} is too small: {info.name} needs at least {unit} pixels a side at this --scale"
+        )
+    if small != (height, width) and not crop:
+        raise PlanError(
+            f"{height}x{width} times {float(exact):g} is not whole tokens of {info.space.multiple} pixels: "
+            f"--crop takes the middle {small[0]}x{small[1]}; or cut it yourself, to sides that are multiples of {unit}"
+        )
+    return small, (int(small[0] * exact), int(small[1] * exact))
+
+
+def free_path(out: Path | None, default: Path, count: int, force: bool, extras: Sequence[str] = ()) -> Path:
+    """Where to write: a name that overwrites nothing, unless forced, in a folder that takes it.
+
+    `extras` are endings of the names that are written beside each picture.
+    """
+    from mrflow.io import batch_paths, check_writable
+
+    def names(path: Path) -> list[Path]:
+        own = batch_paths(path, count)
+        return own + [p.with_stem(p.stem + extra) for p in {path, *own} for extra in extras]
+
+    if out is not None:
+        if out.suffix.lower() != ".png":
+            raise PlanError(f"--out must end in .png, got {out.name!r}: only a PNG keeps every bit and the record")
+        taken = [p for p in names(out) if p.exists() and not p.is_dir()]
+        if taken and not force:
+            raise PlanError(f"{taken[0]} exists; choose another --out, or overwrite it with --force")
+        check_writable(out)
+        return out
+    path, number = default, 2
+    while not force and any(p.exists() for p in names(path)):
+        path, number = default.with_stem(f"{default.stem}-{number}"), number + 1
+    check_writable(path)
+    return path
+
+
+def load_file(file: Path) -> dict[str, object]:
+    """The names that a Python file defines.
+
+    Raises:
+        PlanError: there is no such file, or it fails; the text names the line.
+    """
+    import importlib.util
+    import traceback
+
+    file = file.absolute()
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise PlanError(f"there is no Python file {file.name} in {file.parent}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except MrflowError:
+        raise
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        line = f", line {lines[-1]}" if lines else f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise PlanError(f"{file.name}{line}: {type(error).__name__}: {error}") from None
+    return vars(module)
+
+
+def load_chain(where: str) -> "AnyChain":
+    """The chain that `file.py:name` names."""
+    from mrflow.stage import Chain, Stage
+
+    file, _, name = where.rpartition(":")
+    if not file.endswith(".py") or not name:
+        raise PlanError(f"a chain is named file.py:name, got {where!r}")
+    names = load_file(Path(file))
+    if name not in names:
+        known = sorted(k for k, v in names.items() if isinstance(v, Chain | Stage))
+        raise PlanError(f"{file} has no {name!r}; its chains are {', '.join(known) or 'none'}")
+    value = names[name]
+    if isinstance(value, Stage):
+        return Chain((value,))
+    if not isinstance(value, Chain):
+        raise PlanError(f"{where} is {type(value).__name__}, not a chain; join stages with >>")
+    return value
+
+
+def own_types(file: Path) -> list[type]:
+    """The dataclasses that a Python file defines."""
+    from dataclasses import is_dataclass
+
+    return [v for v in load_file(file).values() if isinstance(v, type) and is_dataclass(v)]
