@@ -4,6 +4,7 @@ from mrflow import metrics as metrics
 from mrflow import recipes as recipes
 from mrflow import schedules as schedules
 from mrflow import solvers as solvers
+from mrflow import sweep as sweep
 from mrflow import testing as testing
 from mrflow.backbone import Backbone as Backbone
 from mrflow.backbone import Condition as Condition
@@ -90,6 +91,10 @@ from mrflow.stages import Refine as Refine
 from mrflow.stages import Reinject as Reinject
 from mrflow.stages import Sample as Sample
 from mrflow.stages import Upscale as Upscale
+from mrflow.sweep import Metric as Metric
+from mrflow.sweep import Prompt as Prompt
+from mrflow.sweep import Sweep as Sweep
+from mrflow.sweep import run_sweep as run_sweep
 from mrflow.testing import toy as toy
 from mrflow.upscalers import BasicSR as BasicSR
 from mrflow.upscalers import Blend as Blend

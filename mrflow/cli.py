@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from mrflow.errors import MrflowError, PlanError
+from mrflow.verbs import sweep
 from mrflow.words import (
     SR_WORDS,
     build,
@@ -240,6 +241,9 @@ def plan(
             )
         planned = make_plan(own, info, batch=batch)
         typer.echo(json.dumps(report(planned), indent=2) if as_json else describe_plan(planned))
+
+
+app.command()(sweep)
 
 
 @app.command()

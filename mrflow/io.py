@@ -114,12 +114,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_png(path: Path, image: Image.Image, record: object | None = None) -> None:
     """Write a PNG, with a record where one is given."""
+    write_bytes(path, png(image, record))
+
+
+def png(image: Image.Image, record: object | None = None) -> bytes:
+    """A PNG file's bytes, with a record where one is given."""
     info = PngImagePlugin.PngInfo()
     if record is not None:
         info.add_itxt(KEY, json.dumps(record, ensure_ascii=True, sort_keys=True), zip=True)
     buffer = BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def slug(text: str) -> str:

@@ -217,14 +217,23 @@ def cache_folder() -> Path:
 
 
 def info(name: str) -> ModelInfo:
-    """A model's facts by name, without weights.
+    """A model's facts by name, without weights. Of a folder or a file, the published facts of what its headers show.
 
     Raises:
-        PlanError: the name is not known.
+        PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known.
     """
     from mrflow.models.pocket.model import POCKET
 
     known = {"pocket": POCKET, **PLANNED}
+    path = Path(name)
+    if name not in known and path.exists():
+        from mrflow.models.sources import QWEN, find
+
+        if is_pocket(path):
+            return POCKET
+        files = find(path)
+        guided = any("guidance" in tensor for tensor in files.transformer.tensors)
+        return known["qwen-image" if files.family is QWEN else "flux1-dev" if guided else "flux1-schnell"]
     if name not in known and name not in HUB_NAMES:
         raise PlanError(f"there is no model {name!r} to plan; known are {', '.join((*known, *HUB_NAMES))}")
     return known[HUB_NAMES.get(name, name)]

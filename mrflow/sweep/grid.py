@@ -1,0 +1,147 @@
+"""What a sweep is: chains x prompts x seeds, and the key of each row."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from mrflow.errors import PlanError, RecordError
+from mrflow.noise import check_seed
+from mrflow.records import Plain, encode_chain, fingerprint
+from mrflow.spec import ModelInfo, Pixels, Start
+from mrflow.stage import AnyChain, AnyStage, Chain, Plan, plan
+
+if TYPE_CHECKING:
+    from mrflow.sweep.metrics import Metric
+
+Pictures = Literal["last", "stages"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what it is sorted by in tables: tags such as {"category": "words"}."""
+
+    text: str
+    tags: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Chains by label, prompts and seeds: every chain draws every prompt with every seed.
+
+    `prompts` are texts, `Prompt`s with tags, or any iterable of them; `reference` is the label of the chain that the
+    others are held against, the first unless said. `metrics` are numbers for each picture; `pictures="stages"` keeps
+    every stage's picture too.
+
+    Raises:
+        PlanError: nothing to draw, a label or prompt twice, a reference that is none of the chains.
+    """
+
+    chains: Mapping[str, AnyChain]
+    prompts: Sequence[Prompt]
+    seeds: Sequence[int]
+    metrics: Sequence["Metric"]
+    model: str
+    negative: str | None
+    reference: str
+    pictures: Pictures
+
+    def __init__(
+        self,
+        chains: Mapping[str, AnyChain | AnyStage],
+        prompts: Iterable[str | Prompt],
+        *,
+        seeds: Iterable[int] = (0,),
+        metrics: Iterable["Metric"] = (),
+        model: str = "pocket",
+        negative: str | None = None,
+        reference: str | None = None,
+        pictures: Pictures = "last",
+    ) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        whole = {label: c if isinstance(c, Chain) else AnyChain((c,)) for label, c in chains.items()}
+        texts = tuple(p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
+        put("chains", whole)
+        put("prompts", texts)
+        put("seeds", tuple(seeds))
+        put("metrics", tuple(metrics))
+        put("model", model)
+        put("negative", negative)
+        put("reference", next(iter(whole), "") if reference is None else reference)
+        put("pictures", pictures)
+        for what, values in (("chain", self.chains), ("prompt", self.prompts), ("seed", self.seeds)):
+            if not values:
+                raise PlanError(f"a sweep needs at least one {what}")
+        if not all(isinstance(label, str) and label for label in whole):
+            raise PlanError("the label of a chain must be text")
+        for each in texts:
+            if not isinstance(each.text, str):
+                raise PlanError(f"a prompt must be text or a Prompt, got {each.text!r}")
+        for seed in self.seeds:
+            check_seed(seed)
+        if len({p.text for p in texts}) != len(texts):
+            twice = next(p.text for i, p in enumerate(texts) if p.text in {q.text for q in texts[:i]})
+            raise PlanError(f"the prompt {twice!r} is there twice; more pictures of it come from more seeds")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise PlanError("a seed is there twice")
+        if self.reference not in whole:
+            raise PlanError(f"the reference {self.reference!r} is none of the chains: {', '.join(whole)}")
+        if pictures not in ("last", "stages"):
+            raise PlanError(f"pictures must be last or stages, got {pictures!r}")
+
+    @property
+    def rows(self) -> int:
+        """How many pictures it asks for."""
+        return len(self.chains) * len(self.prompts) * len(self.seeds)
+
+    def plans(self, info: ModelInfo) -> dict[str, Plan]:
+        """Every chain planned for a model, before any weight is loaded; and held to what a sweep needs.
+
+        Raises:
+            PlanError: a chain cannot work, begins or ends with something else than a sweep can give and keep, or holds
+                an object that cannot be written down. The text names the chain.
+        """
+        out: dict[str, Plan] = {}
+        for label, chain in self.chains.items():
+            try:
+                out[label] = plan(chain, info)
+                fingerprints(chain)
+            except (PlanError, RecordError) as error:
+                raise PlanError(f"chain {label!r}: {error}") from None
+            if not isinstance(out[label].out, Pixels):
+                raise PlanError(f"chain {label!r} ends in {out[label].out}; put Decode() at its end")
+            if not isinstance(out[label].rows[0].spec, Start):
+                raise PlanError(f"chain {label!r} begins with {out[label].rows[0].spec}; a sweep begins with noise")
+        return out
+
+    def encoded(self) -> dict[str, list[Plain]]:
+        """The chains as plain data."""
+        return {label: encode_chain(chain) for label, chain in self.chains.items()}
+
+
+def fingerprints(chain: AnyChain) -> list[str]:
+    """For each stage, a text that changes when it or a stage before it does."""
+    out: list[str] = []
+    running = ""
+    for stage in chain:
+        running = hashlib.sha256((running + fingerprint(stage)).encode()).hexdigest()
+        out.append(running)
+    return out
+
+
+def versions() -> dict[str, str]:
+    """What may change a picture besides chain, model, prompt and seed."""
+    import torch
+
+    from mrflow import __version__
+
+    return {"mrflow": __version__, "torch": torch.__version__}
+
+
+def row_key(chain: str, info: ModelInfo, prompt: str, negative: str, seed: int, made_by: Mapping[str, str]) -> str:
+    """The SHA-256 of all that a row's picture depends on; `chain` is the last of its `fingerprints`."""
+    parts = [chain, info.name, info.version, prompt, negative, seed, sorted(made_by.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

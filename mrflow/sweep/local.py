@@ -1,0 +1,389 @@
+"""The engine on this machine: which rows are missing, made in batches, each committed as soon as it is there.
+
+`Maker.make` makes the rows of some (prompt, seed) pairs and needs nothing of the process around it: another engine
+calls it in its own workers.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mrflow.backbone import Backbone, Condition
+from mrflow.cache import StageCache
+from mrflow.errors import MrflowError, PlanError, ResourceError, is_out_of_memory
+from mrflow.io import make_record, png, to_images
+from mrflow.runner import Result, run
+from mrflow.sheet import warm_up
+from mrflow.spec import Latents, Pixels
+from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, versions
+from mrflow.sweep.metrics import Measured, named
+from mrflow.sweep.store import MAX_TRIES, Row, Store
+
+if TYPE_CHECKING:
+    from mrflow.stage import AnyChain
+
+Pair = tuple[Prompt, int]
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a sweep is, in rows; `left` is a guess in seconds."""
+
+    done: int
+    failed: int
+    total: int
+    left: float | None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a sweep did: rows made now, there before, failed, and left to others (or to the next time)."""
+
+    made: int
+    before: int
+    failed: int
+    left: int
+    stopped: bool
+    folder: str
+
+
+class Remembered:
+    """A model that encodes the same prompts once."""
+
+    def __init__(self, model: Backbone, *, most: int = 64) -> None:
+        self._model, self._most = model, most
+        self._known: dict[tuple[str, ...], Condition] = {}
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """The model's own, from memory where these were asked for before."""
+        key = tuple(prompts)
+        if key not in self._known:
+            while len(self._known) >= self._most:
+                del self._known[next(iter(self._known))]
+            self._known[key] = self._model.condition(prompts)
+        return self._known[key]
+
+
+class Maker:
+    """Makes rows with one model into one folder."""
+
+    def __init__(self, sweep: Sweep, model: Backbone, store: Store, *, warm: bool = True) -> None:
+        self.sweep, self.store = sweep, store
+        self.model = cast(Backbone, Remembered(model))
+        self.prints = {label: fingerprints(chain) for label, chain in sweep.chains.items()}
+        self.plans = sweep.plans(model.info)
+        self.negative = model.info.negative if sweep.negative is None else sweep.negative
+        self.made_by = versions()
+        self._cache = StageCache(max_bytes=CACHE_BYTES)
+        self._seconds: dict[tuple[str, tuple[Pair, ...]], float] = {}
+        self._warm = set[tuple[object, ...]]() if warm else None
+        # The reference first: the others are held against its pictures.
+        self.labels = sorted(sweep.chains, key=lambda label: label != sweep.reference)
+        self.needs_reference, self.needs_latents = named(sweep.metrics)
+
+    def key(self, label: str, pair: Pair) -> str:
+        """The row's key."""
+        prompt, seed = pair
+        return row_key(self.prints[label][-1], self.model.info, prompt.text, self.negative, seed, self.made_by)
+
+    def missing(self, pairs: Sequence[Pair], *, retry: bool = False) -> Iterator[tuple[str, Pair]]:
+        """Rows that are not there, or (with `retry`) failed."""
+        for pair in pairs:
+            for label in self.labels:
+                row = self.store.get(self.key(label, pair))
+                if row is None or (retry and not row.done):
+                    yield label, pair
+
+    def make(
+        self, pairs: Sequence[Pair], *, retry: bool = False, on_row: Callable[[Row], None] | None = None
+    ) -> list[Row]:
+        """Make what is missing of these pairs, chain by chain, a batch each; committed as it comes.
+
+        Raises:
+            ResourceError: the folder does not take a row. Rows that fail otherwise are committed as failed.
+        """
+        rows: list[Row] = []
+        for label in self.labels:
+            todo: list[tuple[Pair, str, int]] = []
+            for _, pair in (found for found in self.missing(pairs, retry=retry) if found[0] == label):
+                key = self.key(label, pair)
+                tries = self.store.claim(key)
+                if tries is not None:
+                    todo.append((pair, key, tries))
+            try:
+                for row in self._batch(label, todo):
+                    self.store.commit(row)
+                    rows.append(row)
+                    if on_row is not None:
+                        on_row(row)
+            finally:
+                self.store.release([key for _, key, _ in todo])
+        return rows
+
+    def _batch(self, label: str, todo: Sequence[tuple[Pair, str, int]]) -> Iterator[Row]:
+        poison = [each for each in todo if each[2] >= MAX_TRIES]
+        for pair, key, tries in poison:
+            yield self._failed(label, pair, key, f"the process died {tries} times while this row was made", tries)
+        todo = [each for each in todo if each[2] < MAX_TRIES]
+        if not todo:
+            return
+        # A row that took its process down is made alone, so that it takes no other with it.
+        calm = [each for each in todo if each[2] == 0]
+        for group in ([calm] if calm else []) + [[each] for each in todo if each[2]]:
+            try:
+                yield from self._made(label, group)
+                continue
+            except ResourceError as error:
+                if not is_out_of_memory(error) and "memory" not in str(error):
+                    raise
+                reason: BaseException = error
+            except Exception as error:
+                reason = error
+            if len(group) == 1:
+                (pair, key, tries) = group[0]
+                yield self._failed(label, pair, key, _say(reason), tries + 1)
+                continue
+            for each in group:  # one by one: only the row that fails is lost
+                try:
+                    yield from self._made(label, [each])
+                except Exception as error:
+                    if isinstance(error, ResourceError) and "memory" not in str(error):
+                        raise
+                    yield self._failed(label, each[0], each[1], _say(error), each[2] + 1)
+
+    def _made(self, label: str, group: Sequence[tuple[Pair, str, int]]) -> list[Row]:
+        chain, pairs = self.sweep.chains[label], tuple(pair for pair, _, _ in group)
+        self._warm_up(label, chain, len(pairs))
+        keep = self.needs_latents or self.sweep.pictures == "stages"
+        result = run(
+            chain,
+            self.model,
+            [prompt.text for prompt, _ in pairs],
+            seed=[seed for _, seed in pairs],
+            negative=self.negative,
+            keep=keep,
+            cache=self._cache,
+        )
+        seconds = self._true_seconds(label, pairs, result)
+        images = result.images
+        rows: list[Row] = []
+        for i, (pair, key, tries) in enumerate(group):
+            picture = self.store.write_picture(self.store.picture_path(key), png(images[i], make_record(result, i)))
+            rows.append(self._row(label, pair, key, tries, result, i, images[i], seconds, picture))
+        return rows
+
+    def _row(
+        self,
+        label: str,
+        pair: Pair,
+        key: str,
+        tries: int,
+        result: Result,
+        item: int,
+        image: Image.Image,
+        seconds: Sequence[float],
+        picture: str,
+    ) -> Row:
+        prompt, seed = pair
+        batch, plan = len(result.seeds), self.plans[label]
+        stages = [
+            {
+                "name": s.name,
+                "out": str(s.spec),
+                "seconds": t / batch,
+                "nfe": p.work.nfe,
+                "flops": p.work.flops,
+                "cached": s.cached,
+            }
+            for s, t, p in zip(result.stages, seconds, plan.rows, strict=True)
+        ]
+        measured = Measured(
+            _pixels(image),
+            prompt.text,
+            seed,
+            prompt.tags,
+            self.model,
+            self._reference(label, pair) if self.needs_reference else None,
+            self._latents(result, item) if self.needs_latents else None,
+        )
+        metrics: dict[str, float] = {}
+        for metric in self.sweep.metrics:
+            found = metric(measured)
+            metrics |= {name: float(value) for name, value in found.items() if np.isfinite(value)}
+        return Row(
+            key=key,
+            status="done",
+            chain=label,
+            model=self.model.info.name,
+            weights=self.model.info.version,
+            prompt=prompt.text,
+            negative=self.negative,
+            seed=seed,
+            tags=dict(prompt.tags),
+            tries=tries + 1,
+            seconds=(result.condition_seconds + sum(seconds)) / batch,
+            nfe=plan.nfe,
+            flops=plan.work.flops,
+            peak_bytes=result.peak_bytes,
+            stages=stages,
+            metrics=metrics,
+            picture=picture,
+            stage_pictures=self._stage_pictures(result, item, key) if self.sweep.pictures == "stages" else (),
+            versions=self.made_by,
+            device=str(self.model.device),
+            batch=batch,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def _failed(self, label: str, pair: Pair, key: str, error: str, tries: int) -> Row:
+        prompt, seed = pair
+        return Row(
+            key=key,
+            status="failed",
+            chain=label,
+            model=self.model.info.name,
+            weights=self.model.info.version,
+            prompt=prompt.text,
+            negative=self.negative,
+            seed=seed,
+            tags=dict(prompt.tags),
+            error=error,
+            tries=tries,
+            versions=self.made_by,
+            device=str(self.model.device),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def _true_seconds(self, label: str, pairs: tuple[Pair, ...], result: Result) -> list[float]:
+        """What each stage takes: for one that came from the cache, what it took when it was made for this batch."""
+        out: list[float] = []
+        for mark, stage in zip(self.prints[label], result.stages, strict=True):
+            if not stage.cached:
+                self._seconds[mark, pairs] = stage.seconds
+            out.append(self._seconds.get((mark, pairs), stage.seconds))
+        return out
+
+    def _warm_up(self, label: str, chain: "AnyChain", batch: int) -> None:
+        """First calls at a shape are slow: they are made before anything is timed."""
+        shapes = (batch, *(str(row.out.shape) for row in self.plans[label].rows))
+        if self._warm is not None and shapes not in self._warm:
+            self._warm.add(shapes)
+            warm_up((chain,), self.model, batch)
+
+    def _reference(self, label: str, pair: Pair) -> Tensor | None:
+        if label == self.sweep.reference:
+            return None
+        path = self.store.picture_path(self.key(self.sweep.reference, pair))
+        if not path.is_file():
+            return None
+        with Image.open(path) as image:
+            return _pixels(image)
+
+    def _latents(self, result: Result, item: int) -> Tensor | None:
+        """The last clean latents that a stage was given to noise: before Reinject, or before the last Decode."""
+        names = [s.name for s in result.stages]
+        last = names.index("Reinject") if "Reinject" in names else len(names) - 1
+        for stage in reversed(result.stages[:last]):
+            if stage.data is not None and isinstance(stage.spec, Latents) and stage.spec.sigma == 0:
+                return stage.data[item]
+        return None
+
+    def _stage_pictures(self, result: Result, item: int, key: str) -> list[list[str]]:
+        out: list[list[str]] = []
+        for number, stage in enumerate(result.stages[:-1], 1):
+            if stage.data is not None and isinstance(stage.spec, Pixels):
+                path = self.store.picture_path(key, f"-{number}-{stage.name}")
+                image = to_images(stage.data[item : item + 1])[0]
+                out.append([stage.name, self.store.write_picture(path, png(image))])
+        return out
+
+
+def run_sweep(
+    sweep: Sweep,
+    model: Backbone,
+    folder: str | Path,
+    *,
+    batch: int = 4,
+    shard: tuple[int, int] = (0, 1),
+    retry: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """Make every row of a sweep that is not there yet; call it again after any interruption, it goes on.
+
+    `shard` (i, n) takes every n-th pair of prompt and seed from the i-th on; `retry` makes failed rows again; `stop`
+    ends it after the batch that is being made.
+
+    Raises:
+        PlanError: a chain cannot work with this model, the batch or the shard make no sense; before anything is made.
+        ResourceError: the folder cannot be written, or the disk is full: what is there stays, call it again.
+    """
+    if isinstance(batch, bool) or batch < 1:
+        raise PlanError(f"batch must be a whole number above 0, got {batch!r}")
+    index, count = shard
+    if not 0 <= index < count:
+        raise PlanError(f"a shard (i, n) needs 0 <= i < n, got {shard}")
+    store = Store(folder)
+    maker = Maker(sweep, model, store)
+    store.open(manifest(sweep, model))
+    pairs = [(prompt, seed) for prompt in sweep.prompts for seed in sweep.seeds][index::count]
+    todo = {pair: sum(1 for _ in maker.missing([pair], retry=retry)) for pair in pairs}
+    total = len(pairs) * len(sweep.chains)
+    before = total - sum(todo.values())
+    wanted = [pair for pair in pairs if todo[pair]]
+    made = failed = 0
+    began = time.monotonic()
+
+    def seen(row: Row) -> None:
+        nonlocal made, failed
+        made, failed = made + row.done, failed + (not row.done)
+        if on_progress is not None:
+            share = (made + failed) / max(1, sum(todo.values()))
+            left = (time.monotonic() - began) * (1 / share - 1) if share else None
+            on_progress(Progress(before + made + failed, failed, total, left, row.chain))
+
+    with store.holding():
+        for start in range(0, len(wanted), batch):
+            if stop is not None and stop.is_set():
+                break
+            maker.make(wanted[start : start + batch], retry=retry, on_row=seen)
+    left = sum(1 for _ in maker.missing(pairs))
+    return Summary(made, before, failed, left, bool(stop is not None and stop.is_set()), str(folder))
+
+
+def manifest(sweep: Sweep, model: Backbone) -> Mapping[str, object]:
+    """What sweep.json says."""
+    return {
+        "chains": sweep.encoded(),
+        "model": model.info.name,
+        "weights": model.info.version,
+        "prompts": len(sweep.prompts),
+        "seeds": len(sweep.seeds),
+        "rows": sweep.rows,
+        "reference": sweep.reference,
+    }
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(3, h, w) in [0, 1] of a saved picture."""
+    array = np.asarray(image.convert("RGB"), dtype=np.float32) / np.float32(255)
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
+
+
+def _say(error: BaseException) -> str:
+    text = str(error).strip() or "no text"
+    return text if isinstance(error, MrflowError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,266 @@
+"""Numbers for each picture of a sweep: small objects, each with its range and source. Yours is one class more.
+
+They see the picture as it is saved (8 bits a channel), so that a sweep which was resumed gives the same numbers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mrflow import metrics as numbers
+from mrflow.errors import PlanError, WeightsError
+
+if TYPE_CHECKING:
+    from mrflow.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a metric may look at: one picture (3, h, w) in [0, 1], where it came from, and the reference's, if any.
+
+    `latents` are the last clean latents before the refining step, (c, y, x), where the chain has such.
+    """
+
+    pixels: Tensor
+    prompt: str
+    seed: int
+    tags: Mapping[str, str]
+    model: "Backbone"
+    reference: Tensor | None = None
+    latents: Tensor | None = None
+
+
+class Metric(ABC):
+    """Numbers for one picture. A number that does not apply is left out, never set to 0."""
+
+    needs_reference: ClassVar[bool] = False
+    needs_latents: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """Numbers by name."""
+
+
+@dataclass(frozen=True)
+class SceneScore(Metric):
+    """How well a picture shows its caption of the embedded model's world, in [0, 1]: `score`, and one a category.
+
+    Read exactly from the pixels (mrflow/scenes/score.py). A caption outside the grammar has no score.
+    """
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`score`, `score.alignment`, `score.text` and so on, as far as the caption speaks of them."""
+        from mrflow.scenes.grammar import CaptionError
+        from mrflow.scenes.score import score
+
+        try:
+            found = score(made.pixels, made.prompt).as_dict()
+        except CaptionError:
+            return {}
+        return {"score" if name == "overall" else f"score.{name}": value for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Psnr(Metric):
+    """Peak signal-to-noise ratio to the reference chain's picture of the same prompt and seed, in dB.
+
+    It means something only for chains that stay on the reference's path (caches); staged ones compose anew.
+    """
+
+    needs_reference: ClassVar[bool] = True
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`psnr`, at most 100 (equal pictures)."""
+        if made.reference is None or made.reference.shape != made.pixels.shape:
+            return {}
+        return {"psnr": min(100.0, float(numbers.psnr(made.pixels[None], made.reference[None])))}
+
+
+@dataclass(frozen=True)
+class Ssim(Metric):
+    """Structural similarity to the reference chain's picture (Wang et al. 2004); at most 1. As for `Psnr`."""
+
+    needs_reference: ClassVar[bool] = True
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`ssim`."""
+        if made.reference is None or made.reference.shape != made.pixels.shape:
+            return {}
+        return {"ssim": float(numbers.ssim(made.pixels[None], made.reference[None]))}
+
+
+@dataclass(frozen=True)
+class Spectrum(Metric):
+    """Power in rings of spatial frequency over the reference's: 1 is as much detail, lower is lost, higher is noise."""
+
+    bands: int = 4
+    needs_reference: ClassVar[bool] = True
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`spectrum.1` (coarse) to `spectrum.<bands>` (fine)."""
+        if made.reference is None or made.reference.shape != made.pixels.shape:
+            return {}
+        ratio = numbers.power_ratio(made.pixels[None], made.reference[None], bands=self.bands)[0]
+        return {f"spectrum.{i + 1}": float(value) for i, value in enumerate(ratio)}
+
+
+@dataclass(frozen=True)
+class Sharpness(Metric):
+    """Variance of the Laplacian of the luma, 0 and up; higher is sharper, or noisier."""
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`sharpness`."""
+        return {"sharpness": float(numbers.sharpness(made.pixels[None]))}
+
+
+@dataclass(frozen=True)
+class RoundTrip(Metric):
+    """The autoencoder's round-trip energy of the latents that are refined; 0 and up, lower is nearer to a picture's."""
+
+    needs_latents: ClassVar[bool] = True
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`round_trip`."""
+        if made.latents is None:
+            return {}
+        latents = made.latents[None].to(made.model.device)
+        return {"round_trip": float(numbers.round_trip_energy(made.model, latents))}
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ClipScore(Metric):
+    """100 x the cosine of picture and prompt in CLIP's space, at least 0 (Hessel et al. 2021, without their 2.5).
+
+    `folder` holds a CLIP model as transformers saves it, with its tokenizer.
+
+    Raises:
+        WeightsError: there is no such model.
+    """
+
+    folder: str
+
+    @cached_property
+    def _parts(self) -> tuple[Any, Any]:
+        from transformers import AutoTokenizer, CLIPModel
+
+        if not Path(self.folder).is_dir():
+            raise WeightsError(
+                f"there is no CLIP model in {self.folder}: give the folder that transformers saved it in"
+            )
+        try:
+            model = CLIPModel.from_pretrained(self.folder, local_files_only=True).eval()
+            return model, AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{self.folder} is no CLIP model that transformers can load: {error}") from None
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`clip`."""
+        model, tokenizer = self._parts
+        side = int(model.config.vision_config.image_size)
+        x = torch.nn.functional.interpolate(
+            made.pixels[None].cpu(), (side, side), mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 1)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        words = tokenizer([made.prompt], truncation=True, return_tensors="pt")
+        with torch.inference_mode():
+            out = model(pixel_values=(x - mean) / std, input_ids=words.input_ids, attention_mask=words.attention_mask)
+        cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
+        return {"clip": max(0.0, 100 * float(cosine))}
+
+
+@dataclass(frozen=True)
+class ReadText(Metric):
+    """How much of the wanted text an OCR reads: 1 - edits / characters, in [0, 1], and whether it is exact.
+
+    `ocr` is your function from a picture (3, h, w) in [0, 1] to text; the wanted text is the prompt's tag `text`.
+    """
+
+    ocr: Callable[[Tensor], str] = field(compare=False)
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`text`, `text.exact`; nothing where the prompt wants no text."""
+        wanted = made.tags.get("text")
+        if not wanted:
+            return {}
+        read = self.ocr(made.pixels)
+        edits = _edits(wanted, read)
+        return {"text": max(0.0, 1 - edits / len(wanted)), "text.exact": float(edits == 0)}
+
+
+def _edits(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+@dataclass(frozen=True)
+class Lpips(Metric):
+    """Learned perceptual distance to the reference chain's picture, AlexNet version 0.1; 0 and up, lower is nearer.
+
+    `alexnet` is torchvision's AlexNet checkpoint, `linear` the five linear layers that LPIPS publishes (Zhang et al.
+    2018, arXiv 1801.03924, equation 1).
+
+    Raises:
+        WeightsError: a file is missing, or lacks a tensor.
+    """
+
+    alexnet: str
+    linear: str
+    needs_reference: ClassVar[bool] = True
+
+    @cached_property
+    def _weights(self) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        from mrflow.models.weights_sr import read_state
+
+        net, heads = read_state(Path(self.alexnet)), read_state(Path(self.linear))
+        try:
+            convs = [(net[f"features.{i}.weight"], net[f"features.{i}.bias"]) for i in (0, 3, 6, 8, 10)]
+            lins = [heads[f"lin{i}.model.1.weight"] for i in range(5)]
+        except KeyError as error:
+            raise WeightsError(
+                f"{self.alexnet} and {self.linear} lack {error}: are they AlexNet and LPIPS 0.1?"
+            ) from None
+        return convs, lins
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """AlexNet's activations after each of its five rectifiers, of (1, 3, h, w) in [0, 1]."""
+        functional = torch.nn.functional
+        shift = pixels.new_tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+        scale = pixels.new_tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        x, out = (2 * pixels - 1 - shift) / scale, list[Tensor]()
+        for i, (weight, bias) in enumerate(self._weights[0]):
+            x = functional.max_pool2d(x, 3, 2) if i in (1, 2) else x
+            stride, padding = (4, 2) if i == 0 else (1, 2 if i == 1 else 1)
+            x = functional.relu(functional.conv2d(x, weight.float(), bias.float(), stride=stride, padding=padding))
+            out.append(x)
+        return out
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`lpips`."""
+        if made.reference is None or made.reference.shape != made.pixels.shape:
+            return {}
+        if min(made.pixels.shape[-2:]) < 64:
+            raise PlanError(f"LPIPS needs sides of at least 64 pixels, got {tuple(made.pixels.shape[-2:])}")
+        total = 0.0
+        pair = zip(self.features(made.pixels[None]), self.features(made.reference[None]), self._weights[1], strict=True)
+        for a, b, weight in pair:
+            a, b = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
+            total += float(torch.nn.functional.conv2d((a - b).square(), weight.float()).mean())
+        return {"lpips": total}
+
+
+def named(metrics: Sequence[Metric]) -> tuple[bool, bool]:
+    """Whether any of them needs the reference's picture, and whether any needs latents."""
+    return any(m.needs_reference for m in metrics), any(m.needs_latents for m in metrics)

@@ -1,0 +1,171 @@
+"""Verbs of the command line that concern many pictures: `mrflow sweep`. Thin; nothing heavy is imported at first."""
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mrflow.errors import PlanError
+from mrflow.words import load_file, load_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mrflow.sweep import Sweep
+    from mrflow.sweep.local import Progress
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A Python file that defines `sweep = mf.Sweep(...)`, or file.py:name.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The folder; named after the file unless said.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Instead of the model that the file names.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Pictures of one chain made together.")] = 4,
+    shard: Annotated[str, typer.Option("--shard", help="i/n: this process makes every n-th prompt and seed.")] = "0/1",
+    retry: Annotated[bool, typer.Option("--retry", help="Make failed rows again.")] = False,
+    dry: Annotated[bool, typer.Option("--plan", help="Plan every chain, count rows and work, make nothing.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    offload: Annotated[str, typer.Option("--offload", help="none, phase or block.")] = "none",
+    storage: Annotated[str | None, typer.Option("--storage", help="fp8: the blocks' matrices in 8 bits.")] = None,
+    vae: Annotated[str | None, typer.Option("--vae", help="The autoencoder, where it is not beside the model.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text encoders, where not beside the model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
+) -> None:
+    """Draw chains x prompts x seeds into a folder of rows and pictures; run it again after any interruption."""
+    from mrflow.cli import console
+
+    with console() as err:
+        asked = load_sweep(file)
+        name = model or asked.model
+        folder = out or Path(f"{file.stem.partition(':')[0]}-sweep")
+        part = parse_shard(shard)
+        planned = plan_sweep(asked, name)
+        if dry:
+            typer.echo("\n".join(planned))
+            return
+        from mrflow.sweep.local import run_sweep
+
+        backbone = load_model(name, device, dtype, offload, storage, vae, text, compile=False)
+        with stopping(err) as (stop, code), bar(err) as show:
+            done = run_sweep(asked, backbone, folder, batch=batch, shard=part, retry=retry, on_progress=show, stop=stop)
+        err.print(f"{done.made} rows made, {done.before} were there, {done.failed} failed, {done.left} left: {folder}")
+        if as_json:
+            typer.echo(json.dumps(done.__dict__))
+        else:
+            typer.echo(folder)
+        if done.stopped and done.left:
+            err.print("stopped after the batch that was being made; the same command goes on")
+            raise SystemExit(code[0])
+        if done.failed:
+            err.print(f"failed rows are in {folder}/rows with their errors; --retry makes them again")
+            raise SystemExit(4)
+
+
+def load_sweep(where: Path) -> "Sweep":
+    """The sweep that a file defines: `sweep`, or the name behind a colon.
+
+    Raises:
+        PlanError: the file fails, or defines no such sweep.
+    """
+    from mrflow.sweep import Sweep
+
+    file, _, name = str(where).partition(".py:")
+    names = load_file(Path(f"{file}.py") if name else where)
+    found = names.get(name or "sweep")
+    if not isinstance(found, Sweep):
+        known = sorted(k for k, v in names.items() if isinstance(v, Sweep))
+        raise PlanError(
+            f"{where} defines no {name or 'sweep'!r} of mf.Sweep(chains, prompts, seeds=...)"
+            + (f"; it defines {', '.join(known)}" if known else "")
+        )
+    return found
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """i and n of i/n."""
+    i, _, n = text.partition("/")
+    if not (i.isascii() and i.isdigit() and n.isascii() and n.isdigit() and int(i) < int(n)):
+        raise PlanError(f"--shard must be i/n with i below n, such as 0/4, got {text!r}")
+    return int(i), int(n)
+
+
+def plan_sweep(asked: "Sweep", name: str) -> list[str]:
+    """Lines on what a sweep will take; every chain is planned, no weight is loaded.
+
+    Raises:
+        PlanError: a chain cannot work.
+    """
+    from mrflow.models import info
+    from mrflow.stage import human
+
+    plans = asked.plans(info(name))
+    pictures = len(asked.prompts) * len(asked.seeds)
+    lines = [f"{len(asked.chains)} chains x {len(asked.prompts)} prompts x {len(asked.seeds)} seeds: {asked.rows} rows"]
+    width = max(map(len, plans))
+    lines += [f"  {label:<{width}}  {p.nfe:>4} forwards  {human(p.work.flops)}FLOP" for label, p in plans.items()]
+    lines.append(f"in all {human(pictures * sum(p.work.flops for p in plans.values()))}FLOP, less what stages share")
+    return lines
+
+
+@contextmanager
+def stopping(err: "Console") -> Generator[tuple[threading.Event, list[int]]]:
+    """The first SIGINT or SIGTERM asks to stop after the batch that is being made, the second stops at once."""
+    stop, code = threading.Event(), [130]
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise SystemExit(128 + number)
+        code[0] = 128 + number
+        stop.set()
+        sys.stderr.write("\nstopping after this batch; once more stops at once\n")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop, code
+        return
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop, code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def bar(err: "Console") -> "Generator[Callable[[Progress], None]]":
+    """Progress on stderr: a bar in a terminal, else a line from time to time."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Shown
+
+    last = [0]
+    columns = (
+        TextColumn("{task.description:<16.16}"),
+        BarColumn(30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Shown(*columns, console=err, transient=True, disable=not err.is_terminal) as shown:
+        task = shown.add_task("", total=None, left="")
+
+        def show(at: "Progress") -> None:
+            left = "" if at.left is None else f"{duration(at.left)} left"
+            bad = f", {at.failed} failed" if at.failed else ""
+            shown.update(task, description=at.label, completed=at.done, total=at.total, left=left + bad)
+            if not err.is_terminal and (at.done == at.total or at.done * 10 // at.total > last[0]):
+                last[0] = at.done * 10 // at.total
+                err.print(f"{at.done} of {at.total} rows{bad}, {left}")
+
+        yield show
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

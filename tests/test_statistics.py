@@ -1,0 +1,210 @@
+"""Intervals cover, pairs are paired, and metrics against scipy and closed forms."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+import mrflow as mf
+from mrflow import metrics
+from mrflow.sweep import ClipScore, Lpips, Measured, ReadText, Row, compare, interval, pareto, values
+
+
+def row(prompt: str, seed: int, value: float | None, *, chain: str = "a", status: str = "done", kind: str = "x") -> Row:
+    """A row with one metric."""
+    return Row(
+        key=f"{chain}{prompt}{seed}", status=status, chain=chain, model="toy", weights="", prompt=prompt, negative="",
+        seed=seed, tags={"kind": kind}, metrics={} if value is None else {"m": value}, seconds=2.0,
+    )  # fmt: skip
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """400 draws of 60 prompts with 3 alike pictures each, true mean 0: a 90 % interval holds it about 90 times in 100.
+
+    Were pictures resampled instead of prompts, it would hold it far less often.
+    """
+    rng, held, naive = np.random.default_rng(1), 0, 0
+    for _ in range(400):
+        prompts = rng.normal(0, 1, 60)[:, None] + rng.normal(0, 0.1, (60, 3))
+        found = interval({str(i): list(v) for i, v in enumerate(prompts)}, level=0.9, draws=500)
+        held += found.low <= 0 <= found.high
+        flat = interval({str(i): [v] for i, v in enumerate(prompts.ravel())}, level=0.9, draws=500)
+        naive += flat.low <= 0 <= flat.high
+    assert 0.85 <= held / 400 <= 0.95
+    assert naive / 400 < 0.75
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, 500)
+    found = interval({str(i): [v] for i, v in enumerate(x)})
+    half = 1.96 * x.std() / len(x) ** 0.5
+    assert found.mean == pytest.approx(x.mean())
+    assert (found.low, found.high) == (
+        pytest.approx(x.mean() - half, abs=0.02),
+        pytest.approx(x.mean() + half, abs=0.02),
+    )
+    assert (found.prompts, found.pictures) == (500, 500)
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=4), min_size=1, max_size=8), st.floats(-3, 3))
+def test_intervals_hold_the_mean_and_move_with_it(groups: list[list[float]], by: float) -> None:
+    table = {str(i): g for i, g in enumerate(groups)}
+    found = interval(table, draws=200)
+    assert found.low <= found.mean + 1e-9 and found.mean <= found.high + 1e-9 or len(groups) < 4
+    moved = interval({k: [v + by for v in g] for k, g in table.items()}, draws=200)
+    assert moved.mean == pytest.approx(found.mean + by, abs=1e-9) and moved.low == pytest.approx(
+        found.low + by, abs=1e-9
+    )
+
+
+def test_a_difference_is_called_one_only_when_its_interval_says_so() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 1, 40)
+    a = [
+        row(f"p{i}", s, base[i] + 0.1 + rng.normal(0, 0.05), kind="x" if i < 20 else "y")
+        for i in range(40)
+        for s in (0, 1)
+    ]
+    b = [row(f"p{i}", s, base[i] + rng.normal(0, 0.05), kind="x" if i < 20 else "y") for i in range(40) for s in (0, 1)]
+    found = compare(a, b, "m", by="kind")
+    assert found.verdict == "higher" and found.difference.mean == pytest.approx(0.1, abs=0.02)
+    assert compare(b, a, "m").verdict == "lower"
+    assert set(found.groups) == {"x", "y"} and all(g.verdict == "higher" for g in found.groups.values())
+    # Unpaired, the same numbers show nothing: prompts differ by far more than the methods.
+    alone = interval({str(i): [v] for i, v in enumerate(values(a, "m").values()) for v in [np.mean(v)]})
+    assert alone.low < 0 < alone.high
+    assert compare(a, a, "m").verdict == "no difference shown"
+    assert compare(a[:2], b[:2], "m").verdict == "no difference shown"  # one prompt shows nothing about others
+
+
+def test_failed_and_missing_rows_are_counted_never_averaged_as_zero() -> None:
+    a = [row("p", 0, 0.8), row("q", 0, 0.6), row("r", 0, None, status="failed"), row("s", 0, None)]
+    b = [row("p", 0, 0.7), row("q", 0, 0.5), row("r", 0, 0.1)]
+    assert values(a, "m") == {"p": [0.8], "q": [0.6]}
+    found = compare(a, b, "m")
+    assert found.difference.mean == pytest.approx(0.1) and found.missing == 1
+    assert values(a, "seconds") == {"p": [2.0], "q": [2.0], "s": [2.0]}
+    with pytest.raises(mf.PlanError, match="no prompt and seed has 'n' in both"):
+        compare(a, b, "n")
+    with pytest.raises(mf.PlanError, match="no value to average"):
+        interval({})
+    with pytest.raises(mf.PlanError, match="level must lie"):
+        interval({"a": [1.0]}, level=1.0)
+
+
+@given(st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8))
+def test_the_front_is_what_nothing_beats(points: dict[str, tuple[int, int]]) -> None:
+    front = pareto(points)
+    for name, (cost, quality) in points.items():
+        beaten = any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points.values())
+        twin = any(points[n] == (cost, quality) for n in front)
+        assert (not beaten) == twin
+    assert [points[n] for n in front] == sorted(points[n] for n in front)
+
+
+def test_ssim_is_that_of_scipy() -> None:
+    """Gaussian windows of 11 pixels through scipy.ndimage, whole windows only."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 24, 31, generator=g)
+    y = (x + 0.2 * torch.randn(x.shape, generator=g)).clamp(0, 1)
+
+    def one(a: Any, b: Any) -> float:
+        def mean(z: Any) -> Any:
+            return gaussian_filter(z, 1.5, truncate=10 / 3)[5:-5, 5:-5]
+
+        ma, mb = mean(a), mean(b)
+        va, vb, ab = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+        top = (2 * ma * mb + 1e-4) * (2 * ab + 9e-4)
+        return float((top / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))).mean())
+
+    want = [
+        np.mean([one(a.double().numpy(), b.double().numpy()) for a, b in zip(i, j, strict=True)])
+        for i, j in zip(x, y, strict=True)
+    ]
+    assert metrics.ssim(x, y).tolist() == pytest.approx(want, abs=1e-5)
+    assert torch.allclose(metrics.ssim(x, x), torch.ones(2))
+    with pytest.raises(mf.PlanError, match="at least 11 pixels"):
+        metrics.ssim(x[..., :8], x[..., :8])
+
+
+def test_power_ratio_sees_which_frequencies_are_lost() -> None:
+    """A wave of 1/4 cycle a pixel halved: its ring has a quarter of the power, the coarse ring all of it."""
+    at = torch.arange(64.0)
+    coarse, fine = torch.cos(2 * torch.pi * at / 32), torch.cos(2 * torch.pi * at / 4)
+    full = (0.5 + 0.1 * (coarse + fine)).expand(1, 3, 64, 64)
+    half = (0.5 + 0.1 * (coarse + 0.5 * fine)).expand(1, 3, 64, 64)
+    ratio = metrics.power_ratio(half, full, bands=4)[0]
+    assert float(ratio[0]) == pytest.approx(1, abs=1e-3) and float(ratio[2]) == pytest.approx(0.25, abs=1e-3)
+
+
+def made(**more: Any) -> Measured:
+    """A picture to measure."""
+    x = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return Measured(**({"pixels": x, "prompt": "a cat", "seed": 0, "tags": {}, "model": mf.toy()} | more))
+
+
+def test_text_is_read_by_a_function_of_ones_own() -> None:
+    read = ReadText(lambda pixels: "CAP")
+    assert read(made()) == {}
+    assert read(made(tags={"text": "CAT"})) == {"text": pytest.approx(2 / 3), "text.exact": 0.0}
+    assert ReadText(lambda pixels: "CAT")(made(tags={"text": "CAT"})) == {"text": 1.0, "text.exact": 1.0}
+    assert ReadText(lambda pixels: "much too long")(made(tags={"text": "CAT"}))["text"] == 0
+
+
+def test_lpips_against_its_equation(tmp_path: Path) -> None:
+    """Random AlexNet and heads: an nn.Sequential of torch's own layers and the published equation are the oracle."""
+    from torch import nn
+
+    torch.manual_seed(0)
+    sizes = ((3, 8, 11), (8, 12, 5), (12, 16, 3), (16, 12, 3), (12, 8, 3))
+    strides, pads = (4, 1, 1, 1, 1), (2, 2, 1, 1, 1)
+    convs = [nn.Conv2d(i, o, k, s, p) for (i, o, k), s, p in zip(sizes, strides, pads, strict=True)]
+    state = {
+        f"features.{n}.{k}": v for n, c in zip((0, 3, 6, 8, 10), convs, strict=True) for k, v in c.state_dict().items()
+    }
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, o, 1, 1) for i, (_, o, _) in enumerate(sizes)}
+    torch.save(state, tmp_path / "alex.pth")
+    torch.save(heads, tmp_path / "lin.pth")
+    measure = Lpips(str(tmp_path / "alex.pth"), str(tmp_path / "lin.pth"))
+    x, y = torch.rand(2, 3, 96, 80, generator=torch.Generator().manual_seed(1))
+    pool, total = nn.MaxPool2d(3, 2), torch.zeros(())
+    mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    a, b = (((2 * z - 1) - mean[:, None, None])[None] / std[:, None, None] for z in (x, y))
+    with torch.no_grad():
+        for i, conv in enumerate(convs):
+            a, b = (conv(pool(z) if i in (1, 2) else z).relu() for z in (a, b))
+            unit = [z / (z.norm(dim=1, keepdim=True) + 1e-10) for z in (a, b)]
+            total = total + ((unit[0] - unit[1]) ** 2 * heads[f"lin{i}.model.1.weight"]).sum(1).mean()
+        found = measure(made(pixels=x, reference=y))
+    assert found["lpips"] == pytest.approx(float(total), rel=1e-4)
+    assert measure(made(pixels=x, reference=x))["lpips"] == 0 and measure(made(pixels=x)) == {}
+    with pytest.raises(mf.WeightsError, match="are they AlexNet and LPIPS"):
+        Lpips(str(tmp_path / "lin.pth"), str(tmp_path / "alex.pth"))(made(pixels=x, reference=y))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_clip_score_is_the_cosine_of_a_local_model(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    from tests.tiny import write_clip_tokenizer
+
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=1000
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, image_size=32, patch_size=8
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).eval()
+    model.save_pretrained(tmp_path)
+    write_clip_tokenizer(tmp_path)
+    found = ClipScore(str(tmp_path))(made())["clip"]
+    assert 0 <= found <= 100
+    with pytest.raises(mf.WeightsError, match="there is no CLIP model in"):
+        ClipScore(str(tmp_path / "gone"))(made())

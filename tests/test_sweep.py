@@ -1,0 +1,438 @@
+"""Sweeps: keys, resuming after any death, two processes in one folder, metrics, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mrflow as mf
+from mrflow import io
+from mrflow.io import read_record
+from mrflow.sweep import (
+    Measured,
+    Psnr,
+    RoundTrip,
+    Row,
+    SceneScore,
+    Sharpness,
+    Spectrum,
+    Ssim,
+    Store,
+    local,
+    read,
+    run_sweep,
+    store,
+)
+from tests.test_cli import call, here  # noqa: F401
+
+LOW, SIZE = (16, 16), (32, 32)
+
+
+def paper(sigma: float = 0.12, steps: int = 2) -> Any:
+    """A staged chain for the toy."""
+    return mf.recipes.paper(low=LOW, size=SIZE, steps=steps, sigma=sigma)
+
+
+def small(**more: Any) -> mf.Sweep:
+    """Two chains, three prompts, two seeds."""
+    chains = {"native": mf.recipes.native(size=SIZE, steps=4), "staged": paper()}
+    settings: dict[str, Any] = {"seeds": (0, 1), "metrics": (Psnr(), Ssim(), Spectrum(2), Sharpness(), RoundTrip())}
+    return mf.Sweep(chains, [mf.Prompt("a", {"kind": "x"}), mf.Prompt("b", {"kind": "y"}), "c"], **(settings | more))
+
+
+def facts(rows: list[Row]) -> dict[str, Any]:
+    """What of rows must not depend on when and how they were made."""
+    return {
+        r.key: (r.chain, r.prompt, r.seed, r.status, r.nfe, r.flops, dict(r.metrics), r.picture, dict(r.tags))
+        for r in rows
+    }
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    """Pixels of every picture."""
+    return {p.name: io.read_image(p).numpy().tobytes() for p in sorted((folder / "pictures").rglob("*.png"))}
+
+
+def test_every_row_is_made_once_with_its_picture(tmp_path: Path) -> None:
+    sweep = small()
+    done = run_sweep(sweep, mf.toy(), tmp_path)
+    assert (done.made, done.before, done.failed, done.left) == (12, 0, 0, 0)
+    rows = read(tmp_path)
+    assert len(rows) == len({r.key for r in rows}) == sweep.rows == 12
+    assert {(r.chain, r.prompt, r.seed) for r in rows} == {
+        (c, p, s) for c in ("native", "staged") for p in "abc" for s in (0, 1)
+    }
+    for row in rows:
+        assert row.done and row.picture is not None and row.tries == 1 and row.seconds > 0 and row.device == "cpu"
+        assert row.tags == {"a": {"kind": "x"}, "b": {"kind": "y"}, "c": {}}[row.prompt]
+        record = read_record(tmp_path / row.picture)
+        assert (record["prompt"], record["seed"]) == (row.prompt, row.seed)
+        want = {"sharpness", "round_trip"} | (
+            {"psnr", "ssim", "spectrum.1", "spectrum.2"} if row.chain == "staged" else set()
+        )
+        assert set(row.metrics) == want
+        assert [s["name"] for s in row.stages][-1] == "Decode" and row.nfe == sum(s["nfe"] for s in row.stages)
+    again = run_sweep(sweep, mf.toy(), tmp_path)
+    assert (again.made, again.before) == (0, 12)
+    picture = next(r for r in rows if r.chain == "staged")
+    replayed = mf.replay(tmp_path / str(picture.picture), model=mf.toy())
+    assert float((replayed.pixels - io.read_image(tmp_path / str(picture.picture))).abs().max()) <= 1.01 / 255
+    assert not list((tmp_path / "leases").iterdir())
+
+
+@given(count=st.integers(1, 5), batch=st.integers(1, 5))
+def test_shards_and_batches_do_not_change_rows(tmp_path_factory: Any, count: int, batch: int) -> None:
+    """Every row is in exactly one shard; metrics and pictures are those of one process that makes all."""
+    sweep = small(seeds=(0,), metrics=(Psnr(),))
+    whole, parts = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("parts")
+    run_sweep(sweep, mf.toy(), whole, batch=3)
+    made = [run_sweep(sweep, mf.toy(), parts, batch=batch, shard=(i, count)).made for i in range(count)]
+    assert sum(made) == 6
+    a, b = facts(read(whole)), facts(read(parts))
+    assert set(a) == set(b)
+    for key in a:
+        assert a[key][:6] == b[key][:6]
+        assert a[key][6].keys() == b[key][6].keys()
+        for name in a[key][6]:
+            assert b[key][6][name] == pytest.approx(a[key][6][name], rel=1e-2)
+
+
+def test_a_shared_stage_is_paid_once(tmp_path: Path) -> None:
+    """Eight sigmas: forwards counted at the model; at most half of what eight separate runs take."""
+    model, calls = mf.toy(), [0]
+    field = model.field
+
+    def counted(cond: Any, *, guidance: float | None = None) -> Any:
+        inner = field(cond, guidance=guidance)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            calls[0] += 1
+            return inner(x, sigma)
+
+        return velocity
+
+    model.field = counted  # type: ignore[method-assign]
+    chains = {f"{s}": paper(s / 100, steps=12) for s in range(4, 20, 2)}
+    sweep = mf.Sweep(chains, ["a", "b"])
+    run_sweep(sweep, model, tmp_path, batch=2)
+    alone = sum(mf.plan(c, model.info).nfe for c in chains.values())
+    warm = 3  # two steps and one, once, for all of them have the same shapes
+    assert calls[0] == 12 + 8 + warm <= alone / 2
+    rows = read(tmp_path)
+    assert all(r.nfe == 13 for r in rows)
+    sampled = {tuple(r.stages[0]["seconds"] for r in rows if r.prompt == p) for p in "ab"}
+    assert all(len(set(times)) == 1 and times[0] > 0 for times in sampled)  # the time of the one that was made
+
+
+def test_keys_change_with_what_they_depend_on(tmp_path: Path) -> None:
+    """Another sigma, prompt, seed, negative prompt or model version makes new rows and leaves the old ones."""
+    base = {"chains": {"s": paper()}, "prompts": ["a"], "seeds": (0,)}
+    run_sweep(mf.Sweep(**base), mf.toy(), tmp_path)  # type: ignore[arg-type]
+    for number, change in enumerate(
+        ({"chains": {"s": paper(0.2)}}, {"prompts": ["b"]}, {"seeds": (1,)}, {"negative": "no"}), 2
+    ):
+        assert run_sweep(mf.Sweep(**(base | change)), mf.toy(), tmp_path).made == 1  # type: ignore[arg-type]
+        assert len(read(tmp_path)) == number
+    assert run_sweep(mf.Sweep(**base), mf.toy(), tmp_path).made == 0  # type: ignore[arg-type]
+    renamed = {"chains": {"another label": paper()}}
+    assert run_sweep(mf.Sweep(**(base | renamed)), mf.toy(), tmp_path).made == 0  # type: ignore[arg-type]
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {root!r})
+import mrflow as mf
+from mrflow.sweep import run_sweep, local, store
+from tests.test_sweep import small
+store.BEAT = 0.2
+make = local.Maker._made
+def slow(self, label, group):
+    time.sleep({pause})
+    return make(self, label, group)
+local.Maker._made = slow
+print("begun", flush=True)
+done = run_sweep(small(), mf.toy(), {folder!r}, batch=2)
+print(done.made, flush=True)
+"""
+
+
+def process(folder: Path, *, pause: float = 0.0) -> "subprocess.Popen[str]":
+    """A sweep in a process of its own."""
+    root = str(Path(__file__).parents[1])
+    code = SCRIPT.format(root=root, folder=str(folder), pause=pause)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: Any) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder: Path = tmp_path_factory.mktemp("undisturbed")
+    run_sweep(small(), mf.toy(), folder, batch=2)
+    return folder
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_loses_and_doubles_nothing(tmp_path: Path, undisturbed: Path) -> None:
+    """kill -9 after more and more rows, until one run is left to finish: rows and pictures as if nothing had been."""
+    for round_ in range(4):
+        before = len(read(tmp_path)) if (tmp_path / "rows").is_dir() else 0
+        worker = process(tmp_path, pause=0.05)
+        assert worker.stdout is not None and worker.stdout.readline() == "begun\n"
+        end = time.monotonic() + 60
+        while time.monotonic() < end and len(list((tmp_path / "rows").glob("??/*.json"))) < before + 1 + round_ % 2:
+            time.sleep(0.01)
+        worker.kill()
+        worker.communicate()
+        now = read(tmp_path)
+        assert all(r.done for r in now) and len(now) > before
+        for row in now:
+            assert io.read_image(tmp_path / str(row.picture)).shape == (1, 3, *SIZE)
+    done = run_sweep(small(), mf.toy(), tmp_path, batch=2)
+    assert done.left == done.failed == 0
+    assert facts(read(tmp_path)) == facts(read(undisturbed))
+    assert pictures(tmp_path) == pictures(undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_folder(tmp_path: Path, undisturbed: Path) -> None:
+    workers = [process(tmp_path, pause=0.1) for _ in range(2)]
+    made = [int(w.communicate(timeout=120)[0].split()[-1]) for w in workers]
+    assert sum(made) >= 12 and all(n < 12 for n in made)  # both worked
+    run_sweep(small(), mf.toy(), tmp_path)
+    assert facts(read(tmp_path)) == facts(read(undisturbed))
+    assert pictures(tmp_path) == pictures(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_after_the_batch(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    (tmp_path / "s.py").write_text(
+        "import mrflow as mf\n"
+        "chain = mf.recipes.native(size=(64, 64), steps=6)\n"
+        "sweep = mf.Sweep({'n': chain}, [f'a big red circle {i}' for i in range(400)])\n"
+    )
+    words = [sys.executable, "-m", "mrflow", "sweep", "s.py", "--batch", "1", "--json"]
+    # Started in the background by a shell, a process may be told to ignore SIGINT: here it is not.
+    worker = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    end = time.monotonic() + 90
+    while time.monotonic() < end and not list((tmp_path / "s-sweep").glob("rows/??/*.json")):
+        time.sleep(0.02)
+    worker.send_signal(number)
+    out, err = worker.communicate(timeout=60)
+    assert worker.returncode == code, err
+    summary = json.loads(out)
+    assert summary["stopped"] and summary["left"] == 400 - len(read(tmp_path / "s-sweep")) > 0
+    assert "the same command goes on" in err
+    assert not list((tmp_path / "s-sweep" / "leases").glob("*.json"))
+
+
+@dataclass(frozen=True)
+class Bad(mf.Stage[mf.Pixels, mf.Pixels]):
+    """Fails for one seed."""
+
+    seed: int = 1
+
+    def plan(self, spec: mf.Pixels, model: mf.ModelInfo) -> mf.Pixels:
+        return spec
+
+    def apply(self, state: mf.State[mf.Pixels], out: mf.Pixels, ctx: mf.Context) -> Tensor:
+        if self.seed in ctx.seeds:
+            raise ValueError("this seed is poison")
+        return state.data
+
+
+def test_a_failing_row_is_written_down_and_takes_no_other_with_it(tmp_path: Path) -> None:
+    sweep = mf.Sweep({"ok": paper(), "bad": paper() >> Bad()}, ["a", "b"], seeds=(0, 1, 2))
+    done = run_sweep(sweep, mf.toy(), tmp_path, batch=6)
+    assert (done.made, done.failed, done.left) == (10, 2, 0)
+    failed = [r for r in read(tmp_path) if not r.done]
+    assert {(r.chain, r.seed) for r in failed} == {("bad", 1)}
+    assert all("this seed is poison" in str(r.error) and r.picture is None for r in failed)
+    assert run_sweep(sweep, mf.toy(), tmp_path).made == 0  # they are not tried again by themselves
+    again = run_sweep(sweep, mf.toy(), tmp_path, retry=True)
+    assert (again.made, again.failed) == (0, 2)
+
+
+def test_a_row_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
+    """A lease of a dead process that began the row three times: it is written down as failed, the rest is made."""
+    sweep, model = mf.Sweep({"s": paper()}, ["a", "b"]), mf.toy()
+    folder = Store(tmp_path)
+    folder.open(local.manifest(sweep, model))
+    key = local.Maker(sweep, model, folder).key("s", (sweep.prompts[0], 0))
+    dead = {"host": os.uname().nodename, "pid": 2**22 + 7, "boot": store.boot(), "tries": 2}
+    (tmp_path / "leases" / f"{key}.json").write_text(json.dumps(dead))
+    done = run_sweep(sweep, model, tmp_path)
+    assert (done.made, done.failed) == (1, 1)
+    row = next(r for r in read(tmp_path) if not r.done)
+    assert row.prompt == "a" and "the process died 3 times" in str(row.error)
+
+
+def test_leases(tmp_path: Path) -> None:
+    """One holder; a dead process, or an old heartbeat of another host, is taken over; a live one is not."""
+    a, b = Store(tmp_path), Store(tmp_path)
+    a.open({"chains": {}})
+    assert a.claim("k") == 0 and b.claim("k") is None
+    a.release(["k"])
+    assert b.claim("k") == 0
+    b.release(["k"])
+    path = tmp_path / "leases" / "k.json"
+    elsewhere = {"host": "elsewhere", "pid": 1, "boot": "x", "tries": 0}
+    path.write_text(json.dumps(elsewhere))
+    assert a.claim("k") is None
+    old = time.time() - 10 * store.STALE
+    os.utime(path, (old, old))
+    assert a.claim("k") == 1
+    a.release(["k"])
+    path.write_text("not whole")
+    assert a.claim("k") is None
+    os.utime(path, (old, old))
+    assert a.claim("k") == 1
+    a.release(["k"])
+
+
+def test_what_a_power_cut_leaves_is_not_taken_for_a_row(tmp_path: Path) -> None:
+    sweep = small()
+    run_sweep(sweep, mf.toy(), tmp_path)
+    whole = facts(read(tmp_path))
+    rows = sorted((tmp_path / "rows").rglob("*.json"))
+    rows[0].write_bytes(b"")
+    rows[1].write_bytes(rows[1].read_bytes()[:100])
+    rows[2].write_bytes(b"[1, 2]")
+    torn = rows[3].with_name("." + rows[3].name + ".abc")
+    torn.write_bytes(b"{")
+    (tmp_path / "sweep.json").write_bytes(b"{")
+    assert len(read(tmp_path)) == 9
+    assert run_sweep(sweep, mf.toy(), tmp_path).made == 3
+    assert facts(read(tmp_path)) == whole
+
+
+def test_a_full_disk_stops_it_and_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fifth file that is written finds no space; after that there is space again."""
+    written, replace = [0], os.replace
+
+    def full(a: Any, b: Any) -> None:
+        written[0] += 1
+        if written[0] == 5:
+            raise OSError(28, "No space left on device")
+        replace(a, b)
+
+    monkeypatch.setattr(io.os, "replace", full)
+    with pytest.raises(mf.ResourceError, match="No space left"):
+        run_sweep(small(), mf.toy(), tmp_path, batch=1)
+    monkeypatch.undo()
+    assert all(io.read_image(p).shape == (1, 3, *SIZE) for p in (tmp_path / "pictures").rglob("*.png"))
+    assert not list(tmp_path.rglob("leases/*.json")) and not list(tmp_path.rglob(".*.png.*"))
+    assert run_sweep(small(), mf.toy(), tmp_path).left == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: mf.Sweep({}, ["a"]), "needs at least one chain"),
+        (lambda: mf.Sweep({"a": paper()}, []), "at least one prompt"),
+        (lambda: mf.Sweep({"a": paper()}, ["a"], seeds=()), "at least one seed"),
+        (lambda: mf.Sweep({"a": paper()}, ["a", "a"]), "the prompt 'a' is there twice"),
+        (lambda: mf.Sweep({"a": paper()}, ["a"], seeds=(1, 1)), "a seed is there twice"),
+        (lambda: mf.Sweep({"a": paper()}, ["a"], reference="b"), "the reference 'b' is none of the chains: a"),
+        (lambda: mf.Sweep({"a": paper()}, [3]), "a prompt must be text or a Prompt"),  # type: ignore[list-item]
+        (lambda: mf.Sweep({"a": paper()}, ["a"], pictures="all"), "pictures must be last or stages"),  # type: ignore[arg-type]
+        (lambda: run(mf.Sweep({"a": mf.Sample(*SIZE)}, ["a"])), "chain 'a' ends in Latents"),
+        (lambda: run(mf.Sweep({"a": mf.Upscale()}, ["a"])), "chain 'a': the chain begins with Upscale"),
+        (lambda: run(mf.Sweep({"a": mf.recipes.native(size=(33, 32))}, ["a"])), "chain 'a': stage 1 of 2, Sample"),
+        (lambda: run(small(), batch=0), "batch must be"),
+        (lambda: run(small(), shard=(2, 2)), "a shard"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_is_made(make: Any, text: str) -> None:
+    with pytest.raises(mf.PlanError, match=text):
+        make()
+
+
+def run(sweep: mf.Sweep, **more: Any) -> None:
+    """Into a folder that must not be made."""
+    folder = Path("/nonexistent/folder")
+    try:
+        run_sweep(sweep, mf.toy(), folder, **more)
+    finally:
+        assert not folder.exists()
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(mf.PlanError, match="is not a folder"):
+        run_sweep(small(), mf.toy(), tmp_path / "file")
+    with pytest.raises(mf.PlanError, match="is no sweep's folder"):
+        read(tmp_path)
+
+
+def test_prompts_may_come_from_a_generator() -> None:
+    def some() -> Iterator[str]:
+        yield from ("x", "y")
+
+    assert [p.text for p in mf.Sweep({"a": paper()}, some()).prompts] == ["x", "y"]
+
+
+def test_every_stage_can_be_kept(tmp_path: Path) -> None:
+    sweep = mf.Sweep({"s": paper()}, ["a", "b"], pictures="stages")
+    run_sweep(sweep, mf.toy(), tmp_path)
+    for row in read(tmp_path):
+        assert [name for name, _ in row.stage_pictures] == ["Decode", "Upscale"]
+        assert io.read_image(tmp_path / row.stage_pictures[0][1]).shape == (1, 3, *LOW)
+
+
+def test_the_command(here: Path) -> None:  # noqa: F811
+    Path("mine.py").write_text(
+        "import mrflow as mf\nfrom mrflow.sweep import SceneScore\n"
+        "size, low = (64, 64), (32, 32)\n"
+        "chains = {'n': mf.recipes.native(size=size, steps=2), 's': mf.recipes.paper(size=size, low=low, steps=2)}\n"
+        "sweep = mf.Sweep(chains, ['a big red circle at the left'], metrics=[SceneScore()])\nother = 3\n"
+    )
+    code, out, _ = call("sweep", "mine.py", "--plan")
+    assert code == 0 and "2 chains x 1 prompts x 1 seeds: 2 rows" in out and not Path("mine-sweep").exists()
+    code, out, err = call("sweep", "mine.py", "--json")
+    assert code == 0 and json.loads(out)["made"] == 2 and "2 rows made, 0 were there, 0 failed" in err
+    assert all("score" in r.metrics for r in read("mine-sweep"))
+    code, out, err = call("sweep", "mine.py:sweep")
+    assert code == 0 and out.strip() == "mine-sweep" and "2 were there" in err
+    for words, text in (
+        (("mine.py:other",), "defines no 'other'"),
+        (("gone.py",), "there is no Python file gone.py"),
+        (("mine.py", "--shard", "4/4"), "--shard must be i/n"),
+        (("mine.py", "--model", "nothing"), "there is no model 'nothing'"),
+    ):
+        code, _, err = call("sweep", *words)
+        assert code == 2 and text in err, err
+
+
+def measured(**more: Any) -> Measured:
+    """A picture to measure."""
+    x = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return Measured(x, "a big red circle at the left", 0, {}, mf.toy(), **more)
+
+
+def test_metrics_leave_out_what_does_not_apply() -> None:
+    assert Psnr()(measured()) == Ssim()(measured()) == Spectrum()(measured()) == RoundTrip()(measured()) == {}
+    other = Measured(measured().pixels, "not of this world at all", 0, {}, mf.toy())
+    assert SceneScore()(other) == {}
+    assert set(SceneScore()(measured())) >= {"score", "score.alignment"}
+    same = measured(reference=measured().pixels)
+    assert Psnr()(same) == {"psnr": 100.0} and Ssim()(same)["ssim"] == pytest.approx(1)
+    assert all(v == pytest.approx(1) for v in Spectrum()(same).values())
