@@ -1,4 +1,4 @@
-"""Verbs of the command line that concern many pictures: `mrflow sweep`. Thin; nothing heavy is imported at first."""
+"""Verbs of the command line that concern many pictures: `sweep`, `report`. Thin; nothing heavy is imported at first."""
 
 import json
 import signal
@@ -169,3 +169,43 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a sweep.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The page; FOLDER/report.html unless said.")] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Its heading; the folder's name unless said.")] = None,
+    link: Annotated[bool, typer.Option("--link", help="Refer to the pictures instead of embedding them.")] = False,
+    table: Annotated[bool, typer.Option("--csv", help="Also the rows as CSV, beside the page.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Also the rows as Parquet.")] = False,
+    plots: Annotated[bool, typer.Option("--plots", help="Also quality against speed-up as PNG and SVG.")] = False,
+    metric: Annotated[str | None, typer.Option("--metric", help="The quality of the plots.")] = None,
+) -> None:
+    """Make one HTML page of a sweep: trade-off, categories, table, pictures side by side, the worst first."""
+    from mrflow.cli import console
+    from mrflow.io import check_writable
+
+    with console() as err:
+        from mrflow.sweep.report import load, summarise, write_csv, write_parquet, write_plots, write_report
+
+        rows, reference = load(folder)
+        target = out or folder / "report.html"
+        if target.suffix.lower() not in (".html", ".htm"):
+            raise PlanError(f"--out must end in .html, got {target.name!r}")
+        if link and target.resolve().parent != folder.resolve():
+            raise PlanError(f"with --link the page must lie in {folder}, beside the pictures: leave out --out")
+        check_writable(target)
+        write_report(folder, target, title=title, link=link)
+        made = [target]
+        if table:
+            made.append(target.with_suffix(".csv"))
+            write_csv(rows, made[-1])
+        if parquet:
+            made.append(target.with_suffix(".parquet"))
+            write_parquet(rows, made[-1])
+        if plots:
+            made += write_plots(summarise(rows, reference), target.with_suffix(""), metric=metric)
+        bad = sum(not row.done for row in rows)
+        err.print(f"{len(rows)} rows, {bad} failed; {target.stat().st_size / 1e6:.1f} MB")
+        for path in made:
+            typer.echo(path)

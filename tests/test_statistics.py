@@ -56,7 +56,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
 def test_intervals_hold_the_mean_and_move_with_it(groups: list[list[float]], by: float) -> None:
     table = {str(i): g for i, g in enumerate(groups)}
     found = interval(table, draws=200)
-    assert found.low <= found.mean + 1e-9 and found.mean <= found.high + 1e-9 or len(groups) < 4
+    assert (found.low <= found.mean + 1e-9 and found.mean <= found.high + 1e-9) or len(groups) < 4
     moved = interval({k: [v + by for v in g] for k, g in table.items()}, draws=200)
     assert moved.mean == pytest.approx(found.mean + by, abs=1e-9) and moved.low == pytest.approx(
         found.low + by, abs=1e-9
@@ -101,7 +101,7 @@ def test_failed_and_missing_rows_are_counted_never_averaged_as_zero() -> None:
 @given(st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8))
 def test_the_front_is_what_nothing_beats(points: dict[str, tuple[int, int]]) -> None:
     front = pareto(points)
-    for name, (cost, quality) in points.items():
+    for cost, quality in points.values():
         beaten = any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points.values())
         twin = any(points[n] == (cost, quality) for n in front)
         assert (not beaten) == twin
@@ -192,19 +192,20 @@ def test_lpips_against_its_equation(tmp_path: Path) -> None:
 def test_clip_score_is_the_cosine_of_a_local_model(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-    from tests.tiny import write_clip_tokenizer
+    from tests.tiny import clip_tokenizer
 
+    folder = tmp_path / "clip"
+    size = clip_tokenizer(folder)
     text = CLIPTextConfig(
-        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=1000
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=size
     )
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, image_size=32, patch_size=8
     )
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).eval()
-    model.save_pretrained(tmp_path)
-    write_clip_tokenizer(tmp_path)
-    found = ClipScore(str(tmp_path))(made())["clip"]
+    model.save_pretrained(folder)
+    found = ClipScore(str(folder))(made())["clip"]
     assert 0 <= found <= 100
     with pytest.raises(mf.WeightsError, match="there is no CLIP model in"):
         ClipScore(str(tmp_path / "gone"))(made())

@@ -146,8 +146,24 @@ def test_keys_change_with_what_they_depend_on(tmp_path: Path) -> None:
         assert run_sweep(mf.Sweep(**(base | change)), mf.toy(), tmp_path).made == 1  # type: ignore[arg-type]
         assert len(read(tmp_path)) == number
     assert run_sweep(mf.Sweep(**base), mf.toy(), tmp_path).made == 0  # type: ignore[arg-type]
-    renamed = {"chains": {"another label": paper()}}
-    assert run_sweep(mf.Sweep(**(base | renamed)), mf.toy(), tmp_path).made == 0  # type: ignore[arg-type]
+
+
+def test_labels_tags_and_metrics_are_brought_up_to_date_without_drawing(tmp_path: Path) -> None:
+    chains = {"native": mf.recipes.native(size=SIZE, steps=4), "old name": paper()}
+    run_sweep(mf.Sweep(chains, ["a"]), mf.toy(), tmp_path)
+    before = pictures(tmp_path)
+    chains = {"native": chains["native"], "new name": paper()}
+    sweep = mf.Sweep(chains, [mf.Prompt("a", {"kind": "x"})], metrics=[Psnr(), Sharpness(), RoundTrip()])
+    assert run_sweep(sweep, mf.toy(), tmp_path).made == 0
+    rows = {r.chain: r for r in read(tmp_path)}
+    assert set(rows) == {"native", "new name"} and all(r.tags == {"kind": "x"} for r in rows.values())
+    assert set(rows["new name"].metrics) == {"psnr", "sharpness"} and set(rows["native"].metrics) == {"sharpness"}
+    fresh = tmp_path / "fresh"
+    run_sweep(sweep, mf.toy(), fresh)
+    for row in read(fresh):
+        for name, value in rows[row.chain].metrics.items():
+            assert row.metrics[name] == value
+    assert pictures(tmp_path) == before
 
 
 SCRIPT = """

@@ -7,7 +7,7 @@ calls it in its own workers.
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -25,7 +25,7 @@ from mrflow.runner import Result, run
 from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels
 from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, versions
-from mrflow.sweep.metrics import Measured, named
+from mrflow.sweep.metrics import Measured, Metric, named
 from mrflow.sweep.store import MAX_TRIES, Row, Store
 
 if TYPE_CHECKING:
@@ -107,6 +107,42 @@ class Maker:
                 row = self.store.get(self.key(label, pair))
                 if row is None or (retry and not row.done):
                     yield label, pair
+
+    def refresh(self, pairs: Sequence[Pair]) -> int:
+        """Give rows that are there the labels, tags and metrics that the sweep has now; how many changed.
+
+        New metrics are computed on the saved pictures; those that need latents only come with new rows.
+        """
+        changed = 0
+        asked = [m for m in self.sweep.metrics if not m.needs_latents]
+        for pair in pairs:
+            for label in self.labels:
+                row = self.store.get(self.key(label, pair))
+                if row is None or not row.done or row.picture is None:
+                    continue
+                prompt, seed = pair
+                new = [m for m in asked if repr(m) not in row.measured]
+                if row.chain == label and dict(row.tags) == dict(prompt.tags) and not new:
+                    continue
+                metrics = dict(row.metrics)
+                if new:
+                    with Image.open(self.store.folder / row.picture) as image:
+                        pixels = _pixels(image)
+                    reference = self._reference(label, pair) if self.needs_reference else None
+                    metrics |= self._numbers(
+                        new, Measured(pixels, prompt.text, seed, prompt.tags, self.model, reference)
+                    )
+                measured = sorted({*row.measured, *(repr(m) for m in new)})
+                self.store.commit(replace(row, chain=label, tags=dict(prompt.tags), metrics=metrics, measured=measured))
+                changed += 1
+        return changed
+
+    def _numbers(self, metrics: Sequence[Metric], measured: Measured) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for metric in metrics:
+            found = metric(measured)
+            out |= {name: float(value) for name, value in found.items() if np.isfinite(value)}
+        return out
 
     def make(
         self, pairs: Sequence[Pair], *, retry: bool = False, on_row: Callable[[Row], None] | None = None
@@ -220,10 +256,6 @@ class Maker:
             self._reference(label, pair) if self.needs_reference else None,
             self._latents(result, item) if self.needs_latents else None,
         )
-        metrics: dict[str, float] = {}
-        for metric in self.sweep.metrics:
-            found = metric(measured)
-            metrics |= {name: float(value) for name, value in found.items() if np.isfinite(value)}
         return Row(
             key=key,
             status="done",
@@ -240,7 +272,8 @@ class Maker:
             flops=plan.work.flops,
             peak_bytes=result.peak_bytes,
             stages=stages,
-            metrics=metrics,
+            metrics=self._numbers(self.sweep.metrics, measured),
+            measured=sorted(repr(m) for m in self.sweep.metrics),
             picture=picture,
             stage_pictures=self._stage_pictures(result, item, key) if self.sweep.pictures == "stages" else (),
             versions=self.made_by,
@@ -361,6 +394,7 @@ def run_sweep(
             if stop is not None and stop.is_set():
                 break
             maker.make(wanted[start : start + batch], retry=retry, on_row=seen)
+        maker.refresh(pairs)
     left = sum(1 for _ in maker.missing(pairs))
     return Summary(made, before, failed, left, bool(stop is not None and stop.is_set()), str(folder))
 

@@ -51,6 +51,7 @@ class Row:
     peak_bytes: int = 0
     stages: Sequence[Mapping[str, Any]] = ()
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    measured: Sequence[str] = ()
     picture: str | None = None
     stage_pictures: Sequence[Sequence[str]] = ()
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -98,7 +99,7 @@ class Store:
         chains = {**cast("dict[str, object]", old.get("chains", {})), **cast("dict[str, object]", manifest["chains"])}
         write_bytes(
             self.folder / "sweep.json",
-            json.dumps({"format": FORMAT, **manifest, "chains": chains}, indent=1, sort_keys=True).encode(),
+            json.dumps({"format": FORMAT, **manifest, "chains": chains}, indent=1).encode(),
         )
         self._sweep_up()
 

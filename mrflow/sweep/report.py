@@ -1,0 +1,310 @@
+"""What a sweep's folder shows: one HTML file that opens from disk, a table, plots.
+
+Everything is computed here, once; the page only draws it. Prompts and errors are data from outside: they go into the
+page as JSON and onto it as text, never as markup.
+"""
+
+import base64
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from mrflow.errors import PlanError
+from mrflow.io import write_bytes
+from mrflow.sweep.statistics import Comparison, Interval, compare, grouped, interval, number, pareto, values
+from mrflow.sweep.store import Row, Store, read
+
+MAX_BYTES = 200_000_000  # of embedded pictures; browsers become slow beyond
+COLUMNS = (
+    "chain", "prompt", "seed", "status", "error", "seconds", "nfe", "flops", "peak_bytes", "batch", "device", "model",
+    "weights", "picture", "key",
+)  # fmt: skip
+
+
+def load(folder: str | Path) -> tuple[list[Row], str]:
+    """The rows of a folder, and the label of its reference chain ("" where it has none).
+
+    Raises:
+        PlanError: it is no sweep's folder, or has no rows yet.
+    """
+    rows = read(folder)
+    if not rows:
+        raise PlanError(f"{folder} has no rows yet; run mrflow sweep first")
+    said = Store(folder).manifest()
+    order = list(cast("dict[str, object]", said.get("chains", {})))
+    rows.sort(key=lambda r: (order.index(r.chain) if r.chain in order else len(order), r.prompt, r.seed))
+    reference = said.get("reference")
+    known = {row.chain for row in rows}
+    return rows, reference if isinstance(reference, str) and reference in known else ""
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """The metrics that rows have: `score` first, then whole ones, then parts of others."""
+    names = {name for row in rows for name in row.metrics}
+    return sorted(names, key=lambda n: (n != "score", "." in n, n))
+
+
+def speedup(reference: Sequence[Row], rows: Sequence[Row], *, draws: int = 10_000, seed: int = 0) -> Interval | None:
+    """Seconds of the reference over seconds of these rows, over prompts and seeds that both have.
+
+    The ratio of sums, not the mean of ratios: how much sooner the whole set would be there. Bootstrap over prompts.
+    """
+    theirs = {(r.prompt, r.seed): r.seconds for r in reference if r.done and r.seconds > 0}
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.done and row.seconds > 0 and (row.prompt, row.seed) in theirs:
+            pairs.setdefault(row.prompt, []).append((theirs[row.prompt, row.seed], row.seconds))
+    if not pairs:
+        return None
+    sums = np.array([np.sum(v, axis=0) for v in pairs.values()])
+    pick = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    drawn = sums[pick].sum(1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    total = sums.sum(0)
+    return Interval(float(total[0] / total[1]), float(low), float(high), len(sums), sum(map(len, pairs.values())))
+
+
+def summarise(rows: Sequence[Row], reference: str, *, draws: int = 4000) -> dict[str, Any]:
+    """All numbers of the page, without pictures."""
+    by_chain = grouped(rows, lambda r: r.chain)
+    metrics = metrics_of(rows)
+    tags = sorted({tag for row in rows for tag in row.tags})
+    base = by_chain.get(reference, [])
+    chains: list[dict[str, Any]] = []
+    for label, mine in by_chain.items():
+        done = [r for r in mine if r.done]
+        groups: dict[str, Any] = {}
+        for tag in tags:
+            parts = grouped((r for r in mine if tag in r.tags), lambda r, t=tag: r.tags[t])  # type: ignore[misc]
+            groups[tag] = {
+                value: {"metrics": _means(part, metrics, draws), "compare": _against(part, base, metrics, draws)}
+                for value, part in parts.items()
+            }
+        chains.append(
+            {
+                "label": label,
+                "n": len(mine),
+                "failed": len(mine) - len(done),
+                "nfe": done[0].nfe if done else None,
+                "flops": done[0].flops if done else None,
+                "peak": max((r.peak_bytes for r in done), default=0) or None,
+                "seconds": _mean(done, "seconds", draws),
+                "speedup": _plain(speedup(base, mine, draws=draws)) if base else None,
+                "metrics": _means(mine, metrics, draws),
+                "compare": _against(mine, base, metrics, draws) if label != reference else {},
+                "groups": groups,
+            }
+        )
+    first = rows[0]
+    return {
+        "model": first.model,
+        "weights": first.weights,
+        "reference": reference,
+        "metrics": metrics,
+        "tags": tags,
+        "chains": chains,
+        "done": sum(r.done for r in rows),
+        "failed": sum(not r.done for r in rows),
+    }
+
+
+def _plain(found: Interval | None) -> dict[str, Any] | None:
+    return None if found is None else dict(found.__dict__)
+
+
+def _mean(rows: Sequence[Row], metric: str, draws: int) -> dict[str, Any] | None:
+    found = values(rows, metric)
+    return _plain(interval(found, draws=draws)) if found else None
+
+
+def _means(rows: Sequence[Row], metrics: Sequence[str], draws: int) -> dict[str, Any]:
+    found = {metric: _mean(rows, metric, draws) for metric in metrics}
+    return {metric: value for metric, value in found.items() if value is not None}
+
+
+def _against(rows: Sequence[Row], base: Sequence[Row], metrics: Sequence[str], draws: int) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for metric in metrics:
+        try:
+            found: Comparison = compare(rows, base, metric, draws=draws)
+        except PlanError:  # nothing in common
+            continue
+        verdict = found.verdict if found.verdict != "no difference shown" else "none"
+        out[metric] = {**found.difference.__dict__, "verdict": verdict}
+    return out
+
+
+def page(folder: str | Path, *, title: str | None = None, link: bool = False) -> str:
+    """The HTML of a sweep's folder; pictures are embedded as they are saved, or linked to.
+
+    Raises:
+        PlanError: there are no rows, or the pictures would make the file too large to embed.
+    """
+    where = Path(folder)
+    rows, reference = load(where)
+    data = summarise(rows, reference)
+    pictures: dict[str, str] = {}
+    size = 0
+
+    def put(name: str | None) -> str | None:
+        nonlocal size
+        if name is None or not (where / name).is_file():
+            return None
+        if link:
+            pictures[name] = name
+        elif name not in pictures:
+            raw = (where / name).read_bytes()
+            size += len(raw) * 4 // 3
+            if size > MAX_BYTES:
+                raise PlanError(
+                    f"the pictures of {where} would make a file of more than {MAX_BYTES // 1_000_000} MB; "
+                    "--link refers to them instead (keep the file in the sweep's folder)"
+                )
+            pictures[name] = "data:image/png;base64," + base64.b64encode(raw).decode()
+        return name
+
+    items: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        item = items.setdefault(
+            (row.prompt, row.seed), {"prompt": row.prompt, "seed": row.seed, "tags": dict(row.tags), "cells": {}}
+        )
+        item["cells"][row.chain] = {
+            "status": row.status,
+            "error": row.error,
+            "seconds": row.seconds,
+            "metrics": dict(row.metrics),
+            "picture": put(row.picture),
+            "path": str(where / row.picture) if row.picture else None,
+            "stages": [[name, put(path)] for name, path in row.stage_pictures],
+            "size": _size(where / row.picture) if row.picture else None,
+        }
+    data |= {"title": title or where.resolve().name, "items": list(items.values()), "pictures": pictures}
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False)
+    # "</script>" and "<!--" inside a JSON string would end the element that holds it.
+    safe = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    template = resources.files("mrflow.sweep").joinpath("report.html").read_text("utf-8")
+    return template.replace("/*DATA*/", safe)
+
+
+def _size(path: Path) -> list[int] | None:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return list(image.size)
+    except OSError:
+        return None
+
+
+def write_report(folder: str | Path, out: Path, *, title: str | None = None, link: bool = False) -> None:
+    """Write the page.
+
+    Raises:
+        PlanError, ResourceError: as `page`; the file cannot be written.
+    """
+    write_bytes(out, page(folder, title=title, link=link).encode("utf-8"))
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
+    """Column names and one line a row: its facts, tags (`tag.x`), metrics (`metric.x`) and seconds of stages."""
+    tags = sorted({t for r in rows for t in r.tags})
+    metrics = metrics_of(rows)
+    stages = list(dict.fromkeys(f"{i}-{s['name']}" for r in rows for i, s in enumerate(r.stages, 1)))
+    names = [*COLUMNS, *(f"tag.{t}" for t in tags), *(f"metric.{m}" for m in metrics)]
+    names += [f"seconds.{s}" for s in stages]
+    lines: list[list[Any]] = []
+    for row in rows:
+        took = {f"{i}-{s['name']}": s["seconds"] for i, s in enumerate(row.stages, 1)}
+        line = [getattr(row, c) for c in COLUMNS]
+        line += [row.tags.get(t) for t in tags] + [number(row, m) for m in metrics] + [took.get(s) for s in stages]
+        lines.append(line)
+    return names, lines
+
+
+def write_csv(rows: Sequence[Row], out: Path) -> None:
+    """The table as CSV; a text that a spreadsheet would take for a formula is quoted with an apostrophe."""
+    names, lines = table(rows)
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+
+    def plain(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+    writer.writerows([plain(v) for v in line] for line in lines)
+    write_bytes(out, text.getvalue().encode("utf-8"))
+
+
+def write_parquet(rows: Sequence[Row], out: Path) -> None:
+    """The table as Parquet (extra `[sweep]`).
+
+    Raises:
+        PlanError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow as arrow  # type: ignore[import-untyped]  # pyright: ignore
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]  # pyright: ignore
+    except ImportError as error:
+        raise PlanError(
+            f"Parquet needs pyarrow, which cannot be imported ({error}): pip install 'mrflow[sweep]'"
+        ) from None
+    names, lines = table(rows)
+    columns = list(zip(*lines, strict=True)) if lines else [()] * len(names)
+    whole = arrow.table(dict(zip(names, (list(c) for c in columns), strict=True)))
+    buffer = BytesIO()
+    parquet.write_table(whole, buffer)
+    write_bytes(out, buffer.getvalue())
+
+
+def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = None) -> list[Path]:
+    """Quality against speed-up as PNG and SVG (extra `[sweep]`); the files.
+
+    Raises:
+        PlanError: matplotlib is not installed, or no chain has both a speed-up and the metric.
+    """
+    try:
+        import matplotlib  # type: ignore[import-not-found,unused-ignore]  # pyright: ignore
+    except ImportError as error:
+        raise PlanError(
+            f"plots need matplotlib, which cannot be imported ({error}): pip install 'mrflow[sweep]'"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]  # pyright: ignore
+
+    chosen = metric or next(iter(summary["metrics"]), "")
+    points = {
+        c["label"]: (c["speedup"], c["metrics"][chosen])
+        for c in summary["chains"]
+        if c["speedup"] and chosen in c["metrics"]
+    }
+    if not points:
+        raise PlanError(f"no method has both a speed-up and {chosen or 'a metric'}; a plot needs a reference chain")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for label, (fast, good) in points.items():
+        x, y = fast["mean"], good["mean"]
+        reach = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (fast, good)]
+        axes.errorbar(
+            x, y, xerr=np.abs(reach[0]), yerr=np.abs(reach[1]), fmt="o", markersize=5, capsize=0, elinewidth=1
+        )
+        axes.annotate(label, (x, y), textcoords="offset points", xytext=(7, 4), fontsize=8)
+    front = pareto({n: (-f["mean"], g["mean"]) for n, (f, g) in points.items()})
+    axes.plot([points[n][0]["mean"] for n in front], [points[n][1]["mean"] for n in front], "--", color="0.6", zorder=0)
+    axes.set(xscale="log", xlabel=f"speed-up over {summary['reference']}", ylabel=chosen)
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.xaxis.set_minor_formatter("{x:g}x")
+    axes.grid(visible=True, alpha=0.25)
+    out: list[Path] = []
+    for ending in ("png", "svg"):
+        buffer = BytesIO()
+        figure.savefig(buffer, format=ending, dpi=160)
+        path = stem.with_name(f"{stem.name}.{ending}")
+        write_bytes(path, buffer.getvalue())
+        out.append(path)
+    pyplot.close(figure)
+    return out
