@@ -32,6 +32,7 @@ from mrflow.io import read_record as read_record
 from mrflow.io import replay as replay
 from mrflow.models import load as load
 from mrflow.models.pocket.model import POCKET as POCKET
+from mrflow.noise import Nested as Nested
 from mrflow.noise import Noise as Noise
 from mrflow.noise import PerItem as PerItem
 from mrflow.noise import Stream as Stream
@@ -94,6 +95,7 @@ from mrflow.stages import Upscale as Upscale
 from mrflow.sweep import Metric as Metric
 from mrflow.sweep import Prompt as Prompt
 from mrflow.sweep import Sweep as Sweep
+from mrflow.sweep import Tune as Tune
 from mrflow.sweep import run_sweep as run_sweep
 from mrflow.testing import toy as toy
 from mrflow.upscalers import BasicSR as BasicSR

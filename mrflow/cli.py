@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from mrflow.errors import MrflowError, PlanError
-from mrflow.verbs import report, sweep
+from mrflow.verbs import report, sweep, tune
 from mrflow.words import (
     SR_WORDS,
     build,
@@ -245,6 +245,7 @@ def plan(
 
 app.command()(sweep)
 app.command()(report)
+app.command()(tune)
 
 
 @app.command()

@@ -65,6 +65,28 @@ class Stream(Noise):
         return out
 
 
+@dataclass(frozen=True)
+class Nested(Noise):
+    """The noise of a picture `factor` times as large, block by block: the mean of factor x factor cells, times factor.
+
+    A mean of n independent standard normals has standard deviation 1 / sqrt(n), so each cell is standard normal again,
+    and cells stay independent. The low-resolution stage then begins with the coarse part of what native sampling of the
+    same seed begins with.
+    """
+
+    factor: int = 2
+    inner: Noise = field(default=PerItem(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or not 1 <= self.factor <= 16:
+            raise PlanError(f"factor must be a whole number from 1 to 16, got {self.factor!r}")
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], *, scope: str, draw: int) -> Tensor:
+        k = self.factor
+        large = self.inner(seeds, (*shape[:-2], k * shape[-2], k * shape[-1]), scope=scope, draw=draw)
+        return torch.nn.functional.avg_pool2d(large, k).mul_(k)
+
+
 def check_seed(seed: object) -> int:
     """A seed that a generator takes, or PlanError."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MAX_SEED:

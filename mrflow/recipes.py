@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
-from mrflow.noise import Stream
+from mrflow.noise import Noise, PerItem, Stream
 from mrflow.schedules import DirectSigma, Schedule, Shifted
 from mrflow.solvers import Euler, Solver
 from mrflow.spec import Pixels, Start
@@ -42,15 +42,16 @@ def paper(
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
     refine_guidance: Guidance | None = None,
+    noise: Noise = PerItem(),
 ) -> Chain[Start, Pixels]:
     """MrFlow (arXiv 2607.01642): sample low, super-resolve, encode, inject noise, refine.
 
-    `upscaler=None` is the model's own net. The published maths with the posterior's mode and per-item noise;
-    `official` has the published draws.
+    `noise` is what the low-resolution stage begins with; `upscaler=None` is the model's own net. The published maths
+    with the posterior's mode and per-item noise; `official` has the published draws.
     """
     _check_ladder((low, size))
     return (
-        Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance)
+        Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance, noise=noise)
         >> Decode()
         >> Upscale(upscaler, size)
         >> Encode()

@@ -1,4 +1,4 @@
-"""Verbs of the command line that concern many pictures: `sweep`, `report`. Thin; nothing heavy is imported at first."""
+"""The verbs for many pictures: sweep, report, tune. Thin; nothing heavy is imported before it is needed."""
 
 import json
 import signal
@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,14 @@ def sweep(
     storage: Annotated[str | None, typer.Option("--storage", help="fp8: the blocks' matrices in 8 bits.")] = None,
     vae: Annotated[str | None, typer.Option("--vae", help="The autoencoder, where it is not beside the model.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text encoders, where not beside the model.")] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="local, or ray: a pool of workers on a Ray cluster.")
+    ] = "local",
+    workers: Annotated[int, typer.Option("--workers", help="ray: how many workers, a model each.")] = 2,
+    gpus: Annotated[float, typer.Option("--gpus", help="ray: GPUs of each worker.")] = 0.0,
+    address: Annotated[
+        str | None, typer.Option("--address", help="ray: a running cluster; one here unless said.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
 ) -> None:
     """Draw chains x prompts x seeds into a folder of rows and pictures; run it again after any interruption."""
@@ -50,11 +59,25 @@ def sweep(
         if dry:
             typer.echo("\n".join(planned))
             return
-        from mrflow.sweep.local import run_sweep
-
-        backbone = load_model(name, device, dtype, offload, storage, vae, text, compile=False)
+        if engine not in ("local", "ray"):
+            raise PlanError(f"--engine takes local or ray, got {engine!r}")
+        load = partial(load_model, name, device, dtype, offload, storage, vae, text, compile=False)
         with stopping(err) as (stop, code), bar(err) as show:
-            done = run_sweep(asked, backbone, folder, batch=batch, shard=part, retry=retry, on_progress=show, stop=stop)
+            if engine == "ray":
+                from mrflow.sweep.cluster import Pool, package, run_on_ray
+
+                own = sys.modules[file.stem.partition(".py:")[0].partition(":")[0]]
+                package().cloudpickle.register_pickle_by_value(own)  # workers have no such file
+                pool = Pool(workers, gpus=gpus, address=address)
+                done = run_on_ray(
+                    asked, load, folder, pool, batch=batch, shard=part, retry=retry, on_progress=show, stop=stop
+                )
+            else:
+                from mrflow.sweep.local import run_sweep
+
+                done = run_sweep(
+                    asked, load(), folder, batch=batch, shard=part, retry=retry, on_progress=show, stop=stop
+                )
         err.print(f"{done.made} rows made, {done.before} were there, {done.failed} failed, {done.left} left: {folder}")
         if as_json:
             typer.echo(json.dumps(done.__dict__))
@@ -209,3 +232,52 @@ def report(
         err.print(f"{len(rows)} rows, {bad} failed; {target.stat().st_size / 1e6:.1f} MB")
         for path in made:
             typer.echo(path)
+
+
+def tune(
+    file: Annotated[Path | None, typer.Argument(help="A file that defines `tune = mf.Tune(...)`.")] = None,
+    floor: Annotated[float | None, typer.Option("--floor", help="What is good enough; the file's, or 0.9.")] = None,
+    trials: Annotated[int, typer.Option("--trials", help="Chains to consider.")] = 40,
+    captions: Annotated[int, typer.Option("--captions", help="Held-out captions, where no file is given.")] = 24,
+    out: Annotated[Path, typer.Option("--out", help="The folder of its rows, report and front.py.")] = Path("tuned"),
+    model: Annotated[str | None, typer.Option("--model", help="Instead of the model that the file names.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Pictures of one chain made together.")] = 4,
+    seed: Annotated[int, typer.Option("--seed", help="Of the search.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    offload: Annotated[str, typer.Option("--offload", help="none, phase or block.")] = "none",
+) -> None:
+    """Find the cheapest chains that are good enough: steps, schedule, solver, sigma, sizes, upscaler, guidance."""
+    from dataclasses import replace
+
+    from mrflow.cli import console
+
+    with console() as err:
+        from mrflow.scenes import POCKET_1, held_out_captions
+        from mrflow.sweep import SceneScore
+        from mrflow.sweep.report import write_report
+        from mrflow.sweep.tune import Tried, Tune, lines, write_front
+        from mrflow.sweep.tune import tune as search
+
+        if file is None:
+            texts = list(dict.fromkeys(held_out_captions(POCKET_1, captions)))
+            asked = Tune(texts, [SceneScore()], "score", 0.9)
+        else:
+            found = load_file(file).get("tune")
+            if not isinstance(found, Tune):
+                raise PlanError(f"{file} defines no tune = mf.Tune(prompts, metrics, metric, floor)")
+            asked = found
+        if floor is not None:
+            asked = replace(asked, floor=floor)
+        backbone = load_model(model or asked.model, device, dtype, offload, None, None, None, compile=False)
+
+        def show(number: int, one: Tried) -> None:
+            said = one.why or f"{asked.metric} {one.quality}"
+            err.print(f"{number:>4} of {trials + 1}  {said}  ({one.label})")
+
+        result = search(asked, backbone, out, trials=trials, batch=batch, seed=seed, on_tried=show)
+        write_front(result, asked, out / "front.py")
+        write_report(out, out / "report.html", title=f"tuned for {asked.metric} >= {asked.floor:g}")
+        err.print("\n".join(lines(result, asked)))
+        typer.echo(out / "front.py")
+        typer.echo(out / "report.html")

@@ -227,3 +227,24 @@ def test_the_cache_forgets_the_oldest() -> None:
     assert sum(s.cached for s in mf.run(CHAIN, TOY, "a", cache=cache).stages) == 7
     mf.run(CHAIN, TOY, "b", cache=cache)
     assert not any(s.cached for s in mf.run(CHAIN, TOY, "a", cache=cache).stages)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_nested_noise_is_standard_normal_and_the_block_mean_of_the_larger(factor: int) -> None:
+    """Mean 0, variance 1, neighbours independent; and its relation to what native sampling of that seed draws."""
+    shape, seeds = (2, 8, 40, 40), (5, 6)
+    small = mf.Nested(factor)(seeds, shape, scope="Sample", draw=0)
+    assert small.shape == shape and abs(float(small.mean())) < 0.03 and abs(float(small.var()) - 1) < 0.03
+    for a, b in ((small[..., 1:], small[..., :-1]), (small[..., 1:, :], small[..., :-1, :])):
+        assert abs(float((a * b).mean())) < 0.03
+    large = mf.PerItem()(seeds, (2, 8, 40 * factor, 40 * factor), scope="Sample", draw=0)
+    blocks = large.view(2, 8, 40, factor, 40, factor).mean((3, 5)) * factor
+    assert torch.allclose(small, blocks, atol=1e-5)
+    alone = mf.Nested(factor)(seeds[1:], (1, *shape[1:]), scope="Sample", draw=0)
+    assert torch.equal(alone, small[1:])
+
+
+@pytest.mark.parametrize("bad", [0, 1.5, True, 17])
+def test_nested_noise_of_a_factor_that_makes_no_sense(bad: object) -> None:
+    with pytest.raises(mf.PlanError, match="factor must be a whole number from 1 to 16"):
+        mf.Nested(bad)  # type: ignore[arg-type]

@@ -26,3 +26,5 @@ from mrflow.sweep.statistics import values as values
 from mrflow.sweep.store import Row as Row
 from mrflow.sweep.store import Store as Store
 from mrflow.sweep.store import read as read
+from mrflow.sweep.tune import Space as Space
+from mrflow.sweep.tune import Tune as Tune

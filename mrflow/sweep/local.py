@@ -365,11 +365,8 @@ def run_sweep(
         PlanError: a chain cannot work with this model, the batch or the shard make no sense; before anything is made.
         ResourceError: the folder cannot be written, or the disk is full: what is there stays, call it again.
     """
-    if isinstance(batch, bool) or batch < 1:
-        raise PlanError(f"batch must be a whole number above 0, got {batch!r}")
+    check_run(batch, shard)
     index, count = shard
-    if not 0 <= index < count:
-        raise PlanError(f"a shard (i, n) needs 0 <= i < n, got {shard}")
     store = Store(folder)
     maker = Maker(sweep, model, store)
     store.open(manifest(sweep, model))
@@ -397,6 +394,14 @@ def run_sweep(
         maker.refresh(pairs)
     left = sum(1 for _ in maker.missing(pairs))
     return Summary(made, before, failed, left, bool(stop is not None and stop.is_set()), str(folder))
+
+
+def check_run(batch: int, shard: tuple[int, int]) -> None:
+    """Refuse a batch or a shard that makes no sense."""
+    if isinstance(batch, bool) or batch < 1:
+        raise PlanError(f"batch must be a whole number above 0, got {batch!r}")
+    if not 0 <= shard[0] < shard[1]:
+        raise PlanError(f"a shard (i, n) needs 0 <= i < n, got {shard}")
 
 
 def manifest(sweep: Sweep, model: Backbone) -> Mapping[str, object]:

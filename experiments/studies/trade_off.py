@@ -1,0 +1,14 @@
+"""Which quality for which speed: fewer native steps, k + 1, k + 2, k + 3, latents lifted instead of pixels?"""
+
+import mrflow as mf
+from experiments.studies.common import LOW, METRICS, SIZE, captions, native, paper
+from mrflow.sweep import Sweep
+
+chains = {
+    "native 50": native(50),
+    **{f"native {n}": native(n) for n in (24, 12, 6, 4, 3, 2)},
+    **{f"{n} + 1": paper(n) for n in (24, 12, 6, 3)},
+    **{f"6 + {k}": paper(6, refine_steps=k) for k in (2, 3)},
+    **{f"latent {f} 6 + 1": mf.recipes.latent(f, low=LOW, size=SIZE, steps=6) for f in ("nearest", "bicubic")},
+}
+sweep = Sweep(chains, captions(), metrics=METRICS, seeds=(0, 1))

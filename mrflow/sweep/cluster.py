@@ -1,0 +1,180 @@
+"""The engine over a Ray cluster (extra `[ray]`): actors that hold a model each and pull work; rows stay the truth.
+
+Ray schedules and restarts; what is done is what lies in the folder, which every node must reach. A worker that dies
+costs at most the rows that it had in hand: its leases are seen to be dead, and the rows are made again.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mrflow.errors import PlanError, ResourceError
+from mrflow.sweep.local import Maker, Pair, Progress, Summary, check_run, manifest
+from mrflow.sweep.store import BEAT, Store
+
+if TYPE_CHECKING:
+    import threading
+
+    from mrflow.backbone import Backbone
+    from mrflow.sweep.grid import Sweep
+
+ROUNDS = 4  # how often what is still missing is handed out again
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many actors, and what each may use. `address` is a running cluster's; None starts one on this machine."""
+
+    workers: int = 2
+    cpus: float = 1.0
+    gpus: float = 0.0
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.cpus < 0 or self.gpus < 0:
+            raise PlanError(f"a pool needs at least one worker, and cpus and gpus of at least 0, got {self}")
+
+
+def package() -> Any:  # noqa: ANN401
+    """Ray.
+
+    Raises:
+        PlanError: it is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray hides GPUs from actors that ask for none; a worker chooses its device itself.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray  # type: ignore[import-not-found,unused-ignore]  # pyright: ignore
+    except ImportError as error:
+        raise PlanError(f"--engine ray needs ray, which is not here ({error}): pip install 'mrflow[ray]'") from None
+    return ray
+
+
+class Worker:
+    """One actor: loads a model once, then makes rows."""
+
+    def __init__(self, sweep: "Sweep", load: "Callable[[], Backbone]", folder: str) -> None:
+        self.maker = Maker(sweep, load(), Store(folder))
+
+    def begin(self) -> None:
+        """Make the folder ready."""
+        self.maker.store.open(manifest(self.maker.sweep, self.maker.model))
+
+    def missing(self, pairs: Sequence[Pair], *, retry: bool) -> list[int]:
+        """How many rows each pair lacks."""
+        return [sum(1 for _ in self.maker.missing([pair], retry=retry)) for pair in pairs]
+
+    def make(self, pairs: Sequence[Pair], *, retry: bool) -> list[tuple[str, bool]]:
+        """Make their rows: the chain and whether there is a picture, for each that was made."""
+        with self.maker.store.holding():
+            return [(row.chain, row.done) for row in self.maker.make(pairs, retry=retry)]
+
+    def refresh(self, pairs: Sequence[Pair]) -> int:
+        """Labels, tags and metrics as they are now."""
+        return self.maker.refresh(pairs)
+
+
+def run_on_ray(
+    sweep: "Sweep",
+    load: "Callable[[], Backbone]",
+    folder: str | Path,
+    pool: Pool = Pool(),
+    *,
+    batch: int = 4,
+    shard: tuple[int, int] = (0, 1),
+    retry: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: "threading.Event | None" = None,
+) -> Summary:
+    """`run_sweep` with the workers of a pool; `load` makes the model in each of them.
+
+    Raises:
+        PlanError: ray is not installed, or a chain, the batch or the shard cannot work.
+        ResourceError: the folder cannot be written, or no worker could be started.
+    """
+    check_run(batch, shard)
+    ray = package()
+    where = str(Path(folder).absolute())
+    here = not ray.is_initialized()
+    if here:
+        own: dict[str, Any] = {"num_cpus": max(1, round(pool.workers * pool.cpus))} if pool.address is None else {}
+        ray.init(
+            address=pool.address, include_dashboard=False if pool.address is None else None, log_to_driver=False, **own
+        )
+    try:
+        return _run(ray, sweep, load, where, pool, batch, shard, retry, on_progress, stop)
+    finally:
+        if here:
+            ray.shutdown()
+
+
+def _run(
+    ray: Any,  # noqa: ANN401
+    sweep: "Sweep",
+    load: "Callable[[], Backbone]",
+    folder: str,
+    pool: Pool,
+    batch: int,
+    shard: tuple[int, int],
+    retry: bool,  # noqa: FBT001
+    on_progress: Callable[[Progress], None] | None,
+    stop: "threading.Event | None",
+) -> Summary:
+    kind = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=3)(Worker)
+    given = ray.put(sweep)
+    workers = [kind.remote(given, load, folder) for _ in range(pool.workers)]
+    first = workers[0]
+    try:
+        ray.get(first.begin.remote())
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ResourceError(f"no worker could be started: {error}") from None
+    pairs = [(prompt, seed) for prompt in sweep.prompts for seed in sweep.seeds][shard[0] :: shard[1]]
+    total = len(pairs) * len(sweep.chains)
+    lacking: list[int] = ray.get(first.missing.remote(pairs, retry=retry))
+    before, made, failed = total - sum(lacking), 0, 0
+    wanted = sum(lacking)
+    began = time.monotonic()
+    again = retry
+    for round_ in range(ROUNDS):
+        open_ = [pair for pair, n in zip(pairs, lacking, strict=True) if n]
+        if not open_ or (stop is not None and stop.is_set()):
+            break
+        if round_:
+            time.sleep(BEAT)  # what a dead worker held is held a moment longer
+        queue = deque(open_[i : i + batch] for i in range(0, len(open_), batch))
+        busy: dict[Any, Any] = {}
+        idle = list(workers)
+        while (queue and not (stop is not None and stop.is_set())) or busy:
+            while queue and idle and not (stop is not None and stop.is_set()):
+                worker = idle.pop()
+                busy[worker.make.remote(queue.popleft(), retry=again)] = worker
+            ready, _ = ray.wait(list(busy), timeout=1.0)
+            for task in ready:
+                idle.append(busy.pop(task))
+                try:
+                    rows: list[tuple[str, bool]] = ray.get(task)
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, ResourceError):
+                        raise error.cause from None
+                    continue  # the rows are still missing, and are handed out again
+                except ray.exceptions.RayError:
+                    continue
+                for label, done in rows:
+                    made, failed = made + done, failed + (not done)
+                    if on_progress is not None:
+                        share = (made + failed) / max(1, wanted)
+                        left = (time.monotonic() - began) * (1 / share - 1) if share else None
+                        on_progress(Progress(before + made + failed, failed, total, left, label))
+        again = False  # what failed again has been tried
+        lacking = ray.get(first.missing.remote(pairs, retry=False))
+    stopped = stop is not None and stop.is_set()
+    if not stopped:
+        ray.get(first.refresh.remote(pairs))
+    return Summary(made, before, failed, sum(lacking), stopped, folder)

@@ -1,0 +1,80 @@
+"""The Ray engine on a real local cluster: the same rows to the bit, also when workers are killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mrflow as mf
+from mrflow.sweep import read, run_sweep
+from mrflow.sweep.cluster import Pool
+from tests.test_sweep import facts, pictures, small
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {root!r})
+import mrflow as mf
+from mrflow.sweep.cluster import Pool, run_on_ray
+from tests.test_sweep import small
+
+def load():
+    import time
+    from mrflow.sweep import local, store
+    store.BEAT = 0.3
+    make = local.Maker._made
+    def slow(self, label, group):
+        time.sleep({pause})
+        return make(self, label, group)
+    local.Maker._made = slow
+    return mf.toy()
+
+done = run_on_ray(small(), load, {folder!r}, Pool(2, cpus=0.5), batch=2)
+print("made", done.made, "failed", done.failed, "left", done.left, flush=True)
+"""
+
+
+def start(folder: Path, *, pause: float = 0.0) -> "subprocess.Popen[str]":
+    """A driver in a process of its own: Ray warns and forks as it likes there."""
+    root = str(Path(__file__).parents[1])
+    code = SCRIPT.format(root=root, folder=str(folder), pause=pause)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "RAY_USAGE_STATS_ENABLED": "0"}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_in_the_middle(tmp_path: Path) -> None:
+    """Two workers, one is killed after some rows while it holds a lease: all is as if one process had made it."""
+    pytest.importorskip("ray")
+    whole, cluster = tmp_path / "whole", tmp_path / "cluster"
+    run_sweep(small(), mf.toy(), whole, batch=2)
+    driver = start(cluster, pause=0.4)
+    end, killed = time.monotonic() + 120, False
+    while time.monotonic() < end and driver.poll() is None and not killed:
+        if len(list(cluster.glob("rows/??/*.json"))) >= 2:
+            for lease in cluster.glob("leases/*.json"):
+                try:
+                    os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
+                    killed = True
+                    break
+                except (OSError, ValueError):
+                    continue
+        time.sleep(0.02)
+    out, err = driver.communicate(timeout=180)
+    assert killed and driver.returncode == 0, err[-2000:]
+    assert "failed 0 left 0" in out
+    assert facts(read(cluster)) == facts(read(whole))
+    assert pictures(cluster) == pictures(whole)
+    assert max(r.tries for r in read(cluster)) == 2  # the row that was in hand was begun again
+    assert not list(cluster.glob("leases/*.json"))
+
+
+def test_pools_are_checked() -> None:
+    with pytest.raises(mf.PlanError, match="at least one worker"):
+        Pool(0)

@@ -1,0 +1,113 @@
+"""Tuning: what cannot win is not drawn, what is found is good enough, the front is a file that runs."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mrflow as mf
+from mrflow.sweep import Measured, Psnr, Sharpness, Space, Tune, read
+from mrflow.sweep.tune import front_file, source, tune
+from tests.test_cli import call, here  # noqa: F401
+
+pytest.importorskip("optuna")
+SPACE = Space(steps=(1, 12), refine_steps=(1, 2), solvers={"euler": mf.Euler(), "heun": mf.Heun()})
+
+
+def asked(floor: float = 20.0, **more: Any) -> Tune:
+    """Pictures near enough to those of 50 steps; the toy has no net of its own but bilinear."""
+    settings: dict[str, Any] = {"prompts": ["a", "b", "c", "d", "e"], "metrics": [Psnr()], "metric": "psnr"}
+    return Tune(**(settings | {"floor": floor, "space": SPACE} | more))
+
+
+class Near(mf.Metric):
+    """How near a picture's mean colour is to one of the two that the toy's exact flow ends in: 1 is there."""
+
+    def __call__(self, made: Measured) -> dict[str, float]:
+        """`near`."""
+        colours = (made.model.condition([made.prompt])["colours"][0] + 1) / 2
+        return {"near": 1 - float((colours - made.pixels.mean((1, 2))).abs().mean(1).min())}
+
+
+def test_it_finds_the_cheapest_that_is_good_enough(tmp_path: Path) -> None:
+    """Costs are forwards here; everything cheaper than the best that was drawn is worse than the floor."""
+    model = Costly()
+    found = tune(asked(0.97, metrics=[Near()], metric="near"), model, tmp_path, trials=25)
+    assert found.best is not None and found.best.quality is not None and found.best.quality.mean >= 0.97
+    drawn = [t for t in found.tried if t.quality is not None and not t.why]
+    assert all(t.quality.mean < 0.97 for t in drawn if t.flops < found.best.flops)  # type: ignore[union-attr]
+    assert found.best.flops < found.tried[0].flops  # cheaper than 50 native steps
+    skipped = [t for t in found.tried if t.why.startswith("costs more")]
+    assert skipped and all(t.flops >= found.best.flops for t in skipped)
+    costs = [t.flops for t in found.front]
+    qualities = [t.quality.mean for t in found.front if t.quality is not None]
+    assert costs == sorted(costs) and qualities == sorted(qualities)
+    before = {r.key for r in read(tmp_path)}
+    again = tune(asked(0.97, metrics=[Near()], metric="near"), model, tmp_path, trials=25)
+    assert [t.label for t in again.tried] == [t.label for t in found.tried]
+    assert {r.key for r in read(tmp_path)} == before
+
+
+class Costly:
+    """The toy with an architecture, so that plans have a cost."""
+
+    def __init__(self) -> None:
+        from dataclasses import replace
+
+        self._toy = mf.toy()
+        self.info = replace(self._toy.info, architecture=mf.spec.Architecture(8, 1, 1, 8, 4, 1000), size=(32, 32))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._toy, name)
+
+
+def test_the_front_is_a_file_that_runs(tmp_path: Path) -> None:
+    ask = asked(0.97, metrics=[Near()], metric="near")
+    found = tune(ask, Costly(), tmp_path, trials=8)  # type: ignore[arg-type]
+    (tmp_path / "front.py").write_text(front_file(found, ask))
+    names = runpy.run_path(str(tmp_path / "front.py"))
+    assert list(names["chains"]) == [t.label for t in found.front]
+    for one in found.front:
+        assert names["chains"][one.label] == one.chain
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        mf.recipes.paper(mf.Sharpen(mf.Lanczos(2), 0.2), sigma=0.2, solver=mf.Heun(), guidance=mf.CFG(3.0)),
+        mf.recipes.official(eight_bit=True),
+        mf.recipes.ladder([(64, 64), (128, 128), (256, 256)]),
+        mf.recipes.latent("nearest", schedule=mf.Shifted(4, shift=mf.Shift.fixed(3.0))),
+    ],
+)
+def test_source_makes_the_same_chain(chain: Any) -> None:
+    text = " >> ".join(source(stage) for stage in chain)
+    assert eval(text, {"mf": mf}) == chain
+
+
+def test_what_cannot_be_tuned(tmp_path: Path) -> None:
+    with pytest.raises(mf.PlanError, match="tuning needs metrics"):
+        asked(metrics=[])
+    with pytest.raises(mf.PlanError, match="the floor must be a number"):
+        asked(float("nan"))
+    with pytest.raises(mf.PlanError, match="no native picture has the number 'psnr'"):
+        tune(asked(metrics=[Sharpness()]), Costly(), tmp_path, trials=1)  # type: ignore[arg-type]
+    with pytest.raises(mf.PlanError, match="trials must be at least 1"):
+        tune(asked(), Costly(), tmp_path, trials=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_command(here: Path) -> None:  # noqa: F811
+    Path("t.py").write_text(
+        "import mrflow as mf\nfrom mrflow.sweep import SceneScore, Space\n"
+        "space = Space(steps=(1, 4), refine_steps=(1, 1))\n"
+        "tune = mf.Tune(['a big red circle at the left'], [SceneScore()], 'score', 0.5, space=space)\n"
+    )
+    code, out, err = call("tune", "t.py", "--trials", "3", "--floor", "0.4")
+    assert code == 0, err
+    assert out.split() == ["tuned/front.py", "tuned/report.html"] and Path("tuned/report.html").is_file()
+    assert "native 50" in {r.chain for r in read("tuned")}
+    Path("u.py").write_text("x = 1\n")
+    code, _, err = call("tune", "u.py")
+    assert code == 2 and "defines no tune" in err
