@@ -15,4 +15,4 @@ chains = {
     "low 50, refined": paper(50),
     "native 50, refined": native(50) >> mf.Encode() >> mf.Reinject(0.12) >> mf.Refine(mf.DirectSigma(1)) >> mf.Decode(),
 }
-sweep = Sweep(chains, captions(), metrics=METRICS, seeds=(0, 1))
+sweep = Sweep(chains, captions(), metrics=METRICS, seeds=(0,))
