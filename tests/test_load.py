@@ -23,6 +23,7 @@ from mrflow.models.weights import load_flux, load_vae_flux, save_flux, save_vae_
 from tests.live import LiveBytes
 from tests.parity.test_flux import relative
 from tests.parity.test_official import UP, pipeline, words
+from tests.tiny import write_flux_repo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 CHAIN = mf.recipes.paper(UP, low=(32, 48), size=(64, 96), steps=3)
@@ -472,3 +473,15 @@ def test_peak_memory_of_loading(dtype: str, fuse: str, most: float, tmp_path: Pa
         [sys.executable, "-c", LOADING, str(tmp_path), dtype, fuse], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < most
+
+
+@pytest.mark.parametrize(("guidance", "name"), [(True, "flux1-dev"), (False, "flux1-schnell")])
+def test_facts_of_a_folder_without_its_weights(tmp_path: Path, guidance: bool, name: str) -> None:
+    """Planning takes a folder as loading does: what it is shows in the headers."""
+    from mrflow.models import info
+
+    write_flux_repo(tmp_path / "repo", guidance=guidance)
+    assert info(str(tmp_path / "repo")).name == name
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(mf.WeightsError):
+        info(str(tmp_path / "empty"))

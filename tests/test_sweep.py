@@ -452,3 +452,16 @@ def test_metrics_leave_out_what_does_not_apply() -> None:
     same = measured(reference=measured().pixels)
     assert Psnr()(same) == {"psnr": 100.0} and Ssim()(same)["ssim"] == pytest.approx(1)
     assert all(v == pytest.approx(1) for v in Spectrum()(same).values())
+
+
+def test_what_killed_processes_left_is_swept_up_when_it_is_old(tmp_path: Path) -> None:
+    run_sweep(mf.Sweep({"s": paper()}, ["a"]), mf.toy(), tmp_path)
+    place = next((tmp_path / "pictures").iterdir())
+    old = [place / ".x.png.abc", tmp_path / "leases" / ".k.json.abc", tmp_path / "leases" / "k.abc.gone"]
+    for file in old:
+        file.write_text("")
+        os.utime(file, (time.time() - 20 * store.STALE,) * 2)
+    fresh = place / ".y.png.abc"
+    fresh.write_text("")
+    run_sweep(mf.Sweep({"s": paper()}, ["a"]), mf.toy(), tmp_path)
+    assert not any(file.exists() for file in old) and fresh.exists()

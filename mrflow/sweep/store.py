@@ -238,8 +238,8 @@ class Store:
     def _sweep_up(self) -> None:
         """Remove temporary files that a killed process left, if nobody has touched them for long."""
         now = time.time()
-        for place in ("rows", "pictures", "leases", "."):
-            for file in (self.folder / place).glob(".*" if place == "." else "*/.*"):
+        for pattern in ("rows/*/.*", "pictures/*/.*", "leases/.*", "leases/*.gone", ".*"):
+            for file in self.folder.glob(pattern):
                 with suppress(OSError):
                     if file.is_file() and now - file.stat().st_mtime > 10 * STALE:
                         file.unlink()
