@@ -16,8 +16,14 @@ _FLUX = (
     1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562,
     1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359, 0.89062,
 )  # fmt: skip
-RATIOS: dict[str, tuple[float, ...]] = {"flux1-dev": _FLUX, "flux1-schnell": _FLUX}
-"""Published ratios by model, one a step (Zehong-Ma/MagCache, 28 steps)."""
+RATIOS: dict[str, tuple[float, ...]] = {
+    # Zehong-Ma/MagCache, 28 steps
+    "flux1-dev": _FLUX,
+    "flux1-schnell": _FLUX,
+    # measured here, 12 steps at 128 x 128: python -m experiments.caches --calibrate
+    "pocket": (1.0, 0.9508, 0.9211, 0.9149, 0.9182, 0.9143, 0.9061, 0.8951, 0.8795, 0.8612, 0.8393, 0.8361),
+}
+"""Known ratios by model, one a step."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class MagCache(Cache):
     `threshold`, and at most `limit` times in a row. The first `retention` of the steps are computed.
 
     The rule never sees the picture: it is a fixed list of steps. `ratios` belong to a model and a schedule and are
-    stretched to its number of steps by nearest neighbours; None: FLUX's published ones. `calibrated` measures them.
+    stretched to its number of steps by nearest neighbours; None: the known ones of FLUX and pocket. `calibrated` measures them.
     """
 
     threshold: float = 0.06
@@ -70,10 +76,10 @@ class MagCache(Cache):
         return MagCache(threshold, limit=limit, retention=retention, ratios=(1.0, *steps))
 
     def check(self, info: ModelInfo) -> None:
-        """A model without published ratios needs its own."""
+        """A model without known ratios needs its own."""
         if self.ratios is None and info.name not in RATIOS:
             raise PlanError(
-                f"MagCache has no published ratios for {info.name}; measure them with MagCache.calibrated("
+                f"MagCache knows no ratios for {info.name}; measure them with MagCache.calibrated("
                 f"{self.threshold:g}, model, prompts) or give ratios="
             )
 
