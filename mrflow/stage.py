@@ -198,7 +198,11 @@ class Plan:
         lines = []
         for number, stage, before, after, work in cells:
             about = "~" if work.estimated else ""
-            cost = f"  {about + str(work.nfe or ''):>4}  {human(work.flops):>9}" if any(c[4] != Work() for c in cells) else ""
+            cost = (
+                f"  {about + str(work.nfe or ''):>4}  {human(work.flops):>9}"
+                if any(c[4] != Work() for c in cells)
+                else ""
+            )
             lines.append(f"{number:<2} {stage:<{name}}  {before:<{spec}} -> {after:<{out}}{cost}".rstrip())
         total = self.work
         if total != Work():
