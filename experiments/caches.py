@@ -1,4 +1,4 @@
-"""What do caches in the low-resolution stage save, and what do they change? Fewer steps, the plainest of all, beside them.
+"""What do caches in the low-resolution stage save, and what do they change? Fewer steps are beside them.
 
 On the embedded model: `paper` 12 + 1 with a cache in its first stage. Forwards and operations are those that the runs
 counted there; PSNR is to the same pictures without a cache; the scorer reads every picture back against its caption.

@@ -26,6 +26,9 @@ class Tally:
     flops: float = 0.0
     caches: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        return f"{', '.join(self.caches)} computed {self.computed} of {self.asked} forwards"
+
 
 _tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
 

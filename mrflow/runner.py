@@ -5,20 +5,20 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Backbone, Condition
+from mrflow.backbone import Announced, Backbone, Condition, takes_levels
 from mrflow.cost import forward_flops
 from mrflow.errors import MrflowError, NonFiniteError, PlanError, PromiseError
-from mrflow.flow import Velocity, finite
+from mrflow.flow import finite
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, check_seed
-from mrflow.notes import Tally, collected, count, tallied
+from mrflow.notes import collected, count, tallied
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
 from mrflow.spec import Pixels, Spec, Start, State
@@ -127,32 +127,11 @@ class Context:
         return State(planned.out, data)  # type: ignore[arg-type]  # pyright: ignore
 
 
-def takes_levels(model: object) -> bool:
-    """Whether a model's `field` wants to know, as `levels=`, which noise levels it will be asked for."""
-    return getattr(model, "takes_levels", False) is True
-
-
-class Announced:
-    """A model whose fields are told which levels they will be asked for; all else is the model's own."""
-
-    def __init__(self, model: Backbone, levels: Sequence[float]) -> None:
-        self._model, self._levels = model, tuple(levels)
-
-    def __getattr__(self, name: str) -> object:
-        value = getattr(self._model, name)
-        return partial(value, levels=self._levels) if name == "together" else value
-
-    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
-        """The model's field, told the levels."""
-        field = cast("Callable[..., Velocity]", self._model.field)
-        return field(cond, guidance=guidance, levels=self._levels)
-
-
 @dataclass(frozen=True)
 class StageRecord:
     """What one stage did. `data` is its tensor where the run was asked to keep it; `nfe` counts forwards a picture.
 
-    Where a cache left some out, `nfe` and `flops` are what was computed (a batch's mean, rounded up), and `notes` say so.
+    With a cache, `nfe` and `flops` are what was computed (a batch's mean, rounded up), and `notes` say so.
     """
 
     name: str
@@ -282,7 +261,7 @@ def run(
                 _synchronise(model.device)
                 if tally.caches:
                     work = Work(math.ceil(tally.computed / len(prompts)), tally.flops)
-                    notes.append(_left_out(tally, len(prompts)))
+                    notes.append(str(tally))
                 for text in notes:
                     _emit(on_event, Noted(index, text))
             seconds = time.perf_counter() - began
@@ -384,12 +363,6 @@ def _apply(stage: AnyStage, state: State[Spec], out: Spec, ctx: Context, where: 
     if isinstance(out, Pixels) and (float(data.min()) < 0 or float(data.max()) > 1):
         raise PromiseError(f"{where}: pixels must lie in [0, 1], got {float(data.min()):g} to {float(data.max()):g}")
     return data
-
-
-def _left_out(tally: Tally, batch: int) -> str:
-    """What a stage's caches did, in words."""
-    pictures = f" for {batch} pictures" if batch > 1 else ""
-    return f"{', '.join(tally.caches)} computed {tally.computed} of {tally.asked} forwards{pictures}"
 
 
 def _relay(listener: Listener | None, index: int) -> Callable[[Step], None] | None:

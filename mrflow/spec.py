@@ -116,8 +116,8 @@ class ModelInfo:
     (height, width), that its recipes use when none are said. `upscale` is the scale of the super-resolution net its
     recipe uses when none is named (None: there is none), `upscale_flops` its operations per pixel that comes in.
     `encode` and `decode` are operations of the autoencoder as (linear, quadratic) in the pixels of the picture.
-    `version` tells one set of weights from another. `footprint` is what it needs of memory: as loaded, or in bfloat16. `cache`
-    is the cache that all its fields have, if any.
+    `version` tells one set of weights from another. `footprint` is what it needs of memory: as loaded, or in bfloat16.
+    `cache` is the cache that all its fields have, if any.
     """
 
     name: str

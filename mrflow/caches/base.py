@@ -1,9 +1,9 @@
-"""What a residual cache is: a rule that says which evaluations of a network are computed, and what stands in for others.
+"""What a residual cache is: a rule that says which evaluations are computed, and what stands in for the others.
 
 A cache is a slot: a frozen dataclass of plain fields. `Sample(..., cache=TeaCache(0.25))` caches one stage,
-`TeaCache(0.25)(model)` a whole model. It holds nothing: memory is opened by each field, so for each integration and each
-branch of a guidance, and each picture of a batch decides for itself. Nothing can leak into another run, resolution,
-prompt, branch or picture.
+`TeaCache(0.25)(model)` a whole model. It holds nothing: memory is opened by each field, so for each integration and
+each branch of a guidance, and each picture of a batch decides for itself. Nothing can leak into another run,
+resolution, prompt, branch or picture.
 """
 
 import math
@@ -145,7 +145,7 @@ class Cache(ABC):
         """About how many of these are computed, where the picture decides; all of them unless said."""
         return evaluations
 
-    def check(self, info: ModelInfo) -> None:
+    def check(self, info: ModelInfo) -> None:  # noqa: B027  (nothing to check is fine)
         """Raise PlanError where this model cannot be cached so."""
 
     def __call__(self, model: "Backbone") -> "Cached":

@@ -10,8 +10,8 @@ from mrflow.caches.base import Cache, Look, Rule, between, check_threshold, diff
 from mrflow.caches.extrapolate import check_whole
 from mrflow.spec import ModelInfo
 
-# Share of evaluations after the warm-up that are computed, by threshold: from the speed-ups that cache-dit publishes for
-# FLUX.1-dev at 50 steps (S: F4 W4 MC4 0.12, 2.66x; M: F1 W4 MC6 0.24, 3.94x; F: F1 W8 I2 MC8 0.8, 5.72x).
+# Share of evaluations after the warm-up that are computed, by threshold: from the speed-ups that cache-dit publishes
+# for FLUX.1-dev at 50 steps (S: F4 W4 MC4 0.12, 2.66x; M: F1 W4 MC6 0.24, 3.94x; F: F1 W8 I2 MC8 0.8, 5.72x).
 COMPUTED = ((0.0, 1.0), (0.12, 0.27), (0.24, 0.17), (0.8, 0.10), (1.0, 0.0))
 
 
@@ -83,8 +83,8 @@ class DBCache(Cache):
     """Dual-block cache (cache-dit): the first `front` and last `back` blocks always run; what those between added is
     reused while the front's change differs by less than `threshold` from what it was when they were last computed.
 
-    The first `warmup` evaluations are computed (each `every`-th of them), at most `limit` in a row and `most` in all are
-    cached (None: no limit). `front=1, warmup=0` is the first-block cache. Blocks of both kinds count as one list.
+    Of the first `warmup` evaluations each `every`-th is computed; at most `limit` in a row and `most` in all are cached
+    (None: no limit). `front=1, warmup=0` is the first-block cache. Blocks of both kinds count as one list.
     """
 
     threshold: float = 0.08

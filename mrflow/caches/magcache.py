@@ -14,7 +14,8 @@ from mrflow.spec import ModelInfo
 
 _FLUX = (
     1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562,
-    1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359, 0.89062,
+    1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359,
+    0.89062,
 )  # fmt: skip
 RATIOS: dict[str, tuple[float, ...]] = {
     # Zehong-Ma/MagCache, 28 steps
@@ -33,7 +34,8 @@ class MagCache(Cache):
     `threshold`, and at most `limit` times in a row. The first `retention` of the steps are computed.
 
     The rule never sees the picture: it is a fixed list of steps. `ratios` belong to a model and a schedule and are
-    stretched to its number of steps by nearest neighbours; None: the known ones of FLUX and pocket. `calibrated` measures them.
+    stretched to its number of steps by nearest neighbours; None: the known ones of FLUX and pocket. `calibrated`
+    measures them.
     """
 
     threshold: float = 0.06

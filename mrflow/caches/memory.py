@@ -54,26 +54,34 @@ class Memory:
         due = self._due(img, before[0], table)
         self._count(due, img.shape[1])
         rows = [i for i, computed in enumerate(due) if computed]
-
-        def part(x: Tensor) -> Tensor:
-            return x if len(rows) == len(due) or len(x) != len(due) else x[rows]
-
-        fresh: Streams = ()
-        if rows:
-            old, own = (part(before[0]), part(before[1])), part(table)
-            fresh = p.run(*old, cos, sin, own, self.start, self.stop)
-            if self.feature == "velocity":
-                fresh = (p.head(fresh[0], own),)
-            elif self.stop == p.count:
-                fresh = fresh[:1]  # no block behind reads the text
-            self._keep(rows, old, fresh)
-        after = fresh if len(rows) == len(due) else self._joined(due, before, fresh)
+        after = self._computed(rows, before, (cos, sin, table))
+        if len(rows) < len(due):
+            after = self._joined(due, before, after)
         self.index += 1
         if self.feature == "velocity":
             return after[0]
         if self.stop < p.count:
             after = p.run(after[0], after[1], cos, sin, table, self.stop, p.count)
         return p.head(after[0], table)
+
+    def _computed(self, rows: Sequence[int], before: Streams, steering: Streams) -> Streams:
+        """What these pictures have after the span, remembered; nothing where there are none."""
+        if not rows:
+            return ()
+        p, (cos, sin, table) = self.pieces, steering
+        if len(rows) < len(self.items):
+            before = tuple(stream[rows] for stream in before)
+            table = table[rows] if len(table) == len(self.items) else table
+        img, txt = p.run(before[0], before[1], cos, sin, table, self.start, self.stop)
+        after: Streams = (img, txt) if self.stop < p.count else (img,)  # the text is for blocks behind
+        if self.feature == "velocity":
+            after = (p.head(img, table),)
+        features = after
+        if self.feature == "change":
+            features = tuple(new - old for new, old in zip(after, before, strict=False))
+        for n, i in enumerate(rows):
+            self.items[i].keep(self.clock.place, tuple(f[n : n + 1] for f in features))
+        return after
 
     def _open(self, tokens: torch.Size, text: torch.Size) -> None:
         self.shapes, self.index = (tokens, text), 0
@@ -101,13 +109,6 @@ class Memory:
             look = Look(self.index, clock.place, clock.total, clock.sigma, **eyes)
             due.append(item.rule(look) or not item.kept or self.start == self.stop)
         return due
-
-    def _keep(self, rows: Sequence[int], before: Streams, after: Streams) -> None:
-        features = after
-        if self.feature == "change":
-            features = tuple(new - old for new, old in zip(after, before, strict=False))
-        for n, i in enumerate(rows):
-            self.items[i].keep(self.clock.place, tuple(f[n : n + 1] for f in features))
 
     def _joined(self, due: Sequence[bool], before: Streams, fresh: Streams) -> Streams:
         """What was computed and what stands in for the rest, in the pictures' order."""

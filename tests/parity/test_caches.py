@@ -1,4 +1,4 @@
-"""Caches against diffusers' hooks on tiny random FLUX and Qwen-Image pipelines: the same decisions, the same pictures."""
+"""Caches against diffusers' hooks on tiny random FLUX and Qwen-Image pipelines: decisions and pictures."""
 
 import copy
 from collections.abc import Callable, Sequence
