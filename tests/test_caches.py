@@ -341,6 +341,7 @@ def test_what_cannot_be_cached_is_refused_before_any_work(models: Callable[[str]
         mf.run(mf.Refine(cache=TaylorSeer()), whole, start=noisy)
 
 
+@pytest.mark.slow
 def test_pictures_get_worse_with_the_threshold(models: Callable[[str], mf.Backbone]) -> None:
     """PSNR to the picture without a cache, of the model's own recipe: high at first, and falling."""
     model = models("pocket")
