@@ -3,10 +3,11 @@
 `Backbone` is a protocol: a wrapper (a cache, a bridge, a mock) needs no base class.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -112,3 +113,24 @@ class Backbone(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Clean latents to pixels, clamped to [0, 1]."""
         ...
+
+
+def takes_levels(model: object) -> bool:
+    """Whether a model's `field` wants to know, as `levels=`, which noise levels it will be asked for."""
+    return getattr(model, "takes_levels", False) is True
+
+
+class Announced:
+    """A model whose fields are told which levels they will be asked for; all else is the model's own."""
+
+    def __init__(self, model: Backbone, levels: Sequence[float]) -> None:
+        self._model, self._levels = model, tuple(levels)
+
+    def __getattr__(self, name: str) -> object:
+        value = getattr(self._model, name)
+        return partial(value, levels=self._levels) if name == "together" else value
+
+    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
+        """The model's field, told the levels."""
+        field = cast("Callable[..., Velocity]", self._model.field)
+        return field(cond, guidance=guidance, levels=self._levels)

@@ -14,6 +14,7 @@ from mrflow.spec import Latents, ModelInfo, Pixels, check_size
 from mrflow.stage import AnyChain, Plan, Work, human, plan
 
 if TYPE_CHECKING:
+    from mrflow.caches.base import Cache
     from mrflow.guidance import Guidance
     from mrflow.models.memory import Offload
     from mrflow.schedules import Sigmas
@@ -57,13 +58,34 @@ def encode_flops(model: ModelInfo, height: int, width: int) -> float:
 
 
 def sampling_work(
-    model: ModelInfo, out: Latents, sigmas: "Sigmas", solver: "Solver", guidance: "Guidance | None"
+    model: ModelInfo,
+    out: Latents,
+    sigmas: "Sigmas",
+    solver: "Solver",
+    guidance: "Guidance | None",
+    cache: "Cache | None" = None,
 ) -> Work:
-    """The forwards of one integration: what the solver evaluates, times the passes of the guidance there."""
+    """The forwards of one integration: what the solver evaluates, times the passes of the guidance there.
+
+    A cache (the stage's, or the model's own) leaves some out: exactly where its rule goes by the step alone, else as it
+    estimates, and then the work is marked so. Forwards are those that are computed; their operations include what a
+    cached one still computes.
+    """
     chosen = guidance or own_guidance(model)
-    nfe = chosen.evals(solver.points(sigmas))
-    flops = out.batch * nfe * forward_flops(model, out.tokens)
-    return Work(nfe=nfe, flops=flops, negative=chosen.passes > 1)
+    points, whole = solver.points(sigmas), out.batch * forward_flops(model, out.tokens)
+    cache = cache or model.cache
+    if cache is None:
+        nfe = chosen.evals(points)
+        return Work(nfe=nfe, flops=nfe * whole, negative=chosen.passes > 1)
+    from mrflow.caches.base import forecast
+
+    parts = [forecast(cache, model, points, branch) for branch in chosen.branches(points)]
+    return Work(
+        nfe=sum(part.computed for part in parts),
+        flops=sum(part.forwards for part in parts) * whole,
+        negative=chosen.passes > 1,
+        estimated=not all(part.exact for part in parts),
+    )
 
 
 def half(size: tuple[int, int], model: ModelInfo) -> tuple[int, int]:
@@ -204,6 +226,7 @@ def report(planned: Plan) -> dict[str, object]:
         "stages": [
             {"name": r.name, "in": str(r.spec), "out": str(r.out), "nfe": r.work.nfe, "flops": r.work.flops}
             | ({"tokens": r.out.tokens} if isinstance(r.out, Latents) else {})
+            | ({"estimated": True} if r.work.estimated else {})
             for r in planned.rows
         ],
         "nfe": planned.nfe,

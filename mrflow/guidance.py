@@ -35,6 +35,10 @@ class Guidance(ABC):
         """Exact passes of the network for evaluations at these noise levels (a solver's `points`)."""
         return self.passes * len(points)
 
+    def branches(self, points: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+        """The levels at which each field of a model is asked, of evaluations at these: what caches are planned by."""
+        return (tuple(points),) * self.passes
+
 
 @dataclass(frozen=True)
 class Distilled(Guidance):
@@ -150,6 +154,10 @@ class Interval(Guidance):
     def evals(self, points: Sequence[float]) -> int:
         inside = [sigma for sigma in points if self._holds(sigma)]
         return self.inner.evals(inside) + len(points) - len(inside)
+
+    def branches(self, points: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+        inside = tuple(sigma for sigma in points if self._holds(sigma))
+        return (*self.inner.branches(inside), tuple(sigma for sigma in points if not self._holds(sigma)))
 
     def _holds(self, sigma: float) -> bool:
         return self.low < sigma <= self.high

@@ -228,6 +228,8 @@ def describe_record(record: dict[str, object]) -> list[str]:
             f"{number:>3}  {stage.get('name', '')!s:<9} {stage.get('out', '')!s:<32}"
             f" {cast(float, stage.get('seconds', 0)):7.3f} s  {stage.get('nfe') or ''}".rstrip()
         )
+        notes = stage.get("notes")
+        lines += [f"     {text}" for text in cast(list[object], notes)] if isinstance(notes, list) else []
     return lines
 
 

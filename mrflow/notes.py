@@ -1,15 +1,36 @@
-"""What a run wants to tell its user: words that a text encoder lost, a fallback to tiles.
+"""What a run wants to tell its user: words that a text encoder lost, a fallback to tiles, what caches left out.
 
-`note` logs a warning; while a chain runs it also goes to the listener (`Noted`) and into the stage's record.
+`note` logs a warning; while a chain runs it also goes to the listener (`Noted`) and into the stage's record. `count`
+adds to what a stage computed.
 """
 
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 log = logging.getLogger("mrflow")
 _notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+
+
+@dataclass
+class Tally:
+    """Forwards that were asked for, pictures times branches times evaluations, and what was computed of them.
+
+    `caches` names those that decided; `flops` is the whole work in floating-point operations.
+    """
+
+    asked: int = 0
+    computed: int = 0
+    flops: float = 0.0
+    caches: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.caches)} computed {self.computed} of {self.asked} forwards"
+
+
+_tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
 
 
 def note(text: str) -> None:
@@ -29,3 +50,26 @@ def collected() -> Generator[list[str]]:
         yield notes
     finally:
         _notes.reset(token)
+
+
+def count(cache: str | None, asked: int, computed: int, flops: float) -> None:
+    """Add forwards to the tally of what is running; `cache` is the name of the one that decided, if any."""
+    tally = _tally.get()
+    if tally is None:
+        return
+    tally.asked += asked
+    tally.computed += computed
+    tally.flops += flops
+    if cache is not None and cache not in tally.caches:
+        tally.caches.append(cache)
+
+
+@contextmanager
+def tallied() -> Generator[Tally]:
+    """What is counted inside, in this thread or task."""
+    tally = Tally()
+    token = _tally.set(tally)
+    try:
+        yield tally
+    finally:
+        _tally.reset(token)

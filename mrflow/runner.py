@@ -1,22 +1,24 @@
 """Runs a chain: checks everything first, then lets each stage keep its promise, and keeps a record of it all."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Backbone, Condition
+from mrflow.backbone import Announced, Backbone, Condition, takes_levels
+from mrflow.cost import forward_flops
 from mrflow.errors import MrflowError, NonFiniteError, PlanError, PromiseError
-from mrflow.flow import Velocity, finite
+from mrflow.flow import finite
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, check_seed
-from mrflow.notes import collected
+from mrflow.notes import collected, count, tallied
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
 from mrflow.spec import Pixels, Spec, Start, State
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mrflow.cache import StageCache
+    from mrflow.caches.base import Cache
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +88,25 @@ class Context:
         return source(self.seeds, shape, scope=self.scope, draw=draw).to(self.model.device)
 
     def integrate(
-        self, solver: Solver, guidance: Guidance, x: Tensor, sigmas: Sigmas, *, source: Noise = PerItem()
+        self,
+        solver: Solver,
+        guidance: Guidance,
+        x: Tensor,
+        sigmas: Sigmas,
+        *,
+        source: Noise = PerItem(),
+        cache: "Cache | None" = None,
     ) -> Tensor:
-        """Integrate the model's guided field from x along `sigmas`."""
+        """Integrate the model's guided field from x along `sigmas`, with a cache in it if one is given."""
         draws = iter(range(1, 1 + len(sigmas)))
         levels = solver.points(sigmas)
-        model = cast("Backbone", Announced(self.model, levels)) if takes_levels(self.model) else self.model
+        model = self.model if cache is None else cast("Backbone", cache(self.model))
+        if model.info.cache is None:
+            evals, patch = guidance.evals(levels) * len(x), model.info.space.patch
+            tokens = (x.shape[-2] // patch) * (x.shape[-1] // patch)
+            count(None, evals, evals, evals * forward_flops(model.info, tokens))
+        if takes_levels(model):
+            model = cast("Backbone", Announced(model, levels))
         return integrate(
             solver,
             guidance.field(model, self.cond, self.negative),
@@ -111,30 +127,12 @@ class Context:
         return State(planned.out, data)  # type: ignore[arg-type]  # pyright: ignore
 
 
-def takes_levels(model: object) -> bool:
-    """Whether a model's `field` wants to know, as `levels=`, which noise levels it will be asked for."""
-    return getattr(model, "takes_levels", False) is True
-
-
-class Announced:
-    """A model whose fields are told which levels they will be asked for; all else is the model's own."""
-
-    def __init__(self, model: Backbone, levels: Sequence[float]) -> None:
-        self._model, self._levels = model, tuple(levels)
-
-    def __getattr__(self, name: str) -> object:
-        value = getattr(self._model, name)
-        return partial(value, levels=self._levels) if name == "together" else value
-
-    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
-        """The model's field, told the levels."""
-        field = cast("Callable[..., Velocity]", self._model.field)
-        return field(cond, guidance=guidance, levels=self._levels)
-
-
 @dataclass(frozen=True)
 class StageRecord:
-    """What one stage did. `data` is its tensor where the run was asked to keep it; `nfe` counts forwards a picture."""
+    """What one stage did. `data` is its tensor where the run was asked to keep it; `nfe` counts forwards a picture.
+
+    With a cache, `nfe` and `flops` are what was computed (a batch's mean, rounded up), and `notes` say so.
+    """
 
     name: str
     spec: Spec
@@ -254,19 +252,22 @@ def run(
         for index, (stage, row, scope) in enumerate(zip(stages, planned.rows, _scopes(stages), strict=True)):
             _emit(on_event, StageBegan(index, len(stages), row.name, row.out))
             began, cached, notes = time.perf_counter(), index < done, list[str]()
+            work = Work() if cached else row.work
             if not cached:
                 inner = replace(context, scope=scope, on_step=_relay(on_event, index))
                 where = f"stage {index + 1} of {len(stages)}, {short(stage)}"
-                with collected() as notes:
+                with collected() as notes, tallied() as tally:
                     data = _apply(stage, State(row.spec, data), row.out, inner, where)
                 _synchronise(model.device)
+                if tally.caches:
+                    work = Work(math.ceil(tally.computed / len(prompts)), tally.flops)
+                    notes.append(str(tally))
                 for text in notes:
                     _emit(on_event, Noted(index, text))
             seconds = time.perf_counter() - began
             if cache is not None and not cached:
                 cache.put(keys[index], data)
             kept = data if keep and index >= done - 1 else None
-            work = Work() if cached else row.work
             records.append(StageRecord(row.name, row.out, seconds, work.nfe, work.flops, cached, kept, tuple(notes)))
             _emit(on_event, StageEnded(index, seconds, cached))
     wide = AnyChain(stages)

@@ -7,11 +7,14 @@ change numbers live here.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from torch import Tensor
 
 from mrflow.errors import PlanError
+
+if TYPE_CHECKING:
+    from mrflow.caches.base import Cache
 
 MAX_SIDE = 32768
 
@@ -114,6 +117,7 @@ class ModelInfo:
     recipe uses when none is named (None: there is none), `upscale_flops` its operations per pixel that comes in.
     `encode` and `decode` are operations of the autoencoder as (linear, quadratic) in the pixels of the picture.
     `version` tells one set of weights from another. `footprint` is what it needs of memory: as loaded, or in bfloat16.
+    `cache` is the cache that all its fields have, if any.
     """
 
     name: str
@@ -132,6 +136,7 @@ class ModelInfo:
     decode: tuple[float, float] = (0.0, 0.0)
     version: str = ""
     footprint: Footprint | None = None
+    cache: "Cache | None" = None
 
     def tokens(self, height: int, width: int) -> int:
         """Image tokens of a picture of this many pixels."""

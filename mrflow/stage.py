@@ -28,15 +28,21 @@ C = TypeVar("C", bound=Spec)
 class Work:
     """What a stage will cost, for the whole batch: network forwards a picture, and floating-point operations.
 
-    `negative` is true where it needs the negative prompt.
+    `negative` is true where it needs the negative prompt, `estimated` where the picture decides how much there is.
     """
 
     nfe: int = 0
     flops: float = 0.0
     negative: bool = False
+    estimated: bool = False
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.nfe + other.nfe, self.flops + other.flops, self.negative or other.negative)
+        return Work(
+            self.nfe + other.nfe,
+            self.flops + other.flops,
+            self.negative or other.negative,
+            self.estimated or other.estimated,
+        )
 
 
 class Stage(ABC, Generic[A, B]):
@@ -191,12 +197,20 @@ class Plan:
         name, spec, out = (max(len(c[k]) for c in cells) for k in (1, 2, 3))  # type: ignore[arg-type]
         lines = []
         for number, stage, before, after, work in cells:
-            cost = f"  {work.nfe or '':>4}  {human(work.flops):>9}" if any(c[4] != Work() for c in cells) else ""
+            about = "~" if work.estimated else ""
+            cost = (
+                f"  {about + str(work.nfe or ''):>4}  {human(work.flops):>9}"
+                if any(c[4] != Work() for c in cells)
+                else ""
+            )
             lines.append(f"{number:<2} {stage:<{name}}  {before:<{spec}} -> {after:<{out}}{cost}".rstrip())
         total = self.work
         if total != Work():
-            lines.append(f"{'':<{name + spec + out + 9}}  {total.nfe:>4}  {human(total.flops):>9}")
+            about = "~" if total.estimated else ""
+            lines.append(f"{'':<{name + spec + out + 9}}  {about + str(total.nfe):>4}  {human(total.flops):>9}")
             lines.insert(0, f"{'':<{name + spec + out + 9}}   NFE       FLOP")
+        if total.estimated:
+            lines.append("~ an estimate: the picture decides what its cache leaves out; a run counts it")
         return "\n".join(lines)
 
 

@@ -59,6 +59,7 @@ class LatentModel:
     """A transformer, an autoencoder and perhaps text encoders. A model of its own adds `condition` and `field`."""
 
     takes_levels: ClassVar[bool] = True
+    takes_step: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -89,8 +90,8 @@ class LatentModel:
             backend: Any = "inductor" if ways.compile is True else ways.compile
             for block in self._net.stack():
                 block.compile(backend=backend, dynamic=False)
-        graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
-        self._step: Callable[..., Tensor] = Graphed(partial(step, flow)) if graphs else partial(step, flow)
+        self._graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
+        self._step: Callable[..., Tensor] = Graphed(partial(step, flow)) if self._graphs else partial(step, flow)
 
     def _phases(self, flow: nn.Module, vae: nn.Module) -> dict[str, Phase]:
         """Text encoders are one phase, transformer and autoencoder the other."""

@@ -201,16 +201,31 @@ class Flux(nn.Module):
         modulation: Float[Tensor, "b m d"],
     ) -> Float[Tensor, "b l d"]:
         """The image stream after all blocks; `rope` has a row for each token of text, then of image."""
+        return self.some_blocks(img, txt, rope, modulation, 0, len(self.double_blocks) + len(self.single_blocks))[0]
+
+    def some_blocks(
+        self,
+        img: Float[Tensor, "b l d"],
+        txt: Float[Tensor, "b t d"],
+        rope: Rope,
+        modulation: Float[Tensor, "b m d"],
+        start: int,
+        stop: int,
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b t d"]]:
+        """Both streams after the blocks from `start` to before `stop`, counted through both kinds."""
         vectors = modulation.unsqueeze(2).unbind(1)
-        at = 0
-        for block in self.double_blocks:
-            img, txt = block(img, txt, rope, vectors[at : at + 12], self.attention)
-            at += 12
+        doubles = len(self.double_blocks)
+        for i, block in enumerate(self.double_blocks):
+            if start <= i < stop:
+                img, txt = block(img, txt, rope, vectors[12 * i : 12 * i + 12], self.attention)
+        if stop <= max(start, doubles):
+            return img, txt
         x = torch.cat((txt, img), 1)
-        for single in self.single_blocks:
-            x = single(x, rope, vectors[at : at + 3], self.attention)
-            at += 3
-        return x[:, txt.shape[1] :]
+        for i, single in enumerate(self.single_blocks, doubles):
+            if start <= i < stop:
+                at = 9 * doubles + 3 * i
+                x = single(x, rope, vectors[at : at + 3], self.attention)
+        return x[:, txt.shape[1] :], x[:, : txt.shape[1]]
 
     def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "b m d"]) -> Float[Tensor, "b l o"]:
         """The image stream to the velocity."""

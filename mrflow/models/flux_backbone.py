@@ -15,6 +15,7 @@ from mrflow.models.base import DIRECT, LatentModel, count, encoded_once, footpri
 from mrflow.models.fields import FluxField, side_by_side, step
 from mrflow.models.flux import Flux
 from mrflow.models.memory import Ways
+from mrflow.models.pieces import NetPieces, Opening
 from mrflow.models.vae_flux import VaeFlux
 from mrflow.spec import FLUX, SCHNELL, Architecture, LatentSpace, ModelInfo
 from mrflow.upscalers import Upscaler
@@ -41,6 +42,7 @@ class Flux1(LatentModel):
             flow=flow, vae=vae, text=text, info=info, device=device, step=step, ways=ways, upscaler=upscaler
         )
         self._flow = flow
+        self._pieces = NetPieces(flow, graphs=self._graphs)
 
     @property
     def transformer(self) -> Flux:
@@ -62,9 +64,17 @@ class Flux1(LatentModel):
         return Condition(encoded_once(prompts, encode))
 
     def field(
-        self, cond: Condition, *, guidance: float | None = None, levels: Sequence[float] | None = None
+        self,
+        cond: Condition,
+        *,
+        guidance: float | None = None,
+        levels: Sequence[float] | None = None,
+        step: Opening | None = None,
     ) -> Velocity:
-        """The velocity of the flow; with `levels`, the sigmas it will be asked for, their modulations come first."""
+        """The velocity of the flow; with `levels`, the sigmas it will be asked for, their modulations come first.
+
+        `step` is given the network's pieces and gives the step that is taken in the model's own place.
+        """
         p = self._flow.params
         if guidance is not None and not p.guidance:
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale)")
@@ -72,8 +82,9 @@ class Flux1(LatentModel):
         value = self._info.guidance if guidance is None else guidance
         strength = None if value is None else torch.full((cond.batch,), value, device=self._device)
         announced = (levels or ()) if self._ways.fold else None
+        own = self._step if step is None else step(self._pieces)
         using = partial(self._residency.using, "main")
-        return FluxField(self._flow, context, pooled, strength, levels=announced, step=self._step, using=using)
+        return FluxField(self._flow, context, pooled, strength, levels=announced, step=own, using=using)
 
     def together(
         self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None

@@ -12,8 +12,9 @@ from mrflow.backbone import Condition
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.base import DIRECT, LatentModel, encoded_once, footprint, shift_of
-from mrflow.models.fields import QwenField, qwen_step
+from mrflow.models.fields import QwenField, Tables, qwen_step
 from mrflow.models.memory import Ways
+from mrflow.models.pieces import NetPieces, Opening
 from mrflow.models.qwen_image import QwenImage
 from mrflow.models.vae_qwen import VaeQwen
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
@@ -46,6 +47,7 @@ class Qwen(LatentModel):
             flow=flow, vae=vae, text=text, info=info, device=device, step=qwen_step, ways=ways, upscaler=upscaler
         )
         self._flow = flow
+        self._pieces = NetPieces(flow, graphs=self._graphs)
         self._folded = None if tables is None else {k: t.to(device) for k, t in tables.items()}
 
     @property
@@ -67,13 +69,45 @@ class Qwen(LatentModel):
         return Condition(encoded_once(prompts, encode))
 
     def field(
-        self, cond: Condition, *, guidance: float | None = None, levels: Sequence[float] | None = None
+        self,
+        cond: Condition,
+        *,
+        guidance: float | None = None,
+        levels: Sequence[float] | None = None,
+        step: Opening | None = None,
     ) -> Velocity:
-        """The velocity of the flow; with `levels`, the sigmas it will be asked for, their modulations come first."""
+        """The velocity of the flow; with `levels`, the sigmas it will be asked for, their modulations come first.
+
+        `step` is given the network's pieces and gives the step that is taken in the model's own place: one for all
+        items, or one each where their texts differ in length, which a step of its own could not tell apart.
+        """
         if guidance is not None:
             raise PlanError(f"{self._info.name} has no guidance embedding; use RescaledCFG(scale)")
-        velocities = self.together((cond,), levels=levels)
-        return lambda x, sigma: velocities(x, sigma)[0]
+        if step is None:
+            velocities = self.together((cond,), levels=levels)
+            return lambda x, sigma: velocities(x, sigma)[0]
+        items = self._states(cond)
+        alike = len({len(item) for item in items}) == 1
+        tables = Tables(self._tables, (levels or ()) if self._ways.fold else None)
+        fields = [
+            QwenField(
+                self._flow,
+                [group],
+                levels=None,  # `tables` remembers for all fields
+                step=step(self._pieces),
+                tables=lambda wanted: [tables(sigma) for sigma in wanted],
+                using=partial(self._residency.using, "main"),
+            )
+            for group in ([items] if alike else [[item] for item in items])
+        ]
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            if x.shape[0] != len(items):
+                raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(items)}")
+            parts = x.split(len(x) // len(fields))
+            return torch.cat([field(part, sigma)[0] for field, part in zip(fields, parts, strict=True)])
+
+        return velocity
 
     def together(
         self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None

@@ -201,12 +201,28 @@ class QwenImage(nn.Module):
         attend: Attention | None = None,
     ) -> Float[Tensor, "b l d"]:
         """The image stream after all blocks; `modulation` has one row for all items, or one each."""
+        return self.some_blocks(img, txt, rope, modulation, 0, len(self.double_blocks), attend=attend)[0]
+
+    def some_blocks(
+        self,
+        img: Float[Tensor, "b l d"],
+        txt: Float[Tensor, "b t d"],
+        rope: Rope,
+        modulation: Float[Tensor, "m v d"],
+        start: int,
+        stop: int,
+        *,
+        attend: Attention | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b u d"]]:
+        """Both streams after the blocks from `start` to before `stop`; the last of all leaves the text empty."""
         vectors = modulation.unsqueeze(2).unbind(1)
         last = len(self.double_blocks) - 1
         for i, block in enumerate(self.double_blocks):
-            img, txt = block(img, txt, rope, vectors[12 * i : 12 * i + 12], attend or self.attention, last=i == last)
-            img = bounded(img)
-        return img
+            if start <= i < stop:
+                own = vectors[12 * i : 12 * i + 12]
+                img, txt = block(img, txt, rope, own, attend or self.attention, last=i == last)
+                img = bounded(img)
+        return img, txt
 
     def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "m v d"]) -> Float[Tensor, "b l o"]:
         """The image stream to the velocity."""

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mrflow.caches.base import Cache, check_cache
+from mrflow.caches.cached import check_open
 from mrflow.cost import sampling_work
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
@@ -16,6 +18,7 @@ from mrflow.stage import Stage, Work
 from mrflow.stages.decode import check_space
 
 if TYPE_CHECKING:
+    from mrflow.backbone import Backbone
     from mrflow.runner import Context
 
 
@@ -27,6 +30,7 @@ class Refine(Stage[Latents, Latents]):
     solver: Solver = field(default=Euler(), kw_only=True)
     guidance: Guidance | None = field(default=None, kw_only=True)
     noise: Noise = field(default=PerItem(), kw_only=True)
+    cache: Cache | None = field(default=None, kw_only=True)
 
     def sigmas(self, spec: Latents, model: ModelInfo) -> Sigmas:
         """The noise levels that the stage visits."""
@@ -37,15 +41,21 @@ class Refine(Stage[Latents, Latents]):
         check_space(spec, model)
         if spec.sigma == 0:
             raise PlanError("latents are already clean (sigma 0); put Reinject(sigma=...) before Refine()")
+        check_cache(self.cache, model)
         last = self.sigmas(spec, model)[-1]
         return Latents(spec.batch, spec.height, spec.width, spec.space, last)
 
     def work(self, spec: Latents, out: Latents, model: ModelInfo) -> Work:
-        """Forwards: steps x evaluations x guidance passes."""
-        return sampling_work(model, out, self.sigmas(spec, model), self.solver, self.guidance)
+        """Forwards: steps x evaluations x guidance passes, without those that a cache leaves out."""
+        return sampling_work(model, out, self.sigmas(spec, model), self.solver, self.guidance, self.cache)
+
+    def check(self, model: "Backbone") -> None:
+        """A cache needs a model that can be taken apart."""
+        if self.cache is not None:
+            check_open(model)
 
     def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
         """Integrate."""
         guidance = self.guidance or own_guidance(ctx.model.info)
         sigmas = self.sigmas(state.spec, ctx.model.info)
-        return ctx.integrate(self.solver, guidance, state.data, sigmas, source=self.noise)
+        return ctx.integrate(self.solver, guidance, state.data, sigmas, source=self.noise, cache=self.cache)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mrflow.caches.base import Cache, check_cache
+from mrflow.caches.cached import check_open
 from mrflow.cost import sampling_work
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
@@ -15,6 +17,7 @@ from mrflow.spec import Latents, ModelInfo, Start, State, check_size
 from mrflow.stage import Stage, Work
 
 if TYPE_CHECKING:
+    from mrflow.backbone import Backbone
     from mrflow.runner import Context
 
 
@@ -23,6 +26,7 @@ class Sample(Stage[Start, Latents]):
     """Integrate the flow from noise (sigma 1) to `stop`, for a picture of height x width pixels.
 
     `guidance=None` is the model's own. `stop` above 0 ends the schedule early and leaves noise of that level in.
+    `cache` leaves out evaluations (mrflow/caches).
     """
 
     height: int
@@ -32,6 +36,7 @@ class Sample(Stage[Start, Latents]):
     guidance: Guidance | None = field(default=None, kw_only=True)
     stop: float = field(default=0.0, kw_only=True)
     noise: Noise = field(default=PerItem(), kw_only=True)
+    cache: Cache | None = field(default=None, kw_only=True)
 
     def sigmas(self, model: ModelInfo) -> Sigmas:
         """The noise levels that the stage visits."""
@@ -43,16 +48,23 @@ class Sample(Stage[Start, Latents]):
         check_size(self.height, self.width, model.space)
         if not 0 <= self.stop < 1:
             raise PlanError(f"stop must be a noise level from 0 to below 1, got {self.stop!r}")
+        check_cache(self.cache, model)
         scale = model.space.downscale
         levels = self.sigmas(model)
         return Latents(spec.batch, self.height // scale, self.width // scale, model.space, levels[-1])
 
     def work(self, spec: Start, out: Latents, model: ModelInfo) -> Work:
-        """Forwards: steps x evaluations x guidance passes."""
-        return sampling_work(model, out, self.sigmas(model), self.solver, self.guidance)
+        """Forwards: steps x evaluations x guidance passes, without those that a cache leaves out."""
+        return sampling_work(model, out, self.sigmas(model), self.solver, self.guidance, self.cache)
+
+    def check(self, model: "Backbone") -> None:
+        """A cache needs a model that can be taken apart."""
+        if self.cache is not None:
+            check_open(model)
 
     def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
         """Draw noise and integrate."""
         guidance = self.guidance or own_guidance(ctx.model.info)
+        levels = self.sigmas(ctx.model.info)
         noise = ctx.noise(out.shape, source=self.noise)
-        return ctx.integrate(self.solver, guidance, noise, self.sigmas(ctx.model.info), source=self.noise)
+        return ctx.integrate(self.solver, guidance, noise, levels, source=self.noise, cache=self.cache)

@@ -19,8 +19,10 @@ from mrflow.backbone import Condition
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.checkpoint import read_header
-from mrflow.models.fields import FluxField, side_by_side, step
+from mrflow.models.fields import FluxField, side_by_side
+from mrflow.models.fields import step as flux_step
 from mrflow.models.flux import Flux, FluxParams
+from mrflow.models.pieces import NetPieces, Opening
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
 from mrflow.models.text import check_prompt
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
@@ -176,13 +178,23 @@ class Pocket:
 
     takes_levels = True
 
+    takes_step = True
+
     def field(
-        self, cond: Condition, *, guidance: float | None = None, levels: Sequence[float] | None = None
+        self,
+        cond: Condition,
+        *,
+        guidance: float | None = None,
+        levels: Sequence[float] | None = None,
+        step: Opening | None = None,
     ) -> Velocity:
-        """The velocity of the flow for these captions; `levels` are the sigmas it will be asked for."""
+        """The velocity of the flow for these captions; `levels` are the sigmas it will be asked for.
+
+        `step` is given the network's pieces and gives the step that is taken in the model's own place.
+        """
         if guidance is not None:
             raise PlanError("pocket has no guidance embedding; use CFG(scale)")
-        own = partial(step, self._flow)
+        own = partial(flux_step, self._flow) if step is None else step(NetPieces(self._flow))
         return FluxField(self._flow, cond["context"], cond["pooled"], None, levels=levels or (), step=own)
 
     def together(

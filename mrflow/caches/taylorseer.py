@@ -1,0 +1,51 @@
+"""TaylorSeer, lite: a feature is computed every few steps and extrapolated over the others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from mrflow.caches.base import Cache, Feature, Look, Rule
+from mrflow.caches.extrapolate import Extrapolation, Series, check_whole
+from mrflow.errors import PlanError
+from mrflow.spec import ModelInfo
+
+Of = Literal["output", "velocity"]
+
+
+@dataclass(frozen=True)
+class TaylorSeer(Cache):
+    """TaylorSeer (Liu et al. 2025, arXiv 2503.06923), lite: the first `warmup` evaluations are computed, then every
+    `interval`-th; between them one feature is extrapolated, in steps, by a curve of degree `order`.
+
+    `of`: the image stream after the last block, so that the final layer still sees the level ("output"), or the
+    velocity itself ("velocity", as diffusers' lite mode). `series` as for `Extrapolation`.
+    """
+
+    interval: int = 6
+    order: int = field(default=1, kw_only=True)
+    warmup: int = field(default=3, kw_only=True)
+    of: Of = field(default="output", kw_only=True)
+    series: Series = field(default="newton", kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_whole("interval", self.interval, 1)
+        check_whole("warmup", self.warmup, 1)
+        if self.of not in get_args(Of):
+            raise PlanError(f"of must be one of {', '.join(get_args(Of))}, got {self.of!r}")
+        self.extrapolation()
+
+    def feature(self) -> Feature:
+        """What is extrapolated."""
+        return self.of
+
+    def extrapolation(self) -> Extrapolation:
+        """The curve."""
+        return Extrapolation(self.order, self.series)
+
+    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+        """A fixed cadence: 0, 1, 2, 8, 14, 20, ... as published."""
+
+        def due(look: Look) -> bool:
+            return look.index < self.warmup or (look.index - self.warmup + 1) % self.interval == 0
+
+        return due

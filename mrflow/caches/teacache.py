@@ -1,0 +1,113 @@
+"""TeaCache: skip while the modulated input has changed little, by a polynomial fitted to the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mrflow.backbone import Backbone
+from mrflow.caches.base import Cache, Look, Rule, between, check_threshold, difference
+from mrflow.errors import PlanError
+from mrflow.guidance import Guidance
+from mrflow.schedules import Schedule, Shifted
+from mrflow.spec import ModelInfo
+
+COEFFICIENTS: dict[str, tuple[float, ...]] = {
+    # ali-vilab/TeaCache, TeaCache4FLUX: 28 steps
+    "flux1-dev": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
+    # of the community (vLLM-Omni, VideoX-Fun); negative at both ends, hence |P|
+    "qwen-image": (-450.0, 280.0, -45.0, 3.2, -0.02),
+    # fitted here, 12 steps at 128 x 128: python -m experiments.caches --calibrate
+    "pocket": (25.11, -5.285, 0.3191),
+}
+"""Known polynomials by model, highest power first."""
+
+# Speed-ups claimed for FLUX.1-dev at 28 steps, by threshold (ali-vilab/TeaCache); 1.2: cache-dit's table, 50 steps.
+CLAIMED = ((0.0, 1.0), (0.25, 1.5), (0.4, 1.8), (0.6, 2.0), (0.8, 2.25), (1.2, 5.56))
+
+
+@dataclass(frozen=True)
+class TeaCache(Cache):
+    """TeaCache (Liu et al. 2024, arXiv 2411.19108): reuse what all blocks added, while a sum of |P(d)| is below
+    `threshold`; d is the relative change of the modulated input of the first block since the evaluation before.
+
+    The first and the last evaluation are computed. `coefficients` of P, highest power first, belong to a model and a
+    schedule; None: the known ones of FLUX.1-dev, Qwen-Image and pocket. `calibrated` fits them for any model.
+    """
+
+    threshold: float = 0.25
+    coefficients: tuple[float, ...] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        if self.coefficients is not None and not self.coefficients:
+            raise PlanError("coefficients must be at least one number, the highest power first")
+
+    @staticmethod
+    def calibrated(
+        threshold: float,
+        model: Backbone,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int] | None = None,
+        schedule: Schedule = Shifted(28),
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        degree: int = 4,
+    ) -> "TeaCache":
+        """A cache whose polynomial is fitted to how `model` draws these prompts.
+
+        Each prompt is sampled whole at `size` (None: the model's own low size). The polynomial takes the change of the
+        modulated input to that of the network's output, both relative L1, by least squares.
+
+        Raises:
+            PlanError: the model cannot be taken apart, or there are too few steps for the degree.
+        """
+        from mrflow.caches.calibrate import fit, observe
+
+        seen = observe(model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
+        pairs = [(step.probe, step.output) for track in seen for step in track]
+        return TeaCache(threshold, coefficients=fit(pairs, degree))
+
+    def check(self, info: ModelInfo) -> None:
+        """A model without known coefficients needs its own."""
+        if self.coefficients is None and info.name not in COEFFICIENTS:
+            raise PlanError(
+                f"TeaCache knows no coefficients for {info.name}; fit them with TeaCache.calibrated("
+                f"{self.threshold:g}, model, prompts) or give coefficients="
+            )
+
+    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+        """The accumulated rule."""
+        self.check(info)
+        coefficients = COEFFICIENTS[info.name] if self.coefficients is None else self.coefficients
+        total, before = 0.0, list[Tensor]()
+
+        def due(look: Look) -> bool:
+            nonlocal total
+            if self.threshold == 0:
+                return True
+            probe = look.probe()
+            if before and not look.last:
+                total += abs(polynomial(coefficients, difference(probe, before[0])))
+                computed = not total < self.threshold
+            else:
+                computed = True
+            before[:] = [probe]
+            if computed:
+                total = 0.0
+            return computed
+
+        return due
+
+    def estimate(self, evaluations: int) -> int:
+        """From the speed-ups claimed for FLUX.1-dev at this threshold; the two ends are always computed."""
+        return max(2, round(evaluations / between(CLAIMED, self.threshold)))
+
+
+def polynomial(coefficients: Sequence[float], x: float) -> float:
+    """The value at x, highest power first (Horner)."""
+    value = 0.0
+    for c in coefficients:
+        value = value * x + c
+    return value

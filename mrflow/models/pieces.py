@@ -1,0 +1,64 @@
+"""A transformer's evaluation taken apart, for caches: they decide between the pieces which of them to run."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mrflow.models.fields import Step
+from mrflow.models.flux import Flux
+from mrflow.models.graphs import Graphed
+from mrflow.models.layers import Rope, modulated
+from mrflow.models.qwen_image import QwenImage
+
+
+class NetPieces:
+    """The pieces of one network, the same bits as the whole. With `graphs`, runs of blocks are replayed as CUDA graphs.
+
+    One object serves all fields of a model, so that a graph is recorded once for its blocks and shapes.
+    """
+
+    def __init__(self, net: Flux | QwenImage, *, graphs: bool = False) -> None:
+        self.net, self.graphs = net, graphs
+        self.recorded: dict[tuple[int, int], Graphed] = {}
+
+    @property
+    def count(self) -> int:
+        """Blocks of all kinds."""
+        return len(self.net.stack())
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The image stream."""
+        return self.net.embed_image(tokens)
+
+    def probe(self, img: Tensor, table: Tensor) -> Tensor:
+        """What the first block's image stream begins with: the modulated norm."""
+        return modulated(img, table[:, 0:1], table[:, 1:2])
+
+    def run(
+        self, img: Tensor, txt: Tensor, cos: Tensor, sin: Tensor, table: Tensor, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams after the blocks from `start` to before `stop`."""
+        if start >= stop:
+            return img, txt
+        if not self.graphs:
+            return self.net.some_blocks(img, txt, Rope(cos, sin), table, start, stop)
+        graph = self.recorded.setdefault((start, stop), Graphed(partial(joint, self.net, start, stop)))
+        both = graph(img, txt, cos, sin, table, key=self.net.attention)
+        return both[:, : img.shape[1]], both[:, img.shape[1] :]
+
+    def head(self, img: Tensor, table: Tensor) -> Tensor:
+        """The velocity's tokens."""
+        return self.net.head(img, table)
+
+
+Opening = Callable[[NetPieces], Step]
+"""What `field(..., step=)` takes: given a network's pieces, the step to use, which may remember what it likes."""
+
+
+def joint(
+    net: Flux | QwenImage, start: int, stop: int, img: Tensor, txt: Tensor, cos: Tensor, sin: Tensor, table: Tensor
+) -> Tensor:
+    """Some blocks as a function of tensors that gives one: image, then text."""
+    return torch.cat(net.some_blocks(img, txt, Rope(cos, sin), table, start, stop), 1)
