@@ -89,7 +89,7 @@ class Maker:
         self.negative = model.info.negative if sweep.negative is None else sweep.negative
         self.made_by = versions()
         self._cache = StageCache(max_bytes=CACHE_BYTES)
-        self._seconds: dict[tuple[str, tuple[Pair, ...]], float] = {}
+        self._took: dict[tuple[str, tuple[Pair, ...]], tuple[float, int, float]] = {}
         self._warm = set[tuple[object, ...]]() if warm else None
         # The reference first: the others are held against its pictures.
         self.labels = sorted(sweep.chains, key=lambda label: label != sweep.reference)
@@ -214,12 +214,12 @@ class Maker:
             keep=keep,
             cache=self._cache,
         )
-        seconds = self._true_seconds(label, pairs, result)
+        took = self._true_cost(label, pairs, result)
         images = result.images
         rows: list[Row] = []
         for i, (pair, key, tries) in enumerate(group):
             picture = self.store.write_picture(self.store.picture_path(key), png(images[i], make_record(result, i)))
-            rows.append(self._row(label, pair, key, tries, result, i, images[i], seconds, picture))
+            rows.append(self._row(label, pair, key, tries, result, i, images[i], took, picture))
         return rows
 
     def _row(
@@ -231,21 +231,21 @@ class Maker:
         result: Result,
         item: int,
         image: Image.Image,
-        seconds: Sequence[float],
+        took: Sequence[tuple[float, int, float]],
         picture: str,
     ) -> Row:
         prompt, seed = pair
-        batch, plan = len(result.seeds), self.plans[label]
+        batch = len(result.seeds)
         stages = [
             {
                 "name": s.name,
                 "out": str(s.spec),
-                "seconds": t / batch,
-                "nfe": p.work.nfe,
-                "flops": p.work.flops,
+                "seconds": seconds / batch,
+                "nfe": nfe,
+                "flops": flops / batch,
                 "cached": s.cached,
             }
-            for s, t, p in zip(result.stages, seconds, plan.rows, strict=True)
+            for s, (seconds, nfe, flops) in zip(result.stages, took, strict=True)
         ]
         measured = Measured(
             _pixels(image),
@@ -267,9 +267,9 @@ class Maker:
             seed=seed,
             tags=dict(prompt.tags),
             tries=tries + 1,
-            seconds=(result.condition_seconds + sum(seconds)) / batch,
-            nfe=plan.nfe,
-            flops=plan.work.flops,
+            seconds=(result.condition_seconds + sum(t[0] for t in took)) / batch,
+            nfe=sum(t[1] for t in took),
+            flops=sum(t[2] for t in took) / batch,
             peak_bytes=result.peak_bytes,
             stages=stages,
             metrics=self._numbers(self.sweep.metrics, measured),
@@ -301,13 +301,14 @@ class Maker:
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def _true_seconds(self, label: str, pairs: tuple[Pair, ...], result: Result) -> list[float]:
-        """What each stage takes: for one that came from the cache, what it took when it was made for this batch."""
-        out: list[float] = []
+    def _true_cost(self, label: str, pairs: tuple[Pair, ...], result: Result) -> list[tuple[float, int, float]]:
+        """Seconds, forwards and operations of each stage: for one that came from memory, those when it was made."""
+        out: list[tuple[float, int, float]] = []
         for mark, stage in zip(self.prints[label], result.stages, strict=True):
+            mine = (stage.seconds, stage.nfe, stage.flops)
             if not stage.cached:
-                self._seconds[mark, pairs] = stage.seconds
-            out.append(self._seconds.get((mark, pairs), stage.seconds))
+                self._took[mark, pairs] = mine
+            out.append(self._took.get((mark, pairs), mine))
         return out
 
     def _warm_up(self, label: str, chain: "AnyChain", batch: int) -> None:
