@@ -45,6 +45,7 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     lines = [line for _, text in blocks(ROOT / "README.md", "bash") for line in text.splitlines()]
     commands = [line.split("#")[0] for line in lines if line.startswith("mrflow ")]
     assert len(commands) >= 4
