@@ -1,6 +1,7 @@
 """Caches against diffusers' hooks on tiny random FLUX and Qwen-Image pipelines: decisions and pictures."""
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.caches import Cache, DBCache, Extrapolation, Look, MagCache, Rule, TaylorSeer, TeaCache, memory
 from mrflow.caches.base import Feature
+from mrflow.caches.calibrate import Track, Watched
 from mrflow.caches.magcache import RATIOS
 from mrflow.caches.teacache import COEFFICIENTS
 from tests.parity.test_flux import relative
@@ -247,3 +249,18 @@ def test_teacache_is_its_equations_on_their_network(
     got, ours_ran = pair.ours(TeaCache(threshold), monkeypatch)
     print(pair.kind, "".join("01"[x] for x in theirs_ran), "".join("01"[x] for x in ours_ran))
     hold(pair, want, theirs_ran, got, ours_ran)
+
+
+def test_ratios_are_measured_as_theirs(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    """Diffusers prints them after a run, a list for each branch; numbers of both are rounded alike."""
+    from diffusers.hooks import MagCacheConfig
+
+    pair.theirs(MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
+    want = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("[1.0")]
+    tracks: list[Track] = []
+    watched: Any = Watched(pair.model, tracks)
+    mf.run(mf.Sample(64, 64, mf.Shifted(STEPS), noise=mf.Stream(0)), watched, "a cat", seed=SEED)
+    got = [[1.0, *(step.ratio for step in track)] for track in tracks]
+    assert len(want) == len(got) == (1 if pair.kind == "flux" else 2)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
