@@ -1,5 +1,6 @@
 """The public names, in one place. `mrflow/__init__.py` hands them on when first asked for."""
 
+from mrflow import caches as caches
 from mrflow import metrics as metrics
 from mrflow import recipes as recipes
 from mrflow import schedules as schedules

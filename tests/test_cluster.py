@@ -24,13 +24,13 @@ from tests.test_sweep import small
 
 def load():
     import time
-    from mrflow.sweep import local, store
+    from mrflow.sweep import maker, store
     store.BEAT = 0.3
-    make = local.Maker._made
+    make = maker.Maker._made
     def slow(self, label, group):
         time.sleep({pause})
         return make(self, label, group)
-    local.Maker._made = slow
+    maker.Maker._made = slow
     return mf.toy()
 
 done = run_on_ray(small(), load, {folder!r}, Pool(2, cpus=0.5), batch=2)

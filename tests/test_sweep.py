@@ -31,6 +31,7 @@ from mrflow.sweep import (
     Ssim,
     Store,
     local,
+    maker,
     read,
     run_sweep,
     store,
@@ -170,14 +171,14 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
 import mrflow as mf
-from mrflow.sweep import run_sweep, local, store
+from mrflow.sweep import run_sweep, maker, store
 from tests.test_sweep import small
 store.BEAT = 0.2
-make = local.Maker._made
+make = maker.Maker._made
 def slow(self, label, group):
     time.sleep({pause})
     return make(self, label, group)
-local.Maker._made = slow
+maker.Maker._made = slow
 print("begun", flush=True)
 done = run_sweep(small(), mf.toy(), {folder!r}, batch=2)
 print(done.made, flush=True)
@@ -292,7 +293,7 @@ def test_a_row_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
     sweep, model = mf.Sweep({"s": paper()}, ["a", "b"]), mf.toy()
     folder = Store(tmp_path)
     folder.open(local.manifest(sweep, model))
-    key = local.Maker(sweep, model, folder).key("s", (sweep.prompts[0], 0))
+    key = maker.Maker(sweep, model, folder).key("s", (sweep.prompts[0], 0))
     dead = {"host": os.uname().nodename, "pid": 2**22 + 7, "boot": store.boot(), "tries": 2}
     (tmp_path / "leases" / f"{key}.json").write_text(json.dumps(dead))
     done = run_sweep(sweep, model, tmp_path)

@@ -2,10 +2,10 @@
 
 from mrflow.sweep.grid import Prompt as Prompt
 from mrflow.sweep.grid import Sweep as Sweep
-from mrflow.sweep.local import Maker as Maker
 from mrflow.sweep.local import Progress as Progress
 from mrflow.sweep.local import Summary as Summary
 from mrflow.sweep.local import run_sweep as run_sweep
+from mrflow.sweep.maker import Maker as Maker
 from mrflow.sweep.metrics import ClipScore as ClipScore
 from mrflow.sweep.metrics import Lpips as Lpips
 from mrflow.sweep.metrics import Measured as Measured

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mrflow.errors import PlanError, ResourceError
-from mrflow.sweep.local import Maker, Pair, Progress, Summary, check_run, manifest
+from mrflow.sweep.local import Progress, Summary, check_run, manifest
+from mrflow.sweep.maker import Maker, Pair
 from mrflow.sweep.store import BEAT, Store
 
 if TYPE_CHECKING:

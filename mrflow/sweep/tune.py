@@ -21,7 +21,8 @@ from mrflow.solvers import Solver
 from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import Chain, Plan, plan
 from mrflow.sweep.grid import Prompt, Sweep
-from mrflow.sweep.local import Maker, manifest
+from mrflow.sweep.local import manifest
+from mrflow.sweep.maker import Maker
 from mrflow.sweep.metrics import Metric
 from mrflow.sweep.statistics import Interval, interval, pareto, values
 from mrflow.sweep.store import Row, Store
