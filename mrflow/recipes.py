@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -14,6 +15,9 @@ from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Samp
 from mrflow.upscalers import Upscaler
 from mrflow.upscalers.interpolate import Filter
 
+if TYPE_CHECKING:
+    from mrflow.caches import Cache
+
 SIGMA = 0.12  # the published noise level of refinement (arXiv 2607.01642; official scripts)
 
 
@@ -24,10 +28,11 @@ def native(
     schedule: Schedule | None = None,
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
+    cache: "Cache | None" = None,
 ) -> Chain[Start, Pixels]:
     """Plain sampling at full size: what staged sampling is held against."""
     chosen = schedule or Shifted(steps)
-    return Sample(*size, chosen, solver=solver, guidance=guidance) >> Decode()
+    return Sample(*size, chosen, solver=solver, guidance=guidance, cache=cache) >> Decode()
 
 
 def paper(
@@ -43,15 +48,17 @@ def paper(
     guidance: Guidance | None = None,
     refine_guidance: Guidance | None = None,
     noise: Noise = PerItem(),
+    cache: "Cache | None" = None,
 ) -> Chain[Start, Pixels]:
     """MrFlow (arXiv 2607.01642): sample low, super-resolve, encode, inject noise, refine.
 
-    `noise` is what the low-resolution stage begins with; `upscaler=None` is the model's own net. The published maths
-    with the posterior's mode and per-item noise; `official` has the published draws.
+    `noise` is what the low-resolution stage begins with, `cache` what leaves out some of its forwards; `upscaler=None` is
+    the model's own net. The published maths with the posterior's mode and per-item noise; `official` has the published
+    draws.
     """
     _check_ladder((low, size))
     return (
-        Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance, noise=noise)
+        Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance, noise=noise, cache=cache)
         >> Decode()
         >> Upscale(upscaler, size)
         >> Encode()
