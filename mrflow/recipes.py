@@ -52,9 +52,9 @@ def paper(
 ) -> Chain[Start, Pixels]:
     """MrFlow (arXiv 2607.01642): sample low, super-resolve, encode, inject noise, refine.
 
-    `noise` is what the low-resolution stage begins with, `cache` what leaves out some of its forwards; `upscaler=None` is
-    the model's own net. The published maths with the posterior's mode and per-item noise; `official` has the published
-    draws.
+    `noise` is what the low-resolution stage begins with, `cache` what leaves out some of its forwards. `upscaler=None`
+    is the model's own net. The published maths with the posterior's mode and per-item noise; `official` has the
+    published draws.
     """
     _check_ladder((low, size))
     return (

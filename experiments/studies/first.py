@@ -1,6 +1,6 @@
 """A first sweep: does staged sampling keep what native sampling draws, and is it faster? 3 chains x 40 captions.
 
-    mrflow sweep experiments/studies/first.py && mrflow report first-sweep
+mrflow sweep experiments/studies/first.py && mrflow report first-sweep
 """
 
 import mrflow as mf
