@@ -274,3 +274,17 @@ class TestInABrowser:
 def test_rows_are_read_back_as_they_were_written(folder: Path) -> None:
     rows = read(folder)
     assert len(rows) == 18 and sum(not r.done for r in rows) == 3
+
+
+def test_parts_of_a_score_are_plotted_by_method(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        replace(
+            row(p, 0, 1.0, chain=c), metrics={"score": 0.5, "score.a": 0.4} | ({"score.b": 0.6} if p == "p" else {})
+        )
+        for c in ("ref", "other")
+        for p in ("p", "q")
+    ]
+    made = write_plots(summarise(rows, "ref"), tmp_path / "plot")
+    assert [p.name for p in made] == ["plot.png", "plot.svg", "plot-categories.png", "plot-categories.svg"]
+    assert all(p.stat().st_size > 3000 for p in made)

@@ -46,7 +46,7 @@ def main() -> None:
         place = Path("docs") / "images" / "studies"
         place.mkdir(parents=True, exist_ok=True)
         for path in write_plots(summarise(rows, reference), place / args.name):
-            if path.suffix == ".png":
+            if path.suffix == ".png" or path.stem != args.name:
                 path.unlink()
     print("\n".join(table(rows, sweep.reference, by=args.by)))
 

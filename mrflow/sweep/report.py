@@ -263,7 +263,7 @@ def write_parquet(rows: Sequence[Row], out: Path) -> None:
 
 
 def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = None) -> list[Path]:
-    """Quality against speed-up as PNG and SVG (extra `[sweep]`); the files.
+    """Quality against speed-up, and its parts by method where it has any, as PNG and SVG (extra `[sweep]`); the files.
 
     Raises:
         PlanError: matplotlib is not installed, or no chain has both a speed-up and the metric.
@@ -299,6 +299,29 @@ def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = 
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.xaxis.set_minor_formatter("{x:g}x")
     axes.grid(visible=True, alpha=0.25)
+    out = _saved(figure, stem)
+    pyplot.close(figure)
+    base = chosen.split(".")[0]
+    parts = [m for m in summary["metrics"] if m.startswith(f"{base}.")]
+    if parts:
+        figure, axes = pyplot.subplots(
+            figsize=(2.5 + 0.9 * len(parts), 1 + 0.35 * len(summary["chains"])), layout="constrained"
+        )
+        cells = [[c["metrics"].get(m, {}).get("mean", np.nan) for m in parts] for c in summary["chains"]]
+        axes.imshow(cells, cmap="Blues", aspect="auto")
+        axes.set_xticks(range(len(parts)), [m.removeprefix(f"{base}.") for m in parts])
+        axes.set_yticks(range(len(cells)), [c["label"] for c in summary["chains"]])
+        spread = np.nanmin(cells), np.nanmax(cells)
+        for i, row in enumerate(cells):
+            for j, value in enumerate(row):
+                dark = value > (spread[0] + spread[1]) / 2
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+        out += _saved(figure, stem.with_name(f"{stem.name}-categories"))
+        pyplot.close(figure)
+    return out
+
+
+def _saved(figure: Any, stem: Path) -> list[Path]:  # noqa: ANN401
     out: list[Path] = []
     for ending in ("png", "svg"):
         buffer = BytesIO()
@@ -306,5 +329,4 @@ def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = 
         path = stem.with_name(f"{stem.name}.{ending}")
         write_bytes(path, buffer.getvalue())
         out.append(path)
-    pyplot.close(figure)
     return out
