@@ -7,6 +7,7 @@ from mrflow import schedules as schedules
 from mrflow import solvers as solvers
 from mrflow import sweep as sweep
 from mrflow import testing as testing
+from mrflow.adapters import Lora as Lora
 from mrflow.backbone import Backbone as Backbone
 from mrflow.backbone import Condition as Condition
 from mrflow.cache import StageCache as StageCache

@@ -56,6 +56,9 @@ OffloadMode = Annotated[
 Storage = Annotated[str | None, typer.Option("--storage", help="fp8: keep the blocks' matrices in 8 bits.")]
 Vae = Annotated[str | None, typer.Option("--vae", help="The autoencoder, where it is not beside the model.")]
 Text = Annotated[str | None, typer.Option("--text", help="Text encoders and tokenizers, where not beside the model.")]
+LoraFiles = Annotated[
+    list[str] | None, typer.Option("--lora", help="A LoRA to merge into the weights: FILE or FILE:STRENGTH.")
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile each block with torch.compile.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="paper, official or native.")]
 Size = Annotated[
@@ -108,6 +111,7 @@ def generate(
     vae: Vae = None,
     text: Text = None,
     compile: Compile = False,
+    lora: LoraFiles = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures, and say what each stage cost."""
@@ -117,7 +121,7 @@ def generate(
         if sr in (None, "own") and recipe != "native" and not embedded(model):
             raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
         net = upscaler(sr)
-        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile)
+        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile, lora)
         info = backbone.info
         chain = build(
             recipe, info, size=size, low=low, ladder=ladder, steps=steps, refine_steps=refine_steps, sigma=sigma, sr=net
@@ -145,12 +149,13 @@ def run(
     vae: Vae = None,
     text: Text = None,
     compile: Compile = False,
+    lora: LoraFiles = None,
     as_json: Json = False,
 ) -> None:
     """Run a chain from a Python file."""
     with console() as err:
         own = load_chain(chain)
-        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile)
+        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile, lora)
         _draw(err, own, backbone, prompts, seed, batch, negative, out, force, stages, as_json)
 
 
@@ -177,6 +182,7 @@ def refine(
     vae: Vae = None,
     text: Text = None,
     compile: Compile = False,
+    lora: LoraFiles = None,
     as_json: Json = False,
 ) -> None:
     """Enlarge a picture that exists: super-resolve, reinject a little noise, refine."""
@@ -191,7 +197,7 @@ def refine(
         if isinstance(net, str):
             raise PlanError(f"--sr {net} enlarges latents; refining a picture goes over pixels")
         pixels = read_image(photo)
-        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile)
+        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile, lora)
         height, width = pixels.shape[-2:]
         part, size = refinement(height, width, scale, backbone.info, crop=crop)
         chain = recipes.enlarge(size, net, sigma=sigma, refine_steps=refine_steps)
@@ -272,8 +278,9 @@ def replay(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="The weights, where the model is not embedded.")] = None,
     start: Annotated[Path | None, typer.Option("--start", help="The picture it began with, if it did.")] = None,
-    sr: Annotated[
-        list[Path] | None, typer.Option("--sr", help="The upscaler's file, or its folder, where it used one.")
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("--file", help="The file of a network or adapter it used, or its folder."),
     ] = None,
     device: DeviceName = "auto",
     dtype: Dtype = None,
@@ -282,6 +289,7 @@ def replay(
     vae: Vae = None,
     text: Text = None,
     compile: Compile = False,
+    lora: LoraFiles = None,
 ) -> None:
     """Make a picture again from the record it carries."""
     from mrflow.io import read_image, read_record, save_result
@@ -293,8 +301,8 @@ def replay(
         types = own_types(own) if own is not None else ()
         pixels = read_image(start) if start is not None else None
         name = model or str(record.get("model", "pocket"))
-        backbone = load_model(name, device, dtype, offload, storage, vae, text, compile)
-        result = again(picture, model=backbone, types=types, start=pixels, upscalers=sr or ())
+        backbone = load_model(name, device, dtype, offload, storage, vae, text, compile, lora)
+        result = again(picture, model=backbone, types=types, start=pixels, files=file or ())
         for path in save_result(result, target):
             err.print(f"made again in {result.seconds:.2f} s")
             typer.echo(path)

@@ -14,6 +14,9 @@ from mrflow.spec import Latents, ModelInfo, Pixels, check_size
 from mrflow.stage import AnyChain, Plan, Work, human, plan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mrflow.adapters import Lora
     from mrflow.caches.base import Cache
     from mrflow.guidance import Guidance
     from mrflow.models.memory import Offload
@@ -64,15 +67,21 @@ def sampling_work(
     solver: "Solver",
     guidance: "Guidance | None",
     cache: "Cache | None" = None,
+    lora: "Sequence[Lora]" = (),
 ) -> Work:
     """The forwards of one integration: what the solver evaluates, times the passes of the guidance there.
 
     A cache (the stage's, or the model's own) leaves some out: exactly where its rule goes by the step alone, else as it
     estimates, and then the work is marked so. Forwards are those that are computed; their operations include what a
-    cached one still computes.
+    cached one still computes. Adapters count as if they lay on every token, which holds for all but modulations.
     """
     chosen = guidance or own_guidance(model)
-    points, whole = solver.points(sigmas), out.batch * forward_flops(model, out.tokens)
+    points, one = solver.points(sigmas), forward_flops(model, out.tokens)
+    if lora and model.architecture is not None:
+        from mrflow.models.lora import flops_per_token
+
+        one += flops_per_token(lora) * (out.tokens + model.architecture.text_tokens)
+    whole = out.batch * one
     cache = cache or model.cache
     if cache is None:
         nfe = chosen.evals(points)

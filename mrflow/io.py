@@ -239,25 +239,26 @@ def replay(
     model: "Backbone | None" = None,
     types: Iterable[type] = (),
     start: Tensor | None = None,
-    upscalers: Iterable[str | Path] = (),
+    files: Iterable[str | Path] = (),
 ) -> "Result":
     """Make a picture again from the record it carries; the same pixels on the same versions and device.
 
     A picture that was made in a batch may differ by rounding (one level of 255): it is made again alone.
 
     `model` is the loaded model where it is not embedded; `types` are the classes of your own that its chain uses;
-    `start` the pixels that it began with, where it did not begin with noise; `upscalers` the files (or folders of them)
-    of the super-resolution networks that it used: a record holds their names and SHA-256, not where they lie.
+    `start` the pixels that it began with, where it did not begin with noise; `files` the files (or folders of them) of
+    the super-resolution networks and adapters that it used: a record holds their names and SHA-256, not their places.
 
     Raises:
         RecordError: there is no record, or this model is not the one that made the picture.
     """
+    from mrflow.files import known_files
     from mrflow.models import load
     from mrflow.runner import run
-    from mrflow.upscalers import known_files
 
     record = read_record(path)
-    with known_files(upscalers):
+    files = tuple(files)
+    with known_files(files):
         chain: AnyChain = decode_chain(record.get("chain"), types)
     prompt, seed, negative, name = (record.get(k) for k in ("prompt", "seed", "negative", "model"))
     if not (isinstance(prompt, str) and isinstance(seed, int) and isinstance(negative, str) and isinstance(name, str)):
@@ -270,7 +271,8 @@ def replay(
         raise RecordError(
             f"{path} was made by {name} {weights}, but the model given is {backbone.info.name} {backbone.info.version}"
         )
-    return run(chain, backbone, prompt, seed=seed, negative=negative, start=start)
+    with known_files(files):
+        return run(chain, backbone, prompt, seed=seed, negative=negative, start=start)
 
 
 def inspect_file(path: str | Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from mrflow.adapters import Lora, with_loras
 from mrflow.backbone import Announced, Backbone, Condition, takes_levels
 from mrflow.cost import forward_flops
 from mrflow.errors import MrflowError, NonFiniteError, PlanError, PromiseError
@@ -96,11 +97,14 @@ class Context:
         *,
         source: Noise = PerItem(),
         cache: "Cache | None" = None,
+        lora: Sequence[Lora] = (),
     ) -> Tensor:
-        """Integrate the model's guided field from x along `sigmas`, with a cache in it if one is given."""
+        """Integrate the model's guided field from x along `sigmas`, with the cache and adapters that are given."""
         draws = iter(range(1, 1 + len(sigmas)))
         levels = solver.points(sigmas)
-        model = self.model if cache is None else cast("Backbone", cache(self.model))
+        model = with_loras(self.model, lora)
+        if cache is not None:
+            model = cast("Backbone", cache(model))
         if model.info.cache is None:
             evals, patch = guidance.evals(levels) * len(x), model.info.space.patch
             tokens = (x.shape[-2] // patch) * (x.shape[-1] // patch)

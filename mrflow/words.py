@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from mrflow.errors import MrflowError, PlanError
 
 if TYPE_CHECKING:
+    from mrflow.adapters import Lora
     from mrflow.backbone import Backbone
     from mrflow.spec import ModelInfo, Pixels, Start
     from mrflow.stage import AnyChain, Chain
@@ -34,6 +35,7 @@ def load_model(
     vae: str | None,
     text: str | None,
     compile: bool,
+    lora: Sequence[str] | None = None,
 ) -> "Backbone":
     """A model from the words of the command line."""
     import torch
@@ -53,7 +55,20 @@ def load_model(
         vae=vae,
         text=text,
         compile=compile,
+        lora=[parse_lora(word) for word in lora or ()],
     )
+
+
+def parse_lora(word: str) -> "Lora":
+    """An adapter from FILE or FILE:STRENGTH."""
+    from mrflow.adapters import Lora
+
+    path, colon, strength = word.rpartition(":")
+    try:
+        value = float(strength) if colon and path else None
+    except ValueError:
+        value = None
+    return Lora(word) if value is None else Lora(path, value)
 
 
 def build(

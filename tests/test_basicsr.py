@@ -206,5 +206,5 @@ def test_a_picture_is_replayed(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     result = mf.run(chain, mf.toy(), "a")
     result.save(here / "out.png")
     assert str(here) not in str(mf.read_record(here / "out.png"))
-    again = mf.replay(here / "out.png", model=mf.toy(), upscalers=[here])
+    again = mf.replay(here / "out.png", model=mf.toy(), files=[here])
     assert torch.equal(again.pixels, result.pixels)

@@ -377,9 +377,9 @@ def test_a_picture_with_a_network_from_a_file_is_replayed(tmp_path: Path, monkey
     assert str(tmp_path) not in str(mf.read_record(tmp_path / "out.png"))
     with pytest.raises(mf.WeightsError, match="net.safetensors is not here.*say where it is"):
         mf.replay(tmp_path / "out.png", model=mf.toy())
-    again = mf.replay(tmp_path / "out.png", model=mf.toy(), upscalers=[file])
+    again = mf.replay(tmp_path / "out.png", model=mf.toy(), files=[file])
     assert torch.equal(again.pixels, result.pixels)
-    again = mf.replay(tmp_path / "out.png", model=mf.toy(), upscalers=[tmp_path / "weights"])
+    again = mf.replay(tmp_path / "out.png", model=mf.toy(), files=[tmp_path / "weights"])
     assert torch.equal(again.pixels, result.pixels)
     monkeypatch.chdir(tmp_path)
     _file(tmp_path, compact(seed=1))

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mrflow.adapters import Lora, with_loras
 from mrflow.backbone import Backbone, Condition
 from mrflow.caches.base import Cache, Clock, check_cache
 from mrflow.caches.memory import Memory
@@ -62,6 +63,10 @@ class Cached:
     def condition(self, prompts: Sequence[str]) -> Condition:
         """As the model encodes them."""
         return self._model.condition(prompts)
+
+    def adapted(self, loras: Sequence[Lora]) -> "Cached":
+        """The model with adapters, in this cache."""
+        return Cached(with_loras(self._model, loras), self._cache)
 
     def field(
         self, cond: Condition, *, guidance: float | None = None, levels: Sequence[float] | None = None

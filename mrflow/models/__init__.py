@@ -3,12 +3,14 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.cost import levels
 from mrflow.errors import MrflowError, PlanError, WeightsError
@@ -38,6 +40,7 @@ def load(
     graphs: bool = True,
     tile: int | None = None,
     upscaler: Upscaler | None = None,
+    lora: Lora | str | Path | Sequence[Lora | str | Path] | None = None,
 ) -> Backbone:
     """A model ready to run: "pocket", a hub id (`owner/name`, `owner/name@revision`), a folder or a file.
 
@@ -57,13 +60,17 @@ def load(
         graphs: on CUDA, replay each step as a graph.
         tile: side of the autoencoder's tiles in latent cells; None works whole, and in tiles only out of memory.
         upscaler: what `Upscale()` uses when none is named.
+        lora: adapters to merge into the weights, a file or `Lora(file, strength)`, or several. A stage takes them too,
+            `Sample(..., lora=...)`, and leaves the weights alone.
 
     Raises:
         WeightsError: there is no such model, or a file is missing, broken, or not what it should be; all headers are
             checked before any weights are read. PlanError: an argument cannot be. ResourceError: the hub says no.
     """
+    from mrflow.models.lora import as_loras, mark_of
     from mrflow.models.pocket.model import WEIGHTS, load_pocket
 
+    loras = as_loras(lora)
     chosen = choose_device(device)
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise PlanError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
@@ -76,14 +83,15 @@ def load(
         given["fold"] = isinstance(fold, Chain)
         if odd := [name for name, value in given.items() if value]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
-        return load_pocket(path, device=chosen, dtype=dtype or torch.float32)
+        return load_pocket(path, device=chosen, dtype=dtype or torch.float32, loras=loras)
     if str(where) in PLANNED and not path.exists():
         (hub,) = (key for key, name in HUB_NAMES.items() if name == str(where))
         raise WeightsError(
             f"{where} is a name for planning (mrflow plan --model {where}); to load it, say where its files are: a hub "
             f"id such as {hub}, a folder or a file"
         )
-    from mrflow.models.sources import find
+    from mrflow.models.sources import find, fingerprint
+    from mrflow.models.weights import compute_dtype
 
     if not path.exists() and ("/" not in str(where) or path.suffix == ".safetensors"):
         raise WeightsError(
@@ -91,10 +99,11 @@ def load(
             "black-forest-labs/FLUX.1-dev, a folder or a safetensors file"
         )
     files = find(where, vae=vae, text=text)
+    working = dtype or compute_dtype(files.transformer)
+    kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
+    version = "/".join((fingerprint(files.transformer, files.vae), *kept)) + (mark_of(loras) if loras else "")
     chain = fold if isinstance(fold, Chain) else None
-    return load_found(
-        files, where, dtype=dtype, device=chosen, storage=storage, ways=ways, upscaler=upscaler, chain=chain
-    )
+    return load_found(Loading(files, where, version, working, dtype, chosen, storage, ways, upscaler, chain, loras))
 
 
 HUB_NAMES = {
@@ -114,99 +123,104 @@ def is_pocket(path: Path) -> bool:
         return False
 
 
-def load_found(
-    files: "Files",
-    where: str | Path,
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    storage: Literal["fp8"] | None,
-    ways: Ways,
-    upscaler: Upscaler | None,
-    chain: Chain[Any, Any] | None = None,
-) -> Backbone:
+@dataclass(frozen=True)
+class Loading:
+    """What was asked of `load`, and the files that were found for it.
+
+    `working` is what the transformer computes in; `resting` is where weights are while they are not used.
+    """
+
+    files: "Files"
+    where: str | Path
+    version: str
+    working: torch.dtype
+    dtype: torch.dtype | None
+    device: torch.device
+    storage: Literal["fp8"] | None
+    ways: Ways
+    upscaler: Upscaler | None
+    chain: Chain[Any, Any] | None
+    loras: tuple[Lora, ...]
+
+    @property
+    def resting(self) -> torch.device:
+        """Where weights are read to."""
+        return torch.device("cpu") if self.ways.offload != "none" else self.device
+
+
+def load_found(loading: Loading) -> Backbone:
     """A model from parts that were found: all headers are held against the networks before weights are read."""
     from mrflow.models.sources import FLUX as FLUX_FAMILY
-    from mrflow.models.sources import fingerprint
-    from mrflow.models.weights import compute_dtype
 
-    resting = torch.device("cpu") if ways.offload != "none" else device
-    working = dtype or compute_dtype(files.transformer)
-    kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
-    version = "/".join((fingerprint(files.transformer, files.vae), *kept))
-    if files.family is FLUX_FAMILY:
-        if chain is not None:
-            raise PlanError("fold=chain is for Qwen-Image; FLUX's modulations depend on the prompt too: use fold=True")
-        return load_flux1(files, where, version, working, dtype, device, resting, storage, ways, upscaler)
-    return load_qwen(files, where, version, working, dtype, device, resting, storage, ways, upscaler, chain)
+    return load_flux1(loading) if loading.files.family is FLUX_FAMILY else load_qwen(loading)
 
 
-def load_flux1(
-    files: "Files",
-    where: str | Path,
-    version: str,
-    working: torch.dtype,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    resting: torch.device,
-    storage: Literal["fp8"] | None,
-    ways: Ways,
-    upscaler: Upscaler | None,
-) -> Backbone:
+def load_flux1(loading: Loading) -> Backbone:
     """FLUX.1 from its parts."""
     from mrflow.models.flux_backbone import Flux1, flux1_info
+    from mrflow.models.lora import changes, merge
     from mrflow.models.weights import prepare_flux, prepare_vae_flux
 
-    read_vae = prepare_vae_flux(files.vae, dtype=working, device=resting)
-    read_flow = prepare_flux(files.transformer, dtype=working, device=resting, storage=storage)
+    files, where, device, resting = loading.files, loading.where, loading.device, loading.resting
+    if loading.chain is not None:
+        raise PlanError("fold=chain is for Qwen-Image; FLUX's modulations depend on the prompt too: use fold=True")
+    read_vae = prepare_vae_flux(files.vae, dtype=loading.working, device=resting)
+    prepared = prepare_flux(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
+    changed = changes(prepared.net, loading.loras, str(where)) if loading.loras else {}
     read_text = None
     if files.text is not None:
         from mrflow.models.text import TextFiles, prepare_text
 
         assert isinstance(files.text, TextFiles)
-        read_text = prepare_text(files.text, dtype=dtype, device=resting)
-    vae, flow, text = read_vae(), read_flow(), None if read_text is None else read_text()
-    info = flux1_info(flow, vae, text, files.scheduler, version=version, path=where)
-    return Flux1(flow=flow, vae=vae, text=text, info=info, device=device, ways=ways, upscaler=upscaler)
+        read_text = prepare_text(files.text, dtype=loading.dtype, device=resting)
+    vae, flow, text = read_vae(), prepared.read(), None if read_text is None else read_text()
+    merge(flow, changed)
+    info = flux1_info(flow, vae, text, files.scheduler, version=loading.version, path=where)
+    return Flux1(flow=flow, vae=vae, text=text, info=info, device=device, ways=loading.ways, upscaler=loading.upscaler)
 
 
-def load_qwen(
-    files: "Files",
-    where: str | Path,
-    version: str,
-    working: torch.dtype,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    resting: torch.device,
-    storage: Literal["fp8"] | None,
-    ways: Ways,
-    upscaler: Upscaler | None,
-    chain: Chain[Any, Any] | None = None,
-) -> Backbone:
+def load_qwen(loading: Loading) -> Backbone:
     """Qwen-Image from its parts."""
     from mrflow.models.base import count
+    from mrflow.models.lora import changes, merge
     from mrflow.models.qwen_backbone import Qwen, qwen_facts, qwen_info
     from mrflow.models.weights_qwen import prepare_qwen, prepare_vae_qwen
 
-    read_vae = prepare_vae_qwen(files.vae, dtype=working, device=resting)
-    prepared = prepare_qwen(files.transformer, dtype=working, device=resting, storage=storage)
+    files, where, device, resting = loading.files, loading.where, loading.device, loading.resting
+    read_vae = prepare_vae_qwen(files.vae, dtype=loading.working, device=resting)
+    prepared = prepare_qwen(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
     parameters = count(prepared.net)
+    changed = changes(prepared.net, loading.loras, str(where)) if loading.loras else {}
+    linears = {id(module) for module in prepared.net.modulators()}
+    touched = [path for path in changed if id(prepared.net.get_submodule(path)) in linears]
+    if loading.chain is not None and touched:
+        raise PlanError(f"the LoRA changes modulations ({touched[0]}), which fold=chain never loads: use fold=True")
     read_text = None
     if files.text is not None:
         from mrflow.models.text_qwen import QwenTextFiles, prepare_text_qwen
 
         assert isinstance(files.text, QwenTextFiles)
-        read_text = prepare_text_qwen(files.text, dtype=dtype, device=resting)
+        read_text = prepare_text_qwen(files.text, dtype=loading.dtype, device=resting)
     vae, made = read_vae(), None
-    if chain is None:
+    if loading.chain is None:
         flow = prepared.read()
     else:
-        asked = levels(chain, qwen_facts(prepared.net, vae, files.scheduler, path=where))
-        key = hashlib.sha256(repr((version, asked)).encode()).hexdigest()[:16]
+        asked = levels(loading.chain, qwen_facts(prepared.net, vae, files.scheduler, path=where))
+        key = hashlib.sha256(repr((loading.version, asked)).encode()).hexdigest()[:16]
         flow, made = prepared.read_folded(asked, device=device, keep=cache_folder() / f"modulation-{key}.safetensors")
+    merge(flow, changed)
     text = None if read_text is None else read_text()
-    info = qwen_info(flow, vae, text, files.scheduler, version=version, path=where, parameters=parameters)
-    return Qwen(flow=flow, vae=vae, text=text, info=info, device=device, ways=ways, upscaler=upscaler, tables=made)
+    info = qwen_info(flow, vae, text, files.scheduler, version=loading.version, path=where, parameters=parameters)
+    return Qwen(
+        flow=flow,
+        vae=vae,
+        text=text,
+        info=info,
+        device=device,
+        ways=loading.ways,
+        upscaler=loading.upscaler,
+        tables=made,
+    )
 
 
 def cache_folder() -> Path:

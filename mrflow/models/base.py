@@ -1,16 +1,22 @@
 """What large models share as backbones: phases of memory, folding, compiling, graphs, the autoencoder in tiles."""
 
+import copy
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from mrflow.adapters import Lora
 from mrflow.errors import PlanError, WeightsError, is_out_of_memory
+from mrflow.models.flux import Flux
 from mrflow.models.graphs import Graphed
 from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
+from mrflow.models.pieces import NetPieces
+from mrflow.models.qwen_image import QwenImage
 from mrflow.notes import note
 from mrflow.spec import Footprint, ModelInfo, Shift
 from mrflow.tiling import tiled
@@ -53,6 +59,7 @@ class TextEncoder(Protocol):
 
 
 Text = TypeVar("Text")
+Model = TypeVar("Model", bound="LatentModel")
 
 
 class LatentModel:
@@ -86,12 +93,55 @@ class LatentModel:
             if p.ndim == 4 and p.shape[-1] > 1:
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
         self._residency = Residency(self._phases(flow, vae), moving=ways.offload != "none")
+        self._compile()
+        self._graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
+        self._whole, self._adapted = step, dict[object, LatentModel]()
+        self._wire()
+
+    def _wire(self) -> None:
+        """What runs the network: whole, and in pieces."""
+        net, step = self._net, self._whole
+        assert isinstance(net, Flux | QwenImage)
+        self._step: Callable[..., Tensor] = Graphed(partial(step, net)) if self._graphs else partial(step, net)
+        self._pieces = NetPieces(net, graphs=self._graphs)
+
+    def adapted(self: "Model", loras: Sequence[Lora]) -> "Model":
+        """The same model with these adapters on top: all weights are shared, and none is changed.
+
+        The last two sets that were asked for are kept, on the device.
+
+        Raises:
+            WeightsError: a file is missing, holds no LoRA, or does not fit.
+        """
+        from mrflow.models import lora
+
+        key = (lora.key_of(loras), tuple(each.skip_text for each in loras))
+        if key not in self._adapted:
+            net = self._net
+            assert isinstance(net, Flux | QwenImage)
+            changed = lora.changes(net, loras, self._info.name)
+            self._check_changes(changed)
+            other = copy.copy(self)
+            other._net = lora.adapted(net, changed, dtype=net.dtype, device=self._device)
+            other._info = replace(self._info, version=self._info.version + lora.mark_of(loras))
+            other._adapted = {}
+            other._compile()
+            other._wire()
+            while len(self._adapted) > 1:
+                self._adapted.pop(next(iter(self._adapted)))
+            self._adapted[key] = other
+        return cast("Model", self._adapted[key])
+
+    def _check_changes(self, changed: Mapping[str, object]) -> None:
+        """Refuse adapters of what this model cannot change."""
+
+    def _compile(self) -> None:
+        """Compile the blocks, if they are to be."""
+        ways = self._ways
         if ways.compile:
             backend: Any = "inductor" if ways.compile is True else ways.compile
             for block in self._net.stack():
                 block.compile(backend=backend, dynamic=False)
-        self._graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
-        self._step: Callable[..., Tensor] = Graphed(partial(step, flow)) if self._graphs else partial(step, flow)
 
     def _phases(self, flow: nn.Module, vae: nn.Module) -> dict[str, Phase]:
         """Text encoders are one phase, transformer and autoencoder the other."""

@@ -15,7 +15,7 @@ from mrflow.models.base import DIRECT, LatentModel, count, encoded_once, footpri
 from mrflow.models.fields import FluxField, side_by_side, step
 from mrflow.models.flux import Flux
 from mrflow.models.memory import Ways
-from mrflow.models.pieces import NetPieces, Opening
+from mrflow.models.pieces import Opening
 from mrflow.models.vae_flux import VaeFlux
 from mrflow.spec import FLUX, SCHNELL, Architecture, LatentSpace, ModelInfo
 from mrflow.upscalers import Upscaler
@@ -41,8 +41,11 @@ class Flux1(LatentModel):
         super().__init__(
             flow=flow, vae=vae, text=text, info=info, device=device, step=step, ways=ways, upscaler=upscaler
         )
-        self._flow = flow
-        self._pieces = NetPieces(flow, graphs=self._graphs)
+
+    @property
+    def _flow(self) -> Flux:
+        assert isinstance(self._net, Flux)
+        return self._net
 
     @property
     def transformer(self) -> Flux:

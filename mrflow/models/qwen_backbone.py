@@ -14,9 +14,10 @@ from mrflow.flow import Velocity
 from mrflow.models.base import DIRECT, LatentModel, encoded_once, footprint, shift_of
 from mrflow.models.fields import QwenField, Tables, qwen_step
 from mrflow.models.memory import Ways
-from mrflow.models.pieces import NetPieces, Opening
+from mrflow.models.pieces import Opening
 from mrflow.models.qwen_image import QwenImage
 from mrflow.models.vae_qwen import VaeQwen
+from mrflow.models.weights_qwen import Folded
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.upscalers import Upscaler
 
@@ -46,9 +47,21 @@ class Qwen(LatentModel):
         super().__init__(
             flow=flow, vae=vae, text=text, info=info, device=device, step=qwen_step, ways=ways, upscaler=upscaler
         )
-        self._flow = flow
-        self._pieces = NetPieces(flow, graphs=self._graphs)
         self._folded = None if tables is None else {k: t.to(device) for k, t in tables.items()}
+
+    @property
+    def _flow(self) -> QwenImage:
+        assert isinstance(self._net, QwenImage)
+        return self._net
+
+    def _check_changes(self, changed: Mapping[str, object]) -> None:
+        """Modulations that were made beforehand cannot change any more."""
+        touched = [path for path in changed if isinstance(self._flow.get_submodule(path), Folded)]
+        if touched:
+            raise PlanError(
+                f"the LoRA changes modulations ({touched[0]}), which were made while loading, fold=chain: load the "
+                "model with fold=True"
+            )
 
     @property
     def transformer(self) -> QwenImage:

@@ -107,6 +107,23 @@ def fetch(repository: str) -> Path:
         raise ResourceError(f"{name} cannot be fetched: {_first_line(error)}") from error
 
 
+def fetch_file(repository: str, name: str) -> Path:
+    """The local path of one file of a hub repository."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    owner, _, revision = repository.partition("@")
+    try:
+        return Path(hf_hub_download(owner, name, revision=revision or None))
+    except LocalEntryNotFoundError as error:
+        raise ResourceError(
+            f"{repository}/{name} is not here and cannot be fetched ({_first_line(error)}); with HF_HUB_OFFLINE=1 "
+            "nothing is ever fetched"
+        ) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ResourceError(f"{repository}/{name} is not here and cannot be fetched: {_first_line(error)}") from error
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 

@@ -10,6 +10,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -108,6 +109,22 @@ MARKS = {
 }
 
 
+@dataclass(frozen=True)
+class PreparedFlux:
+    """A transformer on the meta device whose checkpoint was checked: `read` fills it."""
+
+    net: Flux
+    header: Header
+    layout: Layout
+    dtype: torch.dtype
+    device: torch.device | str
+
+    def read(self) -> Flux:
+        """All weights."""
+        fill(self.net, self.header, self.layout, dtype=self.dtype, device=self.device)
+        return self.net
+
+
 def load_flux(
     where: str | Path | Header,
     *,
@@ -117,7 +134,7 @@ def load_flux(
     fuse: bool | None = None,
 ) -> Flux:
     """`prepare_flux`, and read the weights at once."""
-    return prepare_flux(where, dtype=dtype, device=device, storage=storage, fuse=fuse)()
+    return prepare_flux(where, dtype=dtype, device=device, storage=storage, fuse=fuse).read()
 
 
 def prepare_flux(
@@ -127,10 +144,10 @@ def prepare_flux(
     device: torch.device | str = "cpu",
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
-) -> Callable[[], Flux]:
+) -> PreparedFlux:
     """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` is the file's.
 
-    Names and shapes are checked now; the function that is given back reads the weights.
+    Names and shapes are checked now; `read` of what is given back reads the weights.
 
     `storage="fp8"` keeps the blocks' matrices in 8 bits. `fuse` joins projections that the file keeps apart, which
     copies them; unless said, they stay apart, and all weights mapped, where nothing else needs a copy either.
@@ -154,12 +171,7 @@ def prepare_flux(
         store_fp8(flux.single_blocks)
     layout = flux_layout(flux, names)
     check_layout(flux, header, layout, dtype=dtype)
-
-    def read() -> Flux:
-        fill(flux, header, layout, dtype=dtype, device=device)
-        return flux
-
-    return read
+    return PreparedFlux(flux, header, layout, dtype, device)
 
 
 def save_flux(flux: Flux, path: Path) -> None:

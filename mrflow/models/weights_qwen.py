@@ -29,7 +29,7 @@ from mrflow.models.checkpoint import (
     open_checkpoint,
     save_file,
 )
-from mrflow.models.fp8 import described, store_fp8
+from mrflow.models.fp8 import Fp8Linear, described, store_fp8
 from mrflow.models.qwen_image import QwenImage, QwenParams
 from mrflow.models.vae_qwen import QwenVaeParams, VaeQwen
 from mrflow.models.weights import (
@@ -99,7 +99,9 @@ class Prepared:
         fill(net, self.header, self.layout, dtype=self.dtype, device=self.device, skip=gone)
         for name in linears:
             owner, _, leaf = name.rpartition(".")
-            setattr(net.get_submodule(owner), leaf, Folded())
+            old = net.get_submodule(name)
+            assert isinstance(old, nn.Linear | Fp8Linear)
+            setattr(net.get_submodule(owner), leaf, Folded(*reversed(old.weight.shape)))
         known = kept_tables(keep)
         if set(levels) <= set(known):
             return net, known
@@ -148,6 +150,10 @@ class Given(nn.Module):
 
 class Folded(nn.Module):
     """In the place of a linear whose results were made beforehand."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = width, rows
 
     def forward(self, x: Tensor) -> Tensor:
         """Never."""

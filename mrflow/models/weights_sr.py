@@ -4,7 +4,6 @@ A pickle can run code when it is loaded. It is read here with torch's restricted
 containers and refuses everything else; sizes are held against the file's before.
 """
 
-import hashlib
 import math
 import pickle
 import re
@@ -24,21 +23,6 @@ MAX_BYTES = 8 << 30  # far above any published network; a guard against archives
 WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net", "net_g")
 PREFIXES = ("module.", "netG.", "generator.", "params_ema.", "params.")
 State = dict[str, Tensor]
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hex.
-
-    Raises:
-        WeightsError: there is no such file. ResourceError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise WeightsError(f"there is no file {path}") from None
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def read_state(path: Path, *, first: str | None = None) -> State:

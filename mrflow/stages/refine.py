@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mrflow.adapters import Lora, Loras, check_loras, with_loras
 from mrflow.caches.base import Cache, check_cache
 from mrflow.caches.cached import check_open
 from mrflow.cost import sampling_work
@@ -24,13 +25,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Refine(Stage[Latents, Latents]):
-    """Integrate the flow from the level the latents hold down to 0. The level is said once, by what came before."""
+    """Integrate the flow from the level the latents hold down to 0. The level is said once, by what came before.
+
+    `cache` leaves out evaluations (mrflow/caches), `lora` are adapters that are on in this stage alone.
+    """
 
     schedule: Schedule = DirectSigma(1)
     solver: Solver = field(default=Euler(), kw_only=True)
     guidance: Guidance | None = field(default=None, kw_only=True)
     noise: Noise = field(default=PerItem(), kw_only=True)
     cache: Cache | None = field(default=None, kw_only=True)
+    lora: Loras = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora", check_loras(self.lora))
+
+    @property
+    def adapters(self) -> tuple[Lora, ...]:
+        """The adapters that are on in this stage."""
+        return check_loras(self.lora)
 
     def sigmas(self, spec: Latents, model: ModelInfo) -> Sigmas:
         """The noise levels that the stage visits."""
@@ -47,10 +60,13 @@ class Refine(Stage[Latents, Latents]):
 
     def work(self, spec: Latents, out: Latents, model: ModelInfo) -> Work:
         """Forwards: steps x evaluations x guidance passes, without those that a cache leaves out."""
-        return sampling_work(model, out, self.sigmas(spec, model), self.solver, self.guidance, self.cache)
+        return sampling_work(
+            model, out, self.sigmas(spec, model), self.solver, self.guidance, self.cache, self.adapters
+        )
 
     def check(self, model: "Backbone") -> None:
-        """A cache needs a model that can be taken apart."""
+        """A cache needs a model that can be taken apart, an adapter one that it fits."""
+        with_loras(model, self.adapters)
         if self.cache is not None:
             check_open(model)
 
@@ -58,4 +74,6 @@ class Refine(Stage[Latents, Latents]):
         """Integrate."""
         guidance = self.guidance or own_guidance(ctx.model.info)
         sigmas = self.sigmas(state.spec, ctx.model.info)
-        return ctx.integrate(self.solver, guidance, state.data, sigmas, source=self.noise, cache=self.cache)
+        return ctx.integrate(
+            self.solver, guidance, state.data, sigmas, source=self.noise, cache=self.cache, lora=self.adapters
+        )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mrflow.adapters import Lora, Loras, check_loras, with_loras
 from mrflow.caches.base import Cache, check_cache
 from mrflow.caches.cached import check_open
 from mrflow.cost import sampling_work
@@ -26,7 +27,7 @@ class Sample(Stage[Start, Latents]):
     """Integrate the flow from noise (sigma 1) to `stop`, for a picture of height x width pixels.
 
     `guidance=None` is the model's own. `stop` above 0 ends the schedule early and leaves noise of that level in.
-    `cache` leaves out evaluations (mrflow/caches).
+    `cache` leaves out evaluations (mrflow/caches), `lora` are adapters that are on in this stage alone.
     """
 
     height: int
@@ -37,6 +38,15 @@ class Sample(Stage[Start, Latents]):
     stop: float = field(default=0.0, kw_only=True)
     noise: Noise = field(default=PerItem(), kw_only=True)
     cache: Cache | None = field(default=None, kw_only=True)
+    lora: Loras = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora", check_loras(self.lora))
+
+    @property
+    def adapters(self) -> tuple[Lora, ...]:
+        """The adapters that are on in this stage."""
+        return check_loras(self.lora)
 
     def sigmas(self, model: ModelInfo) -> Sigmas:
         """The noise levels that the stage visits."""
@@ -55,10 +65,11 @@ class Sample(Stage[Start, Latents]):
 
     def work(self, spec: Start, out: Latents, model: ModelInfo) -> Work:
         """Forwards: steps x evaluations x guidance passes, without those that a cache leaves out."""
-        return sampling_work(model, out, self.sigmas(model), self.solver, self.guidance, self.cache)
+        return sampling_work(model, out, self.sigmas(model), self.solver, self.guidance, self.cache, self.adapters)
 
     def check(self, model: "Backbone") -> None:
-        """A cache needs a model that can be taken apart."""
+        """A cache needs a model that can be taken apart, an adapter one that it fits."""
+        with_loras(model, self.adapters)
         if self.cache is not None:
             check_open(model)
 
@@ -67,4 +78,6 @@ class Sample(Stage[Start, Latents]):
         guidance = self.guidance or own_guidance(ctx.model.info)
         levels = self.sigmas(ctx.model.info)
         noise = ctx.noise(out.shape, source=self.noise)
-        return ctx.integrate(self.solver, guidance, noise, levels, source=self.noise, cache=self.cache)
+        return ctx.integrate(
+            self.solver, guidance, noise, levels, source=self.noise, cache=self.cache, lora=self.adapters
+        )

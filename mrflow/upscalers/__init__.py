@@ -9,7 +9,6 @@ from mrflow.upscalers.composite import ColourMatch as ColourMatch
 from mrflow.upscalers.composite import EightBit as EightBit
 from mrflow.upscalers.composite import Sharpen as Sharpen
 from mrflow.upscalers.files import Checkpoint as Checkpoint
-from mrflow.upscalers.files import known_files as known_files
 from mrflow.upscalers.files import load_upscaler as load_upscaler
 from mrflow.upscalers.interpolate import Interpolate as Interpolate
 from mrflow.upscalers.interpolate import Lanczos as Lanczos

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 
 from mrflow.errors import PlanError, ResourceError, WeightsError
+from mrflow.files import located
 from mrflow.upscalers.base import check_factor
-from mrflow.upscalers.files import located
 from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
 from mrflow.upscalers.torchvision_shim import shimmed
 

@@ -1,54 +1,16 @@
 """Upscalers whose weights lie in a file: found, told by their content, read once."""
 
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrflow.errors import WeightsError
+from mrflow.files import located
 from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
 
 if TYPE_CHECKING:
     from mrflow.upscalers.base import Upscaler
-
-_known: ContextVar[tuple[Path, ...]] = ContextVar("known", default=())
-
-
-@contextmanager
-def known_files(paths: Iterable[str | Path]) -> Generator[None]:
-    """Inside, a file that is not where its name says is taken from `paths`, where one has that name."""
-    token = _known.set((*_known.get(), *(Path(p) for p in paths)))
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-def located(path: str, sha256: str) -> tuple[Path, str]:
-    """Where a file lies, and the SHA-256 of what it holds.
-
-    Raises:
-        WeightsError: it is not there, or holds something else than `sha256` (if that is not empty) says.
-    """
-    from mrflow.models.weights_sr import digest
-
-    where = Path(path).expanduser()
-    if not where.is_file():
-        beside = [p / where.name if p.is_dir() else p for p in _known.get()]
-        where = next((p for p in beside if p.name == where.name and p.is_file()), where)
-    if sha256 and not where.is_file():
-        raise WeightsError(
-            f"{where} is not here (SHA-256 {sha256[:12]}...): say where it is, --sr FILE or upscalers=[file]"
-        )
-    found = digest(where)
-    if sha256 and found != sha256:
-        raise WeightsError(
-            f"{where} is another file than the one asked for: its SHA-256 begins {found[:12]}, not {sha256[:12]}"
-        )
-    return where, found
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ It knows a small world (mrflow/scenes) and comes with everything in one file of 
 transformer, autoencoder and x2 super-resolution net. The model card is beside it.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mrflow.adapters import Lora
 from mrflow.backbone import Condition
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
@@ -146,6 +148,7 @@ class Pocket:
         self._flow = flow.to(device, dtype).eval()
         self._autoencoder = channels_last(autoencoder.to(device).eval())
         self._device = device
+        self._adapted: dict[object, Pocket] = {}
         kept = "" if dtype == torch.float32 else f"/{dtype}".replace("torch.", "")
         self._info = replace(POCKET, version=version + kept)
         self._sr = PocketSR(channels_last(sr.to(device).eval()), version)
@@ -175,6 +178,24 @@ class Pocket:
                 log.warning("pocket does not know %s in %r; %s", ", ".join(map(repr, words[:8])), prompt[:80], ADVICE)
         context, pooled = self._text(ids.to(self._device))
         return Condition({"context": context, "pooled": pooled})
+
+    def adapted(self, loras: Sequence[Lora]) -> "Pocket":
+        """The same model with these adapters on top: all weights are shared, and none is changed.
+
+        Raises:
+            WeightsError: a file is missing, holds no LoRA, or does not fit.
+        """
+        from mrflow.models import lora
+
+        key = lora.key_of(loras)
+        if key not in self._adapted:
+            changed = lora.changes(self._flow, loras, "pocket")
+            other = copy.copy(self)
+            other._flow = lora.adapted(self._flow, changed, dtype=self._flow.dtype, device=self._device)
+            other._info = replace(self._info, version=self._info.version + lora.mark_of(loras))
+            other._adapted = {}
+            self._adapted[key] = other
+        return self._adapted[key]
 
     takes_levels = True
 
@@ -221,9 +242,13 @@ WEIGHTS = Path(__file__).parent / "pocket-1.safetensors"
 
 
 def load_pocket(
-    path: Path = WEIGHTS, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    path: Path = WEIGHTS,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    loras: Sequence[Lora] = (),
 ) -> Pocket:
-    """The model from its one file.
+    """The model from its one file; adapters are merged into its weights.
 
     Raises:
         WeightsError: the file is missing, broken, or lacks a tensor.
@@ -242,12 +267,15 @@ def load_pocket(
             module.load_state_dict(parts[part], strict=True, assign=True)
         except RuntimeError as error:
             raise WeightsError(f"{path.name}: {part}: {str(error).splitlines()[-1].strip()}") from None
+    from mrflow.models import lora
+
+    lora.merge(flow, lora.changes(flow, loras, "pocket"))
     return Pocket(
         text=text,
         flow=flow,
         autoencoder=autoencoder,
         sr=sr,
-        version=header.metadata.get("version", ""),
+        version=header.metadata.get("version", "") + lora.mark_of(loras),
         device=device or torch.device("cpu"),
         dtype=dtype,
     )

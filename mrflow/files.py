@@ -1,0 +1,67 @@
+"""Files that a chain names: found where they are, told by their content."""
+
+import hashlib
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+
+from mrflow.errors import ResourceError, WeightsError
+
+_known: ContextVar[tuple[Path, ...]] = ContextVar("known", default=())
+
+
+@contextmanager
+def known_files(paths: Iterable[str | Path]) -> Generator[None]:
+    """Inside, a file that is not where its name says is taken from `paths`, where one has that name."""
+    token = _known.set((*_known.get(), *(Path(p) for p in paths)))
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def located(path: str, sha256: str) -> tuple[Path, str]:
+    """Where a file lies, and the SHA-256 of what it holds.
+
+    Raises:
+        WeightsError: it is not there, or holds something else than `sha256` (if that is not empty) says.
+    """
+    where = Path(path).expanduser()
+    if not where.is_file():
+        beside = [p / where.name if p.is_dir() else p for p in _known.get()]
+        where = next((p for p in beside if p.name == where.name and p.is_file()), where)
+    if sha256 and not where.is_file():
+        raise WeightsError(
+            f"{where} is not here (SHA-256 {sha256[:12]}...): say where it is, --file FILE or files=[file]"
+        )
+    found = digest(where)
+    if sha256 and found != sha256:
+        raise WeightsError(
+            f"{where} is another file than the one asked for: its SHA-256 begins {found[:12]}, not {sha256[:12]}"
+        )
+    return where, found
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hex; of a file that did not change it is remembered.
+
+    Raises:
+        WeightsError: there is no such file. ResourceError: it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        if not path.is_file():
+            raise WeightsError(f"{path} is no file")
+        return _digest(path.resolve(), (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    except FileNotFoundError:
+        raise WeightsError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, state: tuple[int, ...]) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,498 @@
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685) from published files: W + strength alpha / rank up down.
+
+Every key layout is resolved one way: the names that a linear has in Black Forest Labs' and in diffusers' layout are
+flattened (dots become underscores) into one table, and a file's names, with their prefixes taken off, are looked up in
+it. What a file holds for a part of a fused linear lands on that part's rows.
+
+`merge` writes adapters into weights, for good. `adapted` gives a network that shares every weight with the one it is
+given and adds the low-rank products as it goes: nothing is ever changed, so nothing has to be restored.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mrflow.adapters import Lora
+from mrflow.errors import MrflowError, PlanError, WeightsError
+from mrflow.files import located
+from mrflow.models.checkpoint import Entry, Header, mapped, open_checkpoint, read_json, some
+from mrflow.models.flux import Flux
+from mrflow.models.fp8 import Fp8Linear
+from mrflow.models.layers import SplitLinear
+from mrflow.models.weights import flux_diffusers
+from mrflow.models.weights_qwen import Folded, qwen_names
+
+N = TypeVar("N", bound=nn.Module)
+INFIX = r"(?:\.(?!weight$|bias$)[\w-]+)?"  # PEFT names adapters: lora_A.default.weight
+ROLES = (
+    (re.compile(rf"\.lora_A{INFIX}\.weight$|\.(?:lora_down|lora\.down|lora_linear_layer\.down|down)\.weight$"), "down"),
+    (re.compile(rf"\.lora_B{INFIX}\.weight$|\.(?:lora_up|lora\.up|lora_linear_layer\.up|up)\.weight$"), "up"),
+    (re.compile(rf"\.lora_B{INFIX}\.bias$|\.(?:lora_up|lora\.up)\.bias$|\.diff_b$"), "bias"),
+    (re.compile(r"\.alpha$"), "alpha"),
+    (re.compile(r"\.diff$"), "diff"),
+)
+PREFIXES = (
+    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_",
+    "lora_transformer_", "lycoris_", "lora_", "unet.",
+)  # fmt: skip
+TEXT = ("text_encoder.", "text_encoder_2.", "text_encoders.", "lora_te", "te1.", "te2.", "conditioner.")
+OTHER = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1": "LoHa", "lokr_w": "LoKr", "oft_": "OFT",
+    "lora_mid": "a Tucker-decomposed LoRA", "set_weight": "a weight replacement",
+}  # fmt: skip
+# XLabs-AI's names of what FLUX's blocks hold: 1 is the image stream, 2 the text stream.
+XLABS = {
+    "processor.qkv_lora1": "img_attn.qkv",
+    "processor.qkv_lora2": "txt_attn.qkv",
+    "processor.proj_lora1": "img_attn.proj",
+    "processor.proj_lora2": "txt_attn.proj",
+}
+XLABS_SINGLE = {"processor.qkv_lora": "linear1", "processor.proj_lora": "linear2"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear of the network, or `rows` of its output from `start` on.
+
+    `swap` says that the halves lie as in diffusers' files, (scale, shift).
+    """
+
+    path: str
+    start: int
+    rows: int
+    width: int
+    swap: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one file holds for one target; its tensors are read when they are needed."""
+
+    target: Target
+    scale: float
+    down: Entry | None = None
+    up: Entry | None = None
+    bias: Entry | None = None
+    diff: Entry | None = None
+
+
+@dataclass
+class Change:
+    """The change of one linear: `up` (out, rank) times `down` (rank, in), and where a file has them, a bias and a whole
+    matrix. float32, with strength and alpha in `up`."""
+
+    down: Float[Tensor, "r i"]
+    up: Float[Tensor, "o r"]
+    bias: Float[Tensor, " o"] | None = None
+    diff: Float[Tensor, "o i"] | None = None
+
+    def matrix(self) -> Float[Tensor, "o i"]:
+        """What is added to the weight."""
+        low = self.up @ self.down
+        return low if self.diff is None else low + self.diff
+
+
+class Adapted(nn.Module):
+    """A linear and what adapters add to it; `weight` is the linear's own."""
+
+    def __init__(self, base: nn.Module, change: Change, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = change.down.to(device, dtype), change.up.to(device, dtype)
+        self.bias_change = None if change.bias is None else change.bias.to(device, dtype)
+        self.diff = None if change.diff is None else change.diff.to(device, dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The linear's own weight."""
+        return cast("Tensor", self.base.weight)
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        """base(x) + up (down x) + the rest."""
+        out: Tensor = self.base(x)
+        if len(self.down):
+            out = out + F.linear(F.linear(x, self.down), self.up)
+        if self.bias_change is not None:
+            out = out + self.bias_change
+        return out if self.diff is None else out + F.linear(x, self.diff)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter's file: what it holds by the stem of its names, and the factor that its metadata give."""
+
+    header: Header
+    groups: Mapping[str, Mapping[str, Entry]]
+    extra: Mapping[str, Entry] = field(default_factory=dict[str, Entry])
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the low-rank matrices."""
+        sizes = (e.shape for group in self.groups.values() for role, e in group.items() if role in ("down", "up"))
+        return sum(shape[0] * shape[1] for shape in sizes if len(shape) > 1)
+
+
+@lru_cache(maxsize=16)
+def _opened(path: Path, sha256: str) -> Opened:
+    header = open_checkpoint(path)
+    groups: dict[str, dict[str, Entry]] = {}
+    extra: dict[str, Entry] = {}
+    for name, entry in header.tensors.items():
+        for other, what in OTHER.items():
+            if f".{other}" in name:
+                raise WeightsError(f"{path} is {what} ({name}); mrflow reads LoRA, see docs/how-to/lora.md")
+        for pattern, role in ROLES:
+            if found := pattern.search(name):
+                groups.setdefault(name[: found.start()], {})[role] = entry
+                break
+        else:
+            extra[name] = entry
+    if not groups:
+        raise WeightsError(f"{path} holds no LoRA; its names begin with {some(list(header.tensors))}")
+    return Opened(header, groups, extra)
+
+
+def opened(lora: Lora) -> tuple[Opened, str]:
+    """What an adapter's file holds, and its SHA-256; a hub file is fetched.
+
+    Raises:
+        WeightsError: the file is missing or another one than the adapter names, or holds no LoRA.
+    """
+    where, found = located(str(fetched(lora.path)), lora.sha256)
+    return _opened(where, found), found
+
+
+def fetched(path: str) -> Path:
+    """The local file of `owner/name/file.safetensors` on the hub, where no such path is here; else the path itself."""
+    local = Path(path).expanduser()
+    parts = path.split("/")
+    if local.exists() or local.is_absolute() or len(parts) < 3 or not path.endswith(".safetensors"):
+        return local
+    from mrflow.models.sources import fetch_file
+
+    return fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
+
+
+def flat(name: str) -> str:
+    """A name as sd-scripts writes it."""
+    return name.replace(".", "_")
+
+
+def targets(net: nn.Module) -> dict[str, Target]:
+    """Every linear of a FLUX or Qwen-Image transformer under every name that it is published by, flattened."""
+    names = flux_diffusers if isinstance(net, Flux) else qwen_names()
+    table: dict[str, Target] = {}
+    for path, module in net.named_modules():
+        size = _size(module)
+        if size is None or ".parts." in path:
+            continue
+        rows, width = size
+        whole = Target(path, 0, rows, width)
+        table[flat(path)] = whole
+        published = [name.removesuffix(".weight") for name in names(f"{path}.weight")]
+        counts: tuple[int, ...] = (rows,)
+        if len(published) > 1:
+            counts = cast("tuple[int, ...]", net.get_submodule(path.rpartition(".")[0]).rows)
+        start = 0
+        for name, count in zip(published, counts, strict=True):
+            part = Target(path, start, count, width, swap=name == "norm_out.linear")
+            table[flat(name)] = part
+            if name.endswith(".to_out.0"):
+                table[flat(name.removesuffix(".0"))] = part
+            start += count
+        kind, _, rest = path.partition(".")
+        index, _, rest = rest.partition(".")
+        for alias, own in (XLABS if kind == "double_blocks" else XLABS_SINGLE).items():
+            if isinstance(net, Flux) and rest == own:
+                qkv = alias == "processor.qkv_lora"  # of a single block: without the MLP's rows
+                table[flat(f"{kind}.{index}.{alias}")] = Target(path, 0, sum(counts[:3]) if qkv else rows, width)
+    return table
+
+
+def _size(module: nn.Module) -> tuple[int, int] | None:
+    """Output and input width of a linear of any kind; None for another module."""
+    if isinstance(module, SplitLinear):
+        return sum(p.out_features for p in module.parts), next(iter(module.parts)).in_features
+    if isinstance(module, nn.Linear | Folded):
+        return module.out_features, module.in_features
+    if isinstance(module, Fp8Linear):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def resolve(net: nn.Module, lora: Lora, name: str) -> list[Piece]:
+    """What an adapter changes in a network. `name` is the model's, for errors.
+
+    Raises:
+        WeightsError: once, for all names that belong nowhere and all shapes that do not fit.
+    """
+    content, _ = opened(lora)
+    table, header = targets(net), content.header
+    factors = _factors(header)
+    pieces: list[Piece] = []
+    problems: list[str] = []
+    unknown, text = list(content.extra), list[str]()
+    for stem, group in content.groups.items():
+        target = _find(stem, table)
+        if target is None:
+            (text if stem.startswith(TEXT) else unknown).append(stem)
+            continue
+        down, up, diff, bias = (group.get(role) for role in ("down", "up", "diff", "bias"))
+        problem = _misfit(stem, target, down, up, diff, bias)
+        if problem:
+            problems.append(problem)
+            continue
+        rank = down.shape[0] if down is not None else 1
+        alpha = _number(group["alpha"]) if "alpha" in group else None
+        factor = factors(stem, rank) if alpha is None else alpha / rank
+        pieces.append(Piece(target, lora.strength * factor, down, up, bias, diff))
+    path = header.path
+    if unknown:
+        problems.append(f"{len(unknown)} names that belong nowhere in {name}: {some(unknown)}")
+    if text and not lora.skip_text:
+        problems.append(
+            f"{len(text)} names for text encoders, which are not adapted: {some(text)}; Lora(..., skip_text=True) "
+            "leaves them out"
+        )
+    if problems:
+        raise WeightsError(f"{path} does not fit {name}: {some(problems)}")
+    return pieces
+
+
+def _find(stem: str, table: Mapping[str, Target]) -> Target | None:
+    if (found := table.get(flat(stem))) is not None:
+        return found
+    for prefix in PREFIXES:
+        if stem.startswith(prefix):
+            found = _find(stem.removeprefix(prefix), table)
+            if found is not None:
+                return found
+    return None
+
+
+def _misfit(
+    stem: str, target: Target, down: Entry | None, up: Entry | None, diff: Entry | None, bias: Entry | None
+) -> str:
+    if (down is None) != (up is None):
+        return f"{stem} has only the {'up' if down is None else 'down'} matrix"
+    if down is None and diff is None and bias is None:
+        return f"{stem} has an alpha and nothing else"
+    want = {"bias": (target.rows,), "diff": (target.rows, target.width)}
+    if down is not None and up is not None:
+        want |= {"down": (down.shape[0], target.width), "up": (target.rows, down.shape[0])}
+    for role, entry in (("down", down), ("up", up), ("diff", diff), ("bias", bias)):
+        if entry is None:
+            continue
+        if _squeezed(entry.shape, len(want[role])) != want[role]:
+            return f"{stem}: {role} has shape {entry.shape}, expected {want[role]}"
+        if not entry.dtype.is_floating_point:
+            return f"{stem}: {role} is {entry.dtype}"
+    return ""
+
+
+def _squeezed(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Without trailing axes of length 1: a linear that was saved as a 1 x 1 convolution."""
+    return shape[:rank] if all(n == 1 for n in shape[rank:]) else shape
+
+
+def _factors(header: Header) -> Any:  # noqa: ANN401
+    """alpha / rank by stem, from the file's metadata or an adapter_config.json beside it; 1 where nothing says."""
+    try:
+        raw: Any = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        raise WeightsError(f"{header.path}: its lora_adapter_metadata cannot be read") from None
+    settings: dict[str, Any] = {}
+    for key, value in cast("dict[str, Any]", raw if isinstance(raw, dict) else {}).items():
+        settings[key.removeprefix("transformer.")] = value
+    beside = header.path.parent / "adapter_config.json"
+    if not settings and header.path.name == "adapter_model.safetensors" and beside.is_file():
+        settings = read_json(beside)
+    if settings.get("use_dora"):
+        raise WeightsError(f"{header.path} is DoRA; mrflow reads LoRA, see docs/how-to/lora.md")
+
+    def factor(stem: str, rank: int) -> float:
+        alpha = settings.get("lora_alpha")
+        for pattern, value in cast("dict[str, Any]", settings.get("alpha_pattern") or {}).items():
+            if stem == pattern or stem.endswith("." + pattern):
+                alpha = value
+        if alpha is None:
+            return 1.0
+        return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+    return factor
+
+
+def _number(entry: Entry) -> float:
+    return float(mapped(entry, {}).float().reshape(-1)[0])
+
+
+def changes(net: nn.Module, loras: Sequence[Lora], name: str) -> dict[str, Change]:
+    """The change of every linear that adapters touch, by the linear's path; several adapters add up.
+
+    Raises:
+        WeightsError: as `resolve`.
+    """
+    by_path: dict[str, list[Piece]] = {}
+    for lora in loras:
+        for piece in resolve(net, lora, name):
+            by_path.setdefault(piece.target.path, []).append(piece)
+    files: dict[Path, torch.UntypedStorage] = {}
+    out: dict[str, Change] = {}
+    for path, pieces in by_path.items():
+        for part, start, stop in _parts(net.get_submodule(path), path):
+            change = _joined(pieces, start, stop, files, turned=_turned(net, path))
+            if change is not None:
+                out[part] = change
+    return out
+
+
+def _turned(net: nn.Module, path: str) -> bool:
+    """Whether a linear's rows lie as in diffusers' files, (scale, shift), instead of the other way round."""
+    return path == "final_layer.adaLN_modulation.1" and bool(net.get_submodule("final_layer").scale_first)
+
+
+def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, int, int]]:
+    """The matrices of a linear, with the rows that each has of the whole."""
+    if not isinstance(module, SplitLinear):
+        size = _size(module)
+        assert size is not None
+        yield path, 0, size[0]
+        return
+    start = 0
+    for i, part in enumerate(module.parts):
+        yield f"{path}.parts.{i}", start, start + part.out_features
+        start += part.out_features
+
+
+def _joined(
+    pieces: Iterable[Piece], start: int, stop: int, files: dict[Path, torch.UntypedStorage], *, turned: bool
+) -> Change | None:
+    """The change of the rows from `start` to before `stop`; None where no piece touches them."""
+    rows = stop - start
+    downs, ups, width = list[Tensor](), list[Tensor](), 0
+    bias: Tensor | None = None
+    diff: Tensor | None = None
+
+    def read(entry: Entry, target: Target, *, output: bool) -> Tensor:
+        x = mapped(entry, files).float()
+        x = x.flatten(1) if x.ndim > 2 else x
+        return torch.cat(tuple(reversed(x.chunk(2)))) if output and target.swap != turned else x
+
+    for piece in pieces:
+        t = piece.target
+        width = t.width
+        low, high = max(start, t.start), min(stop, t.start + t.rows)
+        if low >= high:
+            continue
+        theirs, ours = slice(low - t.start, high - t.start), slice(low - start, high - start)
+        if piece.down is not None and piece.up is not None:
+            downs.append(read(piece.down, t, output=False))
+            ups.append(torch.zeros(rows, len(downs[-1])))
+            ups[-1][ours] = piece.scale * read(piece.up, t, output=True)[theirs]
+        if piece.bias is not None:
+            bias = torch.zeros(rows) if bias is None else bias
+            bias[ours] += piece.scale * read(piece.bias, t, output=True)[theirs]
+        if piece.diff is not None:
+            diff = torch.zeros(rows, t.width) if diff is None else diff
+            diff[ours] += piece.scale * read(piece.diff, t, output=True)[theirs]
+    if not downs and bias is None and diff is None:
+        return None
+    none = (torch.zeros(0, width), torch.zeros(rows, 0))
+    return Change(torch.cat(downs) if downs else none[0], torch.cat(ups, 1) if ups else none[1], bias, diff)
+
+
+def merge(net: nn.Module, changed: Mapping[str, Change]) -> None:
+    """Write changes into a network's weights: products in float32, rounded once to the weights' dtype."""
+    for path, change in changed.items():
+        module = net.get_submodule(path)
+        if isinstance(module, Fp8Linear):
+            device = module.weight.device
+            exact = module.weight.float() * module.scale[:, None].float() + change.matrix().to(device)
+            module.take([(exact, None)], device)
+        else:
+            assert isinstance(module, nn.Linear)
+            weight = module.weight
+            added = weight.float() + change.matrix().to(weight.device)
+            module.weight = nn.Parameter(added.to(weight.dtype), requires_grad=False)
+        if change.bias is not None:
+            own = cast("Tensor", module.bias)
+            module.bias = nn.Parameter((own.float() + change.bias.to(own.device)).to(own.dtype), requires_grad=False)
+
+
+def adapted(net: N, changed: Mapping[str, Change], *, dtype: torch.dtype, device: torch.device | str) -> N:
+    """A network that shares all weights with `net`, whose changed linears add what adapters say."""
+    new = {path: Adapted(net.get_submodule(path), c, dtype=dtype, device=device) for path, c in changed.items()}
+    return grafted(net, new)
+
+
+def grafted(net: N, modules: Mapping[str, nn.Module]) -> N:
+    """A network that shares all modules with `net` but those at these paths, which are given; `net` stays as it is."""
+    top = _shallow(net)
+    copies: dict[str, nn.Module] = {"": top}
+    for path, module in modules.items():
+        owner, _, leaf = path.rpartition(".")
+        at = ""
+        for step in owner.split(".") if owner else ():
+            here = f"{at}.{step}" if at else step
+            if here not in copies:
+                copies[here] = _shallow(copies[at].get_submodule(step))
+                copies[at]._modules[step] = copies[here]
+            at = here
+        copies[at]._modules[leaf] = module
+    return top
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _shallow(module: M) -> M:
+    new = copy.copy(module)
+    new.__dict__["_modules"] = dict(module._modules)
+    return new
+
+
+def key_of(loras: Sequence[Lora]) -> tuple[tuple[str, float], ...]:
+    """What tells adapters apart: contents and strengths, in order."""
+    return tuple((opened(lora)[1], lora.strength) for lora in loras)
+
+
+def mark_of(loras: Sequence[Lora]) -> str:
+    """What is added to a model's version, so that results with and without adapters are never mixed up."""
+    return "".join(f"+lora-{sha[:12]}x{strength:g}" for sha, strength in key_of(loras))
+
+
+def flops_per_token(loras: Sequence[Lora]) -> float:
+    """Operations that adapters add to a forward, per token; 0 for a file that is not here (yet)."""
+    total = 0.0
+    for lora in loras:
+        try:
+            if Path(lora.path).expanduser().is_file():
+                total += 2.0 * opened(lora)[0].parameters
+        except MrflowError:
+            continue
+    return total
+
+
+def as_loras(given: object) -> tuple[Lora, ...]:
+    """Adapters as `load` takes them: one or several, as paths or `Lora`.
+
+    Raises:
+        PlanError: something else was given.
+    """
+    items = given if isinstance(given, list | tuple) else () if given is None else (given,)
+    out: list[Lora] = []
+    for item in cast("Sequence[object]", items):
+        if not isinstance(item, str | Path | Lora):
+            raise PlanError(f"lora takes a path, a Lora(path, strength) or several, got {item!r}")
+        out.append(item if isinstance(item, Lora) else Lora(str(item)))
+    return tuple(out)
