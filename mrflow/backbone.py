@@ -45,6 +45,10 @@ class Condition:
             raise PlanError(f"a condition for {self.batch} prompts cannot serve a batch of {batch}")
         return Condition({name: t.expand(batch, *t.shape[1:]) for name, t in self.tensors.items()})
 
+    def item(self, index: int) -> "Condition":
+        """One item of the batch."""
+        return Condition({name: t[index : index + 1] for name, t in self.tensors.items()})
+
     def save(self, path: str | Path) -> None:
         """Write the encoded prompts as a safetensors file, so that later runs need no text encoder.
 

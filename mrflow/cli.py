@@ -17,6 +17,7 @@ import typer
 from mrflow.errors import MrflowError, PlanError
 from mrflow.verbs import report, sweep, tune
 from mrflow.words import (
+    RECIPES,
     SR_WORDS,
     build,
     embedded,
@@ -60,13 +61,18 @@ LoraFiles = Annotated[
     list[str] | None, typer.Option("--lora", help="A LoRA to merge into the weights: FILE or FILE:STRENGTH.")
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile each block with torch.compile.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="paper, official or native.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help=f"{RECIPES}.")]
 Size = Annotated[
     str | None,
     typer.Option("--size", help="HEIGHTxWIDTH in pixels, or an aspect such as 16:9; the model's own unless said."),
 ]
 Low = Annotated[str | None, typer.Option("--low", help="HEIGHTxWIDTH of the low-resolution stage.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps: 12 staged, 50 native unless said.")]
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        "--steps", help="Sampling steps: 12 staged, 50 native unless said; rivals take one count a size, 8,4."
+    ),
+]
 RefineSteps = Annotated[int, typer.Option("--refine-steps", help="Steps of the refinement.")]
 Sigma = Annotated[float, typer.Option("--sigma", help="Noise level that is reinjected, above 0 to 1.")]
 Sr = Annotated[str | None, typer.Option("--sr", help=f"The upscaler: {SR_WORDS}.")]
@@ -118,7 +124,7 @@ def generate(
     with console() as err:
         if compare not in (None, "native"):
             raise PlanError(f"--compare takes native, got {compare!r}")
-        if sr in (None, "own") and recipe != "native" and not embedded(model):
+        if sr in (None, "own") and recipe in ("paper", "official") and not embedded(model):
             raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
         net = upscaler(sr)
         backbone = load_model(model, device, dtype, offload, storage, vae, text, compile, lora)

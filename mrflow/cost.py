@@ -37,14 +37,8 @@ def forward_flops(model: ModelInfo, tokens: int) -> float:
 
 def levels(chain: AnyChain, model: ModelInfo) -> tuple[float, ...]:
     """Every noise level at which a chain's own stages ask a model for its field, without repeats."""
-    from mrflow.stages import Refine, Sample
-
-    found: list[float] = []
-    for stage, row in zip(chain, plan(chain, model).rows, strict=True):
-        if isinstance(stage, Sample):
-            found += stage.solver.points(stage.sigmas(model))
-        elif isinstance(stage, Refine) and isinstance(row.spec, Latents):
-            found += stage.solver.points(stage.sigmas(row.spec, model))
+    rows = plan(chain, model).rows
+    found = [sigma for stage, row in zip(chain, rows, strict=True) for sigma in stage.levels(row.spec, model)]
     return tuple(dict.fromkeys(found))
 
 

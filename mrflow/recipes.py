@@ -2,22 +2,39 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from mrflow.adapters import Loras
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, Stream
+from mrflow.parts import Level, Part
 from mrflow.schedules import DirectSigma, Schedule, Shifted
 from mrflow.solvers import Euler, Solver
-from mrflow.spec import Pixels, Start
+from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import Chain
-from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Sample, Upscale
+from mrflow.stages import (
+    Decode,
+    Encode,
+    Grow,
+    Lift,
+    Quantise,
+    Refine,
+    Reinject,
+    Sample,
+    SampleRegions,
+    SelfLift,
+    Upscale,
+)
+from mrflow.stages.grow import Spectrum
+from mrflow.stages.regions import RALU_4X, RALU_7X, fitted
 from mrflow.upscalers import Upscaler
 from mrflow.upscalers.interpolate import Filter
 
 if TYPE_CHECKING:
     from mrflow.caches import Cache
 
+SPECTRUM = Spectrum()
 SIGMA = 0.12  # the published noise level of refinement (arXiv 2607.01642; official scripts)
 
 
@@ -29,10 +46,11 @@ def native(
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
     cache: "Cache | None" = None,
+    lora: Loras = (),
 ) -> Chain[Start, Pixels]:
     """Plain sampling at full size: what staged sampling is held against."""
     chosen = schedule or Shifted(steps)
-    return Sample(*size, chosen, solver=solver, guidance=guidance, cache=cache) >> Decode()
+    return Sample(*size, chosen, solver=solver, guidance=guidance, cache=cache, lora=lora) >> Decode()
 
 
 def paper(
@@ -49,21 +67,23 @@ def paper(
     refine_guidance: Guidance | None = None,
     noise: Noise = PerItem(),
     cache: "Cache | None" = None,
+    lora: Loras = (),
+    refine_lora: Loras = (),
 ) -> Chain[Start, Pixels]:
     """MrFlow (arXiv 2607.01642): sample low, super-resolve, encode, inject noise, refine.
 
-    `noise` is what the low-resolution stage begins with, `cache` what leaves out some of its forwards. `upscaler=None`
-    is the model's own net. The published maths with the posterior's mode and per-item noise; `official` has the
-    published draws.
+    `noise` is what the low-resolution stage begins with, `cache` what leaves out some of its forwards. `lora` are
+    adapters of the low-resolution stage, `refine_lora` of the refinement. `upscaler=None` is the model's own net. The
+    published maths with the posterior's mode and per-item noise; `official` has the published draws.
     """
     _check_ladder((low, size))
     return (
-        Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance, noise=noise, cache=cache)
+        Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance, noise=noise, cache=cache, lora=lora)
         >> Decode()
         >> Upscale(upscaler, size)
         >> Encode()
         >> Reinject(sigma)
-        >> Refine(DirectSigma(refine_steps), solver=solver, guidance=refine_guidance or guidance)
+        >> Refine(DirectSigma(refine_steps), solver=solver, guidance=refine_guidance or guidance, lora=refine_lora)
         >> Decode()
     )
 
@@ -147,6 +167,138 @@ def latent(
         >> Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance)
         >> Decode()
     )
+
+
+def lift(
+    filter: Filter = "nearest",
+    *,
+    low: tuple[int, int] = (512, 512),
+    size: tuple[int, int] = (1024, 1024),
+    steps: tuple[int, int] = (8, 4),
+    sigma: float | None = None,
+    schedule: Schedule | None = None,
+    guidance: Guidance | None = None,
+) -> Chain[Start, Pixels]:
+    """The plain transition of Bottleneck Sampling (arXiv 2503.18940): enlarge the clean estimate, noise it, go on.
+
+    One grid of steps[0] + steps[1] steps for the full size; after the first ones the clean estimate is enlarged and
+    noised to the level that was reached, or to `sigma`, from where the refinement has a grid of its own.
+    """
+    _check_ladder((low, size))
+    begin, again, rest = _handover(steps, sigma, schedule, size, guidance)
+    return Sample(*low, begin, guidance=guidance) >> Lift(size, filter) >> again >> rest >> Decode()
+
+
+def selflift(
+    *,
+    low: tuple[int, int] = (512, 512),
+    size: tuple[int, int] = (1024, 1024),
+    steps: tuple[int, int] = (8, 4),
+    share: float = 0.4,
+    weights: tuple[float, float] = (0.5, 1.0),
+    sigma: float | None = None,
+    schedule: Schedule | None = None,
+    guidance: Guidance | None = None,
+) -> Chain[Start, Pixels]:
+    """SelfLift-zero (arXiv 2609.02036): as `lift`, with a lift over latents and pixels, mixed where they disagree."""
+    _check_ladder((low, size))
+    begin, again, rest = _handover(steps, sigma, schedule, size, guidance)
+    mixing = SelfLift(size, share, *weights)
+    return Sample(*low, begin, guidance=guidance) >> mixing >> again >> rest >> Decode()
+
+
+def _handover(
+    steps: tuple[int, int],
+    sigma: float | None,
+    schedule: Schedule | None,
+    size: tuple[int, int],
+    guidance: Guidance | None,
+) -> tuple[Part, Reinject, Refine]:
+    """The low part of a grid, what noises its clean estimate again, and what goes on from there."""
+    first, rest = counts("steps", steps, 2)
+    grid = schedule or Shifted(first + rest)
+    again: float | Level = Level(grid, first, size=size) if sigma is None else sigma
+    onward: Schedule = Part(grid, first, size=size) if sigma is None else Shifted(rest)
+    return Part(grid, 0, first, size=size, clean=True), Reinject(again), Refine(onward, guidance=guidance)
+
+
+def speed(
+    *,
+    sizes: Sequence[tuple[int, int]] = ((256, 256), (512, 512), (1024, 1024)),
+    steps: Sequence[int] = (3, 2, 7),
+    schedule: Schedule | None = None,
+    guidance: Guidance | None = None,
+) -> Chain[Start, Pixels]:
+    """SPEED (arXiv 2605.18736): one grid, laid for the full size, whose first steps run small; growth by DCT between.
+
+    `steps` are those at each size; (3, 2, 7) is what MrFlow compares itself with on FLUX.1, (1, 1, 5) on Qwen-Image.
+    `speed_steps` gives the counts of SPEED's own rule.
+    """
+    rungs = tuple(sizes)
+    _check_ladder(rungs)
+    each = counts("steps", steps, len(rungs))
+    grid, size = schedule or Shifted(sum(each)), rungs[-1]
+    chain = Sample(*rungs[0], Part(grid, 0, each[0], size=size), guidance=guidance) >> Grow(rungs[1])
+    for i in range(1, len(rungs)):
+        done = sum(each[:i])
+        whole = chain >> Refine(Part(grid, done, done + each[i], size=size), guidance=guidance)
+        chain = whole >> Grow(rungs[i + 1]) if i + 1 < len(rungs) else whole
+    return chain >> Decode()
+
+
+def speed_steps(
+    model: ModelInfo,
+    sizes: Sequence[tuple[int, int]] = ((512, 512), (1024, 1024)),
+    *,
+    steps: int = 50,
+    delta: float = 0.01,
+    spectrum: Spectrum = SPECTRUM,
+) -> tuple[int, ...]:
+    """How many of `steps` SPEED's rule takes at each size: a size is left at the first level where more would show.
+
+    A size of h x w latent cells holds frequencies up to min(h, w) / 2, so it is left at the first level of the grid
+    that is at most `spectrum.leave(min(h, w) / 2, delta)`; a larger `delta` leaves later.
+    """
+    grid = Shifted(steps)(1.0, model.tokens(*sizes[-1]), model)
+    ends = []
+    for low in sizes[:-1]:
+        level = spectrum.leave(min(low) / model.space.downscale / 2, delta)
+        ends.append(next(i for i, s in enumerate(grid) if s <= level))
+    marks = (0, *ends, steps)
+    return tuple(b - a for a, b in pairwise(marks))
+
+
+def ralu(
+    *,
+    size: tuple[int, int] = (1024, 1024),
+    steps: tuple[int, int, int] | None = None,
+    ends: tuple[float, float] = (0.3, 0.45),
+    share: float = 0.3,
+    preset: Literal["4x", "7x"] = "4x",
+    shift: float = 3.0,
+    guidance: Guidance | None = None,
+) -> Chain[Start, Pixels]:
+    """RALU (arXiv 2507.08422): coarse, then finer where edges are, then fine.
+
+    With `steps` None a published `preset`; else shifts and z are fitted to these steps, `ends` and the model's own
+    static `shift` (`mrflow.stages.regions.fitted`).
+    """
+    if steps is None:
+        if preset not in ("4x", "7x"):
+            raise PlanError(f"preset must be '4x' or '7x', got {preset!r}")
+        given, between, shifts, z, some = RALU_4X if preset == "4x" else RALU_7X
+        return SampleRegions(*size, given, between, shifts, z, some, guidance=guidance) >> Decode()
+    one, two, three = counts("steps", steps, 3)
+    shifts, z = fitted((one, two, three), ends, shift=shift)
+    return SampleRegions(*size, (one, two, three), ends, shifts, z, share, guidance=guidance) >> Decode()
+
+
+def counts(what: str, given: Sequence[int], number: int) -> tuple[int, ...]:
+    """Whole numbers above 0, as many as asked for, or PlanError."""
+    each = tuple(given)
+    if len(each) != number or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in each):
+        raise PlanError(f"{what} must be {number} whole numbers above 0, got {given!r}")
+    return each
 
 
 def enlarge(

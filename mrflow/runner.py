@@ -20,6 +20,7 @@ from mrflow.flow import finite
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, check_seed
 from mrflow.notes import collected, count, tallied
+from mrflow.places import Placed, Places
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
 from mrflow.spec import Pixels, Spec, Start, State
@@ -98,8 +99,13 @@ class Context:
         source: Noise = PerItem(),
         cache: "Cache | None" = None,
         lora: Sequence[Lora] = (),
+        places: Places | None = None,
+        watch: Callable[[Step], None] | None = None,
     ) -> Tensor:
-        """Integrate the model's guided field from x along `sigmas`, with the cache and adapters that are given."""
+        """Integrate the model's guided field from x along `sigmas`, with the cache and adapters that are given.
+
+        `places` says where tokens lie that are no grid; `watch` is told of each step.
+        """
         draws = iter(range(1, 1 + len(sigmas)))
         levels = solver.points(sigmas)
         model = with_loras(self.model, lora)
@@ -109,17 +115,30 @@ class Context:
             evals, patch = guidance.evals(levels) * len(x), model.info.space.patch
             tokens = (x.shape[-2] // patch) * (x.shape[-1] // patch)
             count(None, evals, evals, evals * forward_flops(model.info, tokens))
+        if places is not None:
+            model = cast("Backbone", Placed(model, places))
         if takes_levels(model):
             model = cast("Backbone", Announced(model, levels))
+
+        def told(step: Step) -> None:
+            for listener in (self.on_step, watch):
+                if listener is not None:
+                    listener(step)
+
         return integrate(
             solver,
             guidance.field(model, self.cond, self.negative),
             x,
             sigmas,
-            on_step=self.on_step,
+            on_step=told if self.on_step or watch else None,
             facts=(self.model.info.name,),
             noise=lambda: self.noise(tuple(x.shape), source=source, draw=next(draws)),
         )
+
+    def only(self, item: int) -> "Context":
+        """The context of one item of the batch."""
+        negative = None if self.negative is None else self.negative.item(item)
+        return replace(self, cond=self.cond.item(item), negative=negative, seeds=self.seeds[item : item + 1])
 
     def through(self, chain: Chain[A, B], state: State[A]) -> State[B]:
         """Run an inner chain on `state`; its stages draw noise of their own."""

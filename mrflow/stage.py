@@ -78,6 +78,10 @@ class Stage(ABC, Generic[A, B]):
         """What it costs; nothing worth counting unless a subclass says so."""
         return Work()
 
+    def levels(self, spec: A, model: ModelInfo) -> tuple[float, ...]:
+        """Every noise level at which it asks the model for its field, in order; none unless a subclass says so."""
+        return ()
+
     def check(self, model: "Backbone") -> None:
         """Raise PlanError for what only the loaded model can tell; called before any work."""
 

@@ -78,7 +78,7 @@ def build(
     size: str | None = None,
     low: str | None = None,
     ladder: str | None = None,
-    steps: int | None = None,
+    steps: str | None = None,
     refine_steps: int = 1,
     sigma: float = 0.12,
     sr: "Upscaler | str | None" = None,
@@ -93,14 +93,14 @@ def build(
         if isinstance(sr, str):
             raise PlanError(f"--ladder goes over pixels; --sr {sr} does not")
         sizes = [parse_size("--ladder", each, info) for each in ladder.split(",")]
-        return recipes.ladder(
-            sizes, steps=12 if steps is None else steps, sigmas=sigma, refine_steps=refine_steps, upscalers=sr
-        )
+        return recipes.ladder(sizes, steps=one_count(steps, 12), sigmas=sigma, refine_steps=refine_steps, upscalers=sr)
     full = parse_size("--size", size, info) if size else info.size
     if recipe == "native":
-        return recipes.native(size=full, steps=50 if steps is None else steps)
+        return recipes.native(size=full, steps=one_count(steps, 50))
     small = parse_size("--low", low, info) if low else (half(full, info) if size else info.low)
-    count = 12 if steps is None else steps
+    if recipe in RIVALS:
+        return rival(recipe, steps, small, full)
+    count = one_count(steps, 12)
     if isinstance(sr, str):
         if recipe != "paper":
             raise PlanError(f"--sr {sr} goes with the recipe paper, not {recipe!r}")
@@ -110,7 +110,47 @@ def build(
         return recipes.paper(sr, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
     if recipe == "official":
         return recipes.official(sr, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
-    raise PlanError(f"there is no recipe {recipe!r}; use paper, official or native")
+    raise PlanError(f"there is no recipe {recipe!r}; use {RECIPES}")
+
+
+RIVALS = ("lift", "speed", "selflift", "ralu")
+RECIPES = f"paper, official, native, {', '.join(RIVALS[:-1])} or {RIVALS[-1]}"
+
+
+def rival(recipe: str, steps: str | None, low: tuple[int, int], size: tuple[int, int]) -> "Chain[Start, Pixels]":
+    """The chain of another way to grow; `steps` are counts for each resolution."""
+    from mrflow import recipes
+
+    if recipe == "ralu":
+        given = None if steps is None else recipes.counts("--steps", some_counts(steps), 3)
+        return recipes.ralu(size=size, steps=None if given is None else (given[0], given[1], given[2]))
+    given = (8, 4) if steps is None else some_counts(steps)
+    if recipe == "speed":
+        quarter = (low[0] // 2, low[1] // 2)
+        sizes = (low, size) if len(given) == 2 else (quarter, low, size)
+        return recipes.speed(sizes=sizes, steps=recipes.counts("--steps", given, len(sizes)))
+    first, rest = recipes.counts("--steps", given, 2)
+    if recipe == "lift":
+        return recipes.lift(low=low, size=size, steps=(first, rest))
+    return recipes.selflift(low=low, size=size, steps=(first, rest))
+
+
+def some_counts(word: str) -> tuple[int, ...]:
+    """Whole numbers, commas between."""
+    try:
+        return tuple(int(each) for each in word.split(","))
+    except ValueError:
+        raise PlanError(f"--steps takes a count, or counts for each resolution such as 8,4; got {word!r}") from None
+
+
+def one_count(word: str | None, usual: int) -> int:
+    """A single count."""
+    if word is None:
+        return usual
+    found = some_counts(word)
+    if len(found) != 1:
+        raise PlanError(f"--steps {word} gives counts for each resolution; this recipe takes one count")
+    return found[0]
 
 
 LATENT = "latent-"

@@ -126,7 +126,7 @@ def test_plan_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", "a", "--sigma", "2"], 2, "sigma must be above 0 and at most 1"),
         (["generate", "a", "--seed", "-1"], 2, "a seed must be"),
         (["generate", "a", "--batch", "0"], 2, "--batch must be at least 1"),
-        (["generate", "a", "--recipe", "fast"], 2, "there is no recipe 'fast'; use paper, official or native"),
+        (["generate", "a", "--recipe", "fast"], 2, "there is no recipe 'fast'; use paper, official, native, lift"),
         (["generate", "a", "--sr", "magic"], 2, "--sr takes own, nearest"),
         (["generate", "a", "--model", "nothing"], 3, "there is no model or file 'nothing'"),
         (["generate", "a", "--model", "flux1-dev"], 3, "is a name for planning"),
@@ -222,3 +222,28 @@ def test_help_is_quick_and_imports_are_light(here: Path) -> None:
     )
     assert b"generate" in done.stdout
     assert not list(here.iterdir())
+
+
+def test_rivals_by_name(here: Path) -> None:
+    for words, stage in (
+        (("speed",), "Grow"),
+        (("speed", "--steps", "3,2,7"), "Grow"),
+        (("ralu",), "SampleRegions"),
+        (("ralu", "--steps", "1,2,3"), "SampleRegions"),
+        (("selflift", "--steps", "3,1"), "SelfLift"),
+        (("lift",), "Lift"),
+    ):
+        code, out, err = call("plan", "--model", "flux1-dev", "--recipe", *words)
+        assert code == 0, err
+        assert stage in out
+    code, out, err = call("generate", "a big red circle", "--recipe", "lift", "--steps", "1,1", "--size", "64x64")
+    assert code == 0, err
+    for words, message in (
+        (("speed", "--steps", "3,2,7,1"), "--steps must be 3 whole numbers"),
+        (("lift", "--steps", "x"), "--steps takes a count, or counts for each resolution"),
+        (("paper", "--steps", "3,2"), "gives counts for each resolution"),
+        (("best",), "use paper, official, native, lift, speed, selflift or ralu"),
+    ):
+        code, _, err = call("plan", "--model", "flux1-dev", "--recipe", *words)
+        assert code == 2
+        assert message in err.replace("\n", " ")

@@ -67,6 +67,7 @@ class LatentModel:
 
     takes_levels: ClassVar[bool] = True
     takes_step: ClassVar[bool] = True
+    takes_places: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from mrflow.flow import Velocity
 from mrflow.models.flux import Flux, image_ids, pack, unpack
 from mrflow.models.layers import Rope
 from mrflow.models.qwen_image import QwenImage, packed_attention, positions
+from mrflow.places import Places
 
 
 @runtime_checkable
@@ -61,7 +62,8 @@ class FluxField:
 
     Embedded text and rotations are made at the first call and die with the field. So are the modulations of `levels`,
     the sigmas it will be asked for; of another level when it is met. `levels=None` makes them anew in every call.
-    `using` is entered while the network works, so that its weights can be brought where they are needed.
+    `using` is entered while the network works, so that its weights can be brought where they are needed. `places` says
+    where tokens lie that are no grid.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class FluxField:
         levels: Sequence[float] | None = (),
         step: Step,
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
+        places: Places | None = None,
     ) -> None:
+        self.places = places
         self.flow, self.context, self.pooled, self.guidance = flow, context, pooled, guidance
         self.step, self.using = step, using
         self.table = Tables(self._tables, levels)
@@ -90,6 +94,8 @@ class FluxField:
             h, w = x.shape[2] // 2, x.shape[3] // 2
             if (h, w) not in self.ropes:
                 ids = image_ids(h, w, device=x.device)
+                if self.places is not None:
+                    ids[:, 1:] = self.places.at.to(ids)
                 self.ropes[h, w] = self.flow.rope(ids, ids.new_zeros(self.context.shape[1], 3))
             if self.text is None:
                 self.text = self.flow.embed_text(self.context)
@@ -130,7 +136,7 @@ class QwenField:
 
     `branches` holds, for each branch of a guidance, the states (tokens, width) of each item. Items whose texts are
     equally long are a batch; otherwise all lie in one sequence, and attention stays within each: no padding, no mask.
-    Modulations depend on the level alone: one row serves all items.
+    Modulations depend on the level alone: one row serves all items. `places` as for `FluxField`.
     """
 
     def __init__(
@@ -142,8 +148,9 @@ class QwenField:
         step: Step,
         tables: Callable[[Sequence[float]], list[Tensor]],
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
+        places: Places | None = None,
     ) -> None:
-        self.net, self.branches = net, branches
+        self.net, self.branches, self.places = net, branches, places
         self.step, self.table, self.using = step, Tables(tables, levels), using
         items = [item for branch in branches for item in branch]
         # Equal lengths side by side, so that attention may treat them as a batch.
@@ -189,7 +196,7 @@ class QwenField:
     def _rope(self, h: int, w: int) -> Rope:
         """Rotations of each text in turn, then of each image; of one text and image where they are a batch."""
         device = self.items[0].device
-        whole = self.net.rope(positions(h, w, max(self.lengths), device=device))
+        whole = self.net.rope(self._positions(h, w).to(device))
         if self.batched:
             return whole
         start = max(self.lengths)
@@ -197,3 +204,13 @@ class QwenField:
         rows += [torch.arange(start, start + h * w, device=device)] * len(self.lengths)
         pick = torch.cat(rows)
         return Rope(whole.cos[pick], whole.sin[pick])
+
+    def _positions(self, h: int, w: int) -> Tensor:
+        """Positions of the longest text, then of one image: a grid, or tokens at their places on one."""
+        text, places = max(self.lengths), self.places
+        if places is None:
+            return positions(h, w, text)
+        grid = positions(places.height, places.width, text)
+        image = grid[text].repeat(len(places.at), 1)  # the first cell, from which places count
+        image[:, 1:] += places.at.to(image)
+        return torch.cat((grid[:text], image))

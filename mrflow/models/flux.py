@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from mrflow.errors import PlanError
 from mrflow.models.blocks import DoubleBlock, FinalLayer, Modulate, Sizes, bounded, by_head, fused, joined, tables
-from mrflow.models.blocks import pack as pack
-from mrflow.models.blocks import unpack as unpack
 from mrflow.models.layers import (
     SINUSOID,
     Attention,
@@ -26,6 +24,8 @@ from mrflow.models.layers import (
     rope_tables,
     sinusoid,
 )
+from mrflow.places import pack as pack
+from mrflow.places import unpack as unpack
 
 
 @dataclass(frozen=True)

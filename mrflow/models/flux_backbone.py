@@ -17,6 +17,7 @@ from mrflow.models.flux import Flux
 from mrflow.models.memory import Ways
 from mrflow.models.pieces import Opening
 from mrflow.models.vae_flux import VaeFlux
+from mrflow.places import Places
 from mrflow.spec import FLUX, SCHNELL, Architecture, LatentSpace, ModelInfo
 from mrflow.upscalers import Upscaler
 
@@ -73,6 +74,7 @@ class Flux1(LatentModel):
         guidance: float | None = None,
         levels: Sequence[float] | None = None,
         step: Opening | None = None,
+        places: Places | None = None,
     ) -> Velocity:
         """The velocity of the flow; with `levels`, the sigmas it will be asked for, their modulations come first.
 
@@ -87,13 +89,13 @@ class Flux1(LatentModel):
         announced = (levels or ()) if self._ways.fold else None
         own = self._step if step is None else step(self._pieces)
         using = partial(self._residency.using, "main")
-        return FluxField(self._flow, context, pooled, strength, levels=announced, step=own, using=using)
+        return FluxField(self._flow, context, pooled, strength, levels=announced, step=own, using=using, places=places)
 
     def together(
-        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None
+        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None, places: Places | None = None
     ) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
         """The velocities for several conditions at once, from one pass over a larger batch."""
-        return side_by_side(conds, partial(self.field, levels=levels))
+        return side_by_side(conds, partial(self.field, levels=levels, places=places))
 
     def _checked(self, cond: Condition) -> tuple[Tensor, Tensor]:
         """The condition's tensors on the device, if they are of this model's sizes."""

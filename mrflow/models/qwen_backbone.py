@@ -18,6 +18,7 @@ from mrflow.models.pieces import Opening
 from mrflow.models.qwen_image import QwenImage
 from mrflow.models.vae_qwen import VaeQwen
 from mrflow.models.weights_qwen import Folded
+from mrflow.places import Places
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.upscalers import Upscaler
 
@@ -88,6 +89,7 @@ class Qwen(LatentModel):
         guidance: float | None = None,
         levels: Sequence[float] | None = None,
         step: Opening | None = None,
+        places: Places | None = None,
     ) -> Velocity:
         """The velocity of the flow; with `levels`, the sigmas it will be asked for, their modulations come first.
 
@@ -97,7 +99,7 @@ class Qwen(LatentModel):
         if guidance is not None:
             raise PlanError(f"{self._info.name} has no guidance embedding; use RescaledCFG(scale)")
         if step is None:
-            velocities = self.together((cond,), levels=levels)
+            velocities = self.together((cond,), levels=levels, places=places)
             return lambda x, sigma: velocities(x, sigma)[0]
         items = self._states(cond)
         alike = len({len(item) for item in items}) == 1
@@ -110,6 +112,7 @@ class Qwen(LatentModel):
                 step=step(self._pieces),
                 tables=lambda wanted: [tables(sigma) for sigma in wanted],
                 using=partial(self._residency.using, "main"),
+                places=places,
             )
             for group in ([items] if alike else [[item] for item in items])
         ]
@@ -123,7 +126,7 @@ class Qwen(LatentModel):
         return velocity
 
     def together(
-        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None
+        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None, places: Places | None = None
     ) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
         """The velocities for several conditions at once, from one pass: linears over all tokens, attention by item."""
         return QwenField(
@@ -133,6 +136,7 @@ class Qwen(LatentModel):
             step=self._step,
             tables=self._tables,
             using=partial(self._residency.using, "main"),
+            places=places,
         )
 
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:

@@ -50,7 +50,7 @@ class Refine(Stage[Latents, Latents]):
         return self.schedule(spec.sigma, spec.tokens, model)
 
     def plan(self, spec: Latents, model: ModelInfo) -> Latents:
-        """The same latents at sigma 0; refuses latents that are clean already."""
+        """The same latents at the level where the schedule ends (0, but for a `Part`); refuses clean ones."""
         check_space(spec, model)
         if spec.sigma == 0:
             raise PlanError("latents are already clean (sigma 0); put Reinject(sigma=...) before Refine()")
@@ -63,6 +63,10 @@ class Refine(Stage[Latents, Latents]):
         return sampling_work(
             model, out, self.sigmas(spec, model), self.solver, self.guidance, self.cache, self.adapters
         )
+
+    def levels(self, spec: Latents, model: ModelInfo) -> tuple[float, ...]:
+        """What the solver visits."""
+        return self.solver.points(self.sigmas(spec, model))
 
     def check(self, model: "Backbone") -> None:
         """A cache needs a model that can be taken apart, an adapter one that it fits."""

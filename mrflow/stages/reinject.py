@@ -9,6 +9,7 @@ from torch import Tensor
 from mrflow.errors import PlanError
 from mrflow.flow import renoise
 from mrflow.noise import Noise, PerItem
+from mrflow.parts import Level
 from mrflow.spec import Latents, ModelInfo, State
 from mrflow.stage import Stage
 from mrflow.stages.decode import check_space
@@ -19,20 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reinject(Stage[Latents, Latents]):
-    """Mix in fresh noise: (1 - sigma) z + sigma eps, a point on the flow's own line (MrFlow, arXiv 2607.01642)."""
+    """Mix in fresh noise: (1 - sigma) z + sigma eps, a point on the flow's own line (MrFlow, arXiv 2607.01642).
 
-    sigma: float
+    `sigma` is a number, or the `Level` of a schedule after some steps.
+    """
+
+    sigma: float | Level
     noise: Noise = field(default=PerItem(), kw_only=True)
 
     def plan(self, spec: Latents, model: ModelInfo) -> Latents:
         """The same latents at `sigma`."""
         check_space(spec, model)
-        if not (math.isfinite(self.sigma) and 0 < self.sigma <= 1):
-            raise PlanError(f"sigma must be above 0 and at most 1, got {self.sigma!r}")
+        sigma = self.sigma.of(spec, model) if isinstance(self.sigma, Level) else self.sigma
+        if not (math.isfinite(sigma) and 0 < sigma <= 1):
+            raise PlanError(f"sigma must be above 0 and at most 1, got {sigma!r}")
         if spec.sigma != 0:
             raise PlanError(f"latents already hold noise (sigma {spec.sigma:g}); put Refine() before Reinject()")
-        return replace(spec, sigma=float(self.sigma))
+        return replace(spec, sigma=float(sigma))
 
     def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
         """Mix."""
-        return renoise(state.data, ctx.noise(out.shape, source=self.noise), self.sigma)
+        return renoise(state.data, ctx.noise(out.shape, source=self.noise), out.sigma)

@@ -67,6 +67,10 @@ class Sample(Stage[Start, Latents]):
         """Forwards: steps x evaluations x guidance passes, without those that a cache leaves out."""
         return sampling_work(model, out, self.sigmas(model), self.solver, self.guidance, self.cache, self.adapters)
 
+    def levels(self, spec: Start, model: ModelInfo) -> tuple[float, ...]:
+        """What the solver visits."""
+        return self.solver.points(self.sigmas(model))
+
     def check(self, model: "Backbone") -> None:
         """A cache needs a model that can be taken apart, an adapter one that it fits."""
         with_loras(model, self.adapters)

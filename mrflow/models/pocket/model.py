@@ -27,6 +27,7 @@ from mrflow.models.flux import Flux, FluxParams
 from mrflow.models.pieces import NetPieces, Opening
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
 from mrflow.models.text import check_prompt
+from mrflow.places import Places
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
 from mrflow.spec import Architecture, Footprint, LatentSpace, ModelInfo, Shift
 from mrflow.upscalers import Upscaler
@@ -201,6 +202,8 @@ class Pocket:
 
     takes_step = True
 
+    takes_places = True
+
     def field(
         self,
         cond: Condition,
@@ -208,6 +211,7 @@ class Pocket:
         guidance: float | None = None,
         levels: Sequence[float] | None = None,
         step: Opening | None = None,
+        places: Places | None = None,
     ) -> Velocity:
         """The velocity of the flow for these captions; `levels` are the sigmas it will be asked for.
 
@@ -216,13 +220,15 @@ class Pocket:
         if guidance is not None:
             raise PlanError("pocket has no guidance embedding; use CFG(scale)")
         own = partial(flux_step, self._flow) if step is None else step(NetPieces(self._flow))
-        return FluxField(self._flow, cond["context"], cond["pooled"], None, levels=levels or (), step=own)
+        return FluxField(
+            self._flow, cond["context"], cond["pooled"], None, levels=levels or (), step=own, places=places
+        )
 
     def together(
-        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None
+        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None, places: Places | None = None
     ) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
         """The velocities for several conditions at once, from one pass over a larger batch."""
-        return side_by_side(conds, partial(self.field, levels=levels))
+        return side_by_side(conds, partial(self.field, levels=levels, places=places))
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it."""

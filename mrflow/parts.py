@@ -1,0 +1,76 @@
+"""Parts of a schedule, for samplers that change resolution on the way: the grid is laid once and shared out."""
+
+from dataclasses import dataclass, field
+
+from mrflow.errors import PlanError
+from mrflow.schedules import Schedule, Sigmas
+from mrflow.spec import Latents, ModelInfo
+
+
+@dataclass(frozen=True)
+class Part(Schedule):
+    """The steps from number `first` to before `last` of a grid (None: to its end).
+
+    A part that does not begin the grid begins at the level that its stage is given, in place of the grid's own: after a
+    transition the state may hold more noise than the grid foresaw. `size`, (height, width) in pixels, is what the grid
+    is laid for; None is the stage's own size. With `clean` the last step goes to 0 instead: an Euler step there leaves
+    the clean estimate x - sigma v, which a transition may enlarge and noise again.
+    """
+
+    schedule: Schedule
+    first: int = 0
+    last: int | None = None
+    size: tuple[int, int] | None = field(default=None, kw_only=True)
+    clean: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, value in (("first", self.first), ("last", self.last)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise PlanError(f"{name} must be a whole number of steps from 0, got {value!r}")
+        if self.last is not None and self.last <= self.first:
+            raise PlanError(f"a part needs at least one step, got first {self.first}, last {self.last}")
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        grid = laid(self.schedule, self.size, tokens, model, start=start if self.first == 0 else 1.0)
+        last = len(grid) - 1 if self.last is None else self.last
+        if last > len(grid) - 1 or self.first >= last:
+            raise PlanError(f"the grid has {len(grid) - 1} steps, and this part wants {self.first} to {last}")
+        levels = (start, *grid[self.first + 1 : last + 1])
+        if self.clean:
+            levels = (*levels[:-1], 0.0)
+        if len(levels) > 1 and not levels[1] < start:
+            raise PlanError(
+                f"the latents hold noise of level {start:g}, and step {self.first + 1} of the grid goes to "
+                f"{levels[1]:g}: begin the part later"
+            )
+        return levels
+
+
+@dataclass(frozen=True)
+class Level:
+    """The noise level of a grid after `step` steps, for a stage that is told a level: `Reinject(Level(grid, 8))`.
+
+    `size`, (height, width) in pixels, is what the grid is laid for; None is the size of what the stage is given.
+    """
+
+    schedule: Schedule
+    step: int
+    size: tuple[int, int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 0:
+            raise PlanError(f"step must be a whole number from 0, got {self.step!r}")
+
+    def of(self, spec: Latents, model: ModelInfo) -> float:
+        """The level, for latents of this size."""
+        grid = laid(self.schedule, self.size, spec.tokens, model)
+        if self.step >= len(grid):
+            raise PlanError(f"the grid has {len(grid) - 1} steps, and its level after step {self.step} is asked for")
+        return grid[self.step]
+
+
+def laid(
+    schedule: Schedule, size: tuple[int, int] | None, tokens: int, model: ModelInfo, *, start: float = 1.0
+) -> Sigmas:
+    """A whole grid, for a picture of `size` pixels or, without one, of this many tokens."""
+    return schedule(start, tokens if size is None else model.tokens(*size), model)
