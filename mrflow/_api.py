@@ -5,9 +5,11 @@ from mrflow import metrics as metrics
 from mrflow import recipes as recipes
 from mrflow import schedules as schedules
 from mrflow import solvers as solvers
+from mrflow import students as students
 from mrflow import sweep as sweep
 from mrflow import testing as testing
 from mrflow.adapters import Lora as Lora
+from mrflow.adapters import PiFlow as PiFlow
 from mrflow.backbone import Backbone as Backbone
 from mrflow.backbone import Condition as Condition
 from mrflow.cache import StageCache as StageCache
@@ -99,6 +101,7 @@ from mrflow.stages import Sample as Sample
 from mrflow.stages import SampleRegions as SampleRegions
 from mrflow.stages import SelfLift as SelfLift
 from mrflow.stages import Upscale as Upscale
+from mrflow.students import Student as Student
 from mrflow.sweep import Metric as Metric
 from mrflow.sweep import Prompt as Prompt
 from mrflow.sweep import Sweep as Sweep

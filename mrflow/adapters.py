@@ -4,12 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 from mrflow.errors import PlanError
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
+    from mrflow.models.piflow import Policies
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,43 @@ class Lora:
             "strength": float(self.strength),
             "skip_text": self.skip_text,
             "sha256": digest,
+        }
+
+
+@dataclass(frozen=True)
+class PiFlow:
+    """A pi-Flow adapter (Chen et al. 2025, arXiv 2510.14974): the network gives a policy instead of a velocity.
+
+    `path` is a folder as published (config.json and one safetensors file), that file, or `owner/name/folder` on the
+    hub. The stage's schedule says where the network is asked, `FlowMap(steps)` as it was trained; between, the policy
+    is followed in `substeps` small steps to a unit of time. `temperature` narrows Gaussian policies on all steps but
+    the last: "auto" is 0.1 (steps - 1) as published, None leaves them as they are.
+    """
+
+    path: str
+    temperature: float | Literal["auto"] | None = field(default="auto", kw_only=True)
+    substeps: int = field(default=128, kw_only=True)
+    sha256: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+        t = self.temperature
+        if not (t is None or t == "auto" or (isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t <= 1)):
+            raise PlanError(f"temperature must be from 0 to 1, 'auto' or None, got {t!r}")
+        if isinstance(self.substeps, bool) or not isinstance(self.substeps, int) or not 1 <= self.substeps <= 4096:
+            raise PlanError(f"substeps must be a whole number from 1 to 4096, got {self.substeps!r}")
+
+    def recorded(self) -> dict[str, object]:
+        """The fields that go into a record: no folder names but the adapter's own."""
+        from mrflow.models.piflow import located_adapter
+
+        file, digest = located_adapter(self)
+        name = file.name if file.parent.name in ("", ".") else f"{file.parent.name}/{file.name}"
+        return {
+            "path": name,
+            "temperature": self.temperature,
+            "substeps": self.substeps,
+            "sha256": self.sha256 or digest,
         }
 
 
@@ -76,3 +114,44 @@ def with_loras(model: "Backbone", loras: Sequence[Lora]) -> "Backbone":
     if not isinstance(model, Adaptable):
         raise PlanError(f"{model.info.name} takes no LoRA; a backbone of your own has adapted(loras) for that")
     return model.adapted(loras)
+
+
+@runtime_checkable
+class Directed(Protocol):
+    """A model that can be given a pi-Flow adapter."""
+
+    def policies(self, adapter: PiFlow, loras: Sequence[Lora] = ()) -> "Policies":
+        """The same model with the adapter, whose field gives policies."""
+        ...
+
+
+def with_policy(model: "Backbone", adapter: PiFlow, loras: Sequence[Lora]) -> "Policies":
+    """The model with a pi-Flow adapter.
+
+    Raises:
+        PlanError: the model takes none. WeightsError: it does not fit.
+    """
+    if not isinstance(model, Directed):
+        raise PlanError(f"{model.info.name} takes no pi-Flow adapter; load FLUX.1 or Qwen-Image, without a cache")
+    return model.policies(adapter, loras)
+
+
+def check_policy(policy: PiFlow | None, solver: object, guidance: object, cache: object) -> None:
+    """Refuse what a policy leaves no room for.
+
+    Raises:
+        PlanError: another solver than Euler, classifier-free guidance or a cache beside a policy.
+    """
+    from mrflow.guidance import Distilled
+    from mrflow.solvers import Euler
+
+    if policy is None:
+        return
+    if not isinstance(policy, PiFlow):
+        raise PlanError(f"policy takes PiFlow(path), got {policy!r}")
+    if solver != Euler():
+        raise PlanError(f"a policy is followed by small Euler steps; leave out solver={solver!r}")
+    if not (guidance is None or isinstance(guidance, Distilled)):
+        raise PlanError(f"a policy holds its teacher's guidance and is asked once; leave out guidance={guidance!r}")
+    if cache is not None:
+        raise PlanError("a policy asks the network too seldom for a cache to leave anything out")

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from mrflow.adapters import Loras
+from mrflow.adapters import Loras, PiFlow
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, Stream
 from mrflow.parts import Level, Part
-from mrflow.schedules import DirectSigma, Schedule, Shifted
+from mrflow.schedules import DirectSigma, FlowMap, Schedule, Shifted
 from mrflow.solvers import Euler, Solver
 from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import Chain
@@ -28,6 +28,7 @@ from mrflow.stages import (
 )
 from mrflow.stages.grow import Spectrum
 from mrflow.stages.regions import RALU_4X, RALU_7X, fitted
+from mrflow.students import Student
 from mrflow.upscalers import Upscaler
 from mrflow.upscalers.interpolate import Filter
 
@@ -165,6 +166,80 @@ def latent(
         >> Lift(size, filter)
         >> Reinject(sigma)
         >> Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance)
+        >> Decode()
+    )
+
+
+def few(student: Student, *, size: tuple[int, int] = (1024, 1024), steps: int | None = None) -> Chain[Start, Pixels]:
+    """A few-step student alone, as it is published (`mrflow.students`)."""
+    return native(size=size, schedule=student.schedule(steps), guidance=student.guidance, lora=student.lora)
+
+
+def stacked(
+    student: Student,
+    upscaler: Upscaler | None = None,
+    *,
+    low: tuple[int, int] = (512, 512),
+    size: tuple[int, int] = (1024, 1024),
+    steps: int | None = None,
+    refine: Literal["student", "base"] = "student",
+    refine_steps: int = 1,
+    sigma: float = SIGMA,
+    full_levels: bool = False,
+) -> Chain[Start, Pixels]:
+    """MrFlow with a few-step student in its low-resolution stage.
+
+    `refine` says who refines: the student, or the base model with its own guidance. Students were trained on few
+    levels, the last of them far above 0.12: whether a refinement at `sigma` suits one is to be measured, as are the
+    levels of the low stage: the model's own for that size, or with `full_levels` those of the full size.
+    """
+    _check_ladder((low, size))
+    if refine not in ("student", "base"):
+        raise PlanError(f"refine must be 'student' or 'base', got {refine!r}")
+    grid = student.schedule(steps)
+    own = refine == "student"
+    return (
+        Sample(
+            *low,
+            Part(grid, size=size) if full_levels else grid,
+            guidance=student.guidance,
+            lora=student.lora,
+        )
+        >> Decode()
+        >> Upscale(upscaler, size)
+        >> Encode()
+        >> Reinject(sigma)
+        >> Refine(
+            DirectSigma(refine_steps), guidance=student.guidance if own else None, lora=student.lora if own else ()
+        )
+        >> Decode()
+    )
+
+
+def piflow(
+    adapter: PiFlow,
+    upscaler: Upscaler | None = None,
+    *,
+    low: tuple[int, int] = (512, 512),
+    size: tuple[int, int] = (1024, 1024),
+    steps: int = 4,
+    sigma: float | None = None,
+) -> Chain[Start, Pixels]:
+    """MrFlow's 4 + 1 with pi-Flow (arXiv 2510.14974): 4 evaluations low, one high, each followed along its policy.
+
+    The refinement begins, as in the official code, at the last level of pi-Flow's own schedule with a whole last step:
+    0.5161 for 4 steps. That is far above MrFlow's 0.12, which `sigma=0.12` gives, and no level it was trained on.
+    """
+    _check_ladder((low, size))
+    whole = FlowMap(steps, final_step=1.0)
+    again: float | Level = Level(whole, steps - 1) if sigma is None else sigma
+    return (
+        Sample(*low, FlowMap(steps), policy=adapter)
+        >> Decode()
+        >> Upscale(upscaler, size)
+        >> Encode()
+        >> Reinject(again)
+        >> Refine(DirectSigma(1), policy=adapter)
         >> Decode()
     )
 

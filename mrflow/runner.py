@@ -6,21 +6,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from mrflow.adapters import Lora, with_loras
+from mrflow.adapters import Lora, PiFlow, with_loras, with_policy
 from mrflow.backbone import Announced, Backbone, Condition, takes_levels
 from mrflow.cost import forward_flops
 from mrflow.errors import MrflowError, NonFiniteError, PlanError, PromiseError
 from mrflow.flow import finite
-from mrflow.guidance import Guidance
+from mrflow.guidance import Distilled, Guidance
 from mrflow.noise import Noise, PerItem, check_seed
 from mrflow.notes import collected, count, tallied
 from mrflow.places import Placed, Places
+from mrflow.policies import GM, automatic, follow
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
 from mrflow.spec import Pixels, Spec, Start, State
@@ -134,6 +136,32 @@ class Context:
             facts=(self.model.info.name,),
             noise=lambda: self.noise(tuple(x.shape), source=source, draw=next(draws)),
         )
+
+    def follow(
+        self,
+        adapter: PiFlow,
+        x: Tensor,
+        sigmas: Sigmas,
+        *,
+        guidance: Guidance | None = None,
+        lora: Sequence[Lora] = (),
+    ) -> Tensor:
+        """Ask the network for a policy at each level but the last, and follow it to the next one."""
+        model = with_policy(self.model, adapter, lora)
+        value = guidance.value if isinstance(guidance, Distilled) else None
+        steps = len(sigmas) - 1
+        heat = automatic(steps) if adapter.temperature == "auto" else adapter.temperature
+        field = model.field(self.cond, guidance=value, levels=tuple(sigmas[:-1]))
+        for index, (sigma, to) in enumerate(pairwise(sigmas), 1):
+            policy = field(x, sigma)
+            if heat is not None and index < steps and isinstance(policy, GM):
+                policy = policy.tempered(heat)
+            x = follow(policy, x, sigma, to, shift=model.shift, total=adapter.substeps)
+            if not finite(x):
+                raise NonFiniteError(f"NaN or infinity after step {index} of {steps} ({self.model.info.name})")
+            if self.on_step is not None:
+                self.on_step(Step(index, steps, sigma, to, x, policy.denoised(x, to) if to else x))
+        return x
 
     def only(self, item: int) -> "Context":
         """The context of one item of the batch."""

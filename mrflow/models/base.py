@@ -5,12 +5,12 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from mrflow.adapters import Lora
+from mrflow.adapters import Lora, PiFlow
 from mrflow.errors import PlanError, WeightsError, is_out_of_memory
 from mrflow.models.flux import Flux
 from mrflow.models.graphs import Graphed
@@ -21,6 +21,9 @@ from mrflow.notes import note
 from mrflow.spec import Footprint, ModelInfo, Shift
 from mrflow.tiling import tiled
 from mrflow.upscalers import Upscaler
+
+if TYPE_CHECKING:
+    from mrflow.models.piflow import Policies
 
 TILE = 64  # latent cells a side, where the autoencoder works in tiles
 DIRECT = Ways()
@@ -97,6 +100,7 @@ class LatentModel:
         self._compile()
         self._graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
         self._whole, self._adapted = step, dict[object, LatentModel]()
+        self._policies: dict[object, Policies] = {}
         self._wire()
 
     def _wire(self) -> None:
@@ -125,13 +129,44 @@ class LatentModel:
             other = copy.copy(self)
             other._net = lora.adapted(net, changed, dtype=net.dtype, device=self._device)
             other._info = replace(self._info, version=self._info.version + lora.mark_of(loras))
-            other._adapted = {}
+            other._adapted, other._policies = {}, {}
             other._compile()
             other._wire()
             while len(self._adapted) > 1:
                 self._adapted.pop(next(iter(self._adapted)))
             self._adapted[key] = other
         return cast("Model", self._adapted[key])
+
+    def policies(self, adapter: PiFlow, loras: Sequence[Lora] = ()) -> "Policies":
+        """The same model with a pi-Flow adapter, and perhaps LoRAs, on top; the last one that was asked for is kept.
+
+        Raises:
+            WeightsError: a file is missing or does not fit.
+        """
+        from mrflow.models import lora, piflow
+
+        file, digest = piflow.located_adapter(adapter)
+        key = ("pi-Flow", digest, lora.key_of(loras))
+        if key not in self._policies:
+            net = self._net
+            assert isinstance(net, Flux | QwenImage)
+            head = piflow.read_head(file, net, device=self._device)
+            low = piflow.lora_of(file)
+            changed = lora.changes(net, (*loras, *([low] if low else [])), self._info.name, beside=head.names)
+            self._check_changes({**changed, **head.modules})
+            other = copy.copy(self)
+            wrapped = {p: c for p, c in changed.items() if p not in head.modules}
+            whole = lora.adapted(net, wrapped, dtype=net.dtype, device=self._device)
+            other._net = lora.grafted(whole, head.modules)
+            mark = f"+piflow-{digest[:12]}{lora.mark_of(loras)}"
+            other._info = replace(self._info, version=self._info.version + mark)
+            other._adapted, other._policies = {}, {}
+            other._compile()
+            other._wire()
+            assert isinstance(other, piflow.Steered)
+            self._policies.clear()
+            self._policies[key] = piflow.Policies(other, head)
+        return self._policies[key]
 
     def _check_changes(self, changed: Mapping[str, object]) -> None:
         """Refuse adapters of what this model cannot change."""

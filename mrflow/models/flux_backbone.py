@@ -97,6 +97,17 @@ class Flux1(LatentModel):
         """The velocities for several conditions at once, from one pass over a larger batch."""
         return side_by_side(conds, partial(self.field, levels=levels, places=places))
 
+    def steering(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
+        """What every modulation starts from at a level: (b, width)."""
+        _, pooled = self._checked(cond)
+        value = self._info.guidance if guidance is None else guidance
+        level, strength = (
+            None if v is None else torch.full((cond.batch,), v, device=self._device) for v in (sigma, value)
+        )
+        assert level is not None
+        with self._residency.using("main"):
+            return self._flow.steering(level, strength, pooled)
+
     def _checked(self, cond: Condition) -> tuple[Tensor, Tensor]:
         """The condition's tensors on the device, if they are of this model's sizes."""
         p = self._flow.params

@@ -11,7 +11,7 @@ given and adds the low-rank products as it goes: nothing is ever changed, so not
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -230,8 +230,8 @@ def _size(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def resolve(net: nn.Module, lora: Lora, name: str) -> list[Piece]:
-    """What an adapter changes in a network. `name` is the model's, for errors.
+def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) -> list[Piece]:
+    """What an adapter changes in a network. `name` is the model's, for errors; `beside` are names of other things.
 
     Raises:
         WeightsError: once, for all names that belong nowhere and all shapes that do not fit.
@@ -241,7 +241,7 @@ def resolve(net: nn.Module, lora: Lora, name: str) -> list[Piece]:
     factors = _factors(header)
     pieces: list[Piece] = []
     problems: list[str] = []
-    unknown, text = list(content.extra), list[str]()
+    unknown, text = [each for each in content.extra if each not in beside], list[str]()
     for stem, group in content.groups.items():
         target = _find(stem, table)
         if target is None:
@@ -336,15 +336,17 @@ def _number(entry: Entry) -> float:
     return float(mapped(entry, {}).float().reshape(-1)[0])
 
 
-def changes(net: nn.Module, loras: Sequence[Lora], name: str) -> dict[str, Change]:
+def changes(net: nn.Module, loras: Sequence[Lora], name: str, *, beside: Container[str] = ()) -> dict[str, Change]:
     """The change of every linear that adapters touch, by the linear's path; several adapters add up.
+
+    `beside` are names in their files that belong to something else.
 
     Raises:
         WeightsError: as `resolve`.
     """
     by_path: dict[str, list[Piece]] = {}
     for lora in loras:
-        for piece in resolve(net, lora, name):
+        for piece in resolve(net, lora, name, beside):
             by_path.setdefault(piece.target.path, []).append(piece)
     files: dict[Path, torch.UntypedStorage] = {}
     out: dict[str, Change] = {}

@@ -139,6 +139,12 @@ class Qwen(LatentModel):
             places=places,
         )
 
+    def steering(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
+        """What every modulation starts from at a level: (b, width), alike for all items."""
+        with self._residency.using("main"):
+            vector = self._flow.steering(torch.full((1,), sigma, device=self._device))
+        return vector.expand(cond.batch, -1)
+
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:
         """Modulations at these levels: made beforehand, or now."""
         if self._folded is None:

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mrflow.adapters import Lora, Loras, check_loras, with_loras
+from mrflow.adapters import Lora, Loras, PiFlow, check_loras, check_policy, with_loras, with_policy
 from mrflow.caches.base import Cache, check_cache
 from mrflow.caches.cached import check_open
 from mrflow.cost import sampling_work
 from mrflow.errors import PlanError
-from mrflow.guidance import Guidance, own_guidance
+from mrflow.guidance import Distilled, Guidance, own_guidance
 from mrflow.noise import Noise, PerItem
 from mrflow.schedules import DirectSigma, Schedule, Sigmas
 from mrflow.solvers import Euler, Solver
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Refine(Stage[Latents, Latents]):
     """Integrate the flow from the level the latents hold down to 0. The level is said once, by what came before.
 
-    `cache` leaves out evaluations (mrflow/caches), `lora` are adapters that are on in this stage alone.
+    `cache` leaves out evaluations (mrflow/caches), `lora` are adapters that are on in this stage
+    alone. `policy` makes it pi-Flow: the network is asked once a level, and what it gives is followed in small steps.
     """
 
     schedule: Schedule = DirectSigma(1)
@@ -36,6 +37,7 @@ class Refine(Stage[Latents, Latents]):
     noise: Noise = field(default=PerItem(), kw_only=True)
     cache: Cache | None = field(default=None, kw_only=True)
     lora: Loras = field(default=(), kw_only=True)
+    policy: PiFlow | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora", check_loras(self.lora))
@@ -55,14 +57,15 @@ class Refine(Stage[Latents, Latents]):
         if spec.sigma == 0:
             raise PlanError("latents are already clean (sigma 0); put Reinject(sigma=...) before Refine()")
         check_cache(self.cache, model)
+        check_policy(self.policy, self.solver, self.guidance, self.cache)
         last = self.sigmas(spec, model)[-1]
         return Latents(spec.batch, spec.height, spec.width, spec.space, last)
 
     def work(self, spec: Latents, out: Latents, model: ModelInfo) -> Work:
         """Forwards: steps x evaluations x guidance passes, without those that a cache leaves out."""
-        return sampling_work(
-            model, out, self.sigmas(spec, model), self.solver, self.guidance, self.cache, self.adapters
-        )
+        guidance = Distilled() if self.policy else self.guidance
+        sigmas = self.sigmas(spec, model)
+        return sampling_work(model, out, sigmas, self.solver, guidance, self.cache, self.adapters)
 
     def levels(self, spec: Latents, model: ModelInfo) -> tuple[float, ...]:
         """What the solver visits."""
@@ -70,6 +73,9 @@ class Refine(Stage[Latents, Latents]):
 
     def check(self, model: "Backbone") -> None:
         """A cache needs a model that can be taken apart, an adapter one that it fits."""
+        if self.policy is not None:
+            with_policy(model, self.policy, self.adapters)
+            return
         with_loras(model, self.adapters)
         if self.cache is not None:
             check_open(model)
@@ -78,6 +84,8 @@ class Refine(Stage[Latents, Latents]):
         """Integrate."""
         guidance = self.guidance or own_guidance(ctx.model.info)
         sigmas = self.sigmas(state.spec, ctx.model.info)
+        if self.policy is not None:
+            return ctx.follow(self.policy, state.data, sigmas, guidance=self.guidance, lora=self.adapters)
         return ctx.integrate(
             self.solver, guidance, state.data, sigmas, source=self.noise, cache=self.cache, lora=self.adapters
         )

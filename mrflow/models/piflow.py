@@ -1,0 +1,228 @@
+"""pi-Flow adapters as published by LakonLab: a LoRA, a new last modulation, and heads whose outputs are a policy.
+
+A file's keys with "lora" in them are low-rank pairs under diffusers' names without a prefix, of scale 1. The others
+overwrite `norm_out.linear` and replace `proj_out`: for a Gaussian mixture of K components `proj_out_means` (K rows of
+tokens), `proj_out_logweights` (K x 4, one for each latent cell of a token) and `proj_out_logstds` (an MLP of the
+embedded level); for grids and polynomials a `proj_out` of N rows of tokens. The metadata's `policy_config` may say
+shift, segment and mode; the published values stand in for what it leaves out.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mrflow.adapters import Lora, PiFlow
+from mrflow.backbone import Condition
+from mrflow.errors import WeightsError
+from mrflow.files import located
+from mrflow.flow import Velocity
+from mrflow.models.checkpoint import Header, mapped, open_checkpoint, read_json, some
+from mrflow.models.flux import Flux
+from mrflow.models.qwen_image import QwenImage
+from mrflow.policies import DX, GM, Policy, PolicyField
+
+PATCH = 2  # latent cells a side of a token
+SHIFT, SEGMENT = 3.2, 1 / 3.5  # of the published adapters: 4 evaluations, the last half as long
+MEANS, WEIGHTS, STDS, OUT, NORM = (
+    "proj_out_means",
+    "proj_out_logweights",
+    "proj_out_logstds",
+    "proj_out",
+    "norm_out.linear",
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What an adapter puts in the place of the last linear, and how its outputs are read."""
+
+    modules: Mapping[str, nn.Module]
+    names: frozenset[str]
+    count: int
+    mixture: bool
+    deviation: nn.Module | float
+    shift: float
+    segment: float
+    polynomial: bool
+
+
+@runtime_checkable
+class Steered(Protocol):
+    """A model whose field gives a policy's numbers."""
+
+    def field(self, cond: Condition, *, guidance: float | None = None, levels: Any = None) -> Velocity:  # noqa: ANN401
+        """The outputs (b, channels of the head, h, w) for latents at a level."""
+        ...
+
+    def steering(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
+        """SiLU of the embedded level (b, width)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Policies:
+    """A model with an adapter: `field` asks the network once and gives the policy that holds from there on."""
+
+    model: Steered
+    head: Head
+
+    @property
+    def shift(self) -> float:
+        """The static shift between a policy's time and the noise level."""
+        return self.head.shift
+
+    def field(self, cond: Condition, *, guidance: float | None = None, levels: tuple[float, ...] = ()) -> PolicyField:
+        """A fresh field for one integration; `levels` are those at which it will be asked."""
+        inner, head = self.model.field(cond, guidance=guidance, levels=levels), self.head
+
+        def policy(x: Tensor, sigma: float) -> Policy:
+            out = inner(x, sigma).float()
+            if not head.mixture:
+                outputs = rearrange(out, "b (n c) h w -> b n c h w", n=head.count)
+                return DX(outputs, x, sigma, head.shift, head.segment, head.polynomial)
+            channels = head.count * x.shape[1]
+            means = rearrange(out[:, :channels], "b (k c) h w -> b k c h w", k=head.count)
+            logweights = out[:, channels:, None].log_softmax(1)
+            return GM(means, logweights, self._logstd(cond, sigma, guidance), x, sigma)
+
+        return policy
+
+    def _logstd(self, cond: Condition, sigma: float, guidance: float | None) -> Tensor:
+        """(b, 1, 1, 1, 1)."""
+        if not isinstance(self.head.deviation, nn.Module):
+            return torch.full((cond.batch, 1, 1, 1, 1), self.head.deviation, device=cond["context"].device)
+        vector = self.model.steering(cond, sigma, guidance=guidance)
+        found: Tensor = self.head.deviation(vector)
+        return found.float().view(-1, 1, 1, 1, 1)
+
+
+def located_adapter(adapter: PiFlow) -> tuple[Path, str]:
+    """An adapter's safetensors file and its SHA-256; a hub file is fetched.
+
+    Raises:
+        WeightsError: it is not there, or another one than the adapter names.
+    """
+    path = Path(adapter.path).expanduser()
+    parts = adapter.path.split("/")
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise WeightsError(f"{path} should hold one safetensors file; it holds {len(found)}")
+        path = found[0]
+    elif not path.exists() and not path.is_absolute() and len(parts) == 3 and path.suffix != ".safetensors":
+        from mrflow.models.sources import fetch_file
+
+        repository = "/".join(parts[:2])
+        fetch_file(repository, f"{parts[2]}/config.json")
+        path = fetch_file(repository, f"{parts[2]}/diffusion_pytorch_model.safetensors")
+    return located(str(path), adapter.sha256)
+
+
+def read_head(file: Path, net: Flux | QwenImage, *, device: torch.device) -> Head:
+    """An adapter's heads for a network.
+
+    Raises:
+        WeightsError: a tensor is missing, left over or of a wrong shape, or it is no pi-Flow adapter.
+    """
+    header = open_checkpoint(file)
+    own = {name for name in header.tensors if "lora" not in name}
+    mixture, d, tokens = f"{MEANS}.weight" in own, net.params.hidden, net.params.out_channels
+    if not mixture and f"{OUT}.weight" not in own:
+        raise WeightsError(
+            f"{file} is no pi-Flow adapter: it has neither {MEANS} nor {OUT}; its names begin with "
+            f"{some(list(header.tensors))}"
+        )
+    first = header.tensors[f"{MEANS if mixture else OUT}.weight"]
+    count = first.shape[0] // tokens
+    cells = PATCH**2
+    want = {f"{NORM}.weight": (2 * d, d), f"{NORM}.bias": (2 * d,)}
+    if mixture:
+        want |= {f"{MEANS}.weight": (count * tokens, d), f"{MEANS}.bias": (count * tokens,)}
+        want |= {f"{WEIGHTS}.weight": (count * cells, d), f"{WEIGHTS}.bias": (count * cells,)}
+        if f"{STDS}.1.weight" in own:
+            inner = header.tensors[f"{STDS}.1.weight"].shape[0]
+            want |= {f"{STDS}.1.weight": (inner, d), f"{STDS}.1.bias": (inner,)}
+            want |= {f"{STDS}.3.weight": (1, inner), f"{STDS}.3.bias": (1,)}
+    else:
+        want |= {f"{OUT}.weight": (count * tokens, d), f"{OUT}.bias": (count * tokens,)}
+    problems = [f"{name} is missing" for name in want if name not in own]
+    problems += [
+        f"{name} has shape {header.tensors[name].shape}, expected {shape}"
+        for name, shape in want.items()
+        if name in own and header.tensors[name].shape != shape
+    ]
+    problems += [f"{name} is not expected" for name in sorted(own - set(want))]
+    if problems or count < 1:
+        raise WeightsError(f"{file} does not fit: {some(problems) or f'{OUT} has {first.shape[0]} rows'}")
+
+    def linear(*names: str, swap: bool = False) -> nn.Linear:
+        weight, bias = (torch.cat([mapped(header.tensors[f"{n}.{leaf}"], {}) for n in names]) for leaf in LEAVES)
+        if swap:
+            weight, bias = (torch.cat(tuple(reversed(t.chunk(2)))) for t in (weight, bias))
+        with torch.device("meta"):
+            out = nn.Linear(weight.shape[1], weight.shape[0])
+        out.weight, out.bias = (nn.Parameter(t.to(device, net.dtype), requires_grad=False) for t in (weight, bias))
+        return out
+
+    settings = policy_config(header)
+    deviation: nn.Module | float = 0.0
+    if mixture:
+        deviation = (
+            nn.Sequential(linear(f"{STDS}.1"), nn.SiLU(), linear(f"{STDS}.3"))
+            if f"{STDS}.1.weight" in own
+            else constant(header)
+        )
+    modules: dict[str, nn.Module] = {
+        "final_layer.linear": linear(MEANS, WEIGHTS) if mixture else linear(OUT),
+        "final_layer.adaLN_modulation.1": linear(NORM, swap=not net.final_layer.scale_first),
+    }
+    polynomial = settings.get("mode") == "polynomial"
+    segment = settings.get("segment_size", 1.0 if polynomial else SEGMENT)
+    shift = float(settings.get("shift", SHIFT))
+    return Head(modules, frozenset(own), count, mixture, deviation, shift, float(segment), polynomial)
+
+
+LEAVES = ("weight", "bias")
+
+
+def policy_config(header: Header) -> dict[str, Any]:
+    """The settings in a file's metadata, those of nested tables too."""
+    try:
+        found: Any = json.loads(header.metadata.get("policy_config", "{}"))
+    except (ValueError, RecursionError):
+        raise WeightsError(f"{header.path}: its policy_config cannot be read") from None
+    out: dict[str, Any] = {}
+
+    def visit(table: Mapping[str, Any]) -> None:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                visit(cast("dict[str, Any]", value))
+            else:
+                out[key] = value
+
+    if isinstance(found, dict):
+        visit(cast("dict[str, Any]", found))
+    for name in ("shift", "segment_size"):
+        if name in out and not (isinstance(out[name], int | float) and out[name] > 0):
+            raise WeightsError(f"{header.path}: its policy_config gives {name} {out[name]!r}")
+    return out
+
+
+def constant(header: Header) -> float:
+    """The log-deviation that a config.json beside an adapter without an MLP for it gives."""
+    beside = header.path.parent / "config.json"
+    value = read_json(beside).get("constant_logstd") if beside.is_file() else None
+    if not isinstance(value, int | float):
+        raise WeightsError(f"{header.path} has no {STDS}, and no config.json beside it gives constant_logstd")
+    return float(value)
+
+
+def lora_of(file: Path) -> Lora | None:
+    """The low-rank part of an adapter, if it has one."""
+    return Lora(str(file)) if any("lora" in name for name in open_checkpoint(file).tensors) else None
