@@ -85,7 +85,7 @@ def sampling_work(
     parts = [forecast(cache, model, points, branch) for branch in chosen.branches(points)]
     return Work(
         nfe=sum(part.computed for part in parts),
-        flops=sum(part.forwards for part in parts) * whole,
+        flops=sum(part.forwards for part in parts) * whole * cache.share(model, out.tokens),
         negative=chosen.passes > 1,
         estimated=not all(part.exact for part in parts),
     )

@@ -13,3 +13,4 @@ from mrflow.caches.extrapolate import Extrapolation as Extrapolation
 from mrflow.caches.magcache import MagCache as MagCache
 from mrflow.caches.taylorseer import TaylorSeer as TaylorSeer
 from mrflow.caches.teacache import TeaCache as TeaCache
+from mrflow.caches.toma import ToMA as ToMA

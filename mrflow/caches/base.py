@@ -22,6 +22,7 @@ from mrflow.spec import ModelInfo
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.caches.cached import Cached
+    from mrflow.models.layers import Merge
 
 Feature = Literal["change", "output", "velocity"]
 """What is kept: what the skipped blocks add, the image stream after them, or the velocity behind the whole network."""
@@ -50,9 +51,29 @@ class Pieces(Protocol):
         """Both streams after the blocks from `start` to before `stop`."""
         ...
 
+    def merged(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        table: Tensor,
+        merge: "Callable[[str, int], Merge | None]",
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams after all blocks, of which the n-th of a kind ("double", "single") merges as `merge` says."""
+        ...
+
     def head(self, img: Tensor, table: Tensor) -> Tensor:
         """The velocity's tokens."""
         ...
+
+
+class Stepper(Protocol):
+    """A step: image tokens, the text stream, rotations and modulations to the velocity's tokens."""
+
+    def __call__(
+        self, tokens: Tensor, text: Tensor, cos: Tensor, sin: Tensor, table: Tensor, /, *, key: object = None
+    ) -> Tensor: ...
 
 
 class Unseen(Exception):
@@ -145,6 +166,16 @@ class Cache(ABC):
         """About how many of these are computed, where the picture decides; all of them unless said."""
         return evaluations
 
+    def share(self, info: ModelInfo, tokens: int) -> float:
+        """What a computed evaluation costs, as a part of one without the cache."""
+        return 1.0
+
+    def opened(self, pieces: Pieces, clock: "Clock", info: ModelInfo) -> Stepper:
+        """The step that one field takes; what it remembers dies with it."""
+        from mrflow.caches.memory import Memory
+
+        return Memory(self, pieces, clock, info)
+
     def check(self, info: ModelInfo) -> None:  # noqa: B027  (nothing to check is fine)
         """Raise PlanError where this model cannot be cached so."""
 
@@ -185,6 +216,7 @@ class Clock:
     def __init__(self, levels: Sequence[float]) -> None:
         self.levels, self.total = tuple(levels), len(levels)
         self.place, self.sigma = -1, math.nan
+        self.grid: tuple[int, int] | None = None  # tokens down and across, of what is being asked for
 
     def tick(self, sigma: float) -> None:
         """The next evaluation is at `sigma`."""

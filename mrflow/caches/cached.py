@@ -12,7 +12,6 @@ from torch import Tensor
 from mrflow.adapters import Lora, with_loras
 from mrflow.backbone import Backbone, Condition
 from mrflow.caches.base import Cache, Clock, check_cache
-from mrflow.caches.memory import Memory
 from mrflow.errors import PlanError, RecordError
 from mrflow.flow import Velocity
 from mrflow.records import fingerprint
@@ -72,13 +71,14 @@ class Cached:
         self, cond: Condition, *, guidance: float | None = None, levels: Sequence[float] | None = None
     ) -> Velocity:
         """The model's field with a fresh memory; `levels` are the sigmas it will be asked for."""
-        clock = Clock(levels or ())
+        clock, patch = Clock(levels or ()), self._model.info.space.patch
         open_field = cast("Callable[..., Velocity]", self._model.field)
-        step = partial(Memory, self._cache, clock=clock, info=self._model.info)
+        step = partial(self._cache.opened, clock=clock, info=self._model.info)
         inner = open_field(cond, guidance=guidance, levels=levels, step=step)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             clock.tick(sigma)
+            clock.grid = (x.shape[-2] // patch, x.shape[-1] // patch)
             return inner(x, sigma)
 
         return velocity

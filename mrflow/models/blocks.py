@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.layers import Attention, QKNorm, Rope, SplitLinear, apply_rope, modulated, project
+from mrflow.models.layers import Attention, Merge, QKNorm, Rope, SplitLinear, apply_rope, modulated, project
 
 FP16_MAX = 65504.0
 
@@ -109,20 +109,27 @@ class DoubleBlock(nn.Module):
         attend: Attention,
         *,
         last: bool = False,
+        merge: Merge | None = None,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b u d"]]:
         """Both streams after the block; `vectors`: (shift, scale, gate) x (attention, MLP) of image, then text.
 
-        The text stream comes back empty from a block that is the `last` to have one.
+        The text stream comes back empty from a block that is the `last` to have one. With `merge`, attention works on
+        merged image tokens.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors[:6]
         tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = vectors[6:]
         theirs = self.txt_attn.q_k_v(modulated(txt, tshift1, tscale1))
-        ours = self.img_attn.q_k_v(modulated(img, shift1, scale1))
+        x = modulated(img, shift1, scale1)
+        merged = merge(x) if merge is not None else None
+        if merged is not None:
+            x, rope = merged.down(x), merged.rope
+        ours = self.img_attn.q_k_v(x)
         q, k, v = (torch.cat(pair, 2) for pair in zip(theirs, ours, strict=True))  # (b, heads, t + l, head)
         out = joined(attend(apply_rope(q, rope), apply_rope(k, rope), v))
         t = txt.shape[1]
 
-        img = torch.addcmul(img, gate1, self.img_attn.proj(out[:, t:]))
+        seen = out[:, t:] if merged is None else merged.up(out[:, t:])
+        img = torch.addcmul(img, gate1, self.img_attn.proj(seen))
         img = torch.addcmul(img, gate2, self.img_mlp(modulated(img, shift2, scale2)))
         if last:
             return img, txt[:, :0]

@@ -1,6 +1,6 @@
 """The FLUX.1 transformer, top to bottom. Parameter names and fused layouts are those of BFL's checkpoints."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from mrflow.models.layers import (
     Attention,
     Blocks,
     Embedder,
+    Merge,
     QKNorm,
     Rope,
     apply_rope,
@@ -71,15 +72,32 @@ class SingleBlock(nn.Module):
         self.modulation = Modulate(p.hidden, 3)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], rope: Rope, vectors: tuple[Tensor, ...], attend: Attention
+        self,
+        x: Float[Tensor, "b n d"],
+        rope: Rope,
+        vectors: tuple[Tensor, ...],
+        attend: Attention,
+        *,
+        text: int = 0,
+        merge: Merge | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """The joint sequence after the block; `vectors` are shift, scale, gate."""
+        """The joint sequence after the block; `vectors` are shift, scale, gate.
+
+        With `merge` it works on merged image tokens, which are those behind the first `text` ones.
+        """
         shift, scale, gate = vectors
-        *qkv, inner = project(self.linear1, modulated(x, shift, scale), self.rows)
+        given = modulated(x, shift, scale)
+        merged = merge(given[:, text:]) if merge is not None else None
+        if merged is not None:
+            given, rope = torch.cat((given[:, :text], merged.down(given[:, text:])), 1), merged.rope
+        *qkv, inner = project(self.linear1, given, self.rows)
         q, k, v = (by_head(part, self.heads) for part in qkv)
         q, k = self.norm(q, k)
         out = joined(attend(apply_rope(q, rope), apply_rope(k, rope), v))
-        return bounded(torch.addcmul(x, gate, self.linear2(torch.cat((out, F.gelu(inner, approximate="tanh")), -1))))
+        change: Tensor = self.linear2(torch.cat((out, F.gelu(inner, approximate="tanh")), -1))
+        if merged is not None:
+            change = torch.cat((change[:, :text], merged.up(change[:, text:])), 1)
+        return bounded(torch.addcmul(x, gate, change))
 
 
 class Flux(nn.Module):
@@ -211,20 +229,27 @@ class Flux(nn.Module):
         modulation: Float[Tensor, "b m d"],
         start: int,
         stop: int,
+        *,
+        merge: Callable[[str, int], Merge | None] | None = None,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b t d"]]:
-        """Both streams after the blocks from `start` to before `stop`, counted through both kinds."""
+        """Both streams after the blocks from `start` to before `stop`, counted through both kinds.
+
+        `merge` says, for the n-th block of a kind ("double", "single"), how it merges image tokens.
+        """
         vectors = modulation.unsqueeze(2).unbind(1)
         doubles = len(self.double_blocks)
         for i, block in enumerate(self.double_blocks):
             if start <= i < stop:
-                img, txt = block(img, txt, rope, vectors[12 * i : 12 * i + 12], self.attention)
+                how = merge("double", i) if merge is not None else None
+                img, txt = block(img, txt, rope, vectors[12 * i : 12 * i + 12], self.attention, merge=how)
         if stop <= max(start, doubles):
             return img, txt
         x = torch.cat((txt, img), 1)
         for i, single in enumerate(self.single_blocks, doubles):
             if start <= i < stop:
                 at = 9 * doubles + 3 * i
-                x = single(x, rope, vectors[at : at + 3], self.attention)
+                how = merge("single", i - doubles) if merge is not None else None
+                x = single(x, rope, vectors[at : at + 3], self.attention, text=txt.shape[1], merge=how)
         return x[:, txt.shape[1] :], x[:, : txt.shape[1]]
 
     def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "b m d"]) -> Float[Tensor, "b l o"]:

@@ -36,6 +36,19 @@ class Rope(NamedTuple):
     sin: Float[Tensor, "n half"]
 
 
+class Merged(NamedTuple):
+    """How image tokens are merged: `down` to fewer, `up` back again; rotations of text and merged tokens, per item."""
+
+    down: Callable[[Tensor], Tensor]
+    up: Callable[[Tensor], Tensor]
+    rope: Rope
+    text: int
+
+
+Merge = Callable[[Tensor], Merged]
+"""From a block's modulated image tokens (b, l, d) to how they are merged there."""
+
+
 def rope_tables(ids: Float[Tensor, "n axes"], axes: Sequence[int], *, theta: float) -> Rope:
     """cos and sin of position * theta^(-2j / dim), for each axis in turn; angles in float64 (float32 on MPS)."""
     dtype = torch.float32 if ids.device.type == "mps" else torch.float64

@@ -9,7 +9,7 @@ from torch import Tensor
 from mrflow.models.fields import Step
 from mrflow.models.flux import Flux
 from mrflow.models.graphs import Graphed
-from mrflow.models.layers import Rope, modulated
+from mrflow.models.layers import Merge, Rope, modulated
 from mrflow.models.qwen_image import QwenImage
 
 
@@ -47,6 +47,18 @@ class NetPieces:
         graph = self.recorded.setdefault((start, stop), Graphed(partial(joint, self.net, start, stop)))
         both = graph(img, txt, cos, sin, table, key=self.net.attention)
         return both[:, : img.shape[1]], both[:, img.shape[1] :]
+
+    def merged(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        table: Tensor,
+        merge: Callable[[str, int], Merge | None],
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams after all blocks, of which the n-th of a kind merges image tokens as `merge` says."""
+        return self.net.some_blocks(img, txt, Rope(cos, sin), table, 0, self.count, merge=merge)
 
     def head(self, img: Tensor, table: Tensor) -> Tensor:
         """The velocity's tokens."""

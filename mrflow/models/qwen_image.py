@@ -3,7 +3,7 @@
 Parameter names are those of `flux.py` where the parts are the same; diffusers' names are in `weights.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -22,6 +22,7 @@ from mrflow.models.layers import (
     Attention,
     Blocks,
     Embedder,
+    Merge,
     RMSNorm,
     Rope,
     attention,
@@ -213,14 +214,19 @@ class QwenImage(nn.Module):
         stop: int,
         *,
         attend: Attention | None = None,
+        merge: Callable[[str, int], Merge | None] | None = None,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b u d"]]:
-        """Both streams after the blocks from `start` to before `stop`; the last of all leaves the text empty."""
+        """Both streams after the blocks from `start` to before `stop`; the last of all leaves the text empty.
+
+        `merge` as for `Flux`.
+        """
         vectors = modulation.unsqueeze(2).unbind(1)
         last = len(self.double_blocks) - 1
         for i, block in enumerate(self.double_blocks):
             if start <= i < stop:
                 own = vectors[12 * i : 12 * i + 12]
-                img, txt = block(img, txt, rope, own, attend or self.attention, last=i == last)
+                how = merge("double", i) if merge is not None else None
+                img, txt = block(img, txt, rope, own, attend or self.attention, last=i == last, merge=how)
                 img = bounded(img)
         return img, txt
 
