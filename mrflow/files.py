@@ -31,6 +31,7 @@ def located(path: str, sha256: str) -> tuple[Path, str]:
     where = Path(path).expanduser()
     if not where.is_file():
         beside = [p / where.name if p.is_dir() else p for p in _known.get()]
+        beside.append(Path(__file__).parent / "models" / "pocket" / where.name)  # what comes with mrflow
         where = next((p for p in beside if p.name == where.name and p.is_file()), where)
     if sha256 and not where.is_file():
         raise WeightsError(

@@ -5,6 +5,7 @@ MrFlow with the student in its low-resolution stage. A student of your own is on
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mrflow.adapters import Lora, Loras, check_loras
 from mrflow.guidance import Distilled, Guidance
@@ -41,3 +42,7 @@ LIGHTNING_4 = Student(4, Lora(_LIGHTNING.format(4)), _LIGHTNING_SHIFT, Distilled
 LIGHTNING_8 = Student(8, Lora(_LIGHTNING.format(8)), _LIGHTNING_SHIFT, Distilled())
 SCHNELL = Student(4)
 """FLUX.1-schnell is a checkpoint of its own, whose scheduler does not shift: load it and draw in 1 to 4 steps."""
+POCKET = Student(
+    2, Lora(str(Path(__file__).parent / "models" / "pocket" / "pocket-1-student.safetensors")), None, Distilled()
+)
+"""The embedded model's own student, for 1 to 4 unguided steps (`experiments/train_pocket/student.py`)."""

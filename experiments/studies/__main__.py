@@ -17,7 +17,7 @@ from mrflow.sweep.local import Progress
 from mrflow.sweep.report import load, speedup, summarise, write_plots, write_report
 from mrflow.sweep.statistics import grouped
 
-NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "nested_noise", "failures")
+NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "nested_noise", "failures", "rivals")
 SIGNS = {"higher": " ▲", "lower": " ▼", "no difference shown": ""}
 
 
