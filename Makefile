@@ -6,7 +6,7 @@ OUT ?= out
 BASICSR := .venv-basicsr
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-basicsr check lint fast docs parity gpu wheel clean
+.PHONY: help demo test test-basicsr figure check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -31,6 +31,9 @@ demo: $(VENV)/.installed ## Draw pictures with the embedded model, staged beside
 
 test: $(VENV)/.installed-dev ## Run all tests
 	$(BIN)/python -m pytest
+
+figure: $(VENV)/.installed-dev ## Every method on the embedded model: docs/images/studies/rivals.svg and its table
+	$(BIN)/python -m experiments.studies rivals --figure
 
 check: lint fast ## Lint, types and the fast tests
 

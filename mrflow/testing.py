@@ -159,6 +159,51 @@ def check_stage(stage: AnyStage, *, spec: Spec | None = None, model: Toy | None 
             raise LawBroken(f"{stage!r}: item {i} alone differs from item {i} of a batch by {error:.2g}")
 
 
+def check_transition(stage: AnyStage, *, sigma: float = 0.6, size: tuple[int, int] = (8, 8)) -> None:
+    """Hold a stage from noisy latents to larger ones to the law: what comes out is on the flow's line at its new level.
+
+    Its plan says a level sigma'. From latents of `size` cells at `sigma`, a constant picture c must come out as
+    (1 - sigma') c on the average, and pure noise as white noise of variance sigma'^2: the variance is held against that
+    everywhere, and neighbours must not be correlated, within a group of copies or across.
+
+    Raises:
+        LawBroken: naming the law and what was measured.
+    """
+    backbone, batch = toy(), 96
+    given = Latents(batch, *size, backbone.info.space, sigma)
+    planned = stage.plan(given, backbone.info)
+    if not isinstance(planned, Latents):
+        raise LawBroken(f"{stage!r}: gives {planned}, and a transition gives latents")
+    level, where = planned.sigma, f"{stage!r} from {size[0]}x{size[1]} at {sigma:g}"
+    generator = torch.Generator().manual_seed(0)
+
+    def go(data: Tensor, first: int) -> Tensor:
+        seeds = list(range(first, first + batch))
+        return run(AnyChain((stage,)), backbone, [""] * batch, seed=seeds, start=State(given, data)).data
+
+    signal = float(go(torch.full(given.shape, 1.0 - sigma), 0).mean())
+    if abs(signal - (1 - level)) > 0.02:
+        raise LawBroken(f"{where}: a constant picture keeps {signal:.3f} of itself, not {1 - level:.3f}")
+    noise = go(sigma * torch.randn(given.shape, generator=generator), batch) / level
+    variance = noise.square().mean((0, 1))
+    if abs(float(variance.mean()) - 1) > 0.03 or float((variance - 1).abs().max()) > 0.6:
+        raise LawBroken(
+            f"{where}: noise has {float(variance.mean()):.3f} of the variance {level:.3f}^2 on the average, from "
+            f"{float(variance.min()):.2f} to {float(variance.max()):.2f} of it"
+        )
+    for down, across in ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0)):
+        for row in (0, 1):
+            for column in (0, 1):
+                here = noise[..., row : noise.shape[-2] - down : 2, column : noise.shape[-1] - across : 2]
+                there = noise[..., row + down :: 2, column + across :: 2][..., : here.shape[-2], : here.shape[-1]]
+                together = float((here * there).mean())
+                if abs(together) > 0.05:
+                    raise LawBroken(
+                        f"{where}: noise {down} down and {across} across of cell ({row}, {column}) is correlated by "
+                        f"{together:.2f}; it must be white"
+                    )
+
+
 def _given(stage: AnyStage, model: ModelInfo) -> Spec:
     takes = stage.takes
     if issubclass(takes, Pixels):
