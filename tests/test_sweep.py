@@ -466,3 +466,9 @@ def test_what_killed_processes_left_is_swept_up_when_it_is_old(tmp_path: Path) -
     fresh.write_text("")
     run_sweep(mf.Sweep({"s": paper()}, ["a"]), mf.toy(), tmp_path)
     assert not any(file.exists() for file in old) and fresh.exists()
+
+
+def test_chains_whose_stages_share_a_schedule_are_warmed_up_too(tmp_path: Path) -> None:
+    chain = mf.recipes.speed(sizes=((32, 32), (64, 64)), steps=(2, 2))
+    done = mf.run_sweep(mf.Sweep({"speed": chain}, ["one", "two"], model="toy"), mf.toy(), tmp_path)
+    assert (done.made, done.failed) == (2, 0)

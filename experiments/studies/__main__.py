@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--by", help="a tag to split by, instead of the scorer's categories")
     args = parser.parse_args()
-    sweep: Sweep = import_module(f"experiments.studies.{args.name}").sweep
+    study = import_module(f"experiments.studies.{args.name}")
+    sweep: Sweep = study.sweep
     folder = Path("runs") / "studies" / args.name
 
     def show(at: Progress) -> None:
@@ -45,7 +46,9 @@ def main() -> None:
     if args.figure:
         place = Path("docs") / "images" / "studies"
         place.mkdir(parents=True, exist_ok=True)
-        for path in write_plots(summarise(rows, reference), place / args.name):
+        if hasattr(study, "draw"):  # a study with a figure of its own
+            study.draw(rows, reference, place / f"{args.name}.svg")
+        for path in () if hasattr(study, "draw") else write_plots(summarise(rows, reference), place / args.name):
             if path.suffix == ".png" or path.stem != args.name:
                 path.unlink()
     print("\n".join(table(rows, sweep.reference, by=args.by)))
