@@ -48,7 +48,7 @@ def stage_names(chain: AnyChain) -> list[str]:
 def warm_up(chains: Sequence[AnyChain], model: "Backbone", batch: int) -> None:
     """Run each chain once, with two steps where it allows that, so that a comparison does not time first calls."""
     for chain in chains:
-        brief = Chain(tuple(replace(s, schedule=Shifted(2)) if isinstance(s, Sample) else s for s in chain))
+        brief: AnyChain = Chain(tuple(replace(s, schedule=Shifted(2)) if isinstance(s, Sample) else s for s in chain))
         try:
             plan(brief, model.info)
         except PlanError:  # stages that go on where the first one ends leave its schedule no choice
