@@ -12,6 +12,8 @@ from mrflow.adapters import Lora as Lora
 from mrflow.adapters import PiFlow as PiFlow
 from mrflow.backbone import Backbone as Backbone
 from mrflow.backbone import Condition as Condition
+from mrflow.bridge import from_diffusers as from_diffusers
+from mrflow.bridge import to_diffusers as to_diffusers
 from mrflow.cache import StageCache as StageCache
 from mrflow.errors import ChainError as ChainError
 from mrflow.errors import MrflowError as MrflowError

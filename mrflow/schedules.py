@@ -128,8 +128,8 @@ class Linear(Schedule):
 class Shifted(Schedule):
     """Even steps bent by a resolution-dependent shift; None is the model's own curve, with its kind and terminal.
 
-    start stretch(shift(1 - i / steps, mu(tokens)), terminal), as diffusers FlowMatchEulerDiscreteScheduler does. One
-    step is (start, 0), also with a terminal.
+    start stretch(shift(1 - i / steps, mu(tokens)), terminal), as diffusers FlowMatchEulerDiscreteScheduler does; with
+    `last`, the even grid from 1 ends there before 0. One step is (start, 0), also with a terminal.
     """
 
     steps: int
@@ -313,9 +313,12 @@ def _even(steps: int) -> Sigmas:
 
 def _shifted(steps: int, tokens: int, curve: Shift) -> Sigmas:
     check_count("tokens", tokens)
-    mu = curve.mu(tokens)
+    mu = curve.mu(tokens, steps=steps)
     bend = shift if curve.kind == "exponential" else shift_linear
-    levels = tuple(bend(s, mu) for s in _even(steps))
+    grid = _even(steps)
+    if curve.last is not None and steps > 1:
+        grid = (*(1.0 - (1.0 - curve.last) * (i / (steps - 1)) for i in range(steps - 1)), curve.last, 0.0)
+    levels = tuple(bend(s, mu) for s in grid)
     return levels if curve.terminal is None else stretch(levels, curve.terminal)
 
 

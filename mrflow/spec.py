@@ -38,11 +38,27 @@ class LatentSpace:
 
 
 @dataclass(frozen=True)
+class ByStep:
+    """A second line for mu, that of `at` steps, where the first is that of `full` steps; mu is linear in the steps.
+
+    Above `until` tokens the first line holds alone (FLUX.2, diffusers `compute_empirical_mu`).
+    """
+
+    low: float
+    high: float
+    at: int = 10
+    full: int = 200
+    until: int = 4300
+
+
+@dataclass(frozen=True)
 class Shift:
     """A model's resolution-dependent timestep shift: `mu` is a line through (low_tokens, low) and (high_tokens, high).
 
     Not clamped at either end, as in the reference (diffusers `calculate_shift`). `terminal` stretches the schedule so
-    that its last level before 0 is that value (Qwen-Image: 0.02). `kind` is the curve that applies mu.
+    that its last level before 0 is that value (Qwen-Image: 0.02). `kind` is the curve that applies mu. `last` is the
+    last level before 0 of the even grid that is shifted (None: 1 / steps; Stable Diffusion 3: 0.003). `by_step` makes
+    mu depend on the number of steps too.
     """
 
     low: float
@@ -51,11 +67,17 @@ class Shift:
     high_tokens: int = 4096
     terminal: float | None = None
     kind: Literal["exponential", "linear"] = "exponential"
+    last: float | None = None
+    by_step: ByStep | None = None
 
-    def mu(self, tokens: int) -> float:
-        """The shift at this many image tokens."""
-        slope = (self.high - self.low) / (self.high_tokens - self.low_tokens)
-        return self.low + slope * (tokens - self.low_tokens)
+    def mu(self, tokens: int, *, steps: int | None = None) -> float:
+        """The shift at this many image tokens, and steps where it depends on them (None: many)."""
+        over, span, few = tokens - self.low_tokens, self.high_tokens - self.low_tokens, self.by_step
+        mu = self.low + (self.high - self.low) / span * over
+        if few is None or steps is None or tokens > few.until:
+            return mu
+        other = few.low + (few.high - few.low) / span * over
+        return mu + (other - mu) * (few.full - steps) / (few.full - few.at)
 
     @staticmethod
     def fixed(factor: float) -> "Shift":

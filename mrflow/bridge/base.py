@@ -1,0 +1,296 @@
+"""What bridged pipelines share: where their parts run, the autoencoder, the facts, and that nothing is left changed."""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib import import_module
+from itertools import count
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mrflow.adapters import Lora
+from mrflow.backbone import Backbone, Condition
+from mrflow.bridge.blocks import Family, Opening, opened
+from mrflow.bridge.version import Watch, version_of
+from mrflow.errors import PlanError
+from mrflow.flow import Velocity
+from mrflow.models.base import encoded_once
+from mrflow.notes import note
+from mrflow.spec import ModelInfo
+from mrflow.upscalers import Upscaler
+
+Pipeline: TypeAlias = Any
+Network: TypeAlias = Any
+
+# Tokenizers are not safe to share between threads, nor are hooks that move weights: both take turns.
+_TURN = threading.RLock()
+_FIELDS = count()
+# These read the step from the pipeline's own loop, which does not run here.
+STEPPING_CACHES = ("PyramidAttentionBroadcastConfig", "FasterCacheConfig")
+
+
+class Bridged(ABC):
+    """A diffusers pipeline as a backbone. It holds the pipeline, copies nothing, and changes nothing in it.
+
+    Parts are called as the pipeline calls them, so that hooks, quantisation, attention processors and adapters work. A
+    subclass adds one family: `condition`, `field`, `encode`, `decode` and facts.
+    """
+
+    accepts: ClassVar[tuple[str, ...]]
+    words: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
+    family: ClassVar[Family]
+    takes_step: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        *,
+        guidance: float | None = None,
+        text_tokens: int | None = None,
+        upscaler: Upscaler | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self._guidance, self._text_tokens, self._upscaler = guidance, text_tokens, upscaler
+        self._watch = Watch()
+        self._known: tuple[tuple[object, ...], ModelInfo | None] = ((), None)
+        for name, what in (("transformer", "a transformer"), ("vae", "a VAE"), ("scheduler", "a scheduler")):
+            if getattr(pipe, name, None) is None:
+                raise PlanError(f"{type(pipe).__name__} was made without {what}; load it whole, or set pipe.{name}")
+        self.check()
+        self.facts()
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise PlanError for a transformer or autoencoder that is not of this family."""
+
+    @abstractmethod
+    def facts(self) -> ModelInfo:
+        """Facts, without version; read from the parts as they are now."""
+
+    @abstractmethod
+    def encode_words(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Named tensors for prompts, from the pipeline's own text encoders."""
+
+    @abstractmethod
+    def field(
+        self,
+        cond: Condition,
+        *,
+        guidance: float | None = None,
+        levels: Sequence[float] | None = None,
+        step: Opening | None = None,
+    ) -> Velocity:
+        """The velocity of the flow. `step` is given the blocks and gives the step that is taken in their place."""
+
+    def network(self, step: Opening | None) -> Callable[..., Any]:
+        """The transformer's forward, with a cache's step in the place of its blocks where one is given."""
+        return self.pipe.transformer if step is None else opened(self.pipe.transformer, self.family, step)
+
+    def adapted(self, loras: Sequence[Lora]) -> Backbone:
+        """Adapters are the pipeline's business.
+
+        Raises:
+            PlanError: always.
+        """
+        raise PlanError(
+            f"{self.info.name} is a diffusers pipeline: load a LoRA into it, pipe.load_lora_weights(...), or load the "
+            "model with mrflow.load"
+        )
+
+    @abstractmethod
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels in [0, 1] to latents."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to pixels."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts and the version of the weights, made anew when the pipeline's parts, adapters or levels changed."""
+        parts, scheduler = self.parts, self.pipe.scheduler
+        # A fused LoRA is written through `.data`, which the watch cannot see; the pipeline counts what it fused.
+        fused = repr((getattr(self.pipe, "_merged_adapters", None), getattr(self.pipe, "num_fused_loras", None)))
+        now = self._watch(parts, fused, repr(dict(scheduler.config)), getattr(scheduler, "shift", None))
+        seen, info = self._known
+        if info is None or seen != now:
+            with outside_inference():
+                version = f"diffusers-{version_of(parts, *self.identity())}/{self.dtype_name}"
+            info = replace(self.facts(), version=version)
+            self._known = (now, info)
+        return info
+
+    def identity(self) -> tuple[object, ...]:
+        """What besides weights makes the pictures."""
+        return (type(self).__name__, self._guidance, self._text_tokens)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks that make pictures, by name."""
+        found = {name: getattr(self.pipe, name, None) for name in self.networks}
+        return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+    @property
+    def dtype_name(self) -> str:
+        """The transformer's dtype in words."""
+        return str(self.pipe.transformer.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes: with offload hooks, where they bring the weights."""
+        return torch.device(self.pipe._execution_device)
+
+    @property
+    def upscaler(self) -> Upscaler | None:
+        """The super-resolution net it was given, if any."""
+        return self._upscaler
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Prompts encoded by the pipeline's own text encoders; equal prompts once.
+
+        Raises:
+            PlanError: the pipeline has no text encoder or tokenizer.
+        """
+        for name in self.words:
+            if getattr(self.pipe, name, None) is None:
+                raise PlanError(
+                    f"{type(self.pipe).__name__} was loaded without {name}: load it whole, or give encoded prompts, "
+                    "run(..., condition=Condition.load(file))"
+                )
+
+        def encode(different: list[str]) -> dict[str, Tensor]:
+            with _TURN, outside_inference():
+                self.rest()
+                return self.encode_words(different)
+
+        return Condition(encoded_once(prompts, encode))
+
+    def tell_lost(self, tokenizer: Any, texts: Sequence[str], limit: int) -> None:  # noqa: ANN401
+        """Note prompts of more tokens than the model sees; what is behind is cut, as the pipeline does."""
+        for text in texts:
+            found = len(tokenizer(text)["input_ids"])
+            if found > limit:
+                note(f"a prompt of {found} tokens is cut to {limit}: the end of {text[:40]!r}... is not seen")
+
+    def rest(self) -> None:
+        """Send weights that visit the device (model offload) back, so that the next part finds it free."""
+        for hook in getattr(self.pipe, "_all_hooks", ()):
+            hook.offload()
+
+    @contextmanager
+    def working(self, *, moved: bool) -> Generator[None]:
+        """While a part computes: not in inference mode, where what a part keeps for later would be marked for good.
+
+        `moved` says that hooks bring weights, so that threads take turns.
+        """
+        with _TURN if moved else nullcontext(), outside_inference():
+            yield
+
+    def branch(self) -> Callable[[], Any]:
+        """For one field: a context to call the transformer in, so that a cache switched on in it keeps branches apart.
+
+        Raises:
+            PlanError: the cache follows the pipeline's own loop.
+        """
+        net = self.pipe.transformer
+        if not getattr(net, "is_cache_enabled", False):
+            return nullcontext
+        kind = type(getattr(net, "_cache_config", None)).__name__
+        if kind in STEPPING_CACHES:
+            raise PlanError(f"the transformer's cache ({kind}) follows the pipeline's own loop; disable_cache() first")
+        net._reset_stateful_cache()
+        name = f"mrflow-{next(_FIELDS)}"
+        return lambda: net.cache_context(name)
+
+
+class KLBridged(Bridged):
+    """A family whose autoencoder is diffusers' AutoencoderKL: latent = (z - shift_factor) x scaling_factor."""
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of the posterior's mode, or a sample of it: mean + std noise."""
+        scale, shift = self._normal()
+        z = posterior(self, pixels, noise)
+        return (z - shift) * scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, clamped."""
+        scale, shift = self._normal()
+        return decoded(self, latents / scale + shift)
+
+    def _normal(self) -> tuple[float, float]:
+        config = self.pipe.vae.config
+        return float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+
+
+def posterior(model: Bridged, pixels: Tensor, noise: Tensor | None, *, frame: bool = False) -> Tensor:
+    """The autoencoder's own latents of pixels in [0, 1], float32; `frame` adds the time axis of a video model."""
+    vae = model.pipe.vae
+    with model.working(moved=frame or has_hooks(vae)):  # a video model keeps frames of the past in itself
+        x = (2 * plain(pixels) - 1).to(home(vae), vae.dtype)
+        found = vae.encode(x[:, :, None] if frame else x).latent_dist
+        mean, std = found.mean.float(), found.std.float()
+        mean, std = (mean[:, :, 0], std[:, :, 0]) if frame else (mean, std)
+        z: Tensor = mean if noise is None else mean + std * plain(noise).to(mean.device)
+        return z.to(model.device)
+
+
+def decoded(model: Bridged, z: Tensor, *, frame: bool = False) -> Tensor:
+    """Pixels in [0, 1] of the autoencoder's own latents."""
+    vae = model.pipe.vae
+    with model.working(moved=frame or has_hooks(vae)):
+        x = plain(z).to(home(vae), vae.dtype)
+        out = vae.decode(x[:, :, None] if frame else x, return_dict=False)[0]
+        pixels: Tensor = (out[:, :, 0] if frame else out).float()
+        return (0.5 * pixels + 0.5).clamp(0, 1).to(model.device)
+
+
+@contextmanager
+def outside_inference() -> Generator[None]:
+    """Without gradients, but not in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():  # noqa: FBT003
+        yield
+
+
+def plain(x: Tensor) -> Tensor:
+    """A tensor that modules may keep: one made in inference mode is copied."""
+    return x.clone() if x.is_inference() else x
+
+
+def home(module: Network) -> torch.device:
+    """The device that a part's inputs must be on, hooks considered."""
+    found: torch.device = import_module("diffusers.utils.torch_utils").get_module_execution_device(module)
+    return found
+
+
+def has_hooks(module: Network) -> bool:
+    """Whether calling a part moves weights."""
+    return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in module.modules())
+
+
+def thousandths(sigma: float, batch: int, device: torch.device) -> Tensor:
+    """A noise level as diffusers' scheduler gives it to a pipeline: 1000 sigma, rounded to float32 before and after."""
+    return torch.full((batch,), sigma, dtype=torch.float32, device=device) * 1000
+
+
+def checked(info: ModelInfo, cond: Condition, needs: Mapping[str, int]) -> Condition:
+    """The condition, if it has these tensors; `needs` are their last axes (0: any)."""
+    if not set(needs) <= set(cond.tensors):
+        raise PlanError(f"{info.name} needs a condition with {', '.join(needs)}, got {sorted(cond.tensors)}")
+    for name, width in needs.items():
+        if width and cond[name].shape[-1] != width:
+            raise PlanError(
+                f"{info.name} needs {name} of width {width}, got {tuple(cond[name].shape)}; was the prompt encoded for "
+                "another model?"
+            )
+    return cond
+
+
+def check_batch(x: Tensor, batch: int) -> None:
+    """Refuse latents and a condition of different batches."""
+    if x.shape[0] != batch:
+        raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {batch}")

@@ -1,0 +1,216 @@
+"""A bridged transformer's blocks in the hands of a cache, without touching the transformer.
+
+The blocks' lists are replaced in a shallow copy: all other modules, and every weight, are the pipeline's own. The
+copy's forward embeds, comes to the first list, and finds there a single module that hands both streams to a step, which
+decides which of the blocks run.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mrflow.bridge.version import unwrapped
+from mrflow.caches.base import Stepper
+from mrflow.errors import PlanError
+from mrflow.models.lora import grafted
+
+Call = Mapping[str, Any]
+Opening = Callable[["BridgedPieces"], Stepper]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's blocks are called: `lists` of blocks, in order, and the arguments that have a row an item.
+
+    `joined` says that later lists work on one sequence, text first. `probe` is the image stream as the first block's
+    modulated norm sees it.
+    """
+
+    lists: tuple[str, ...]
+    batched: tuple[str, ...]
+    probe: Callable[[Any, Tensor, Call], Tensor]
+    joined: bool = False
+
+
+class BridgedPieces:
+    """The blocks of one transformer; `given` are the arguments of the call that is under way."""
+
+    def __init__(self, net: Any, family: Family) -> None:  # noqa: ANN401
+        self.family = family
+        self.blocks = [(name, block) for name in family.lists for block in getattr(net, name)]
+        self.given: dict[str, Call] = {}
+
+    @property
+    def count(self) -> int:
+        """Blocks."""
+        return len(self.blocks)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embedded already."""
+        return tokens
+
+    def probe(self, img: Tensor, table: Tensor) -> Tensor:
+        """The image stream as the first block's modulated norm sees it."""
+        name, block = self.blocks[0]
+        return self.family.probe(block, img, self._rows(name, table))
+
+    def run(
+        self, img: Tensor, txt: Tensor, cos: Tensor, sin: Tensor, table: Tensor, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams after some blocks; `table` holds the rows of the items among those that were given."""
+        for name, block in self.blocks[start:stop]:
+            given, words = self._rows(name, table), txt.shape[1]
+            if name == "layers":
+                img = block(img, **given)
+            elif self.family.joined and name != self.family.lists[0]:
+                whole = block(hidden_states=torch.cat((txt, img), 1), encoder_hidden_states=None, **given)
+                txt, img = whole[:, :words], whole[:, words:]
+            else:
+                after, img = block(hidden_states=img, encoder_hidden_states=txt, **given)
+                txt = txt if after is None else after
+        return img, txt
+
+    def merged(self, *args: object) -> tuple[Tensor, Tensor]:
+        """Not here.
+
+        Raises:
+            PlanError: always; the blocks are diffusers' own.
+        """
+        raise PlanError("token merging works inside mrflow's own blocks; load FLUX.1 or Qwen-Image with mrflow.load")
+
+    def head(self, img: Tensor, table: Tensor) -> Tensor:
+        """The rest of the forward comes behind."""
+        return img
+
+    def _rows(self, name: str, table: Tensor) -> dict[str, Any]:
+        """A call's arguments for some items."""
+        out = dict(self.given[name])
+        for key in self.family.batched:
+            value = out.get(key)
+            if isinstance(value, Tensor) and len(value) > 1:
+                out[key] = value[table]
+        return out
+
+
+class Held(nn.Module):
+    """In the place of a list of blocks that runs later: keeps the call's arguments, gives the streams back."""
+
+    def __init__(self, pieces: BridgedPieces, name: str) -> None:
+        super().__init__()
+        self.pieces, self.name, self.words = pieces, name, 0
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        """As they came."""
+        self.pieces.given[self.name], self.words = given, encoder_hidden_states.shape[1]
+        return encoder_hidden_states, hidden_states
+
+
+class Stack(nn.Module):
+    """In the place of all blocks: a step decides which of them run."""
+
+    def __init__(self, pieces: BridgedPieces, step: Stepper, before: Held | None = None) -> None:
+        super().__init__()
+        self.pieces, self.step = pieces, step
+        self.before = [before]  # in a list, so that it is no submodule
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *rest: Any,  # noqa: ANN401
+        **given: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """What the last block would have given."""
+        lists, held = self.pieces.family.lists, self.before[0]
+        none = hidden_states.new_empty(0)
+        table = torch.arange(len(hidden_states), device=hidden_states.device)
+        if lists == ("layers",):  # called by position: mask, rotations, level, and what editing models add
+            names = ("attn_mask", "freqs_cis", "adaln_input", "noise_mask", "adaln_noisy", "adaln_clean")
+            values = (encoder_hidden_states, *rest)
+            self.pieces.given["layers"] = dict(zip(names, values, strict=False))
+            return self.step(hidden_states, hidden_states[:, :0], none, none, table)
+        if held is not None:
+            self.pieces.given[lists[1]] = given
+            txt, img = hidden_states[:, : held.words], hidden_states[:, held.words :]
+            return torch.cat((txt, self.step(img, txt, none, none, table)), 1)
+        for name in lists:
+            self.pieces.given[name] = given
+        assert encoder_hidden_states is not None
+        return encoder_hidden_states, self.step(hidden_states, encoder_hidden_states, none, none, table)
+
+
+def opened(net: Any, family: Family, opening: Opening) -> Callable[..., Any]:  # noqa: ANN401
+    """A transformer's forward with a step in the place of its blocks. `net` is left as it is.
+
+    Raises:
+        PlanError: something else has taken over the transformer's forward: group offloading, or diffusers' own cache.
+    """
+    inner: Any = unwrapped(net)
+    if hasattr(inner, "_diffusers_hook"):
+        raise PlanError(
+            "the transformer's forward is in the hands of a diffusers hook (group offloading or its own cache): switch "
+            "that off to use a cache of mrflow's"
+        )
+    pieces = BridgedPieces(inner, family)
+    step = opening(pieces)
+    first, *later = family.lists
+    if family.joined and later:
+        held = Held(pieces, first)
+        new: dict[str, nn.Module] = {first: nn.ModuleList([held]), later[0]: nn.ModuleList([Stack(pieces, step, held)])}
+    else:
+        new = {first: nn.ModuleList([Stack(pieces, step)])}
+        new |= {name: nn.ModuleList() for name in later}
+    copy: Any = grafted(inner, new)
+    hook = getattr(inner, "_hf_hook", None)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if hook is None:
+            return copy(*args, **kwargs)
+        # accelerate's wrapper belongs to the original; its hook brings the weights, which are shared.
+        args, kwargs = hook.pre_forward(inner, *args, **kwargs)
+        return hook.post_forward(inner, type(inner).forward(copy, *args, **kwargs))
+
+    return forward
+
+
+def first_of(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
+    """FLUX.1 and Stable Diffusion 3: the adaptive norm gives the modulated stream first."""
+    out: Tensor = block.norm1(img, emb=given["temb"])[0]
+    return out
+
+
+def qwen_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
+    """Qwen-Image: shift and scale are the first two of six."""
+    shift, scale = block.img_mod(given["temb"]).chunk(6, -1)[:2]
+    out: Tensor = block.img_norm1(img) * (1 + scale[:, None]) + shift[:, None]
+    return out
+
+
+def flux2_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
+    """FLUX.2: one modulation serves all blocks."""
+    modulation = given["temb_mod_img"]
+    shift, scale = (modulation if modulation.ndim == 3 else modulation[:, None]).chunk(6, -1)[:2]
+    out: Tensor = block.norm1(img) * (1 + scale) + shift
+    return out
+
+
+def z_image_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
+    """Z-Image: scale alone."""
+    scale = block.adaLN_modulation(given["adaln_input"])[:, None].chunk(4, -1)[0]
+    out: Tensor = block.attention_norm1(img) * (1 + scale)
+    return out
+
+
+FLUX = Family(("transformer_blocks", "single_transformer_blocks"), ("temb",), first_of)
+QWEN = Family(("transformer_blocks",), ("temb", "encoder_hidden_states_mask"), qwen_probe)
+SD3 = Family(("transformer_blocks",), ("temb",), first_of)
+FLUX2 = Family(
+    ("transformer_blocks", "single_transformer_blocks"),
+    ("temb_mod_img", "temb_mod_txt", "temb_mod"),
+    flux2_probe,
+    joined=True,
+)
+Z_IMAGE = Family(("layers",), ("attn_mask", "freqs_cis", "adaln_input"), z_image_probe)

@@ -1,0 +1,176 @@
+"""FLUX.2 Klein pipelines as backbones, base and distilled."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mrflow.backbone import Condition
+from mrflow.bridge.base import Bridged, check_batch, checked, decoded, has_hooks, plain, posterior, thousandths
+from mrflow.bridge.blocks import FLUX2, Opening
+from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
+from mrflow.errors import PlanError
+from mrflow.flow import Velocity
+from mrflow.places import Places
+from mrflow.spec import FLUX, Architecture, ByStep, LatentSpace, ModelInfo, Shift
+
+# mu as a line in the tokens, for many steps and for ten (diffusers `compute_empirical_mu`).
+MANY, TEN = (0.00016927, 0.45666666), (8.73809524e-05, 1.89833333)
+
+
+class BridgedFlux2(Bridged):
+    """FLUX.2 Klein as its pipeline runs it: Qwen3's states, four-axis positions, normalised patches as latents.
+
+    Its latents are the autoencoder's 2 x 2 patches, brought to mean 0 and deviation 1 by the running statistics of the
+    autoencoder's batch norm: one latent cell is a token of 16 x 16 pixels.
+    """
+
+    accepts = ("Flux2KleinPipeline",)
+    family = FLUX2
+    takes_places = True
+
+    def check(self) -> None:
+        """Patches of the autoencoder's latents in and out, no guidance embedding."""
+        config, latent = self.pipe.transformer.config, 4 * self.pipe.vae.config.latent_channels
+        out = config.out_channels or config.in_channels
+        if (config.in_channels, out) != (latent, latent):
+            raise PlanError(
+                f"this FLUX.2 takes {config.in_channels} channels a token and gives {out}, its autoencoder has {latent}"
+            )
+        if config.guidance_embeds:
+            raise PlanError("this FLUX.2 has a guidance embedding (FLUX.2-dev); only the Klein models are supported")
+
+    def facts(self) -> ModelInfo:
+        """The pipeline's own sizes; guidance by whether it says that it is distilled."""
+        encode, decode = vae_flops(self.pipe.vae)
+        pipe, config = self.pipe, self.pipe.transformer.config
+        distilled = bool(pipe.config.get("is_distilled"))
+        scale = 1.0 if distilled else 4.0
+        return ModelInfo(
+            "flux2-klein" if distilled else "flux2-klein-base",
+            LatentSpace("flux2", config.in_channels, 2 * downscale(pipe.vae), 1),
+            flux2_shift(pipe.scheduler),
+            cfg=scale if self._guidance is None else self._guidance,
+            architecture=Architecture(
+                config.num_attention_heads * config.attention_head_dim,
+                config.num_layers,
+                config.num_single_layers,
+                config.joint_attention_dim,
+                self._text_tokens or 512,
+                parameters(pipe.transformer),
+                1.5 * config.mlp_ratio,  # three matrices in its gated MLP, where this counts two
+            ),
+            upscale=FLUX.upscale,
+            upscale_flops=FLUX.upscale_flops,
+            encode=encode,
+            decode=decode,
+        )
+
+    def encode_words(self, prompts: list[str]) -> dict[str, Tensor]:
+        """States of three layers of Qwen3 side by side (b, text tokens, context); padding is seen too."""
+        limit, tokenizer = self._text_tokens or 512, self.pipe.tokenizer
+        said = [chat(tokenizer, prompt, thinking=False) for prompt in prompts]
+        self.tell_lost(tokenizer, said, limit)
+        context, _ = self.pipe.encode_prompt(prompt=prompts, device=self.device, max_sequence_length=limit)
+        return {"context": context}
+
+    def field(
+        self,
+        cond: Condition,
+        *,
+        guidance: float | None = None,
+        levels: Sequence[float] | None = None,
+        step: Opening | None = None,
+        places: Places | None = None,
+    ) -> Velocity:
+        """The velocity of one branch."""
+        net, info, device = self.network(step), self.info, self.device
+        checked(info, cond, {"context": self.pipe.transformer.config.joint_attention_dim})
+        if guidance is not None:
+            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
+        context = plain(cond["context"]).to(device)
+        branch, moved = self.branch(), has_hooks(self.pipe.transformer)
+        text_ids = positions(1, 1, context.shape[1], cond.batch, device)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            check_batch(x, cond.batch)
+            h, w = x.shape[2:]
+            ids = positions(h, w, 1, cond.batch, device)
+            if places is not None:
+                ids = ids.float()
+                ids[..., 1:3] = places.at.to(ids)
+            with self.working(moved=moved), branch():
+                out: Tensor = net(
+                    hidden_states=rearrange(plain(x), "b c h w -> b (h w) c").to(device, self.pipe.transformer.dtype),
+                    timestep=thousandths(sigma, cond.batch, device).to(context.dtype) / 1000,
+                    guidance=None,
+                    encoder_hidden_states=context,
+                    txt_ids=text_ids,
+                    img_ids=ids,
+                    return_dict=False,
+                )[0]
+                return rearrange(out.float(), "b (h w) c -> b c h w", h=h, w=w).to(x.device)
+
+        return velocity
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Normalised patches of the posterior's mode, or of a sample of it; `noise` has the latents' shape."""
+        given = None if noise is None else unpatched(noise)
+        z = patched(posterior(self, pixels, given))
+        mean, std = self._normal(z)
+        return (z - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, clamped."""
+        mean, std = self._normal(latents)
+        return decoded(self, unpatched(latents * std + mean))
+
+    def _normal(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch norm's running mean and deviation, (1, channels, 1, 1)."""
+        vae = self.pipe.vae
+        mean, variance = (statistic(vae.bn, name).float().to(like.device) for name in ("running_mean", "running_var"))
+        deviation = (variance + vae.config.batch_norm_eps).sqrt()
+        return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
+
+
+def statistic(norm: Any, name: str) -> Tensor:  # noqa: ANN401
+    """A buffer of a norm, from where an offload hook keeps it if it was taken away."""
+    tensor: Tensor = getattr(norm, name)
+    held = getattr(getattr(norm, "_hf_hook", None), "weights_map", None)
+    return tensor if tensor.device.type != "meta" or held is None else held[name]
+
+
+def flux2_shift(scheduler: Any) -> Shift:  # noqa: ANN401
+    """The pipeline's own mu, which depends on tokens and steps, where its scheduler shifts by resolution."""
+    found = shift_of(scheduler)
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return found
+    low, high = ((MANY[0] * n + MANY[1], TEN[0] * n + TEN[1]) for n in (256, 4096))
+    few = ByStep(low[1], high[1])
+    return Shift(low[0], high[0], terminal=found.terminal, kind=found.kind, by_step=few)
+
+
+def positions(rows: int, columns: int, words: int, batch: int, device: torch.device) -> Tensor:
+    """Positions (time, row, column, word) of a grid, (batch, rows x columns x words, 4)."""
+    axes = [torch.arange(n, device=device) for n in (1, rows, columns, words)]
+    return torch.cartesian_prod(*axes)[None].repeat(batch, 1, 1)
+
+
+def patched(z: Tensor) -> Tensor:
+    """2 x 2 cells as one, channel slowest."""
+    return rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2)
+
+
+def unpatched(z: Tensor) -> Tensor:
+    """The inverse of `patched`."""
+    return rearrange(z, "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
+
+
+def chat(tokenizer: Any, prompt: str, *, thinking: bool) -> str:  # noqa: ANN401
+    """A prompt as the user's turn of Qwen3's chat, ready for the answer."""
+    said = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+    return str(said)

@@ -1,0 +1,125 @@
+"""Qwen-Image pipelines as backbones."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mrflow.backbone import Condition
+from mrflow.bridge.base import Bridged, check_batch, checked, decoded, has_hooks, plain, posterior, thousandths
+from mrflow.bridge.blocks import QWEN as FAMILY
+from mrflow.bridge.blocks import Opening
+from mrflow.bridge.facts import parameters, shift_of
+from mrflow.errors import PlanError
+from mrflow.flow import Velocity
+from mrflow.models.flux import pack, unpack
+from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
+
+PUBLISHED_BASE = 96
+FLAGS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")
+
+
+class BridgedQwen(Bridged):
+    """Qwen-Image as its pipeline runs it: masked text states, one frame of a video autoencoder, rescaled guidance."""
+
+    accepts = ("QwenImagePipeline", "QwenImageImg2ImgPipeline")
+    family = FAMILY
+
+    def check(self) -> None:
+        """The text-to-image transformer, without the switches of Edit and Layered."""
+        config, latent = self.pipe.transformer.config, 4 * self.pipe.vae.config.z_dim
+        if odd := [flag for flag in FLAGS if config.get(flag)]:
+            raise PlanError(f"this Qwen-Image has {odd[0]}=True (an Edit, Layered or distilled model): not supported")
+        if (config.in_channels, 4 * config.out_channels) != (latent, latent):
+            raise PlanError(
+                f"this Qwen-Image takes {config.in_channels} channels a token and gives {4 * config.out_channels}, its "
+                f"autoencoder has {latent}: not a text-to-image model"
+            )
+
+    def facts(self) -> ModelInfo:
+        """Qwen-Image's facts with the pipeline's own sizes."""
+        pipe, config, vae = self.pipe, self.pipe.transformer.config, self.pipe.vae.config
+        published = vae.base_dim == PUBLISHED_BASE
+        return replace(
+            QWEN,
+            space=LatentSpace("qwen-image", vae.z_dim, 2 ** len(vae.temperal_downsample)),
+            shift=shift_of(pipe.scheduler),
+            cfg=QWEN.cfg if self._guidance is None else self._guidance,
+            architecture=Architecture(
+                config.num_attention_heads * config.attention_head_dim,
+                config.num_layers,
+                0,
+                config.joint_attention_dim,
+                self._text_tokens or 50,
+                parameters(pipe.transformer),
+            ),
+            encode=QWEN.encode if published else (0.0, 0.0),
+            decode=QWEN.decode if published else (0.0, 0.0),
+            footprint=None,
+        )
+
+    def encode_words(self, prompts: list[str]) -> dict[str, Tensor]:
+        """States (b, longest, width), zeros behind, and a mask (b, longest) of the text."""
+        limit = self._text_tokens or 512
+        template = self.pipe.prompt_template_encode
+        dropped = self.pipe.prompt_template_encode_start_idx
+        self.tell_lost(self.pipe.tokenizer, [template.format(p) for p in prompts], limit + dropped)
+        context, mask = self.pipe.encode_prompt(prompt=prompts, device=self.device, max_sequence_length=limit)
+        whole = context.new_ones(context.shape[:2], dtype=torch.long)
+        return {"context": context, "mask": whole if mask is None else mask}
+
+    def field(
+        self,
+        cond: Condition,
+        *,
+        guidance: float | None = None,
+        levels: Sequence[float] | None = None,
+        step: Opening | None = None,
+    ) -> Velocity:
+        """The velocity of one branch; padding is masked where a batch's texts differ in length."""
+        net, info, device = self.network(step), self.info, self.device
+        own = self.pipe.transformer
+        checked(info, cond, {"context": own.config.joint_attention_dim})
+        if guidance is not None:
+            raise PlanError(f"{info.name} has no guidance embedding; use RescaledCFG(scale)")
+        context, mask = plain(cond["context"]).to(device), cond.tensors.get("mask")
+        if mask is not None:
+            longest = int(mask.sum(1).max())
+            if longest == 0:
+                raise PlanError("a prompt's mask marks no text at all")
+            context, mask = context[:, :longest], plain(mask).to(device)[:, :longest]
+            mask = None if bool(mask.bool().all()) else mask
+        dtype, branch, moved = context.dtype, self.branch(), has_hooks(own)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            check_batch(x, cond.batch)
+            h, w = x.shape[2] // 2, x.shape[3] // 2
+            with self.working(moved=moved), branch():
+                out = net(
+                    hidden_states=pack(plain(x)).to(device, dtype),
+                    timestep=thousandths(sigma, cond.batch, device).to(dtype) / 1000,
+                    encoder_hidden_states=context,
+                    encoder_hidden_states_mask=mask,
+                    img_shapes=[[(1, h, w)]] * cond.batch,
+                    return_dict=False,
+                )[0]
+                return unpack(out.float(), h, w).to(x.device)
+
+        return velocity
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of the posterior's mode, or a sample of it, each channel to mean 0 and deviation 1."""
+        mean, std = self._normal()
+        return (posterior(self, pixels, noise, frame=True) - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, clamped."""
+        mean, std = self._normal()
+        return decoded(self, latents * std + mean, frame=True)
+
+    def _normal(self) -> tuple[Tensor, Tensor]:
+        config = self.pipe.vae.config
+        values = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
+        mean, std = values.view(2, 1, -1, 1, 1)
+        return mean, std

@@ -1,0 +1,123 @@
+"""Stable Diffusion 3 and 3.5 pipelines as backbones."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mrflow.backbone import Condition
+from mrflow.bridge.base import KLBridged, check_batch, checked, has_hooks, plain, thousandths
+from mrflow.bridge.blocks import SD3, Opening
+from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
+from mrflow.errors import PlanError
+from mrflow.flow import Velocity
+from mrflow.spec import FLUX, Architecture, LatentSpace, ModelInfo
+
+
+class BridgedSD3(KLBridged):
+    """Stable Diffusion 3 as its pipeline runs it: two CLIPs and T5 (or zeros without it), plain guidance."""
+
+    accepts = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    family = SD3
+    words = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    networks = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+    def check(self) -> None:
+        """Latents of the autoencoder in and out."""
+        config, latent = self.pipe.transformer.config, self.pipe.vae.config.latent_channels
+        if (config.in_channels, config.out_channels) != (latent, latent):
+            raise PlanError(
+                f"this transformer takes {config.in_channels} channels and gives {config.out_channels}, its "
+                f"autoencoder has {latent}: not a text-to-image model"
+            )
+
+    def facts(self) -> ModelInfo:
+        """The pipeline's own sizes. The even grid is the scheduler's, whose end is shifted twice."""
+        encode, decode = vae_flops(self.pipe.vae)
+        pipe, config = self.pipe, self.pipe.transformer.config
+        default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+        dual = len(config.get("dual_attention_layers") or ())
+        return ModelInfo(
+            "sd3",
+            LatentSpace("sd3", config.in_channels, downscale(pipe.vae), config.patch_size),
+            shift_of(pipe.scheduler, own_grid=True),
+            cfg=float(default if self._guidance is None else self._guidance),
+            architecture=Architecture(
+                config.num_attention_heads * config.attention_head_dim,
+                config.num_layers,
+                0,
+                config.joint_attention_dim,
+                77 + self._t5_tokens(),
+                parameters(pipe.transformer),
+                4.0 + 2.0 * dual / config.num_layers,  # a block's second attention: 8 d^2 in its linears
+            ),
+            upscale=FLUX.upscale,
+            upscale_flops=FLUX.upscale_flops,
+            encode=encode,
+            decode=decode,
+        )
+
+    def _t5_tokens(self) -> int:
+        return self._text_tokens or 256
+
+    def encode_words(self, prompts: list[str]) -> dict[str, Tensor]:
+        """States (b, 77 + T5's, context), CLIPs first, and the CLIPs' pooled vectors (b, pooled)."""
+        if self.pipe.tokenizer_3 is not None:
+            self.tell_lost(self.pipe.tokenizer_3, prompts, self._t5_tokens())
+        context, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._t5_tokens(),
+        )
+        return {"context": context, "pooled": pooled}
+
+    def field(
+        self,
+        cond: Condition,
+        *,
+        guidance: float | None = None,
+        levels: Sequence[float] | None = None,
+        step: Opening | None = None,
+    ) -> Velocity:
+        """The velocity of one branch."""
+        net, info, device = self.network(step), self.info, self.device
+        own = self.pipe.transformer
+        checked(info, cond, {"context": own.config.joint_attention_dim, "pooled": own.config.pooled_projection_dim})
+        if guidance is not None:
+            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
+        context, pooled = (plain(cond[name]).to(device) for name in ("context", "pooled"))
+        branch, moved, patch = self.branch(), has_hooks(own), own.config.patch_size
+        most = (own.config.pos_embed_max_size or 0) * patch
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            check_batch(x, cond.batch)
+            if most and max(x.shape[2:]) > most:
+                scale = info.space.downscale
+                raise PlanError(f"{info.name} knows positions up to {most * scale} pixels a side; make it smaller")
+            with self.working(moved=moved), branch():
+                out: Tensor = net(
+                    hidden_states=plain(x).to(device, context.dtype),
+                    timestep=thousandths(sigma, cond.batch, device),
+                    encoder_hidden_states=context,
+                    pooled_projections=pooled,
+                    return_dict=False,
+                )[0]
+                return out.float().to(x.device)
+
+        return velocity
+
+    def together(self, conds: Sequence[Condition]) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
+        """The velocities for several conditions from one pass over a larger batch, as the pipeline does."""
+        if len({str([(name, t.shape) for name, t in sorted(c.tensors.items())]) for c in conds}) > 1:
+            fields = [self.field(c) for c in conds]
+            return lambda x, sigma: tuple(f(x, sigma) for f in fields)
+        joined = self.field(Condition({name: torch.cat([c[name] for c in conds]) for name in conds[0].tensors}))
+
+        def velocities(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
+            return joined(x.repeat(len(conds), 1, 1, 1), sigma).chunk(len(conds))
+
+        return velocities

@@ -1,0 +1,122 @@
+"""Z-Image pipelines as backbones, Turbo first of all."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mrflow.backbone import Condition
+from mrflow.bridge.base import KLBridged, check_batch, checked, has_hooks, plain, thousandths
+from mrflow.bridge.blocks import Z_IMAGE, Opening
+from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
+from mrflow.bridge.flux2 import chat
+from mrflow.errors import PlanError
+from mrflow.flow import Velocity
+from mrflow.spec import FLUX, Architecture, LatentSpace, ModelInfo
+
+GATED = 4.0  # its gated MLP of three matrices of 8/3 widths counts as two of four
+
+
+class BridgedZImage(KLBridged):
+    """Z-Image as its pipeline runs it: lists of pictures and texts, time that counts from noise, the sign turned.
+
+    Without `guidance` it is used as Turbo is: in one pass. The undistilled model takes guidance = 1 + guidance_scale of
+    its pipeline, which adds guidance_scale times the difference to the conditional branch.
+    """
+
+    accepts = ("ZImagePipeline", "ZImageImg2ImgPipeline")
+    family = Z_IMAGE
+
+    def check(self) -> None:
+        """Patches of 2 x 2, no picture as a condition."""
+        config, latent = self.pipe.transformer.config, self.pipe.vae.config.latent_channels
+        if config.in_channels != latent or 2 not in config.all_patch_size or 1 not in config.all_f_patch_size:
+            raise PlanError(f"this Z-Image takes {config.in_channels} channels, its autoencoder has {latent}")
+        if config.get("siglip_feat_dim") is not None:
+            raise PlanError("this Z-Image takes pictures as a condition (Omni, Edit): not supported")
+
+    def facts(self) -> ModelInfo:
+        """The pipeline's own sizes."""
+        encode, decode = vae_flops(self.pipe.vae)
+        pipe, config = self.pipe, self.pipe.transformer.config
+        return ModelInfo(
+            "z-image",
+            LatentSpace("z-image", config.in_channels, downscale(pipe.vae)),
+            shift_of(pipe.scheduler),
+            cfg=1.0 if self._guidance is None else self._guidance,
+            architecture=Architecture(
+                config.dim,
+                0,
+                config.n_layers + config.n_refiner_layers,
+                config.cap_feat_dim,
+                64,
+                parameters(pipe.transformer),
+                GATED,
+            ),
+            upscale=FLUX.upscale,
+            upscale_flops=FLUX.upscale_flops,
+            encode=encode,
+            decode=decode,
+        )
+
+    def encode_words(self, prompts: list[str]) -> dict[str, Tensor]:
+        """States (b, longest, width) of Qwen3's last layer but one, zeros behind, and a mask (b, longest)."""
+        limit, tokenizer = self._text_tokens or 512, self.pipe.tokenizer
+        self.tell_lost(tokenizer, [chat(tokenizer, prompt, thinking=True) for prompt in prompts], limit)
+        states, _ = self.pipe.encode_prompt(
+            prompt=list(prompts), device=self.device, do_classifier_free_guidance=False, max_sequence_length=limit
+        )
+        lengths = torch.tensor([len(s) for s in states], device=self.device)
+        context = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        mask = torch.arange(context.shape[1], device=self.device) < lengths[:, None]
+        return {"context": context, "mask": mask.long()}
+
+    def field(
+        self,
+        cond: Condition,
+        *,
+        guidance: float | None = None,
+        levels: Sequence[float] | None = None,
+        step: Opening | None = None,
+    ) -> Velocity:
+        """The velocity of one branch."""
+        net, info, device = self.network(step), self.info, self.device
+        own = self.pipe.transformer
+        if guidance is not None:
+            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
+        texts = self._texts(checked(info, cond, {"context": own.config.cap_feat_dim, "mask": 0}))
+        branch, moved = self.branch(), has_hooks(own)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            check_batch(x, len(texts))
+            with self.working(moved=moved), branch():
+                pictures = plain(x).to(device, own.dtype)[:, :, None].unbind(0)
+                time = (1000 - thousandths(sigma, len(texts), device)) / 1000
+                out = net(list(pictures), time, list(texts), return_dict=False)[0]
+                return -torch.stack([o.float() for o in out])[:, :, 0].to(x.device)
+
+        return velocity
+
+    def together(self, conds: Sequence[Condition]) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
+        """The velocities for several conditions from one pass over a larger batch, as the pipeline does."""
+        longest = max(checked(self.info, c, {"context": 0, "mask": 0})["context"].shape[1] for c in conds)
+
+        def wide(name: str) -> Tensor:
+            rest = [longest - c[name].shape[1] for c in conds]
+            pads = [c[name].new_zeros(c.batch, n, *c[name].shape[2:]) for c, n in zip(conds, rest, strict=True)]
+            return torch.cat([torch.cat((c[name], pad), 1) for c, pad in zip(conds, pads, strict=True)])
+
+        joined = self.field(Condition({"context": wide("context"), "mask": wide("mask")}))
+
+        def velocities(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
+            return joined(x.repeat(len(conds), 1, 1, 1), sigma).chunk(len(conds))
+
+        return velocities
+
+    def _texts(self, cond: Condition) -> list[Tensor]:
+        """Each item's own states."""
+        lengths = [int(n) for n in cond["mask"].sum(1)]
+        if min(lengths) == 0:
+            raise PlanError("a prompt's mask marks no text at all")
+        context = plain(cond["context"]).to(self.device)
+        return [item[:length] for item, length in zip(context, lengths, strict=True)]

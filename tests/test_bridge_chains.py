@@ -1,0 +1,160 @@
+"""Everything that stages can be given works on bridged pipelines too: caches, transitions, sweeps, plans, pipelines."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mrflow as mf
+from mrflow.caches import DBCache, DBTaylor, TaylorSeer, TeaCache, ToMA
+from mrflow.errors import PlanError
+from tests.parity.test_bridge import PROMPTS, UP, native, pipes
+from tests.parity.test_flux import relative
+from tests.test_bridge import state
+
+__all__ = ["pipes"]  # the fixture
+pytestmark = pytest.mark.filterwarnings("ignore")
+Pipes = Callable[[str], Any]
+CACHED = ["dev", "qwen", "sd3", "klein base", "klein", "z-image"]
+SIZE = (48, 80)
+
+
+def cached(cache: Any, steps: int = 5) -> Any:
+    return mf.Sample(*SIZE, mf.Shifted(steps), noise=mf.Stream(0), cache=cache) >> mf.Decode()
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_cache_that_leaves_nothing_out_changes_nothing(name: str, pipes: Pipes) -> None:
+    pipe = pipes(name)
+    model = mf.from_diffusers(pipe)
+    plain = mf.run(cached(None, 3), model, PROMPTS, seed=[1, 2]).pixels
+    before = state(pipe)  # now that the networks have made what they keep
+    none = mf.run(cached(DBCache(0.0, front=1, warmup=0), 3), model, PROMPTS, seed=[1, 2])
+    assert relative(none.pixels, plain) < 1e-5
+    assert state(pipe) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        *((name, TaylorSeer(2)) for name in CACHED),
+        ("sd3", DBCache(9.0, front=1, warmup=1)),
+        ("klein base", DBCache(9.0, front=2, warmup=1)),
+        ("z-image", DBTaylor(9.0, front=1, warmup=2)),
+    ],
+    ids=str,
+)
+def test_caches_leave_out_what_they_plan_and_items_are_independent(name: str, cache: Any, pipes: Pipes) -> None:
+    model = mf.from_diffusers(pipes(name))
+    both = mf.run(cached(cache), model, PROMPTS, seed=[1, 2])
+    alone = mf.run(cached(cache), model, PROMPTS[1], seed=2)
+    assert alone.nfe < mf.plan(cached(None), model.info).nfe
+    assert relative(both.pixels[1:], alone.pixels) < 1e-3
+    assert "computed" in alone.stages[0].notes[0]
+
+
+@pytest.mark.parametrize("cache", [TaylorSeer(2), DBTaylor(0.3, front=1, warmup=1), TeaCache(0.3)], ids=str)
+@pytest.mark.parametrize("name", ["dev", "qwen"])
+def test_caches_agree_with_those_in_our_own_transformers(name: str, cache: Any, pipes: Pipes) -> None:
+    pipe = pipes(name)
+    own, bridged = mf.load(pipe.config._name_or_path, device="cpu"), mf.from_diffusers(pipe)
+    ours, theirs = (mf.run(cached(cache), model, PROMPTS, seed=[1, 2]) for model in (own, bridged))
+    assert theirs.nfe == ours.nfe
+    assert relative(theirs.pixels, ours.pixels) < 5e-3  # group norms differ in the third digit, see the parity tests
+
+
+def test_what_a_bridge_cannot_do_says_so(pipes: Pipes, tmp_path: Path) -> None:
+    model = mf.from_diffusers(pipes("qwen"))
+    for stage, words in (
+        (mf.Sample(32, 32, mf.Shifted(2), cache=ToMA(every=1, skip=0)), "works inside mrflow's own blocks"),
+        (mf.Sample(32, 32, mf.Shifted(2), lora=mf.Lora("x.safetensors")), "pipe.load_lora_weights"),
+        (mf.SampleRegions(64, 64), "draws on whole grids only"),
+        (mf.Sample(32, 32, mf.FlowMap(2), policy=mf.PiFlow("x")), "takes no pi-Flow adapter"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            mf.run(stage >> mf.Decode(), model, "a cat")
+
+
+@pytest.mark.parametrize("name", ["dev", "schnell", "klein"])
+def test_regions_run_where_positions_are_free(name: str, pipes: Pipes) -> None:
+    pipe = pipes(name)
+    model = mf.from_diffusers(pipe)
+    size = (128, 128) if name.startswith("klein") else (64, 64)
+    chain = mf.recipes.ralu(size=size, steps=(1, 2, 2))
+    result = mf.run(chain, model, PROMPTS, seed=[1, 2])
+    assert result.nfe == mf.plan(chain, model.info).nfe
+    alone = mf.run(chain, model, PROMPTS[1], seed=2)
+    assert relative(result.pixels[1:], alone.pixels) < 1e-3
+    if name != "klein":
+        own = mf.load(pipe.config._name_or_path, device="cpu")
+        assert relative(alone.pixels, mf.run(chain, own, PROMPTS[1], seed=2).pixels) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["qwen", "sd3", "klein"])
+def test_transitions_and_sweeps(name: str, pipes: Pipes, tmp_path: Path) -> None:
+    model = mf.from_diffusers(pipes(name), text_tokens=16, upscaler=UP)
+    low, size = (32, 48), (64, 96)
+    chains = {
+        "speed": mf.recipes.speed(sizes=(low, size), steps=(1, 2)),
+        "selflift": mf.recipes.selflift(low=low, size=size, steps=(2, 1)),
+        "lift": mf.recipes.lift(low=low, size=size, steps=(2, 1)),
+        "paper": mf.recipes.paper(low=low, size=size, steps=2),
+    }
+    done = mf.run_sweep(mf.Sweep(chains, ["a cat"], model=model.info.name), model, tmp_path)
+    assert (done.made, done.failed) == (4, 0)
+
+
+@pytest.mark.parametrize("name", ["dev", "z-image"])
+def test_a_chain_with_the_manners_of_a_pipeline(name: str, pipes: Pipes) -> None:
+    model = mf.from_diffusers(pipes(name), text_tokens=16, upscaler=UP)
+    chain = mf.recipes.paper(low=(32, 48), size=(64, 96), steps=2)
+    pipe = mf.to_diffusers(chain, model)
+    seen: list[tuple[int, float]] = []
+
+    def look(own: Any, step: int, time: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        assert own is pipe
+        seen.append((step, float(given["latents"].std())))
+        return given
+
+    generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
+    out = pipe("a cat", num_images_per_prompt=2, generator=generators, callback_on_step_end=look, output_type="pt")
+    want = mf.run(chain, model, ["a cat", "a cat"], seed=[3, 4])
+    assert torch.equal(out.images, want.pixels)  # type: ignore[union-attr]  # pyright: ignore
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert len(pipe("a cat", generator=generators[0]).images) == 1  # type: ignore[union-attr]  # pyright: ignore
+    array = pipe("a cat", generator=generators[0], output_type="np", return_dict=False)[0]  # type: ignore[index]  # pyright: ignore
+    assert array.shape == (1, 64, 96, 3)
+    latents = pipe("a cat", generator=generators[0], output_type="latent").images  # type: ignore[union-attr]  # pyright: ignore
+    assert relative(model.decode(latents), want.pixels[:1]) < 1e-4
+    one = pipe(["a cat", "a dog"], generator=torch.Generator().manual_seed(7), output_type="pt").images  # type: ignore[union-attr]  # pyright: ignore
+    assert torch.equal(one, mf.run(chain, model, ["a cat", "a dog"], seed=[7, 8]).pixels)
+    for words, more in (
+        ("height=32 was asked for, but the chain makes 64x96", {"height": 32}),
+        ("num_inference_steps=9 was asked for, but the chain samples in 2", {"num_inference_steps": 9}),
+        ("guidance_scale=7 was asked for", {"guidance_scale": 7.0}),
+        ("output_type must be", {"output_type": "gif"}),
+        ("num_images_per_prompt must be", {"num_images_per_prompt": 0}),
+        ("2 generators were given for 1 pictures", {"generator": generators}),
+        ("a callback can be given latents", {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}),
+    ):
+        with pytest.raises(PlanError, match=words):
+            pipe("a cat", **more)  # type: ignore[arg-type]  # pyright: ignore
+    with pytest.raises(PlanError, match="a pipeline makes pictures from prompts"):
+        mf.to_diffusers(mf.recipes.enlarge((64, 64)), model)
+
+
+def test_to_diffusers_needs_no_diffusers_pipeline() -> None:
+    pipe = mf.to_diffusers(mf.recipes.native(size=(64, 64), steps=2), mf.load("pocket", device="cpu"))
+    assert pipe("a big red circle", generator=torch.Generator().manual_seed(0)).images[0].size == (64, 64)  # type: ignore[union-attr]  # pyright: ignore
+
+
+def test_official_presets_by_name(pipes: Pipes) -> None:
+    from mrflow.bridge import PRESETS, official
+
+    assert {"flux1-dev", "qwen-image", "flux2-klein-base", "flux2-klein", "z-image"} == set(PRESETS)
+    model = mf.from_diffusers(pipes("klein"), upscaler=UP)
+    chain = official(model.info, low=(32, 48), size=(64, 96))
+    assert mf.run(chain, model, "a cat").nfe == 5
+    assert native(1) is not None

@@ -1,0 +1,189 @@
+"""Tiny random pipelines of the families that only diffusers runs, whole, made in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.parity.test_flux import scatter
+from tests.tiny import clip_tokenizer, qwen_tokenizer, t5_tokenizer
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think></think>{% endif %}"
+)
+SCATTERED = 5
+
+
+def spread(*modules: Any) -> None:
+    """All parameters far from where they start."""
+    for seed, module in enumerate(modules, SCATTERED):
+        scatter(module.eval(), seed)
+
+
+def kl(channels: tuple[int, ...] = (32, 64), *, latent: int = 16) -> Any:
+    """An AutoencoderKL with FLUX's normalisation; two channels give a downscale of 2, four of 8."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=latent,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def qwen3(folder: Path, *, width: int, layers: int) -> tuple[Any, Any]:
+    """Qwen3 and its tokenizer with a chat template."""
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    size = qwen_tokenizer(folder)
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    config = Qwen3Config(
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+        bos_token_id=size - 3,
+        eos_token_id=size - 1,
+        pad_token_id=size - 3,
+    )
+    return Qwen3ForCausalLM(config), tokenizer
+
+
+def klein(folder: Path, *, distilled: bool = False) -> Any:
+    """A Flux2KleinPipeline whose batch norm has statistics of its own."""
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
+
+    encoder, tokenizer = qwen3(folder / "tokenizer", width=16, layers=28)
+    transformer = Flux2Transformer2DModel(
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=8,
+        sample_size=64,
+    )
+    spread(transformer, vae, encoder)
+    generator = torch.Generator().manual_seed(2)
+    vae.bn.running_mean.copy_(0.3 * torch.randn(32, generator=generator))
+    vae.bn.running_var.copy_(0.5 + torch.rand(32, generator=generator))
+    scheduler = Scheduler(use_dynamic_shifting=True, shift=3.0)
+    return Flux2KleinPipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=distilled,
+    )
+
+
+def z_image(folder: Path) -> Any:
+    """A ZImagePipeline with Turbo's scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    encoder, tokenizer = qwen3(folder / "tokenizer", width=16, layers=3)
+    transformer = ZImageTransformer2DModel(
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
+    vae = kl((32, 32, 64, 64))
+    spread(transformer, vae, encoder)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return ZImagePipeline(
+        scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer
+    )
+
+
+def sd3(folder: Path, *, t5: bool = True) -> Any:
+    """A StableDiffusion3Pipeline as 3.5 Medium has its blocks, with or without T5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5TokenizerFast,
+    )
+
+    size, words = clip_tokenizer(folder / "clip"), t5_tokenizer(folder / "t5")
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=40,
+        pos_embed_max_size=24,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    )
+    clips = [
+        CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=size,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                max_position_embeddings=77,
+                projection_dim=projection,
+                bos_token_id=size - 2,
+                eos_token_id=size - 1,
+                pad_token_id=size - 1,
+            )
+        )
+        for projection in (16, 24)
+    ]
+    encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=words, d_model=48, d_ff=64, d_kv=8, num_heads=3, num_layers=2, tie_word_embeddings=False,
+            feed_forward_proj="gated-gelu",
+        )
+    )  # fmt: skip
+    vae = kl((32, 32, 64, 64))
+    vae.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
+    spread(transformer, vae, *clips, encoder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        transformer=transformer,
+        text_encoder=clips[0],
+        tokenizer=tokenizer,
+        text_encoder_2=clips[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=encoder if t5 else None,
+        tokenizer_3=T5TokenizerFast.from_pretrained(folder / "t5") if t5 else None,
+    )
