@@ -1,0 +1,205 @@
+"""One node a stage: each takes a chain and gives it back one stage longer; the last one runs it.
+
+Nothing here knows more than mrflow's own objects. ComfyUI itself is only asked for its progress bar.
+"""
+
+from typing import Any, ClassVar
+
+import mrflow as mf
+from mrflow.words import load_model, parse_lora, upscaler
+
+Inputs = dict[str, dict[str, Any]]
+SIDE = {"min": 16, "max": 8192, "step": 16}
+STEPS = {"min": 1, "max": 1000}
+
+
+class Node:
+    """What ComfyUI asks of a node."""
+
+    CATEGORY = "mrflow"
+    FUNCTION = "make"
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MRFLOW_CHAIN",)
+    RETURN_NAMES: ClassVar[tuple[str, ...]] = ("chain",)
+    REQUIRED: ClassVar[dict[str, Any]] = {}
+    OPTIONAL: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """Sockets and widgets."""
+        return {"required": dict(cls.REQUIRED), "optional": dict(cls.OPTIONAL)}
+
+
+class Load(Node):
+    """A model: pocket, a hub id, a folder or a file."""
+
+    RETURN_TYPES = ("MRFLOW_MODEL",)
+    RETURN_NAMES = ("model",)
+    REQUIRED = {
+        "where": ("STRING", {"default": "pocket"}),
+        "dtype": (["file's own", "float32", "bfloat16", "float16"],),
+        "offload": (["none", "phase", "block"],),
+        "storage": (["file's own", "fp8"],),
+    }
+    OPTIONAL = {"lora": ("STRING", {"default": "", "tooltip": "FILE or FILE:STRENGTH, merged into the weights"})}
+
+    def make(self, where: str, dtype: str, offload: str, storage: str, lora: str = "") -> tuple[mf.Backbone]:
+        """Load it."""
+        own = {"file's own": None}
+        loras = [lora] if lora else None
+        return (
+            load_model(
+                where,
+                "auto",
+                own.get(dtype, dtype),
+                offload,
+                own.get(storage, storage),
+                None,
+                None,
+                compile=False,
+                lora=loras,
+            ),
+        )
+
+
+class Sample(Node):
+    """Noise to latents: begins a chain."""
+
+    REQUIRED = {
+        "height": ("INT", {"default": 512, **SIDE}),
+        "width": ("INT", {"default": 512, **SIDE}),
+        "steps": ("INT", {"default": 12, **STEPS}),
+        "solver": (["Euler", "Heun", "AB2", "DPMpp2M"],),
+    }
+    OPTIONAL = {
+        "guidance": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 30.0, "tooltip": "true CFG; 0 is the model's own"}),
+        "lora": ("STRING", {"default": "", "tooltip": "FILE or FILE:STRENGTH, on in this stage alone"}),
+    }
+
+    def make(
+        self, height: int, width: int, steps: int, solver: str, guidance: float = 0.0, lora: str = ""
+    ) -> tuple[mf.Chain[Any, Any]]:
+        """Begin."""
+        stage = mf.Sample(
+            height,
+            width,
+            mf.Shifted(steps),
+            solver=getattr(mf, solver)(),
+            guidance=mf.CFG(guidance) if guidance else None,
+            lora=parse_lora(lora) if lora else (),
+        )
+        return (mf.Chain((stage,)),)
+
+
+class Longer(Node):
+    """A node that puts one stage behind a chain."""
+
+    CHAIN: ClassVar[dict[str, Any]] = {"chain": ("MRFLOW_CHAIN",)}
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """The chain, and the stage's own settings."""
+        return {"required": {**cls.CHAIN, **cls.REQUIRED}, "optional": dict(cls.OPTIONAL)}
+
+    def make(self, chain: mf.Chain[Any, Any], **settings: Any) -> tuple[mf.Chain[Any, Any]]:
+        """One stage more; what does not fit together says so."""
+        return (chain >> self.stage(**settings),)
+
+    def stage(self, **settings: Any) -> mf.Stage[Any, Any]:
+        """The stage."""
+        raise NotImplementedError
+
+
+class Decode(Longer):
+    """Latents to pixels."""
+
+    def stage(self) -> mf.Stage[Any, Any]:
+        return mf.Decode()
+
+
+class Encode(Longer):
+    """Pixels to latents."""
+
+    REQUIRED = {"posterior": ("BOOLEAN", {"default": False})}
+
+    def stage(self, posterior: bool) -> mf.Stage[Any, Any]:
+        return mf.Encode(posterior=posterior)
+
+
+class Upscale(Longer):
+    """Super-resolution to a size. `net` is what mrflow's --sr takes: own, lanczos, a checkpoint, ..."""
+
+    REQUIRED = {
+        "net": ("STRING", {"default": "lanczos"}),
+        "height": ("INT", {"default": 1024, **SIDE}),
+        "width": ("INT", {"default": 1024, **SIDE}),
+    }
+
+    def stage(self, net: str, height: int, width: int) -> mf.Stage[Any, Any]:
+        found = upscaler(net)
+        if isinstance(found, str):
+            raise mf.PlanError(f"{net} enlarges latents; this node goes over pixels")
+        return mf.Upscale(found, (height, width))
+
+
+class Reinject(Longer):
+    """Mix in noise of this level."""
+
+    REQUIRED = {"sigma": ("FLOAT", {"default": 0.12, "min": 0.001, "max": 1.0, "step": 0.01})}
+
+    def stage(self, sigma: float) -> mf.Stage[Any, Any]:
+        return mf.Reinject(sigma)
+
+
+class Refine(Longer):
+    """Noisy latents to clean ones."""
+
+    REQUIRED = {"steps": ("INT", {"default": 1, **STEPS})}
+
+    def stage(self, steps: int) -> mf.Stage[Any, Any]:
+        return mf.Refine(mf.DirectSigma(steps))
+
+
+class Run(Node):
+    """Runs a chain on a model: pictures, and the record that makes them again."""
+
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("images", "plan")
+    REQUIRED = {
+        "model": ("MRFLOW_MODEL",),
+        "chain": ("MRFLOW_CHAIN",),
+        "prompt": ("STRING", {"multiline": True, "default": ""}),
+        "seed": ("INT", {"default": 0, "min": 0, "max": 2**62, "control_after_generate": True}),
+        "batch": ("INT", {"default": 1, "min": 1, "max": 64}),
+    }
+    OPTIONAL = {"negative": ("STRING", {"multiline": True, "default": ""})}
+
+    def make(
+        self, model: mf.Backbone, chain: mf.Chain[Any, Any], prompt: str, seed: int, batch: int, negative: str = ""
+    ) -> tuple[Any, str]:
+        """Images (batch, height, width, 3) in [0, 1], as ComfyUI has them, and the plan as text."""
+        planned = mf.plan(chain, model.info, batch=batch)
+        bar = progress(
+            sum(len(stage.levels(row.spec, model.info)) for stage, row in zip(chain, planned.rows, strict=True))
+        )
+
+        def listen(event: mf.Event) -> None:
+            if isinstance(event, mf.Stepped):
+                bar(1)
+
+        seeds = [seed + i for i in range(batch)]
+        result = mf.run(chain, model, prompt, seed=seeds, negative=negative or None, on_event=listen)
+        return result.pixels.permute(0, 2, 3, 1).cpu(), str(planned)
+
+
+def progress(total: int) -> Any:
+    """ComfyUI's progress bar where it runs, else nothing."""
+    try:
+        from comfy.utils import ProgressBar
+    except ImportError:
+        return lambda step: None
+    return ProgressBar(total).update
+
+
+STAGES = {c.__name__: c for c in (Load, Sample, Decode, Upscale, Encode, Reinject, Refine, Run)}
+NODE_CLASS_MAPPINGS = {f"Mrflow{name}": node for name, node in STAGES.items()}
+NODE_DISPLAY_NAME_MAPPINGS = {f"Mrflow{name}": f"mrflow {name}" for name in STAGES}

@@ -1,0 +1,88 @@
+"""The ComfyUI nodes without ComfyUI: their declarations hold together, and the workflow draws what the chain draws."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import mrflow as mf
+from mrflow.errors import ChainError, PlanError
+
+FOLDER = Path(__file__).parents[1] / "integrations" / "comfyui"
+
+
+@pytest.fixture(scope="module")
+def nodes() -> ModuleType:
+    """The folder, imported as ComfyUI imports a custom node."""
+    spec = importlib.util.spec_from_file_location("mrflow_nodes", FOLDER / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mrflow_nodes"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_node_declares_what_it_takes(nodes: ModuleType) -> None:
+    import inspect
+
+    assert set(nodes.NODE_CLASS_MAPPINGS) == set(nodes.NODE_DISPLAY_NAME_MAPPINGS)
+    for name, node in nodes.NODE_CLASS_MAPPINGS.items():
+        inputs = node.INPUT_TYPES()
+        assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES), name
+        function = node.stage if hasattr(node, "stage") else getattr(node, node.FUNCTION)
+        taken = set(inspect.signature(function).parameters) - {"self"}
+        given = set(inputs["required"]) | set(inputs["optional"])
+        assert given - {"chain"} == taken - {"chain"}, name
+    assert sum(len(path.read_text().splitlines()) for path in FOLDER.glob("*.py")) < 300
+
+
+def follow(nodes: ModuleType, workflow: dict[str, Any]) -> dict[str, Any]:
+    """Every node of ours, in order, with its links resolved."""
+    done: dict[str, Any] = {}
+    for number in sorted(workflow, key=int):
+        entry = workflow[number]
+        node = nodes.NODE_CLASS_MAPPINGS.get(entry["class_type"])
+        if node is None:
+            continue
+        kinds = {**node.INPUT_TYPES()["required"], **node.INPUT_TYPES()["optional"]}
+        given: dict[str, Any] = {}
+        for name, value in entry["inputs"].items():
+            if isinstance(value, list):
+                source = workflow[value[0]]["class_type"]
+                assert nodes.NODE_CLASS_MAPPINGS[source].RETURN_TYPES[value[1]] == kinds[name][0]
+                given[name] = done[value[0]][value[1]]
+            else:
+                given[name] = value
+        done[number] = getattr(node(), node.FUNCTION)(**given)
+    return done
+
+
+def test_the_workflow_draws_what_the_recipe_draws(nodes: ModuleType) -> None:
+    workflow = json.loads((FOLDER / "twelve_plus_one.json").read_text())
+    model = workflow["1"]["inputs"]
+    model |= {"where": "pocket", "dtype": "float32"}
+    workflow["2"]["inputs"] |= {"height": 64, "width": 64}
+    workflow["4"]["inputs"] |= {"net": "lanczos", "height": 128, "width": 128}
+    workflow["9"]["inputs"] |= {"prompt": "a big red circle", "batch": 2, "seed": 5}
+    images, plan = follow(nodes, workflow)["9"]
+    chain = mf.recipes.paper(mf.Lanczos(2), low=(64, 64), size=(128, 128))
+    want = mf.run(chain, mf.load("pocket"), "a big red circle", seed=[5, 6])
+    assert images.shape == (2, 128, 128, 3)
+    torch.testing.assert_close(images, want.pixels.permute(0, 2, 3, 1))
+    assert plan == str(want.plan)
+
+
+def test_mistakes_are_told_in_words(nodes: ModuleType) -> None:
+    made = nodes.NODE_CLASS_MAPPINGS
+    (chain,) = made["MrflowSample"]().make(64, 64, 2, "Euler")
+    with pytest.raises(ChainError, match=r"Put Decode\(\) between them"):
+        made["MrflowUpscale"]().make(chain, net="lanczos", height=128, width=128)
+    with pytest.raises(PlanError, match="enlarges latents; this node goes over pixels"):
+        made["MrflowUpscale"]().make(chain >> mf.Decode(), net="latent-nearest", height=128, width=128)
+    with pytest.raises(PlanError, match="chain ended in"):
+        made["MrflowRun"]().make(mf.load("pocket"), chain, "a red circle", 0, 1)
