@@ -1,6 +1,7 @@
 """Everything that stages can be given works on bridged pipelines too: caches, transitions, sweeps, plans, pipelines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,27 @@ def test_official_presets_by_name(pipes: Pipes) -> None:
     chain = official(model.info, low=(32, 48), size=(64, 96))
     assert mf.run(chain, model, "a cat").nfe == 5
     assert native(1) is not None
+
+
+@dataclass(frozen=True)
+class Uneven(mf.caches.Cache):
+    """Leaves out every second evaluation: for one picture the even ones, for another the odd ones."""
+
+    def rule(self, info: mf.ModelInfo, levels: Sequence[float]) -> mf.caches.Rule:
+        side: list[int] = []
+
+        def due(look: mf.caches.Look) -> bool:
+            if not side:
+                side.append(int(float(look.probe().float().std()) * 1e4) % 2)
+            return look.index % 2 == side[0]
+
+        return due
+
+
+@pytest.mark.parametrize("name", ["dev", "qwen", "sd3", "klein", "z-image"])
+def test_pictures_of_a_batch_are_left_out_one_by_one(name: str, pipes: Pipes) -> None:
+    model = mf.from_diffusers(pipes(name))
+    seeds, prompts = [1, 2, 3, 4], [PROMPTS[0], PROMPTS[1]] * 2
+    both = mf.run(cached(Uneven(), 3), model, prompts, seed=seeds).pixels
+    for i, seed in enumerate(seeds):
+        assert relative(both[i : i + 1], mf.run(cached(Uneven(), 3), model, prompts[i], seed=seed).pixels) < 1e-3

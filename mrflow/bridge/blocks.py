@@ -42,6 +42,7 @@ class BridgedPieces:
         self.family = family
         self.blocks = [(name, block) for name in family.lists for block in getattr(net, name)]
         self.given: dict[str, Call] = {}
+        self.image = 0  # tokens of the image, where only one sequence comes, image first
 
     @property
     def count(self) -> int:
@@ -64,7 +65,8 @@ class BridgedPieces:
         for name, block in self.blocks[start:stop]:
             given, words = self._rows(name, table), txt.shape[1]
             if name == "layers":
-                img = block(img, **given)
+                whole = block(torch.cat((img, txt), 1), **given)
+                img, txt = whole[:, : img.shape[1]], whole[:, img.shape[1] :]
             elif self.family.joined and name != self.family.lists[0]:
                 whole = block(hidden_states=torch.cat((txt, img), 1), encoder_hidden_states=None, **given)
                 txt, img = whole[:, :words], whole[:, words:]
@@ -131,7 +133,9 @@ class Stack(nn.Module):
             names = ("attn_mask", "freqs_cis", "adaln_input", "noise_mask", "adaln_noisy", "adaln_clean")
             values = (encoder_hidden_states, *rest)
             self.pieces.given["layers"] = dict(zip(names, values, strict=False))
-            return self.step(hidden_states, hidden_states[:, :0], none, none, table)
+            img, txt = hidden_states[:, : self.pieces.image], hidden_states[:, self.pieces.image :]
+            # The step gives the image alone, and the rest of the forward wants no more than that.
+            return torch.cat((self.step(img, txt, none, none, table), txt), 1)
         if held is not None:
             self.pieces.given[lists[1]] = given
             txt, img = hidden_states[:, : held.words], hidden_states[:, held.words :]
@@ -142,7 +146,23 @@ class Stack(nn.Module):
         return encoder_hidden_states, self.step(hidden_states, encoder_hidden_states, none, none, table)
 
 
-def opened(net: Any, family: Family, opening: Opening) -> Callable[..., Any]:  # noqa: ANN401
+class Opened:
+    """A transformer's forward with a step in the place of its blocks."""
+
+    def __init__(self, inner: Any, copy: Any, pieces: BridgedPieces) -> None:  # noqa: ANN401
+        self.inner, self.copy, self.pieces = inner, copy, pieces
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """What the transformer gives."""
+        hook = getattr(self.inner, "_hf_hook", None)
+        if hook is None:
+            return self.copy(*args, **kwargs)
+        # accelerate's wrapper belongs to the original; its hook brings the weights, which are shared.
+        args, kwargs = hook.pre_forward(self.inner, *args, **kwargs)
+        return hook.post_forward(self.inner, type(self.inner).forward(self.copy, *args, **kwargs))
+
+
+def opened(net: Any, family: Family, opening: Opening) -> Opened:  # noqa: ANN401
     """A transformer's forward with a step in the place of its blocks. `net` is left as it is.
 
     Raises:
@@ -163,17 +183,7 @@ def opened(net: Any, family: Family, opening: Opening) -> Callable[..., Any]:  #
     else:
         new = {first: nn.ModuleList([Stack(pieces, step)])}
         new |= {name: nn.ModuleList() for name in later}
-    copy: Any = grafted(inner, new)
-    hook = getattr(inner, "_hf_hook", None)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if hook is None:
-            return copy(*args, **kwargs)
-        # accelerate's wrapper belongs to the original; its hook brings the weights, which are shared.
-        args, kwargs = hook.pre_forward(inner, *args, **kwargs)
-        return hook.post_forward(inner, type(inner).forward(copy, *args, **kwargs))
-
-    return forward
+    return Opened(inner, grafted(inner, new), pieces)
 
 
 def first_of(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401

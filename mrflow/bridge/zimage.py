@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mrflow.backbone import Condition
 from mrflow.bridge.base import KLBridged, check_batch, checked, has_hooks, plain, thousandths
-from mrflow.bridge.blocks import Z_IMAGE, Opening
+from mrflow.bridge.blocks import Z_IMAGE, Opened, Opening
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.bridge.flux2 import chat
 from mrflow.errors import PlanError
@@ -89,6 +89,8 @@ class BridgedZImage(KLBridged):
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             check_batch(x, len(texts))
+            if isinstance(net, Opened):
+                net.pieces.image = (x.shape[2] // 2) * (x.shape[3] // 2)
             with self.working(moved=moved), branch():
                 pictures = plain(x).to(device, own.dtype)[:, :, None].unbind(0)
                 time = (1000 - thousandths(sigma, len(texts), device)) / 1000
