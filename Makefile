@@ -33,7 +33,7 @@ test: $(VENV)/.installed-dev ## Run all tests
 	$(BIN)/python -m pytest
 
 figure: $(VENV)/.installed-dev ## Every method on the embedded model: docs/images/studies/rivals.svg and its table
-	$(BIN)/python -m experiments.studies rivals --figure
+	$(BIN)/python -m experiments.studies rivals --figure --batch 16
 
 check: lint fast ## Lint, types and the fast tests
 

@@ -461,3 +461,14 @@ def test_the_command_line_merges_and_replays(tmp_path: Path) -> None:
     code, _, err = call("generate", "a big red circle", *small, "--lora", "gone.safetensors")
     assert code == 3
     assert "there is no file gone.safetensors" in err
+
+
+def test_inspect_tells_what_an_adapter_is(tmp_path: Path) -> None:
+    code, out, _ = call("inspect", str(lora(tmp_path, layout="sd-scripts")))
+    assert code == 0
+    assert "LoRA for 16 layers, rank 3, heads 0" in out
+    save_file(
+        {"img_in.lora_A.weight": torch.zeros(2, 64), "img_in.dora_scale": torch.zeros(2)}, tmp_path / "d.safetensors"
+    )
+    code, out, _ = call("inspect", str(tmp_path / "d.safetensors"))
+    assert "is DoRA" in out

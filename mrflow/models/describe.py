@@ -45,13 +45,31 @@ def checkpoint(header: Header) -> list[str]:
     ]
 
 
+def adapter(header: Header) -> list[str]:
+    """What a LoRA or pi-Flow adapter changes; nothing where it is none."""
+    from mrflow.models.lora import read_groups
+
+    try:
+        groups, extra = read_groups(header)
+    except MrflowError as error:
+        return [f"problem   {error}"]
+    if not groups:
+        return []
+    ranks = sorted({group["down"].shape[0] for group in groups.values() if "down" in group})
+    heads = [name for name in extra if name.startswith("proj_out")]
+    what = "pi-Flow adapter" if heads else "LoRA"
+    rank = ", ".join(map(str, ranks)) or "none"
+    facts = "".join(f"; {key} {value}" for key, value in header.metadata.items() if len(value) < 40)
+    return [f"network   {what} for {len(groups)} layers, rank {rank}, heads {len(heads)}{facts}"]
+
+
 def network(header: Header) -> list[str]:
     """The network it is for, its layout and sizes, as far as keys and shapes tell."""
     if "flow.double_blocks.0.img_attn.qkv.weight" in header.tensors:
         return [f"network   pocket, mrflow's embedded model, version {header.metadata.get('version', 'unknown')}"]
     what = kind(header)
     if what is None:
-        return ["network   not known to mrflow"]
+        return adapter(header) or ["network   not known to mrflow"]
     lines = [f"network   {what.removeprefix('a ')}"]
     try:
         plain = described(header)

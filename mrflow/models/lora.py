@@ -142,21 +142,31 @@ class Opened:
         return sum(shape[0] * shape[1] for shape in sizes if len(shape) > 1)
 
 
-@lru_cache(maxsize=16)
-def _opened(path: Path, sha256: str) -> Opened:
-    header = open_checkpoint(path)
+def read_groups(header: Header) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:
+    """What a file holds by the stem of its names, and what is no part of a LoRA.
+
+    Raises:
+        WeightsError: it is an adapter of another kind.
+    """
     groups: dict[str, dict[str, Entry]] = {}
     extra: dict[str, Entry] = {}
     for name, entry in header.tensors.items():
         for other, what in OTHER.items():
             if f".{other}" in name:
-                raise WeightsError(f"{path} is {what} ({name}); mrflow reads LoRA, see docs/how-to/lora.md")
+                raise WeightsError(f"{header.path} is {what} ({name}); mrflow reads LoRA, see docs/how-to/lora.md")
         for pattern, role in ROLES:
             if found := pattern.search(name):
                 groups.setdefault(name[: found.start()], {})[role] = entry
                 break
         else:
             extra[name] = entry
+    return groups, extra
+
+
+@lru_cache(maxsize=16)
+def _opened(path: Path, sha256: str) -> Opened:
+    header = open_checkpoint(path)
+    groups, extra = read_groups(header)
     if not groups:
         raise WeightsError(f"{path} holds no LoRA; its names begin with {some(list(header.tensors))}")
     return Opened(header, groups, extra)
