@@ -152,7 +152,7 @@ def test_loading_leaves_what_no_adapter_touches_mapped(repo: Path, tmp_path: Pat
 
 def test_threads_with_different_adapters_do_not_meet(repo: Path, tmp_path: Path) -> None:  # noqa: F811
     model = loaded(repo)
-    files = [None, mf.Lora(str(lora(tmp_path, seed=1))), mf.Lora(str(lora(tmp_path, seed=2)))]
+    files = [None, *(mf.Lora(str(lora(tmp_path, seed=seed))) for seed in range(4))]  # more than are kept
     chains = [mf.Sample(32, 32, mf.Shifted(4), lora=f) >> mf.Decode() for f in files]
     want = [draw(model, chain=c).pixels for c in chains]
     got: dict[int, Tensor] = {}
@@ -160,12 +160,12 @@ def test_threads_with_different_adapters_do_not_meet(repo: Path, tmp_path: Path)
     def work(i: int) -> None:
         got[i] = draw(model, chain=chains[i]).pixels
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(5)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert all(torch.equal(got[i], want[i]) for i in range(3))
+    assert all(torch.equal(got[i], want[i]) for i in range(5))
     assert not torch.equal(want[1], want[2])
 
 

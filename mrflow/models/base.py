@@ -1,6 +1,7 @@
 """What large models share as backbones: phases of memory, folding, compiling, graphs, the autoencoder in tiles."""
 
 import copy
+import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from mrflow.upscalers import Upscaler
 if TYPE_CHECKING:
     from mrflow.models.piflow import Policies
 
+_ADAPTING = threading.RLock()  # adapters are read once, whichever thread asks first
 TILE = 64  # latent cells a side, where the autoencoder works in tiles
 DIRECT = Ways()
 
@@ -121,7 +123,9 @@ class LatentModel:
         from mrflow.models import lora
 
         key = (lora.key_of(loras), tuple(each.skip_text for each in loras))
-        if key not in self._adapted:
+        with _ADAPTING:
+            if (known := self._adapted.get(key)) is not None:
+                return cast("Model", known)
             net = self._net
             assert isinstance(net, Flux | QwenImage)
             changed = lora.changes(net, loras, self._info.name)
@@ -135,7 +139,7 @@ class LatentModel:
             while len(self._adapted) > 1:
                 self._adapted.pop(next(iter(self._adapted)))
             self._adapted[key] = other
-        return cast("Model", self._adapted[key])
+            return other
 
     def policies(self, adapter: PiFlow, loras: Sequence[Lora] = ()) -> "Policies":
         """The same model with a pi-Flow adapter, and perhaps LoRAs, on top; the last one that was asked for is kept.
@@ -147,7 +151,9 @@ class LatentModel:
 
         file, digest = piflow.located_adapter(adapter)
         key = ("pi-Flow", digest, lora.key_of(loras))
-        if key not in self._policies:
+        with _ADAPTING:
+            if (known := self._policies.get(key)) is not None:
+                return known
             net = self._net
             assert isinstance(net, Flux | QwenImage)
             head = piflow.read_head(file, net, device=self._device)
@@ -164,9 +170,10 @@ class LatentModel:
             other._compile()
             other._wire()
             assert isinstance(other, piflow.Steered)
+            made = piflow.Policies(other, head)
             self._policies.clear()
-            self._policies[key] = piflow.Policies(other, head)
-        return self._policies[key]
+            self._policies[key] = made
+            return made
 
     def _check_changes(self, changed: Mapping[str, object]) -> None:
         """Refuse adapters of what this model cannot change."""

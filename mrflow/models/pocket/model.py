@@ -189,14 +189,18 @@ class Pocket:
         from mrflow.models import lora
 
         key = lora.key_of(loras)
-        if key not in self._adapted:
+        known = self._adapted.get(key)
+        if known is None:
             changed = lora.changes(self._flow, loras, "pocket")
             other = copy.copy(self)
             other._flow = lora.adapted(self._flow, changed, dtype=self._flow.dtype, device=self._device)
             other._info = replace(self._info, version=self._info.version + lora.mark_of(loras))
             other._adapted = {}
-            self._adapted[key] = other
-        return self._adapted[key]
+            known = other
+            if len(self._adapted) > 3:
+                self._adapted.clear()
+            self._adapted[key] = known
+        return known
 
     takes_levels = True
 
