@@ -1,7 +1,7 @@
 """Is a small x2 net, trained on what the autoencoder really decodes, better than bicubic?
 
 Pairs: a scene at 128 px through the autoencoder (its latents noised a little, as sampled ones are), and the same scene
-drawn at 256 px. Loss: L1 + 0.3 gradient L1; in the last 40 % a hinge GAN at weight 0.004 with a patch discriminator.
+drawn at 256 px. Loss: L1 + 0.3 gradient L1; in the last 40 % (--gan) a hinge GAN at weight 0.004 with a patch discriminator.
 
     python -m experiments.train_pocket.sr --minutes 8
 """
@@ -19,9 +19,10 @@ from torch import nn
 from experiments.train_pocket.autoencoder import gradient_l1
 from experiments.train_pocket.data import pictures
 from mrflow.models.pocket.networks import Autoencoder, CompactSR
-from mrflow.scenes.grammar import POCKET_1
+from mrflow.scenes.grammar import FULL, POCKET_1
 
 log = logging.getLogger("sr")
+WORLDS = {"pocket-1": POCKET_1, "full": FULL}
 
 
 def discriminator() -> nn.Sequential:
@@ -40,6 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--pairs", type=int, default=3000)
+    parser.add_argument("--world", choices=list(WORLDS), default="pocket-1")
+    parser.add_argument("--gan", type=float, default=0.6, help="share of the time before the GAN begins; 1: none")
+    parser.add_argument("--start", type=Path, help="weights of another run to begin with")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/pocket"))
     args = parser.parse_args()
@@ -48,7 +52,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     auto = Autoencoder()
     auto.load_state_dict(torch.load(args.out / "autoencoder.pt", weights_only=True)["ema"])
-    small, large = pictures(POCKET_1, args.pairs, 128, 21)[0], pictures(POCKET_1, args.pairs, 256, 21)[0]
+    world = WORLDS[args.world]
+    small, large = pictures(world, args.pairs, 128, 21)[0], pictures(world, args.pairs, 256, 21)[0]
     with torch.no_grad():
         chunks = []
         for i in range(0, len(small), 50):
@@ -57,6 +62,8 @@ def main() -> None:
         inputs = torch.cat(chunks)
     log.info("made %d pairs", len(inputs))
     net, ema, critic = CompactSR(), CompactSR(), discriminator()
+    if args.start is not None:
+        net.load_state_dict(torch.load(args.start, weights_only=True))
     ema.load_state_dict(net.state_dict())
     opt = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99))
     opt_d = torch.optim.AdamW(critic.parameters(), lr=3e-4, betas=(0.5, 0.9))
@@ -71,7 +78,7 @@ def main() -> None:
         y = large[pick][..., 2 * i : 2 * i + 128, 2 * j : 2 * j + 128].float() / 255
         out = net(x)
         loss = (out - y).abs().mean() + 0.3 * gradient_l1(out, y)
-        adversarial = elapsed > 0.6 * total
+        adversarial = elapsed > args.gan * total
         if adversarial:
             loss = loss - 0.004 * critic(out).mean()
         opt.zero_grad()
