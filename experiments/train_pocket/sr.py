@@ -1,7 +1,8 @@
 """Is a small x2 net, trained on what the autoencoder really decodes, better than bicubic?
 
 Pairs: a scene at 128 px through the autoencoder (its latents noised a little, as sampled ones are), and the same scene
-drawn at 256 px. Loss: L1 + 0.3 gradient L1; in the last 40 % (--gan) a hinge GAN at weight 0.004 with a patch discriminator.
+drawn at 256 px. Loss: L1 + 0.3 gradient L1; in the last 40 % (--gan) a hinge GAN at weight 0.004 with a patch
+discriminator.
 
     python -m experiments.train_pocket.sr --minutes 8
 """
