@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mrflow.bridge.version import unwrapped
-from mrflow.caches.base import Stepper
 from mrflow.errors import PlanError
+from mrflow.models.fields import Step
 from mrflow.models.lora import grafted
 
 Call = Mapping[str, Any]
-Opening = Callable[["BridgedPieces"], Stepper]
+Opening = Callable[["BridgedPieces"], Step]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Held(nn.Module):
 class Stack(nn.Module):
     """In the place of all blocks: a step decides which of them run."""
 
-    def __init__(self, pieces: BridgedPieces, step: Stepper, before: Held | None = None) -> None:
+    def __init__(self, pieces: BridgedPieces, step: Step, before: Held | None = None) -> None:
         super().__init__()
         self.pieces, self.step = pieces, step
         self.before = [before]  # in a list, so that it is no submodule

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition
@@ -12,6 +11,7 @@ from mrflow.bridge.blocks import SD3, Opening
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.models.fields import side_by_side
 from mrflow.spec import FLUX, Architecture, LatentSpace, ModelInfo
 
 
@@ -115,9 +115,4 @@ class BridgedSD3(KLBridged):
         if len({str([(name, t.shape) for name, t in sorted(c.tensors.items())]) for c in conds}) > 1:
             fields = [self.field(c) for c in conds]
             return lambda x, sigma: tuple(f(x, sigma) for f in fields)
-        joined = self.field(Condition({name: torch.cat([c[name] for c in conds]) for name in conds[0].tensors}))
-
-        def velocities(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
-            return joined(x.repeat(len(conds), 1, 1, 1), sigma).chunk(len(conds))
-
-        return velocities
+        return side_by_side(conds, self.field)

@@ -12,6 +12,7 @@ from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.bridge.flux2 import chat
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.models.fields import side_by_side
 from mrflow.spec import FLUX, Architecture, LatentSpace, ModelInfo
 
 GATED = 4.0  # its gated MLP of three matrices of 8/3 widths counts as two of four
@@ -103,17 +104,12 @@ class BridgedZImage(KLBridged):
         """The velocities for several conditions from one pass over a larger batch, as the pipeline does."""
         longest = max(checked(self.info, c, {"context": 0, "mask": 0})["context"].shape[1] for c in conds)
 
-        def wide(name: str) -> Tensor:
-            rest = [longest - c[name].shape[1] for c in conds]
-            pads = [c[name].new_zeros(c.batch, n, *c[name].shape[2:]) for c, n in zip(conds, rest, strict=True)]
-            return torch.cat([torch.cat((c[name], pad), 1) for c, pad in zip(conds, pads, strict=True)])
+        def wide(cond: Condition) -> Condition:
+            rest = longest - cond["context"].shape[1]
+            pads = {name: t.new_zeros(cond.batch, rest, *t.shape[2:]) for name, t in cond.tensors.items()}
+            return Condition({name: torch.cat((t, pads[name]), 1) for name, t in cond.tensors.items()})
 
-        joined = self.field(Condition({"context": wide("context"), "mask": wide("mask")}))
-
-        def velocities(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
-            return joined(x.repeat(len(conds), 1, 1, 1), sigma).chunk(len(conds))
-
-        return velocities
+        return side_by_side([wide(cond) for cond in conds], self.field)
 
     def _texts(self, cond: Condition) -> list[Tensor]:
         """Each item's own states."""

@@ -22,6 +22,7 @@ from mrflow.spec import ModelInfo
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.caches.cached import Cached
+    from mrflow.models.fields import Step
     from mrflow.models.layers import Merge
 
 Feature = Literal["change", "output", "velocity"]
@@ -66,14 +67,6 @@ class Pieces(Protocol):
     def head(self, img: Tensor, table: Tensor) -> Tensor:
         """The velocity's tokens."""
         ...
-
-
-class Stepper(Protocol):
-    """A step: image tokens, the text stream, rotations and modulations to the velocity's tokens."""
-
-    def __call__(
-        self, tokens: Tensor, text: Tensor, cos: Tensor, sin: Tensor, table: Tensor, /, *, key: object = None
-    ) -> Tensor: ...
 
 
 class Unseen(Exception):
@@ -170,7 +163,7 @@ class Cache(ABC):
         """What a computed evaluation costs, as a part of one without the cache."""
         return 1.0
 
-    def opened(self, pieces: Pieces, clock: "Clock", info: ModelInfo) -> Stepper:
+    def opened(self, pieces: Pieces, clock: "Clock", info: ModelInfo) -> "Step":
         """The step that one field takes; what it remembers dies with it."""
         from mrflow.caches.memory import Memory
 

@@ -10,9 +10,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mrflow.caches.base import Cache, Clock, Look, Pieces, Rule, Stepper
+from mrflow.caches.base import Cache, Clock, Look, Pieces, Rule
 from mrflow.cost import forward_flops
 from mrflow.errors import PlanError
+from mrflow.models.fields import Step
 from mrflow.models.layers import Merge, Merged, Rope
 from mrflow.notes import count
 from mrflow.spec import ModelInfo
@@ -74,7 +75,7 @@ class ToMA(Cache):
         per_tile = self.tile**2
         return tokens // per_tile * math.floor(per_tile * self.ratio)
 
-    def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Stepper:
+    def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
         """The step that merges."""
         return _Step(self, pieces, clock, info)
 

@@ -130,12 +130,8 @@ class LatentModel:
             assert isinstance(net, Flux | QwenImage)
             changed = lora.changes(net, loras, self._info.name)
             self._check_changes(changed)
-            other = copy.copy(self)
-            other._net = lora.adapted(net, changed, dtype=net.dtype, device=self._device)
-            other._info = replace(self._info, version=self._info.version + lora.mark_of(loras))
-            other._adapted, other._policies = {}, {}
-            other._compile()
-            other._wire()
+            own = lora.adapted(net, changed, dtype=net.dtype, device=self._device)
+            other = self._variant(own, lora.mark_of(loras))
             while len(self._adapted) > 1:
                 self._adapted.pop(next(iter(self._adapted)))
             self._adapted[key] = other
@@ -160,20 +156,25 @@ class LatentModel:
             low = piflow.lora_of(file)
             changed = lora.changes(net, (*loras, *([low] if low else [])), self._info.name, beside=head.names)
             self._check_changes({**changed, **head.modules})
-            other = copy.copy(self)
             wrapped = {p: c for p, c in changed.items() if p not in head.modules}
             whole = lora.adapted(net, wrapped, dtype=net.dtype, device=self._device)
-            other._net = lora.grafted(whole, head.modules)
             mark = f"+piflow-{digest[:12]}{lora.mark_of(loras)}"
-            other._info = replace(self._info, version=self._info.version + mark)
-            other._adapted, other._policies = {}, {}
-            other._compile()
-            other._wire()
+            other = self._variant(lora.grafted(whole, head.modules), mark)
             assert isinstance(other, piflow.Steered)
             made = piflow.Policies(other, head)
             self._policies.clear()
             self._policies[key] = made
             return made
+
+    def _variant(self: "Model", net: Transformer, mark: str) -> "Model":
+        """This model with another network, which shares its weights; `mark` is added to the version."""
+        other = copy.copy(self)
+        other._net = net
+        other._info = replace(self._info, version=self._info.version + mark)
+        other._adapted, other._policies = {}, {}
+        other._compile()
+        other._wire()
+        return other
 
     def _check_changes(self, changed: Mapping[str, object]) -> None:
         """Refuse adapters of what this model cannot change."""

@@ -1,7 +1,7 @@
 """Noisy latents to more noisy latents, in the frequency domain."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from mrflow.errors import PlanError
 from mrflow.noise import Noise, PerItem
 from mrflow.schedules import shift_static
-from mrflow.spec import Latents, ModelInfo, State, check_size
+from mrflow.spec import Latents, ModelInfo, State
 from mrflow.stage import Stage
 from mrflow.stages.decode import check_space
-from mrflow.stages.lift import check_rise
+from mrflow.stages.lift import risen
 
 if TYPE_CHECKING:
     from mrflow.runner import Context
@@ -39,12 +39,8 @@ class Grow(Stage[Latents, Latents]):
     def plan(self, spec: Latents, model: ModelInfo) -> Latents:
         """Latents of `size` at the level sigma'."""
         check_space(spec, model)
-        per = model.space.downscale
-        height, width = self.size or (2 * per * spec.height, 2 * per * spec.width)
-        check_size(height, width, model.space)
-        check_rise((per * spec.height, per * spec.width), (height, width), model)
-        ratio = height / (per * spec.height)
-        return Latents(spec.batch, height // per, width // per, spec.space, shift_static(spec.sigma, ratio))
+        large = risen(spec, self.size, model)
+        return replace(large, sigma=shift_static(spec.sigma, large.height / spec.height))
 
     def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
         """Grow."""

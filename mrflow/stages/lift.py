@@ -35,11 +35,7 @@ class Lift(Stage[Latents, Latents]):
             raise PlanError(
                 f"latents hold noise (sigma {spec.sigma:g}), and Lift takes clean ones: put Refine() before it"
             )
-        per = model.space.downscale
-        height, width = self.size or (2 * per * spec.height, 2 * per * spec.width)
-        check_size(height, width, model.space)
-        check_rise((per * spec.height, per * spec.width), (height, width), model)
-        return Latents(spec.batch, height // per, width // per, spec.space)
+        return risen(spec, self.size, model)
 
     def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
         """Interpolate."""
@@ -47,6 +43,19 @@ class Lift(Stage[Latents, Latents]):
         if self.filter == "nearest":
             return interpolate(state.data, size=size, mode="nearest-exact")
         return interpolate(state.data, size=size, mode=self.filter, align_corners=False)
+
+
+def risen(spec: Latents, size: tuple[int, int] | None, model: ModelInfo) -> Latents:
+    """Clean latents of a picture size, (height, width) in pixels; of twice the sides where none is said.
+
+    Raises:
+        PlanError: the model cannot make that size, or it is no rise from `spec`.
+    """
+    per = model.space.downscale
+    height, width = size or (2 * per * spec.height, 2 * per * spec.width)
+    check_size(height, width, model.space)
+    check_rise((per * spec.height, per * spec.width), (height, width), model)
+    return Latents(spec.batch, height // per, width // per, spec.space)
 
 
 def check_rise(low: tuple[int, int], high: tuple[int, int], model: ModelInfo) -> None:

@@ -9,10 +9,10 @@ from torch.nn.functional import interpolate
 
 from mrflow.cost import decode_flops, encode_flops
 from mrflow.errors import PlanError
-from mrflow.spec import Latents, ModelInfo, State, check_size
+from mrflow.spec import Latents, ModelInfo, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.decode import check_space
-from mrflow.stages.lift import check_rise
+from mrflow.stages.lift import risen
 
 if TYPE_CHECKING:
     from mrflow.runner import Context
@@ -49,11 +49,7 @@ class SelfLift(Stage[Latents, Latents]):
                 f"latents hold noise (sigma {spec.sigma:g}), and SelfLift takes a clean estimate: end the schedule "
                 "before it with Part(..., clean=True)"
             )
-        per = model.space.downscale
-        height, width = self.size or (2 * per * spec.height, 2 * per * spec.width)
-        check_size(height, width, model.space)
-        check_rise((per * spec.height, per * spec.width), (height, width), model)
-        return Latents(spec.batch, height // per, width // per, spec.space)
+        return risen(spec, self.size, model)
 
     def work(self, spec: Latents, out: Latents, model: ModelInfo) -> Work:
         """The decoder small, the encoder large."""
