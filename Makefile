@@ -6,7 +6,7 @@ OUT ?= out
 BASICSR := .venv-basicsr
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-basicsr figure check lint fast docs parity gpu wheel clean
+.PHONY: help demo test test-basicsr figure pocket check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -34,6 +34,9 @@ test: $(VENV)/.installed-dev ## Run all tests
 
 figure: $(VENV)/.installed-dev ## Every method on the embedded model: docs/images/studies/rivals.svg and its table
 	$(BIN)/python -m experiments.studies rivals --figure --batch 16
+
+pocket: $(VENV)/.installed-dev ## Train the embedded model and its student again, into runs/pocket-2 (hours; goes on where it stopped)
+	$(BIN)/python -m experiments.train_pocket
 
 check: lint fast ## Lint, types and the fast tests
 

@@ -254,6 +254,7 @@ def replay(
     """
     from mrflow.files import known_files
     from mrflow.models import load
+    from mrflow.models.pocket.model import shipped
     from mrflow.runner import run
 
     record = read_record(path)
@@ -265,8 +266,8 @@ def replay(
         raise RecordError(f"{path}: its record lacks the prompt, seed, negative or model")
     if "start" in record and start is None:
         raise RecordError(f"{path} was made from a picture ({record['start']}); pass it as start=")
-    backbone = load(name) if model is None else model
     weights = record.get("weights")
+    backbone = load(shipped(name, str(weights)) or name) if model is None else model
     if backbone.info.name != name or backbone.info.version != weights:
         raise RecordError(
             f"{path} was made by {name} {weights}, but the model given is {backbone.info.name} {backbone.info.version}"

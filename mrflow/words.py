@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def embedded(where: str) -> bool:
     """Whether a model is one that comes with everything."""
     from mrflow.models import is_pocket
+    from mrflow.models.pocket.model import shipped
 
-    return where == "pocket" or is_pocket(Path(where)) or not (Path(where).exists() or "/" in where)
+    return bool(shipped(where)) or is_pocket(Path(where)) or not (Path(where).exists() or "/" in where)
 
 
 def load_model(

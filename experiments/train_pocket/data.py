@@ -1,13 +1,19 @@
-"""Pictures for training the embedded model: rendered once, kept as bytes."""
+"""Pictures for training the embedded model, and pictures of how it goes."""
 
+import logging
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mrflow.scenes.grammar import World, held_out, sample_scene
+from mrflow.io import to_images
+from mrflow.scenes.grammar import FULL, POCKET_1, World, held_out, sample_scene
 from mrflow.scenes.render import render
+
+WORLDS = {"pocket-1": POCKET_1, "full": FULL}
 
 
 def pictures(world: World, count: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -22,3 +28,31 @@ def pictures(world: World, count: int, size: int, seed: int) -> tuple[Tensor, li
         out[i] = torch.from_numpy(np.array(render(scene, size))).permute(2, 0, 1)
         captions.append(scene.caption)
     return out, captions
+
+
+def unit(images: Tensor) -> Tensor:
+    """uint8 to float in [0, 1]."""
+    return images.float() / 255
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over pictures (b, 3, h, w) in [0, 1], in dB."""
+    return float((-10 * (a - b).square().mean((1, 2, 3)).log10()).mean())
+
+
+def grid(rows: list[Tensor]) -> Image.Image:
+    """One picture of rows of pictures; each row is (b, 3, h, w) in [0, 1]."""
+    strips = [np.concatenate([np.asarray(image) for image in to_images(row)], 1) for row in rows]
+    out = Image.new("RGB", (max(s.shape[1] for s in strips), sum(s.shape[0] for s in strips)))
+    top = 0
+    for strip in strips:
+        out.paste(Image.fromarray(strip), (0, top))
+        top += strip.shape[0]
+    return out
+
+
+def start_log(folder: Path) -> None:
+    """Say what happens on stderr, and keep it in the folder's train.log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(folder / "train.log")]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)

@@ -1,48 +1,44 @@
-"""Puts the trained parts into the one file that mrflow ships, in half precision.
+"""Puts the trained parts into the files that mrflow ships, in half precision."""
 
-python -m experiments.train_pocket.export --version pocket-1
-"""
-
-import argparse
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from experiments.train_pocket.autoencoder import State
+from experiments.train_pocket.loop import log
 from mrflow.io import write_bytes
-from mrflow.models.pocket.model import WEIGHTS
+from mrflow.models.checkpoint import read_header
 
 
-def main() -> None:
-    """Write the file; print its size and version."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/pocket"))
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--version", default="pocket-1")
-    args = parser.parse_args()
-    flow = torch.load(args.runs / "flow.pt", weights_only=True)
-    parts: dict[str, dict[str, Tensor]] = {
-        "text": {k.removeprefix("text."): v for k, v in flow["ema"].items() if k.startswith("text.")},
-        "flow": {k.removeprefix("flow."): v for k, v in flow["ema"].items() if k.startswith("flow.")},
-        "autoencoder": torch.load(args.runs / "autoencoder.pt", weights_only=True)["ema"],
-        "sr": torch.load(args.runs / "sr.pt", weights_only=True),
-    }
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Twelve hex digits that tell these weights from others."""
+    found = hashlib.sha256()
+    for key, tensor in tensors.items():
+        found.update(key.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def write_once(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Write a file whose metadata are `facts`; one of the same version stays as it is."""
+    if path.exists() and read_header(path).metadata.get("version") == facts["version"]:
+        return
+    data = save(tensors, metadata=dict(facts))
+    write_bytes(path, data)
+    log.info("%s: %.2f MB, %s", path, len(data) / 1e6, facts["version"])
+
+
+def export(name: str, flow: State, autoencoder: State, sr: State, path: Path, facts: Mapping[str, str]) -> str:
+    """Write the model's file; gives its version: the name and a digest of the weights."""
+    parts: dict[str, State] = {"autoencoder": autoencoder, "flow": {}, "sr": sr, "text": {}}
+    for key, value in flow.items():  # keys begin with text. or flow.
+        part, _, rest = key.partition(".")
+        parts[part][rest] = value
     tensors = {
-        f"{part}.{name}": v.half().contiguous()
-        for part, state in sorted(parts.items())
-        for name, v in sorted(state.items())
+        f"{part}.{key}": v.half().contiguous() for part, state in parts.items() for key, v in sorted(state.items())
     }
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    version = f"{args.version}+{digest.hexdigest()[:12]}"
-    seen = {str(k): v for k, v in flow["seen"].items()}
-    data = save(tensors, metadata={"version": version, "steps": str(flow["step"]), "samples": str(seen)})
-    write_bytes(args.out, data)
-    print(f"{args.out}: {len(data) / 1e6:.1f} MB, {version}, {flow['step']} steps, samples {seen}")
-
-
-if __name__ == "__main__":
-    main()
+    version = f"{name}+{digest(tensors)}"
+    write_once(path, tensors, {"version": version, **facts})
+    return version

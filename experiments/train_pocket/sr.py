@@ -1,29 +1,23 @@
 """Is a small x2 net, trained on what the autoencoder really decodes, better than bicubic?
 
 Pairs: a scene at 128 px through the autoencoder (its latents noised a little, as sampled ones are), and the same scene
-drawn at 256 px. Loss: L1 + 0.3 gradient L1; in the last 40 % (--gan) a hinge GAN at weight 0.004 with a patch
-discriminator.
-
-    python -m experiments.train_pocket.sr --minutes 8
+drawn at 256 px. Loss: L1 + 0.3 gradient L1; in the last part of the steps a hinge GAN at weight 0.004 with a patch
+discriminator, where one is asked for.
 """
-
-import argparse
-import logging
-import math
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
-from experiments.train_pocket.autoencoder import gradient_l1
-from experiments.train_pocket.data import pictures
+from experiments.train_pocket.autoencoder import State, gradient_l1
+from experiments.train_pocket.data import grid, pictures, psnr, unit
+from experiments.train_pocket.loop import Loop, Run, cosine, finished, log
 from mrflow.models.pocket.networks import Autoencoder, CompactSR
-from mrflow.scenes.grammar import FULL, POCKET_1
+from mrflow.scenes.grammar import World
 
-log = logging.getLogger("sr")
-WORLDS = {"pocket-1": POCKET_1, "full": FULL}
+PAIRS = 2400
+HELD = 100  # the last of them are for measuring
 
 
 def discriminator() -> nn.Sequential:
@@ -37,72 +31,74 @@ def discriminator() -> nn.Sequential:
     )
 
 
-def main() -> None:
-    """Train for a given time, then print PSNR beside bicubic's."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--pairs", type=int, default=3000)
-    parser.add_argument("--world", choices=list(WORLDS), default="pocket-1")
-    parser.add_argument("--gan", type=float, default=0.6, help="share of the time before the GAN begins; 1: none")
-    parser.add_argument("--start", type=Path, help="weights of another run to begin with")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/pocket"))
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+def bicubic(x: Tensor) -> Tensor:
+    """Twice as large."""
+    return F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+@torch.inference_mode()
+def decoded(small: Tensor, autoencoder: State, device: torch.device) -> Tensor:
+    """What the autoencoder makes of pictures (uint8), with a little noise on their latents; uint8 again."""
     auto = Autoencoder()
-    auto.load_state_dict(torch.load(args.out / "autoencoder.pt", weights_only=True)["ema"])
-    world = WORLDS[args.world]
-    small, large = pictures(world, args.pairs, 128, 21)[0], pictures(world, args.pairs, 256, 21)[0]
-    with torch.no_grad():
-        chunks = []
-        for i in range(0, len(small), 50):
-            z = auto.encode(small[i : i + 50].float() / 255)
-            chunks.append((auto.decode(z + 0.1 * torch.randn_like(z)).clamp(0, 1) * 255).round().byte())
-        inputs = torch.cat(chunks)
+    auto.load_state_dict(autoencoder)
+    auto = auto.to(device).eval()
+    out: list[Tensor] = []
+    for part in small.split(50):
+        z = auto.encode(unit(part.to(device)))
+        out.append((auto.decode(z + 0.1 * torch.randn_like(z)).clamp(0, 1) * 255).round().byte().cpu())
+    return torch.cat(out).clone()
+
+
+def train(
+    run: Run, name: str, world: World, steps: int, autoencoder: State, *, gan: float = 1.0, start: State | None = None
+) -> State:
+    """The super-resolution net's weights; `gan` is the share of the steps before the GAN begins (1: none)."""
+    if (done := finished(run, name)) is not None:
+        return done
+    device, held = run.device, run.count(HELD)
+    count = run.count(PAIRS) + held
+    small, large = (pictures(world, count, size, 21)[0] for size in (128, 256))
+    torch.manual_seed(0)
+    inputs = decoded(small, autoencoder, device)
     log.info("made %d pairs", len(inputs))
-    net, ema, critic = CompactSR(), CompactSR(), discriminator()
-    if args.start is not None:
-        net.load_state_dict(torch.load(args.start, weights_only=True))
-    ema.load_state_dict(net.state_dict())
-    opt = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99))
-    opt_d = torch.optim.AdamW(critic.parameters(), lr=3e-4, betas=(0.5, 0.9))
-    began, total, step = time.monotonic(), 60 * args.minutes, 0
-    train = len(inputs) - 100
-    while (elapsed := time.monotonic() - began) < total:
-        for group in opt.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * elapsed / total)))
-        pick = torch.randint(train, (8,))
+    net, critic = CompactSR(), discriminator().to(device)
+    if start is not None:
+        net.load_state_dict(start)
+    net = net.to(device)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    second = torch.optim.AdamW(critic.parameters(), lr=3e-4, betas=(0.5, 0.9))
+    x, y = unit(inputs[-held:]), unit(large[-held:])
+
+    def draw() -> Image.Image:
+        few = x[:4]
+        return grid([bicubic(few), net(few.to(device)).clamp(0, 1), y[:4]])
+
+    loop = Loop(
+        name,
+        run,
+        dict(net.named_parameters()),
+        [optimiser],
+        run.count(steps),
+        factor=cosine,
+        clip=None,
+        keep={"critic": critic, "its optimiser": second},
+        draw=draw,
+    )
+    for _ in loop:
+        pick = torch.randint(len(inputs) - held, (8 * run.batch,))
         i, j = (int(v) for v in torch.randint(0, 65, (2,)))
-        x = inputs[pick][..., i : i + 64, j : j + 64].float() / 255
-        y = large[pick][..., 2 * i : 2 * i + 128, 2 * j : 2 * j + 128].float() / 255
-        out = net(x)
-        loss = (out - y).abs().mean() + 0.3 * gradient_l1(out, y)
-        adversarial = elapsed > args.gan * total
+        cut = unit(inputs[pick][..., i : i + 64, j : j + 64].to(device))
+        true = unit(large[pick][..., 2 * i : 2 * i + 128, 2 * j : 2 * j + 128].to(device))
+        out = net(cut)
+        loss = (out - true).abs().mean() + 0.3 * gradient_l1(out, true)
+        adversarial = loop.progress >= gan
+        loop.learn(loss - 0.004 * critic(out).mean() if adversarial else loss, items=len(pick))
         if adversarial:
-            loss = loss - 0.004 * critic(out).mean()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        if adversarial:
-            real, fake = critic(y), critic(out.detach())
-            loss_d = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-            opt_d.zero_grad()
+            loss_d = F.relu(1 - critic(true)).mean() + F.relu(1 + critic(out.detach())).mean()
+            second.zero_grad()
             loss_d.backward()
-            opt_d.step()
-        step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 0.01)
-        if step % 200 == 0:
-            log.info("step %d  %.0f s  loss %.4f", step, elapsed, loss.item())
-    torch.save(ema.state_dict(), args.out / "sr.pt")
-    with torch.no_grad():
-        x, y = inputs[train:].float() / 255, large[train:].float() / 255
-        bicubic = F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=False).clamp(0, 1)
-        for name, out in (("bicubic", bicubic), ("net", ema(x).clamp(0, 1))):
-            log.info("PSNR %s: %.2f dB", name, float((-10 * (out - y).square().mean((1, 2, 3)).log10()).mean()))
-
-
-if __name__ == "__main__":
-    main()
+            second.step()
+    with loop.averaged():
+        found = torch.cat([net(part.to(device)).clamp(0, 1).cpu() for part in x.split(20)])
+        log.info("%s: %.2f dB, bicubic %.2f dB", name, psnr(found, y), psnr(bicubic(x), y))
+    return loop.finish()

@@ -5,177 +5,181 @@ student has steps. The teacher, guided as it is used, integrates each window in 
 straight line between the window's ends. One Euler step a window is then exact where it learned well, and the guidance,
 which doubles the teacher's cost, is in its weights. Text encoder and autoencoder stay the teacher's.
 
-    python -m experiments.train_pocket.student --minutes 20
+    python -m experiments.train_pocket.student --out runs/student --export mine.safetensors
 """
 
 import argparse
-import logging
 import random
-import time
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from PIL import Image
 from torch import Tensor, nn
 
 import mrflow as mf
-from experiments.train_pocket.flow import plain_attention
-from mrflow.io import write_bytes
+from experiments.train_pocket.autoencoder import State
+from experiments.train_pocket.data import WORLDS, grid, start_log
+from experiments.train_pocket.export import digest, write_once
+from experiments.train_pocket.flow import SHOWN, plain_attention
+from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log
 from mrflow.models.flux import Flux, image_ids, pack
 from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, load_pocket
-from mrflow.scenes.grammar import FULL, POCKET_1, World, held_out, sample_scene
+from mrflow.scenes.grammar import World, held_out, sample_scene
 
-log = logging.getLogger("student")
-WORLDS = {"pocket-1": POCKET_1, "full": FULL}
 BATCH = {128: 48, 256: 12}
+TAUGHT = {128: 4000, 256: 1200}  # captions
+WINDOWS, INNER, RANK, RATE, STEPS = 2, 6, 32, 2e-3, 1500
+HIGH_SHARE = 0.5
+NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))
 Pairs = tuple[Tensor, Tensor, Tensor]  # states (item, window end, ...), context, pooled
 
 
-def window_levels(model: Pocket, size: int, windows: int) -> tuple[float, ...]:
+def window_levels(model: Pocket, size: int, windows: int = WINDOWS) -> tuple[float, ...]:
     """Where windows begin and end: the student's own schedule."""
     return mf.Shifted(windows)(1.0, model.info.tokens(size, size), model.info)
 
 
 @torch.inference_mode()
-def teach(model: Pocket, world: World, size: int, count: int, windows: int, inner: int, seed: int) -> Pairs:
+def teach(model: Pocket, world: World, size: int, count: int) -> Pairs:
     """States of the guided teacher at the ends of all windows, for `count` captions of training."""
-    rng, levels = random.Random(seed), window_levels(model, size, windows)
-    fine = [hi + (lo - hi) * i / inner for hi, lo in pairwise(levels) for i in range(inner)]
+    rng, levels = random.Random(size), window_levels(model, size)
+    fine = [hi + (lo - hi) * i / INNER for hi, lo in pairwise(levels) for i in range(INNER)]
     empty, side = model.condition([""]), size // 8
     states, contexts, pooleds = list[Tensor](), list[Tensor](), list[Tensor]()
     guidance = mf.CFG(model.info.cfg)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(size)
     while sum(len(x) for x in states) < count:
-        scenes = [sample_scene(world, rng) for _ in range(BATCH[size])]
+        scenes = [sample_scene(world, rng) for _ in range(min(BATCH[size], 2 * count))]
         cond = model.condition([s.caption for s in scenes if not held_out(s.caption)])
-        x = torch.randn(cond.batch, 16, side, side, generator=generator)
+        x = torch.randn(cond.batch, 16, side, side, generator=generator).to(model.device)
         found = [x]
         field = guidance.field(model, cond, empty)
-        for i in range(windows):
-            sigmas = (*fine[i * inner : (i + 1) * inner], levels[i + 1])
+        for i in range(WINDOWS):
+            sigmas = (*fine[i * INNER : (i + 1) * INNER], levels[i + 1])
             x = mf.integrate(mf.Euler(), field, x, sigmas)
             found.append(x)
-        states.append(torch.stack(found, 1).half())
-        contexts.append(cond["context"].half())
-        pooleds.append(cond["pooled"].half())
-        log.info("%d px: %d of %d", size, sum(len(x) for x in states), count)
+        states.append(torch.stack(found, 1).half().cpu())
+        contexts.append(cond["context"].half().cpu())
+        pooleds.append(cond["pooled"].half().cpu())
+        log.info("taught %d of %d at %d px", sum(len(x) for x in states), count, size)
     return torch.cat(states).clone(), torch.cat(contexts).clone(), torch.cat(pooleds).clone()
 
 
-def adapters(flow: Flux, rank: int) -> dict[str, Change]:
+def cached_pairs(run: Run, name: str, teacher: Pocket, world: World) -> dict[int, Pairs]:
+    """What the teacher does at each size, made once."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    out: dict[int, Pairs] = {}
+    for size, count in TAUGHT.items():
+        path = run.folder / f"{name}-pairs-{size}.pt"
+        if not path.exists():
+            torch.save(teach(teacher, world, size, run.count(count)), path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        out[size] = torch.load(path, weights_only=True)
+    return out
+
+
+def adapters(flow: Flux) -> dict[str, Change]:
     """A zero change of every linear in the blocks and of the last one, ready to be trained."""
     out: dict[str, Change] = {}
     for target in {t.path: t for t in targets(flow).values()}.values():
         if not target.path.startswith(("double_blocks", "single_blocks", "final_layer")):
             continue
         rows = flow.get_submodule(target.path).out_features
-        down = nn.Parameter(torch.randn(rank, target.width) / target.width**0.5)
-        out[target.path] = Change(down, nn.Parameter(torch.zeros(int(str(rows)), rank)))
+        down = torch.randn(RANK, target.width) / target.width**0.5
+        up = torch.zeros(int(str(rows)), RANK)
+        out[target.path] = Change(*(nn.Parameter(part.to(flow.img_in.weight.device)) for part in (down, up)))
     return out
 
 
 def loss_at(student: Flux, pairs: Pairs, pick: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Mean squared error to the slope of a random window, at a random place on its straight line."""
-    states, context, pooled = (part[pick].float() for part in pairs)
+    device = student.img_in.weight.device
+    states, context, pooled = (part[pick].float().to(device) for part in pairs)
     window = torch.randint(len(levels) - 1, (len(pick),))
     # Half of the places are window beginnings, where the student's own steps ask.
-    u = torch.where(torch.rand(len(pick)) < 0.5, torch.zeros(len(pick)), torch.rand(len(pick)))
+    u = torch.where(torch.rand(len(pick)) < 0.5, torch.zeros(len(pick)), torch.rand(len(pick))).to(device)
     rows = torch.arange(len(pick))
     start, end = states[rows, window], states[rows, window + 1]
-    high, low = (torch.tensor(levels)[window + i] for i in (0, 1))
+    high, low = (torch.tensor(levels)[window + i].to(device) for i in (0, 1))
     sigma = high + u * (low - high)
     x = torch.lerp(start, end, u.view(-1, 1, 1, 1))
     slope = (end - start) / (low - high).view(-1, 1, 1, 1)
     h, w = x.shape[-2] // 2, x.shape[-1] // 2
-    velocity = student(pack(x), image_ids(h, w), context, torch.zeros(context.shape[1], 3), pooled, sigma, None)
-    return F.mse_loss(velocity, pack(slope))
+    places = image_ids(h, w, device=device), torch.zeros(context.shape[1], 3, device=device)
+    velocity = student(pack(x), places[0], context, places[1], pooled, sigma, None)
+    return F.mse_loss(velocity.float(), pack(slope))
+
+
+def train(run: Run, name: str, world: World, steps: int, teacher: Path) -> State:
+    """The adapter's tensors, in PEFT's layout."""
+    if (done := finished(run, name)) is not None:
+        return done
+    torch.manual_seed(0)
+    model = load_pocket(teacher, device=run.device)
+    flow = model._flow.requires_grad_(requires_grad=False)
+    data = cached_pairs(run, name, model, world)
+    changed = adapters(flow)
+    levels = {size: window_levels(model, size) for size in data}
+    grafts = {
+        path: Adapted(flow.get_submodule(path), change, dtype=flow.dtype, device=run.device)
+        for path, change in changed.items()
+    }
+    student = grafted(flow, grafts)
+    weights = {f"{path}.{key}": getattr(change, part) for path, change in changed.items() for key, part in NAMES}
+    optimiser = torch.optim.AdamW(list(weights.values()), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99))
+    fast = plain_attention if run.device.type == "cpu" else student.attention
+
+    def draw() -> Image.Image:
+        drawer = model.with_flow(student, "/student")
+        chains = [mf.recipes.native(size=(256, 256), steps=n, guidance=mf.Distilled()) for n in (1, 2)]
+        return grid([mf.run(chain, drawer, SHOWN, seed=0).pixels.cpu() for chain in chains])
+
+    loop = Loop(
+        name,
+        run,
+        weights,
+        [optimiser],
+        run.count(steps),
+        factor=flat_then_linear(0.5),
+        decay=0.998,
+        draw=draw,
+    )
+    for _ in loop:
+        student.attention = fast
+        size = 256 if torch.rand(()).item() < HIGH_SHARE else 128
+        pick = torch.randint(len(data[size][0]), (run.batch * BATCH[size],))
+        with run.autocast():
+            loss = loss_at(student, data[size], pick, levels[size])
+        loop.learn(loss, f"{size} px", len(pick))
+    return loop.finish()
+
+
+def export(tensors: Mapping[str, Tensor], teacher: str, steps: int, path: Path) -> None:
+    """Write the adapter in half precision; its metadata names the teacher's weights."""
+    facts = {"teacher": teacher, "steps": str(WINDOWS), "trained": f"{steps} steps"}
+    halves = {name: value.half().contiguous() for name, value in tensors.items()}
+    write_once(path, halves, {**facts, "version": digest(halves)})
 
 
 def main() -> None:
-    """Teach once, then train for given minutes; both are kept, and resumed where they are found."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """A student of any model file of this architecture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=WEIGHTS)
-    parser.add_argument("--world", choices=list(WORLDS), default="pocket-1")
-    parser.add_argument("--windows", type=int, default=2)
-    parser.add_argument("--inner", type=int, default=6, help="steps of the teacher in a window")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--pairs", type=int, nargs=2, default=(4000, 1200), help="captions at 128 and at 256 px")
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--high-share", type=float, default=0.5, help="share of steps at 256 px")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--world", choices=list(WORLDS), default="full")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=Path("runs/student"))
-    parser.add_argument("--export", type=Path, help="write the averaged adapter here, in half precision")
+    parser.add_argument("--export", type=Path, required=True, help="where the averaged adapter goes")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    model = load_pocket(args.teacher)
-    flow = model._flow.requires_grad_(requires_grad=False)
-    data: dict[int, Pairs] = {}
-    for size, count in zip((128, 256), args.pairs, strict=True):
-        path = args.out / f"pairs-{args.windows}-{size}.pt"
-        if not path.exists():
-            made = teach(model, WORLDS[args.world], size, count, args.windows, args.inner, size)
-            torch.save(made, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        data[size] = torch.load(path, weights_only=True)
-    changed = adapters(flow, args.rank)
-    flow.attention = plain_attention
-    student = grafted(
-        flow, {p: Adapted(flow.get_submodule(p), c, dtype=flow.dtype, device="cpu") for p, c in changed.items()}
-    )
-    weights = {f"{path}.{name}": getattr(c, part) for path, c in changed.items() for name, part in NAMES}
-    average = {name: p.detach().clone() for name, p in weights.items()}
-    optimiser = torch.optim.AdamW(list(weights.values()), lr=args.rate, weight_decay=0.0, betas=(0.9, 0.99))
-    done, step, path = 0.0, 0, args.out / f"student-{args.windows}.pt"
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        for name, p in weights.items():
-            p.data.copy_(saved["weights"][name])
-        average, done, step = saved["average"], saved["seconds"], saved["step"]
-        optimiser.load_state_dict(saved["optimiser"])
-    levels = {size: window_levels(model, size, args.windows) for size in data}
-    began, last, total, running = time.monotonic() - done, time.monotonic(), 60 * args.minutes, {128: 0.0, 256: 0.0}
+    run = Run(args.out, torch.device(args.device))
+    start_log(run.folder)
+    tensors = train(run, "student", WORLDS[args.world], args.steps, args.teacher)
+    export(tensors, load_pocket(args.teacher).info.version, args.steps, args.export)
 
-    def keep() -> None:
-        now = {n: p.detach() for n, p in weights.items()}
-        state: dict[str, object] = {"weights": now, "average": average, "optimiser": optimiser.state_dict()}
-        state |= {"seconds": time.monotonic() - began, "step": step}
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-
-    while (elapsed := time.monotonic() - began) < total:
-        for group in optimiser.param_groups:
-            group["lr"] = args.rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * min(1.0, 2 * (1 - elapsed / total)))
-        size = 256 if torch.rand(()).item() < args.high_share else 128
-        loss = loss_at(student, data[size], torch.randint(len(data[size][0]), (BATCH[size],)), levels[size])
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
-        optimiser.step()
-        step += 1
-        running[size] = loss.item() if not running[size] else 0.98 * running[size] + 0.02 * loss.item()
-        weight = 1 - min(0.998, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()], weight)
-        if step % 100 == 0:
-            log.info("step %d  %.0f s  low %.4f  high %.4f", step, elapsed, running[128], running[256])
-        if time.monotonic() - last > 180:
-            keep()
-            last = time.monotonic()
-    keep()
-    if args.export is not None:
-        tensors = {name: value.half().contiguous() for name, value in average.items()}
-        facts = {"teacher": model.info.version, "steps": str(args.windows), "trained": f"{step} steps"}
-        write_bytes(args.export, save(tensors, metadata=facts))
-        print(f"{args.export}: {args.export.stat().st_size / 1e6:.2f} MB, {step} steps")
-
-
-NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))
 
 if __name__ == "__main__":
     main()

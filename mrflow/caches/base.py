@@ -9,9 +9,9 @@ resolution, prompt, branch or picture.
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -232,6 +232,14 @@ def check_cache(cache: object, info: ModelInfo) -> None:
     if info.cache is not None:
         raise PlanError(f"{info.name} is cached already, by {info.cache!r}; give the stage a model without a cache")
     cache.check(info)
+
+
+N = TypeVar("N")
+
+
+def measured(table: Mapping[str, N], info: ModelInfo) -> N | None:
+    """What a table of measured numbers has for a model: for this version of it ("pocket-1"), or for its name."""
+    return table.get(info.version.partition("+")[0], table.get(info.name))
 
 
 def between(points: Sequence[tuple[float, float]], x: float) -> float:

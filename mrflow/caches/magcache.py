@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Look, Rule, check_threshold
+from mrflow.caches.base import Cache, Look, Rule, check_threshold, measured
 from mrflow.caches.extrapolate import check_whole
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -79,7 +79,7 @@ class MagCache(Cache):
 
     def check(self, info: ModelInfo) -> None:
         """A model without known ratios needs its own."""
-        if self.ratios is None and info.name not in RATIOS:
+        if self.ratios is None and measured(RATIOS, info) is None:
             raise PlanError(
                 f"MagCache knows no ratios for {info.name}; measure them with MagCache.calibrated("
                 f"{self.threshold:g}, model, prompts) or give ratios="
@@ -88,7 +88,7 @@ class MagCache(Cache):
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """The accumulated error."""
         self.check(info)
-        known = RATIOS[info.name] if self.ratios is None else self.ratios
+        known = self.ratios or measured(RATIOS, info) or ()
         ratios = nearest(known, len(levels) or len(known))
         first = int(self.retention * len(ratios) + 0.5)
         ratio, error, row, kept = 1.0, 0.0, 0, False

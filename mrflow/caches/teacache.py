@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Look, Rule, between, check_threshold, difference
+from mrflow.caches.base import Cache, Look, Rule, between, check_threshold, difference, measured
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.schedules import Schedule, Shifted
@@ -71,7 +71,7 @@ class TeaCache(Cache):
 
     def check(self, info: ModelInfo) -> None:
         """A model without known coefficients needs its own."""
-        if self.coefficients is None and info.name not in COEFFICIENTS:
+        if self.coefficients is None and measured(COEFFICIENTS, info) is None:
             raise PlanError(
                 f"TeaCache knows no coefficients for {info.name}; fit them with TeaCache.calibrated("
                 f"{self.threshold:g}, model, prompts) or give coefficients="
@@ -80,7 +80,7 @@ class TeaCache(Cache):
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """The accumulated rule."""
         self.check(info)
-        coefficients = COEFFICIENTS[info.name] if self.coefficients is None else self.coefficients
+        coefficients = self.coefficients or measured(COEFFICIENTS, info) or ()
         total, before = 0.0, list[Tensor]()
 
         def due(look: Look) -> bool:

@@ -44,8 +44,9 @@ def load(
 ) -> Backbone:
     """A model ready to run: "pocket", a hub id (`owner/name`, `owner/name@revision`), a folder or a file.
 
-    A folder is a repository as diffusers saves it, or one that holds single files; a file is a transformer, whose
-    autoencoder and text encoders are beside it or where `vae` and `text` say. Only a hub id touches the network.
+    "pocket" is the newest embedded model; older ones are loaded by their version, "pocket-1". A folder is a repository
+    as diffusers saves it, or one that holds single files; a file is a transformer, whose autoencoder and text encoders
+    are beside it or where `vae` and `text` say. Only a hub id touches the network.
 
     Args:
         dtype: what the transformer computes in; None is the files' own (float32 for pocket, bfloat16 for fp8 files).
@@ -68,7 +69,7 @@ def load(
             checked before any weights are read. PlanError: an argument cannot be. ResourceError: the hub says no.
     """
     from mrflow.models.lora import as_loras, mark_of
-    from mrflow.models.pocket.model import WEIGHTS, load_pocket
+    from mrflow.models.pocket.model import SHIPPED, load_pocket, shipped
 
     loras = as_loras(lora)
     chosen = choose_device(device)
@@ -77,8 +78,9 @@ def load(
     if storage not in (None, "fp8"):
         raise PlanError(f"storage must be None or 'fp8', got {storage!r}")
     ways = Ways(check_offload(offload), bool(fold), compile, graphs, tile)
-    path = WEIGHTS if str(where) == "pocket" else Path(where)
-    if str(where) == "pocket" or is_pocket(path):
+    inside = shipped(str(where))
+    path = Path(where) if inside is None else inside
+    if inside is not None or is_pocket(path):
         given = {"offload": offload != "none", "storage": storage, "vae": vae, "text": text, "compile": compile}
         given["fold"] = isinstance(fold, Chain)
         if odd := [name for name, value in given.items() if value]:
@@ -95,7 +97,7 @@ def load(
 
     if not path.exists() and ("/" not in str(where) or path.suffix == ".safetensors"):
         raise WeightsError(
-            f"there is no model or file {str(where)!r}; use 'pocket', a hub id such as "
+            f"there is no model or file {str(where)!r}; use 'pocket' ({', '.join(SHIPPED)}), a hub id such as "
             "black-forest-labs/FLUX.1-dev, a folder or a safetensors file"
         )
     files = find(where, vae=vae, text=text)
@@ -236,9 +238,9 @@ def info(name: str) -> ModelInfo:
     Raises:
         PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known.
     """
-    from mrflow.models.pocket.model import POCKET
+    from mrflow.models.pocket.model import POCKET, SHIPPED
 
-    known = {"pocket": POCKET, **PLANNED}
+    known = {"pocket": POCKET, **dict.fromkeys(SHIPPED, POCKET), **PLANNED}
     path = Path(name)
     if name not in known and path.exists():
         from mrflow.models.sources import QWEN, find

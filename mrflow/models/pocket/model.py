@@ -101,6 +101,24 @@ def text_encoder() -> TextEncoder:
 N = TypeVar("N", bound=nn.Module)
 
 
+def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
+    """Warn of adapters whose file names other weights of pocket as its teacher's."""
+    from mrflow.models.lora import opened
+
+    for lora in loras:
+        header = opened(lora)[0].header
+        teacher = header.metadata.get("teacher", "")
+        if teacher.partition("+")[0] in SHIPPED and teacher != version.partition("/")[0]:
+            name = teacher.partition("+")[0]
+            log.warning(
+                "%s was taught by %s, and this is %s: load that model, mrflow.load(%r), or its own student",
+                header.path.name,
+                teacher,
+                version,
+                name,
+            )
+
+
 def channels_last(net: N) -> N:
     """The same net with its convolutions' weights channels-last, which is faster on most processors."""
     for p in net.parameters():
@@ -191,16 +209,21 @@ class Pocket:
         key = lora.key_of(loras)
         known = self._adapted.get(key)
         if known is None:
+            say_other_teacher(loras, self._info.version)
             changed = lora.changes(self._flow, loras, "pocket")
-            other = copy.copy(self)
-            other._flow = lora.adapted(self._flow, changed, dtype=self._flow.dtype, device=self._device)
-            other._info = replace(self._info, version=self._info.version + lora.mark_of(loras))
-            other._adapted = {}
-            known = other
+            flow = lora.adapted(self._flow, changed, dtype=self._flow.dtype, device=self._device)
+            known = self.with_flow(flow, lora.mark_of(loras))
             if len(self._adapted) > 3:
                 self._adapted.clear()
             self._adapted[key] = known
         return known
+
+    def with_flow(self, flow: Flux, mark: str) -> "Pocket":
+        """This model with another transformer, which it runs as it is; `mark` is added to the version."""
+        other = copy.copy(self)
+        other._flow, other._adapted = flow, {}
+        other._info = replace(self._info, version=self._info.version + mark)
+        return other
 
     takes_levels = True
 
@@ -248,7 +271,19 @@ class Pocket:
 ADVICE = "it draws captions such as 'a big red circle at the left on coarse dots' or 'the big blue word CAT'"
 
 
-WEIGHTS = Path(__file__).parent / "pocket-1.safetensors"
+SHIPPED: dict[str, Path] = {name: Path(__file__).parent / f"{name}.safetensors" for name in ("pocket-1",)}
+"""The versions that come with mrflow, newest first: `mrflow.load` takes their names; "pocket" is the newest."""
+WEIGHTS = next(iter(SHIPPED.values()))
+
+
+def shipped(name: str, weights: str = "") -> Path | None:
+    """The file of an embedded model by its name, or None if there is none: "pocket", or one of its versions.
+
+    `weights` is the version that a record names; "pocket" is then the file that made it, if it still comes along.
+    """
+    if name == "pocket":
+        return SHIPPED.get(weights.partition("+")[0], WEIGHTS)
+    return SHIPPED.get(name)
 
 
 def load_pocket(
@@ -279,13 +314,15 @@ def load_pocket(
             raise WeightsError(f"{path.name}: {part}: {str(error).splitlines()[-1].strip()}") from None
     from mrflow.models import lora
 
+    version = header.metadata.get("version", "")
+    say_other_teacher(loras, version)
     lora.merge(flow, lora.changes(flow, loras, "pocket"))
     return Pocket(
         text=text,
         flow=flow,
         autoencoder=autoencoder,
         sr=sr,
-        version=header.metadata.get("version", "") + lora.mark_of(loras),
+        version=version + lora.mark_of(loras),
         device=device or torch.device("cpu"),
         dtype=dtype,
     )

@@ -1,0 +1,119 @@
+"""The embedded model's training: the whole recipe in little, and that an interruption changes nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import mrflow as mf
+from experiments.train_pocket import __main__ as recipe
+from experiments.train_pocket import autoencoder, flow, sr, student
+from experiments.train_pocket.data import grid
+from experiments.train_pocket.loop import Loop, Run, cosine, finished, flat_then_linear
+from mrflow.models.pocket.model import load_pocket
+from mrflow.scenes.grammar import POCKET_1
+
+TINY = 0.0008
+
+
+class Stop(Exception):
+    """The machine goes down."""
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_makes_what_is_shipped(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", scale=TINY)
+    model_file, adapter_file = recipe.train(run, "trial")
+    model = load_pocket(model_file)
+    assert model.info.version.startswith("trial+")
+    chain = mf.recipes.few(replace(mf.students.POCKET, lora=mf.Lora(str(adapter_file))), size=(256, 256))
+    assert mf.run(chain, model, "a big red circle at the left").pixels.shape == (1, 3, 256, 256)
+    grids = sorted(p.name for p in (tmp_path / "run").rglob("grids/*.png"))
+    assert [name.split("-")[0] for name in grids] == [*["autoencoder"] * 2, *["flow"] * 2, *["sr"] * 2, "student"]
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
+    first = model_file.read_bytes()
+    recipe.train(run, "trial")  # nothing is made again
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
+    assert model_file.read_bytes() == first
+    with Image.open(next((tmp_path / "run").rglob("grids/flow-*.png"))) as picture:
+        assert picture.size == (256 * len(flow.SHOWN), 128 + 256)
+
+
+def train(part: str, run: Run) -> dict[str, torch.Tensor]:
+    """One part from nothing, a few steps."""
+    torch.manual_seed(3)
+    auto = autoencoder.Autoencoder().state_dict()
+    if part == "autoencoder":
+        return autoencoder.train(run, part, POCKET_1, 5000)
+    if part == "sr":
+        return sr.train(run, part, POCKET_1, 5000, auto, gan=0.4)
+    if part == "student":
+        return student.train(run, part, POCKET_1, 5000, student.WEIGHTS)
+    return flow.train(run, part, POCKET_1, (2500, 2500), auto, high_share=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["autoencoder", "flow", "sr", "student"])
+def test_an_interrupted_training_ends_where_it_would_have(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (flow, student):
+        monkeypatch.setattr(module, "SHOWN", flow.SHOWN[:1])
+    whole = train(part, Run(tmp_path / "whole", scale=TINY, grid=3))
+    learn = Loop.learn
+
+    def failing(self: Loop, *args: object, **kwargs: object) -> None:
+        if self.step == 2:
+            raise Stop
+        learn(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    cut = Run(tmp_path / "cut", scale=TINY, every=0.0, grid=3)  # a checkpoint after every step
+    monkeypatch.setattr(Loop, "learn", failing)
+    with pytest.raises(Stop):
+        train(part, cut)
+    assert finished(cut, part) is None
+    monkeypatch.setattr(Loop, "learn", learn)
+    resumed = train(part, cut)
+    assert set(resumed) == set(whole)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert all(torch.equal(resumed[key], value) for key, value in load_file(cut.folder / f"{part}.safetensors").items())
+
+
+def test_the_loop_averages_and_follows_its_rates(tmp_path: Path) -> None:
+    """Plain descent down x, whose slope is 1: the steps are the rates."""
+    x = torch.nn.Parameter(torch.zeros(()))
+    rates: list[float] = []
+    optimiser = torch.optim.SGD([x], lr=0.5)
+    loop = Loop("x", Run(tmp_path), {"x": x}, [optimiser], 10, factor=flat_then_linear(0.5), warmup=2, decay=0.5)
+    values = [0.0]
+    for _ in loop:
+        loop.learn(x)
+        rates.append(values[-1] - x.item())
+        values.append(x.item())
+    want = [0.5 * min(1, (i + 1) / 2) * (0.02 + 0.98 * min(1, (1 - i / 10) / 0.5)) for i in range(10)]
+    assert rates == pytest.approx(want, abs=1e-6)
+    average = 0.0
+    for i, value in enumerate(values[1:], 1):
+        average += (1 - min(0.5, (i + 1) / (i + 10))) * (value - average)
+    assert loop.average["x"].item() == pytest.approx(average, abs=1e-6)
+    with loop.averaged():
+        assert x.item() == pytest.approx(average, abs=1e-6)
+    assert x.item() == values[-1]
+
+
+def test_rates_end_low() -> None:
+    assert cosine(0) == flat_then_linear(0.3)(0) == 1
+    assert cosine(1) == pytest.approx(0.02)
+    assert flat_then_linear(0.3)(1) == pytest.approx(0.02)
+    assert flat_then_linear(0.3)(0.7) == pytest.approx(1)
+
+
+def test_grid_is_rows_of_pictures() -> None:
+    rows = [torch.zeros(2, 3, 4, 4), torch.ones(3, 3, 8, 8)]
+    picture = grid(rows)
+    assert picture.size == (24, 12)
+    assert picture.getpixel((0, 0)) == (0, 0, 0)
+    assert picture.getpixel((23, 11)) == (255, 255, 255)
