@@ -14,7 +14,7 @@ import torch
 
 import mrflow as mf
 from mrflow.caches import Cache, DBCache, DBTaylor, MagCache, TaylorSeer, TeaCache
-from mrflow.scenes.grammar import POCKET_1, held_out_captions
+from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score_many
 
 CACHES: tuple[Cache, ...] = (
@@ -42,13 +42,13 @@ def main() -> None:
     args = parser.parse_args()
     model = mf.load("pocket", device="cpu")
     if args.calibrate:
-        captions = held_out_captions(POCKET_1, 64, seed=1)
+        captions = held_out_captions(FULL, 64, seed=1)
         tea = TeaCache.calibrated(0.25, model, captions, schedule=mf.Shifted(12), degree=2)
         mag = MagCache.calibrated(0.06, model, captions, schedule=mf.Shifted(12))
         print("coefficients", [float(f"{c:.4g}") for c in tea.coefficients or ()])
         print("ratios", [round(r, 4) for r in mag.ratios or ()])
         return
-    captions = held_out_captions(POCKET_1, args.captions)
+    captions = held_out_captions(FULL, args.captions)
     low, size = model.info.low, model.info.size
     plain = mf.recipes.paper(low=low, size=size)
 

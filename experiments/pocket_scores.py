@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import mrflow as mf
 from mrflow.io import write_bytes
-from mrflow.scenes.grammar import POCKET_1, held_out_captions
+from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import other_captions, score
 from mrflow.sheet import warm_up
 
@@ -74,7 +74,7 @@ def main() -> None:
     for i in range(args.repeats):
         for name, chain in chains.items():
             seconds[name].append(mf.run(chain, model, "a big red circle at the left", seed=i).seconds)
-    captions = held_out_captions(POCKET_1, args.captions)
+    captions = held_out_captions(FULL, args.captions)
     rows = {name: pictures(chain, model, captions, args.batch) for name, chain in chains.items()}
     scores = {name: table(images, list(captions)) for name, images in rows.items()}
     swapped = other_captions(captions)

@@ -14,7 +14,7 @@ import numpy as np
 
 import mrflow as mf
 from experiments.pocket_scores import interval, pictures, table
-from mrflow.scenes.grammar import POCKET_1, held_out_captions
+from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import CATEGORIES
 from mrflow.sheet import warm_up
 
@@ -37,7 +37,7 @@ def main() -> None:
     for i in range(args.repeats):
         for name, chain in chains.items():
             seconds[name].append(mf.run(chain, model, "a big red circle at the left", seed=i).seconds)
-    captions = held_out_captions(POCKET_1, args.captions)
+    captions = held_out_captions(FULL, args.captions)
     guided, plain = (table(pictures(chain, model, captions, args.batch), list(captions)) for chain in chains.values())
     print("| category | guided | refinement unguided | difference [95 %] |\n|---|---|---|---|")
     for name in (*CATEGORIES, "overall"):

@@ -1,15 +1,17 @@
 """What does the upscaler between the two resolutions change, before and after the refining step?
 
 `paper` 12 + 1 on held-out captions of the embedded model with eight upscalers: its own net, interpolation of pixels,
-and interpolation of latents. One low-resolution stage serves them all. For each: the scene score of the enlarged
-picture and of the refined one, the score of words alone, the difference to the model's own net (paired by picture, 95 %
-bootstrap interval over captions), the energy of the autoencoder's round trip on the latents that are refined, in units
-of native latents', sharpness beside native's, and the seconds that the upscaler takes for one picture.
+and interpolation of latents. One low-resolution stage serves them all. For each: PSNR to held-out scenes drawn at the
+full size of what it makes of the same scenes at the low size, decoded; the scene score of the enlarged picture and of
+the refined one, the score of words alone, the difference to the model's own net (paired by picture, 95 % bootstrap
+interval over captions), the energy of the autoencoder's round trip on the latents that are refined, in units of native
+latents', sharpness beside native's, and the seconds that the upscaler takes for one picture.
 
     python -m experiments.upscalers --captions 100 --picture docs/images/upscalers.png
 """
 
 import argparse
+import random
 import statistics
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from torch import Tensor
 import mrflow as mf
 from experiments.pocket_scores import interval
 from mrflow.io import to_images, write_png
-from mrflow.metrics import round_trip_energy, sharpness
-from mrflow.scenes.grammar import POCKET_1, held_out_captions
+from mrflow.metrics import psnr, round_trip_energy, sharpness
+from mrflow.scenes.grammar import FULL, held_out, held_out_captions, sample_scene
+from mrflow.scenes.render import render
 from mrflow.scenes.score import score
 from mrflow.stage import Chain
 from mrflow.upscalers.interpolate import Filter
@@ -59,6 +62,25 @@ def enlarged(result: mf.Result, model: mf.Backbone) -> tuple[Tensor, Tensor]:
     return stage(result, "Upscale"), stage(result, "Encode")
 
 
+def scenes(count: int, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Held-out scenes as pictures in [0, 1], the same ones at each size."""
+    rng, drawn = random.Random(5), list[list[Tensor]]()
+    while len(drawn) < count:
+        scene = sample_scene(FULL, rng)
+        if held_out(scene.caption):
+            drawn.append([torch.from_numpy(np.array(render(scene, s))).permute(2, 0, 1) / 255 for s in sizes])
+    return [torch.stack(pictures) for pictures in zip(*drawn, strict=True)]
+
+
+def enlarging(chain: Chain[mf.Start, mf.Pixels]) -> Chain[mf.Pixels, mf.Pixels]:
+    """What a method does to a picture of the low size between its two samplers, through the autoencoder."""
+    stages = tuple(chain)
+    lift = next((s for s in stages if isinstance(s, mf.Lift)), None)
+    if lift is not None:
+        return mf.Encode() >> lift >> mf.Decode()
+    return mf.Encode() >> mf.Decode() >> next(s for s in stages if isinstance(s, mf.Upscale))
+
+
 def overall(pixels: Tensor, captions: list[str], category: str = "overall") -> list[float | None]:
     """One category of each picture's score."""
     array: NDArray[np.float32] = pixels.numpy()
@@ -74,12 +96,13 @@ def main() -> None:
     """Print a Markdown table; draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=100)
+    parser.add_argument("--scenes", type=int, default=100, help="for PSNR")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     model, rng = mf.load("pocket", device="cpu"), np.random.default_rng(0)
     methods, cache = chains(model.info), mf.StageCache(max_bytes=4 << 30)
-    captions = held_out_captions(POCKET_1, args.captions)
+    captions = held_out_captions(FULL, args.captions)
     parts = [slice(i, i + args.batch) for i in range(0, len(captions), args.batch)]
     seeds = list(range(len(captions)))
     native = mf.recipes.native(size=model.info.size, steps=50)
@@ -90,10 +113,13 @@ def main() -> None:
             result = mf.run(native, model, captions[p], seed=seeds[p], keep=True)
             energy.append(round_trip_energy(model, stage(result, "Sample")))
             sharp.append(sharpness(result.pixels))
+        whole = statistics.median(mf.run(native, model, captions[0], seed=i).seconds for i in range(3))
+        small, large = scenes(args.scenes, (model.info.low[0], model.info.size[0]))
         unit, native_sharp = float(torch.cat(energy).mean()), float(torch.cat(sharp).mean())
-        print(f"native 50: round-trip energy {unit:.4f}, sharpness {native_sharp:.4f} ({args.batch} captions)\n")
-        print("| upscaler | enlarged | refined | words | refined minus own net | energy | sharpness | seconds |")
-        print("|---|---|---|---|---|---|---|---|")
+        print(f"{model.info.version}, {args.captions} captions, PSNR on {args.scenes} scenes")
+        print(f"native 50: {whole:.2f} s, round-trip energy {unit:.4f}, sharpness {native_sharp:.4f}\n")
+        print("| upscaler | PSNR | enlarged | refined | words | refined minus own net | energy | sharpness | seconds |")
+        print("|---|---|---|---|---|---|---|---|---|")
         own: list[float | None] = []
         for name, chain in methods.items():
             before: list[float | None] = []
@@ -113,12 +139,17 @@ def main() -> None:
             pairs = zip(captions, after, own, strict=True)
             middle, least, most = interval([(c, a - b) for c, a, b in pairs if a is not None and b is not None], rng)
             difference = "" if name == "own net" else f"{middle:+.3f} [{least:+.3f}, {most:+.3f}]"
+            found = [
+                psnr(mf.run(enlarging(chain), model, [""] * len(x), start=x).pixels, y)
+                for x, y in zip(small.split(args.batch), large.split(args.batch), strict=True)
+            ]
             times = []
             for i in range(5):
                 single = mf.run(chain, model, captions[0], seed=i)
                 times.append(next(s.seconds for s in single.stages if s.name in ("Upscale", "Lift")))
             print(
-                f"| {name} | {mean(before):.3f} | {mean(after):.3f} | {mean(words):.3f} | {difference} "
+                f"| {name} | {float(torch.cat(found).mean()):.2f} "
+                f"| {mean(before):.3f} | {mean(after):.3f} | {mean(words):.3f} | {difference} "
                 f"| {float(torch.cat(energies).mean()) / unit:.2f} "
                 f"| {float(torch.cat(sharpnesses).mean()) / native_sharp:.2f} | {statistics.median(times):.4f} |",
                 flush=True,

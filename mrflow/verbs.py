@@ -253,14 +253,14 @@ def tune(
     from mrflow.cli import console
 
     with console() as err:
-        from mrflow.scenes import POCKET_1, held_out_captions
+        from mrflow.scenes import FULL, held_out_captions
         from mrflow.sweep import SceneScore
         from mrflow.sweep.report import write_report
         from mrflow.sweep.tune import Tried, Tune, lines, write_front
         from mrflow.sweep.tune import tune as search
 
         if file is None:
-            texts = list(dict.fromkeys(held_out_captions(POCKET_1, captions)))
+            texts = list(dict.fromkeys(held_out_captions(FULL, captions)))
             asked = Tune(texts, [SceneScore()], "score", 0.9)
         else:
             found = load_file(file).get("tune")

@@ -9,9 +9,10 @@ import torch
 
 import mrflow as mf
 from mrflow.errors import WeightsError
-from mrflow.models.pocket.model import POCKET, TEXT_LENGTH, VOCABULARY, WEIGHTS, load_pocket
+from mrflow.models import info
+from mrflow.models.pocket.model import POCKET, SHIPPED, TEXT_LENGTH, VOCABULARY, WEIGHTS, load_pocket, shipped
 from mrflow.models.pocket.networks import CompactSR, tokenise
-from mrflow.scenes.grammar import POCKET_1, held_out_captions
+from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score_many
 
 CHAIN = mf.recipes.paper(low=POCKET.low, size=POCKET.size)
@@ -26,8 +27,30 @@ def model() -> mf.Backbone:
 
 def test_the_file_is_small_and_has_a_version(model: mf.Backbone) -> None:
     assert WEIGHTS.stat().st_size < 24e6
-    assert model.info.version.startswith("pocket-1+")
+    assert model.info.version.startswith(f"{next(iter(SHIPPED))}+")
     assert model.info.name == "pocket"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_version_loads_by_name_and_its_pictures_are_made_again(name: str, tmp_path: Path) -> None:
+    """A record says "pocket" and the version; replaying takes the weights that made the picture."""
+    old = mf.load(name, device="cpu")
+    assert old.info.version.startswith(f"{name}+")
+    assert old.info.name == "pocket"
+    assert info(name) == POCKET
+    result = mf.run(mf.recipes.paper(low=(64, 64), size=(128, 128), steps=2), old, "the big blue word CAT", seed=3)
+    (path,) = result.save(tmp_path / "old.png")
+    again = mf.replay(path)
+    assert again.record()["weights"] == result.record()["weights"] == old.info.version
+    assert torch.equal(again.pixels, result.pixels)
+
+
+def test_a_version_that_is_not_there() -> None:
+    with pytest.raises(WeightsError, match=r"no model or file 'pocket-0'; use 'pocket' \(.*pocket-1\)"):
+        mf.load("pocket-0")
+    assert shipped("pocket", "pocket-1+e5da1667bea4") == SHIPPED["pocket-1"]
+    assert shipped("pocket", "pocket-0+1") == shipped("pocket") == WEIGHTS
+    assert shipped("flux1-dev", "pocket-1+1") is None
 
 
 def test_the_facts_for_planning_are_the_real_ones(model: mf.Backbone) -> None:
@@ -84,7 +107,7 @@ def test_golden(model: mf.Backbone) -> None:
 
 @pytest.mark.slow
 def test_pictures_show_what_the_caption_says(model: mf.Backbone) -> None:
-    captions = held_out_captions(POCKET_1, 32, seed=5)
+    captions = held_out_captions(FULL, 32, seed=5)
     pixels = mf.run(CHAIN, model, captions, seed=0).pixels.numpy()
     right = score_many(pixels, captions)
     wrong = score_many(pixels, captions[1:] + captions[:1])

@@ -111,6 +111,9 @@ def test_lost_words_are_told(repo: Path) -> None:
     assert len(notes) == 2
     assert notes[0].startswith("CLIP reads 77 tokens and does not see (T5 still may): 'cdefggg")
     assert notes[1] == "T5 reads 512 tokens and does not see: 'ggggggggg'"
+    with collected() as notes:  # of several prompts, which one
+        model.condition(["a", long])
+    assert notes[1] == f"T5 reads 512 tokens of {long[:40]!r} and does not see: 'ggggggggg'"
     result = mf.run(mf.recipes.native(size=(32, 32), steps=1), model, long)
     assert len(result.notes) == 2 and result.record()["notes"] == list(result.notes)
 
@@ -162,6 +165,23 @@ def test_single_files_give_the_same_states(repo: Path, tmp_path: Path, both: boo
     want = loaded(repo).condition([PROMPTS[2]])
     assert relative(context, want["context"]) < 0.2  # the tiny T5's relative distances differ from the published ones
     assert pooled.shape == want["pooled"].shape
+
+
+def test_what_other_pipelines_keep_in_a_clip_file_is_left_out(repo: Path, tmp_path: Path) -> None:
+    """Tables of positions and projections, as CLIP's own repository and older files have them."""
+    folder = single_files(repo, tmp_path, dtype=torch.float32, both=False)
+    (path,) = (p for p in folder.glob("*.safetensors") if "t5" not in p.name)
+    tensors = load_file(path)
+    want = prepare_text(find_text(folder))()([PROMPTS[2]])[1]
+    prefix = next(name for name in tensors if name.endswith("position_embedding.weight")).removesuffix(
+        "position_embedding.weight"
+    )
+    more = {f"{prefix}position_ids": torch.arange(77)[None], "text_projection.weight": torch.ones(2, 2)}
+    save_file({**tensors, **more, "logit_scale": torch.ones(())}, path)
+    assert torch.equal(prepare_text(find_text(folder))()([PROMPTS[2]])[1], want)
+    save_file({**tensors, f"{prefix}other.weight": torch.ones(2)}, path)
+    with pytest.raises(WeightsError, match=r"other\.weight is not expected"):
+        prepare_text(find_text(folder))
 
 
 @pytest.mark.parity

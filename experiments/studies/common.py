@@ -2,7 +2,7 @@
 
 import mrflow as mf
 from mrflow.models.pocket.model import POCKET
-from mrflow.scenes import POCKET_1, held_out_captions, parse
+from mrflow.scenes import FULL, held_out_captions, parse
 from mrflow.sweep import Metric, Prompt, SceneScore, Sharpness
 
 SIZE, LOW = POCKET.size, POCKET.low
@@ -11,7 +11,7 @@ METRICS: tuple[Metric, ...] = (SceneScore(), Sharpness())
 
 def captions(count: int = 48) -> list[Prompt]:
     """Different held-out captions, tagged by what they show and what is behind it."""
-    texts = list(dict.fromkeys(held_out_captions(POCKET_1, 4 * count)))[:count]
+    texts = list(dict.fromkeys(held_out_captions(FULL, 4 * count)))[:count]
     return [Prompt(text, tags(text)) for text in texts]
 
 

@@ -4,10 +4,10 @@ mrflow sweep experiments/studies/first.py && mrflow report first-sweep
 """
 
 import mrflow as mf
-from mrflow.scenes import POCKET_1, held_out_captions
+from mrflow.scenes import FULL, held_out_captions
 from mrflow.sweep import SceneScore, Sharpness
 
-texts = list(dict.fromkeys(held_out_captions(POCKET_1, 80)))[:40]
+texts = list(dict.fromkeys(held_out_captions(FULL, 80)))[:40]
 kinds = {text: "word" if " word " in text else "face" if " face " in text else "shapes" for text in texts}
 size, low = (256, 256), (128, 128)
 sweep = mf.Sweep(

@@ -5,7 +5,7 @@ fixed number, padded, and neither it nor the transformer is given a mask, so the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -34,6 +34,7 @@ VOCABULARIES = {
     "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
 }
+NOT_READ = ("position_ids", "text_projection.weight", "logit_scale")  # of CLIP's files
 # Settings that shapes do not tell, as published (openai/clip-vit-large-patch14, google/t5-v1_1-xxl).
 CLIP_CONFIG = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2}
 T5_CONFIG = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
@@ -94,6 +95,10 @@ def find_text(where: Path) -> TextFiles:
         if not any(all((folder / name).is_file() for name in way) for way in ways):
             missing.append(f"{folder.name} (a folder with {' or '.join(' and '.join(way) for way in ways)})")
     clip, t5 = found
+    if (
+        clip is not None
+    ):  # what other pipelines read of CLIP's file, and a table of positions that follows from its size
+        clip = replace(clip, tensors={n: e for n, e in clip.tensors.items() if not n.endswith(NOT_READ)})
     if missing or clip is None or t5 is None:
         raise WeightsError(
             f"{where} lacks {', '.join(missing)}; text encoders and tokenizers are in FLUX.1's repository: say where "
@@ -182,18 +187,19 @@ class ClipT5:
         states: list[Tensor] = []
         pooled: list[Tensor] = []
         for prompt in prompts:
-            short = self._tokens(self.tokenizer, prompt, CLIP_TOKENS, "CLIP", " (T5 still may)")
+            of = f" of {prompt[:40]!r}" if len(prompts) > 1 else ""
+            short = self._tokens(self.tokenizer, prompt, CLIP_TOKENS, "CLIP", " (T5 still may)", of)
             pooled.append(self.clip(short).pooler_output)
-            long = self._tokens(self.tokenizer_2, prompt, length, "T5", "")
+            long = self._tokens(self.tokenizer_2, prompt, length, "T5", "", of)
             states.append(self.t5(long).last_hidden_state)
         return torch.cat(states), torch.cat(pooled)
 
-    def _tokens(self, tokenizer: Tokenizer, prompt: str, limit: int, who: str, but: str) -> Tensor:
+    def _tokens(self, tokenizer: Tokenizer, prompt: str, limit: int, who: str, but: str, of: str = "") -> Tensor:
         """Token ids (1, limit), padded or cut; what is cut off is noted."""
         all_ids: list[int] = tokenizer(prompt, truncation=False, verbose=False).input_ids
         if len(all_ids) > limit:
             lost = str(tokenizer.decode(all_ids[limit - 1 : -1])).strip()
-            note(f"{who} reads {limit} tokens and does not see{but}: {shortened(lost)!r}")
+            note(f"{who} reads {limit} tokens{of} and does not see{but}: {shortened(lost)!r}")
         ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
         return cast("Tensor", ids).to(next(self.t5.parameters()).device)
 

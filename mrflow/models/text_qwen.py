@@ -116,13 +116,14 @@ class QwenText:
             raise PlanError(f"the text encoder reads from 1 to {MAX_TOKENS} tokens, got {length!r}")
         for prompt in prompts:
             check_prompt(prompt)
-        return [self._states(prompt, length) for prompt in prompts]
+        names = [repr(prompt[:40]) if len(prompts) > 1 else "a prompt" for prompt in prompts]
+        return [self._states(prompt, length, name) for prompt, name in zip(prompts, names, strict=True)]
 
-    def _states(self, prompt: str, length: int) -> Tensor:
+    def _states(self, prompt: str, length: int, name: str) -> Tensor:
         ids: list[int] = self.tokenizer(TEMPLATE.format(prompt), truncation=False, verbose=False).input_ids
         if len(ids) - DROPPED > length:
             lost = str(self.tokenizer.decode(ids[DROPPED + length : max(len(ids) - CLOSING, DROPPED + length)])).strip()
-            note(f"Qwen-Image reads {length} tokens of a prompt and does not see: {shortened(lost)!r}")
+            note(f"Qwen-Image reads {length} tokens of {name} and does not see: {shortened(lost)!r}")
         given = torch.tensor([ids[: DROPPED + MAX_TOKENS]], device=next(self.model.parameters()).device)
         states: Tensor = self.model(input_ids=given, use_cache=False).last_hidden_state
         return states[0, DROPPED : DROPPED + length]
