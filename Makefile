@@ -25,8 +25,8 @@ $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 
 demo: $(VENV)/.installed ## Draw pictures with the embedded model, staged beside native
 	@mkdir -p $(OUT)
-	$(BIN)/mrflow generate "a big red circle at the left" "a green triangle left of a blue square" \
-	  "a big happy face at the centre" "the big blue word CAT" "three black crosses on coarse dots" \
+	$(BIN)/mrflow generate "a big purple heart at the left on coarse dots" "an orange star above a blue square" \
+	  "a big happy face at the centre" "the medium red word HELLO" "five black crosses on medium checks" \
 	  --compare native --out $(OUT)/demo.png --force
 
 test: $(VENV)/.installed-dev ## Run all tests

@@ -6,6 +6,7 @@ over distinct captions, which are few for faces; differences are paired by pictu
 pictures, after a warm-up, the methods taking turns; the range of the ratio is over repeats.
 
     python -m experiments.pocket_scores --captions 200 --golden
+    python -m experiments.pocket_scores --model pocket-1 --world pocket-1
 """
 
 import argparse
@@ -18,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 import mrflow as mf
+from experiments.train_pocket.data import WORLDS
 from mrflow.io import write_bytes
-from mrflow.scenes.grammar import FULL, held_out_captions
+from mrflow.scenes.grammar import held_out_captions
 from mrflow.scenes.score import other_captions, score
 from mrflow.sheet import warm_up
 
@@ -54,12 +56,14 @@ def interval(values: list[tuple[str, float]], rng: np.random.Generator) -> tuple
 def main() -> None:
     """Print a Markdown table, and what the timing found."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="pocket", help="or an older version, pocket-1")
+    parser.add_argument("--world", choices=list(WORLDS), default="full", help="of the captions")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--golden", action="store_true", help="also write tests/golden/pocket.json")
     args = parser.parse_args()
-    model, rng = mf.load("pocket", device="cpu"), np.random.default_rng(0)
+    model, rng = mf.load(args.model, device="cpu"), np.random.default_rng(0)
     low, size = model.info.low, model.info.size
     chains: dict[str, Chain] = {
         STAGED: mf.recipes.paper(low=low, size=size),
@@ -74,7 +78,7 @@ def main() -> None:
     for i in range(args.repeats):
         for name, chain in chains.items():
             seconds[name].append(mf.run(chain, model, "a big red circle at the left", seed=i).seconds)
-    captions = held_out_captions(FULL, args.captions)
+    captions = held_out_captions(WORLDS[args.world], args.captions)
     rows = {name: pictures(chain, model, captions, args.batch) for name, chain in chains.items()}
     scores = {name: table(images, list(captions)) for name, images in rows.items()}
     swapped = other_captions(captions)

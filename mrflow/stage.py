@@ -48,20 +48,27 @@ class Work:
 class Stage(ABC, Generic[A, B]):
     """One step of a chain, from a value of kind A to a value of kind B: subclass it as a frozen dataclass.
 
-    Its fields are its settings, its `repr` is its record. It holds no state and no tensors.
+    Its fields are its settings, its `repr` is its record. It holds no state and no tensors. What several stages share
+    may be a base between, generic in what it leaves open: `class Base(Stage[S, Latents])`, `class Mine(Base[Start])`.
     """
 
     takes: ClassVar[type[Spec]]
     gives: ClassVar[type[Spec]]
+    _ends: ClassVar[tuple[Any, ...]] = ()  # both as written, with the type variables of a generic base
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for base in getattr(cls, "__orig_bases__", ()):
-            if get_origin(base) is Stage:
-                ends = get_args(base)
-                if all(isinstance(end, type) and issubclass(end, Spec) for end in ends):
-                    cls.takes, cls.gives = ends
-        if not hasattr(cls, "takes"):
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            origin: Any = get_origin(base)
+            if origin is Stage:
+                cls._ends = get_args(base)
+            elif isinstance(origin, type) and issubclass(origin, Stage):
+                given = dict(zip(origin.__parameters__, get_args(base), strict=True))  # type: ignore[attr-defined]
+                cls._ends = tuple(given.get(end, end) for end in origin._ends)
+        if cls._ends and all(isinstance(end, type) and issubclass(end, Spec) for end in cls._ends):
+            cls.takes, cls.gives = cls._ends
+        left_open = "_ends" in cls.__dict__ and any(isinstance(end, TypeVar) for end in cls._ends)
+        if not left_open and not hasattr(cls, "takes"):
             raise ChainError(
                 f"{cls.__name__} does not say what it takes and gives; write {cls.__name__}(Stage[Pixels, Pixels])"
             )

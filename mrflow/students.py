@@ -42,7 +42,8 @@ LIGHTNING_4 = Student(4, Lora(_LIGHTNING.format(4)), _LIGHTNING_SHIFT, Distilled
 LIGHTNING_8 = Student(8, Lora(_LIGHTNING.format(8)), _LIGHTNING_SHIFT, Distilled())
 SCHNELL = Student(4)
 """FLUX.1-schnell is a checkpoint of its own, whose scheduler does not shift: load it and draw in 1 to 4 steps."""
-POCKET = Student(
-    2, Lora(str(Path(__file__).parent / "models" / "pocket" / "pocket-1-student.safetensors")), None, Distilled()
-)
+_INSIDE = Path(__file__).parent / "models" / "pocket"
+POCKET = Student(2, Lora(str(_INSIDE / "pocket-2-student.safetensors")), None, Distilled())
 """The embedded model's own student, for 1 to 4 unguided steps (`experiments/train_pocket/student.py`)."""
+POCKET_1 = Student(2, Lora(str(_INSIDE / "pocket-1-student.safetensors")), None, Distilled())
+"""That of the older `mrflow.load("pocket-1")`."""

@@ -1,6 +1,7 @@
 """Chains, plans and their error texts."""
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import pytest
 import torch
@@ -161,6 +162,40 @@ def test_a_stage_must_say_what_it_takes_and_gives() -> None:
     with pytest.raises(mf.ChainError, match="does not say what it takes and gives"):
 
         class Silent(mf.Stage):  # type: ignore[type-arg]
+            pass
+
+
+S = TypeVar("S", bound=mf.Spec)
+T = TypeVar("T", bound=mf.Spec)
+
+
+class Between(mf.Stage[S, mf.Latents]):
+    """A base that leaves open what it takes."""
+
+
+class Wider(Between[S], Generic[S, T]):
+    """Another one on top."""
+
+
+def test_a_base_between_may_leave_its_ends_open() -> None:
+    class Mine(Between[mf.Start]):
+        pass
+
+    class Deeper(Wider[mf.Pixels, mf.Start]):
+        pass
+
+    assert (Mine.takes, Mine.gives) == (mf.Start, mf.Latents)
+    assert (Deeper.takes, Deeper.gives) == (mf.Pixels, mf.Latents)
+    assert not hasattr(Between, "takes")
+    assert (mf.Sample.takes, mf.Refine.takes) == (mf.Start, mf.Latents)
+
+    class Same(Mine):
+        pass
+
+    assert Same.takes is mf.Start
+    with pytest.raises(mf.ChainError, match="Undecided does not say what it takes and gives"):
+
+        class Undecided(Between):  # type: ignore[type-arg]
             pass
 
 

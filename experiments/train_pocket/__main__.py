@@ -21,7 +21,7 @@ from experiments.train_pocket.autoencoder import State
 from experiments.train_pocket.data import WORLDS, start_log
 from experiments.train_pocket.export import export
 from experiments.train_pocket.loop import Run, log
-from mrflow.models.pocket.model import load_pocket
+from mrflow.models.pocket.model import POCKET, load_pocket
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Phase:
 
 
 RECIPE = (
-    Phase("pocket-1", autoencoder=1700, flow=(5100, 4100), high_share=0.87, sr=1300, gan=0.6),
-    Phase("full", autoencoder=2600, flow=(8200, 10600), high_share=0.8, sr=2900, gan=1.0),
+    Phase("pocket-1", autoencoder=1700, flow=(4100, 5100), high_share=0.7, sr=1300, gan=0.6),
+    Phase("full", autoencoder=2600, flow=(7700, 8900), high_share=0.81, sr=2900, gan=1.0),
 )
 
 
@@ -87,7 +87,7 @@ def train(run: Run, name: str) -> tuple[Path, Path]:
     for phase in others:
         parts = phase_parts(run, phase, parts)
     model, adapter = run.folder / f"{name}.safetensors", run.folder / f"{name}-student.safetensors"
-    facts = {"recipe": str(RECIPE), "scale": f"{run.scale:g}", "batch": str(run.batch)}
+    facts = {"cfg": f"{POCKET.cfg:g}", "recipe": str(RECIPE), "scale": f"{run.scale:g}", "batch": str(run.batch)}
     version = export(name, parts.flow, parts.autoencoder, parts.sr, model, facts)
     taught = student.train(run, "student", WORLDS[RECIPE[-1].world], student.STEPS, model)
     student.export(taught, version, run.count(student.STEPS), adapter)

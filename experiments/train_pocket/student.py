@@ -32,7 +32,7 @@ from mrflow.scenes.grammar import World, held_out, sample_scene
 
 BATCH = {128: 48, 256: 12}
 TAUGHT = {128: 4000, 256: 1200}  # captions
-WINDOWS, INNER, RANK, RATE, STEPS = 2, 6, 32, 2e-3, 1500
+WINDOWS, INNER, RANK, RATE, STEPS = 2, 6, 32, 2e-3, 1200
 HIGH_SHARE = 0.5
 NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))
 Pairs = tuple[Tensor, Tensor, Tensor]  # states (item, window end, ...), context, pooled

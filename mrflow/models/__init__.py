@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -238,9 +238,9 @@ def info(name: str) -> ModelInfo:
     Raises:
         PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known.
     """
-    from mrflow.models.pocket.model import POCKET, SHIPPED
+    from mrflow.models.pocket.model import FIRST_CFG, POCKET, SHIPPED
 
-    known = {"pocket": POCKET, **dict.fromkeys(SHIPPED, POCKET), **PLANNED}
+    known = {"pocket": POCKET, **dict.fromkeys(SHIPPED, POCKET), "pocket-1": replace(POCKET, cfg=FIRST_CFG), **PLANNED}
     path = Path(name)
     if name not in known and path.exists():
         from mrflow.models.sources import QWEN, find

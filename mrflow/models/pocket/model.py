@@ -35,6 +35,7 @@ from mrflow.upscalers import Upscaler
 log = logging.getLogger(__name__)
 
 WIDTH, TEXT_LENGTH = 128, 12
+FIRST_CFG = 3.0  # the guidance of pocket-1, whose file does not say it
 VOCABULARY: tuple[str, ...] = (
     "",
     *SHAPES,
@@ -71,7 +72,7 @@ POCKET = ModelInfo(
     "pocket",
     LatentSpace("pocket"),
     Shift(0.0, 0.7, 64, 256),
-    cfg=3.0,
+    cfg=2.0,
     size=(256, 256),
     low=(128, 128),
     architecture=Architecture(WIDTH, 2, 5, WIDTH, TEXT_LENGTH, 2_572_288),
@@ -162,6 +163,7 @@ class Pocket:
         version: str,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        cfg: float = POCKET.cfg,
     ) -> None:
         self._text = text.to(device).eval()
         self._flow = flow.to(device, dtype).eval()
@@ -169,7 +171,7 @@ class Pocket:
         self._device = device
         self._adapted: dict[object, Pocket] = {}
         kept = "" if dtype == torch.float32 else f"/{dtype}".replace("torch.", "")
-        self._info = replace(POCKET, version=version + kept)
+        self._info = replace(POCKET, version=version + kept, cfg=cfg)
         self._sr = PocketSR(channels_last(sr.to(device).eval()), version)
 
     @property
@@ -271,7 +273,7 @@ class Pocket:
 ADVICE = "it draws captions such as 'a big red circle at the left on coarse dots' or 'the big blue word CAT'"
 
 
-SHIPPED: dict[str, Path] = {name: Path(__file__).parent / f"{name}.safetensors" for name in ("pocket-1",)}
+SHIPPED: dict[str, Path] = {name: Path(__file__).parent / f"{name}.safetensors" for name in ("pocket-2", "pocket-1")}
 """The versions that come with mrflow, newest first: `mrflow.load` takes their names; "pocket" is the newest."""
 WEIGHTS = next(iter(SHIPPED.values()))
 
@@ -325,4 +327,5 @@ def load_pocket(
         version=version + lora.mark_of(loras),
         device=device or torch.device("cpu"),
         dtype=dtype,
+        cfg=float(header.metadata.get("cfg", FIRST_CFG)),
     )

@@ -1,0 +1,85 @@
+"""What the stages share that integrate the flow: their settings, what these cost, and the integration itself."""
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
+
+from mrflow.adapters import Lora, Loras, PiFlow, check_loras, check_policy, with_loras, with_policy
+from mrflow.caches.base import Cache, check_cache
+from mrflow.caches.cached import check_open
+from mrflow.cost import sampling_work
+from mrflow.guidance import Distilled, Guidance, own_guidance
+from mrflow.noise import Noise
+from mrflow.schedules import Sigmas
+from mrflow.solvers import Solver
+from mrflow.spec import Latents, ModelInfo, Spec
+from mrflow.stage import Stage, Work
+
+if TYPE_CHECKING:
+    from mrflow.backbone import Backbone
+    from mrflow.runner import Context
+
+S = TypeVar("S", bound=Spec)
+
+
+class Integrating(Stage[S, Latents]):
+    """A stage that visits noise levels. Its dataclasses declare these settings as fields.
+
+    `guidance=None` is the model's own. `cache` leaves out evaluations (mrflow/caches), `lora` are adapters that are on
+    in this stage alone. `policy` makes it pi-Flow: the network is asked once a level, and what it gives is followed in
+    small steps.
+    """
+
+    solver: Solver
+    guidance: Guidance | None
+    noise: Noise
+    cache: Cache | None
+    lora: Loras
+    policy: PiFlow | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora", check_loras(self.lora))
+
+    @abstractmethod
+    def visited(self, spec: S, model: ModelInfo) -> Sigmas:
+        """The noise levels, from where the stage begins to where it ends."""
+
+    @property
+    def adapters(self) -> tuple[Lora, ...]:
+        """The adapters that are on in this stage."""
+        return check_loras(self.lora)
+
+    def check_settings(self, model: ModelInfo) -> None:
+        """Refuse settings that cannot be for this model.
+
+        Raises:
+            PlanError: the cache or the policy cannot be, alone or beside the others.
+        """
+        check_cache(self.cache, model)
+        check_policy(self.policy, self.solver, self.guidance, self.cache)
+
+    def work(self, spec: S, out: Latents, model: ModelInfo) -> Work:
+        """Forwards: steps x evaluations x guidance passes, without those that a cache leaves out."""
+        guidance = Distilled() if self.policy else self.guidance
+        return sampling_work(model, out, self.visited(spec, model), self.solver, guidance, self.cache, self.adapters)
+
+    def levels(self, spec: S, model: ModelInfo) -> tuple[float, ...]:
+        """What the solver visits."""
+        return self.solver.points(self.visited(spec, model))
+
+    def check(self, model: "Backbone") -> None:
+        """A cache needs a model that can be taken apart, an adapter one that it fits."""
+        if self.policy is not None:
+            with_policy(model, self.policy, self.adapters)
+            return
+        with_loras(model, self.adapters)
+        if self.cache is not None:
+            check_open(model)
+
+    def integrated(self, x: Tensor, levels: Sigmas, ctx: "Context") -> Tensor:
+        """From the first of the levels to the last."""
+        if self.policy is not None:
+            return ctx.follow(self.policy, x, levels, guidance=self.guidance, lora=self.adapters)
+        guidance = self.guidance or own_guidance(ctx.model.info)
+        return ctx.integrate(self.solver, guidance, x, levels, source=self.noise, cache=self.cache, lora=self.adapters)
