@@ -97,6 +97,16 @@ def test_what_is_no_sweep(tmp_path: Path) -> None:
         page(tmp_path)
 
 
+def test_rows_of_another_model_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One folder, filled with two versions of the weights: a table that mixed them would compare nothing."""
+    sweep = mf.Sweep({"one": mf.recipes.native(size=SIZE, steps=1)}, ["a", "b"], metrics=[Sharpness()])
+    for name in ("pocket-1", "pocket"):
+        run_sweep(sweep, mf.load(name, device="cpu"), tmp_path)
+    rows, _ = load(tmp_path)
+    assert {row.weights for row in rows} == {mf.load("pocket", device="cpu").info.version} and len(rows) == 2
+    assert "2 rows of other weights are left out: pocket-1+" in caplog.text
+
+
 def test_tables_and_plots(folder: Path, tmp_path: Path) -> None:
     rows, reference = load(folder)
     write_csv(rows, tmp_path / "t.csv")

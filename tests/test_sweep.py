@@ -302,6 +302,22 @@ def test_a_row_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
     assert row.prompt == "a" and "the process died 3 times" in str(row.error)
 
 
+def test_a_stage_made_in_another_batch_costs_what_it_took(tmp_path: Path) -> None:
+    """A row whose process died is made alone; a chain that shares its first stage is made in one batch all the same."""
+    sweep, model = mf.Sweep({"a": paper(0.1), "b": paper(0.2)}, ["x", "y"]), mf.toy()
+    folder = Store(tmp_path)
+    folder.open(local.manifest(sweep, model))
+    key = maker.Maker(sweep, model, folder).key("a", (sweep.prompts[0], 0))
+    dead = {"host": os.uname().nodename, "pid": 2**22 + 7, "boot": store.boot(), "tries": 0}
+    (tmp_path / "leases" / f"{key}.json").write_text(json.dumps(dead))
+    assert run_sweep(sweep, model, tmp_path, batch=2).made == 4
+    rows = read(tmp_path)
+    assert {r.nfe for r in rows} == {3}
+    sampled = {r.chain: sum(s.stages[0]["seconds"] for s in rows if s.chain == r.chain) for r in rows}
+    assert sampled["a"] == pytest.approx(sampled["b"])
+    assert len({r.flops for r in rows}) == 1
+
+
 def test_leases(tmp_path: Path) -> None:
     """One holder; a dead process, or an old heartbeat of another host, is taken over; a live one is not."""
     a, b = Store(tmp_path), Store(tmp_path)

@@ -55,6 +55,29 @@ def train(part: str, run: Run) -> dict[str, torch.Tensor]:
     return flow.train(run, part, POCKET_1, (2500, 2500), auto, high_share=0.5)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--scale", "0"], "--scale 0.0 is out of range"),
+        (["--batch", "0"], "--batch 0 is out of range"),
+        (["--name", "a/b"], "--name must be letters"),
+        (["--device", "tpu"], "tpu"),
+        (["--scale", "0.5"], "was begun with another scale, batch or recipe"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, scale=1.0)
+    recipe.keep_settings(run)
+    recipe.keep_settings(run)  # the same again is fine
+    monkeypatch.setattr("sys.argv", ["train_pocket", "--out", str(tmp_path), *words])
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert said in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["autoencoder", "flow", "sr", "student"])
 def test_an_interrupted_training_ends_where_it_would_have(

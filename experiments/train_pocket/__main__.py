@@ -11,7 +11,10 @@ goes on where it stopped. train.log keeps what was printed, grids/ what was draw
 """
 
 import argparse
-from dataclasses import dataclass, replace
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +24,9 @@ from experiments.train_pocket.autoencoder import State
 from experiments.train_pocket.data import WORLDS, start_log
 from experiments.train_pocket.export import export
 from experiments.train_pocket.loop import Run, log
+from mrflow.errors import MrflowError, PlanError
+from mrflow.io import write_bytes
+from mrflow.models import choose_device
 from mrflow.models.pocket.model import POCKET, load_pocket
 
 
@@ -47,16 +53,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="pocket-2", help="of the version")
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-2"), help="the folder of everything")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
     parser.add_argument("--batch", type=int, default=1, help="times as many pictures in every batch")
     parser.add_argument("--scale", type=float, default=1.0, help="of all counts of steps and pictures")
     parser.add_argument("--threads", type=int, help="of the processor")
     parser.add_argument("--every", type=float, default=180.0, help="seconds between checkpoints")
     args = parser.parse_args()
+    for name, fine in (("scale", 0 < args.scale < math.inf), ("batch", args.batch > 0), ("every", args.every >= 0)):
+        if not fine:
+            parser.error(f"--{name} {getattr(args, name)} is out of range")
+    if not re.fullmatch(r"[\w.-]+", args.name):
+        parser.error(f"--name must be letters, digits, dots and dashes, got {args.name!r}")
+    try:
+        run = Run(args.out, choose_device(args.device), args.scale, args.batch, args.every)
+        keep_settings(run)
+    except MrflowError as error:
+        parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
     start_log(args.out)
-    train(Run(args.out, torch.device(args.device), args.scale, args.batch, args.every), args.name)
+    train(run, args.name)
+
+
+def keep_settings(run: Run) -> None:
+    """Write down in the folder what its files are made with.
+
+    Raises:
+        PlanError: it was begun with something else, which would be mixed up.
+    """
+    path = run.folder / "settings.json"
+    mine = {"scale": run.scale, "batch": run.batch, "recipe": [asdict(phase) for phase in RECIPE]}
+    text = json.dumps(mine, indent=1) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise PlanError(f"{run.folder} was begun with another scale, batch or recipe ({path}); take another --out")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())
 
 
 @dataclass(frozen=True)

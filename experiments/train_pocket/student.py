@@ -25,6 +25,8 @@ from experiments.train_pocket.data import WORLDS, grid, start_log
 from experiments.train_pocket.export import digest, write_once
 from experiments.train_pocket.flow import SHOWN, plain_attention
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log
+from mrflow.errors import MrflowError
+from mrflow.models import choose_device
 from mrflow.models.flux import Flux, image_ids, pack
 from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, load_pocket
@@ -175,7 +177,11 @@ def main() -> None:
     parser.add_argument("--export", type=Path, required=True, help="where the averaged adapter goes")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    run = Run(args.out, torch.device(args.device))
+    try:
+        run = Run(args.out, choose_device(args.device))
+        load_pocket(args.teacher)
+    except MrflowError as error:
+        parser.error(str(error))
     start_log(run.folder)
     tensors = train(run, "student", WORLDS[args.world], args.steps, args.teacher)
     export(tensors, load_pocket(args.teacher).info.version, args.steps, args.export)

@@ -62,7 +62,7 @@ class Maker:
         self.negative = model.info.negative if sweep.negative is None else sweep.negative
         self.made_by = versions()
         self._cache = StageCache(max_bytes=CACHE_BYTES)
-        self._took: dict[tuple[str, tuple[Pair, ...]], tuple[float, int, float]] = {}
+        self._took: dict[tuple[str, Pair], tuple[float, int, float]] = {}
         self._warm = set[tuple[object, ...]]() if warm else None
         # The reference first: the others are held against its pictures.
         self.labels = sorted(sweep.chains, key=lambda label: label != sweep.reference)
@@ -280,8 +280,12 @@ class Maker:
         for mark, stage in zip(self.prints[label], result.stages, strict=True):
             mine = (stage.seconds, stage.nfe, stage.flops)
             if not stage.cached:
-                self._took[mark, pairs] = mine
-            out.append(self._took.get((mark, pairs), mine))
+                for pair in pairs:
+                    self._took[mark, pair] = (stage.seconds / len(pairs), stage.nfe, stage.flops / len(pairs))
+            known = [self._took[mark, pair] for pair in pairs if (mark, pair) in self._took]
+            if stage.cached and len(known) == len(pairs):  # they may have been made in other batches
+                mine = (sum(k[0] for k in known), max(k[1] for k in known), sum(k[2] for k in known))
+            out.append(mine)
         return out
 
     def _warm_up(self, label: str, chain: "AnyChain", batch: int) -> None:

@@ -7,6 +7,7 @@ page as JSON and onto it as text, never as markup.
 import base64
 import csv
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from io import BytesIO, StringIO
@@ -20,6 +21,8 @@ from mrflow.io import write_bytes
 from mrflow.sweep.statistics import Comparison, Interval, compare, grouped, interval, number, pareto, values
 from mrflow.sweep.store import Row, Store, read
 
+log = logging.getLogger(__name__)
+
 MAX_BYTES = 200_000_000  # of embedded pictures; browsers become slow beyond
 COLUMNS = (
     "chain", "prompt", "seed", "status", "error", "seconds", "nfe", "flops", "peak_bytes", "batch", "device", "model",
@@ -30,6 +33,8 @@ COLUMNS = (
 def load(folder: str | Path) -> tuple[list[Row], str]:
     """The rows of a folder, and the label of its reference chain ("" where it has none).
 
+    Where the folder was filled with several models, those of the one that ran last; a warning names the others.
+
     Raises:
         PlanError: it is no sweep's folder, or has no rows yet.
     """
@@ -37,6 +42,11 @@ def load(folder: str | Path) -> tuple[list[Row], str]:
     if not rows:
         raise PlanError(f"{folder} has no rows yet; run mrflow sweep first")
     said = Store(folder).manifest()
+    mine = [row for row in rows if row.weights == said.get("weights")]
+    if mine and len(mine) < len(rows):
+        others = sorted({row.weights for row in rows} - {mine[0].weights})
+        log.warning("%d rows of other weights are left out: %s", len(rows) - len(mine), ", ".join(others))
+        rows = mine
     order = list(cast("dict[str, object]", said.get("chains", {})))
     rows.sort(key=lambda r: (order.index(r.chain) if r.chain in order else len(order), r.prompt, r.seed))
     reference = said.get("reference")
