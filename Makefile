@@ -25,8 +25,8 @@ $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 
 demo: $(VENV)/.installed ## Draw pictures with the embedded model, staged beside native
 	@mkdir -p $(OUT)
-	$(BIN)/mrflow generate "a big purple heart at the left on coarse dots" "an orange star above a blue square" \
-	  "a big happy face at the centre" "the medium red word HELLO" "five black crosses on medium checks" \
+	$(BIN)/mrflow generate "an orange star above a blue square" "five green triangles on coarse dots" \
+	  "a big happy face at the centre" "the medium red word HAPPY" "four pink diamonds on fine stripes" \
 	  --compare native --out $(OUT)/demo.png --force
 
 test: $(VENV)/.installed-dev ## Run all tests
