@@ -11,7 +11,6 @@ latents', sharpness beside native's, and the seconds that the upscaler takes for
 """
 
 import argparse
-import random
 import statistics
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from torch import Tensor
 
 import mrflow as mf
 from experiments.pocket_scores import interval
+from experiments.train_pocket.data import pictures, unit
 from mrflow.io import to_images, write_png
 from mrflow.metrics import psnr, round_trip_energy, sharpness
-from mrflow.scenes.grammar import FULL, held_out, held_out_captions, sample_scene
-from mrflow.scenes.render import render
+from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score
 from mrflow.stage import Chain
 from mrflow.upscalers.interpolate import Filter
@@ -60,16 +59,6 @@ def enlarged(result: mf.Result, model: mf.Backbone) -> tuple[Tensor, Tensor]:
         latents = stage(result, "Lift")
         return model.decode(latents), latents
     return stage(result, "Upscale"), stage(result, "Encode")
-
-
-def scenes(count: int, sizes: tuple[int, ...]) -> list[Tensor]:
-    """Held-out scenes as pictures in [0, 1], the same ones at each size."""
-    rng, drawn = random.Random(5), list[list[Tensor]]()
-    while len(drawn) < count:
-        scene = sample_scene(FULL, rng)
-        if held_out(scene.caption):
-            drawn.append([torch.from_numpy(np.array(render(scene, s))).permute(2, 0, 1) / 255 for s in sizes])
-    return [torch.stack(pictures) for pictures in zip(*drawn, strict=True)]
 
 
 def enlarging(chain: Chain[mf.Start, mf.Pixels]) -> Chain[mf.Pixels, mf.Pixels]:
@@ -114,7 +103,8 @@ def main() -> None:
             energy.append(round_trip_energy(model, stage(result, "Sample")))
             sharp.append(sharpness(result.pixels))
         whole = statistics.median(mf.run(native, model, captions[0], seed=i).seconds for i in range(3))
-        small, large = scenes(args.scenes, (model.info.low[0], model.info.size[0]))
+        sides = (model.info.low[0], model.info.size[0])
+        small, large = (unit(pictures(FULL, args.scenes, side, 5, held=True)[0]) for side in sides)
         unit, native_sharp = float(torch.cat(energy).mean()), float(torch.cat(sharp).mean())
         print(f"{model.info.version}, {args.captions} captions, PSNR on {args.scenes} scenes")
         print(f"native 50: {whole:.2f} s, round-trip energy {unit:.4f}, sharpness {native_sharp:.4f}\n")

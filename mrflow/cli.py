@@ -298,18 +298,17 @@ def replay(
     lora: LoraFiles = None,
 ) -> None:
     """Make a picture again from the record it carries."""
-    from mrflow.io import read_image, read_record, save_result
+    from mrflow.io import read_image, read_record, recorded_model, save_result
     from mrflow.io import replay as again
-    from mrflow.models.pocket.model import shipped
 
     with console() as err:
         target = free_path(out, picture.with_stem(f"{picture.stem}-replay"), 1, force)
         record = read_record(picture)
         types = own_types(own) if own is not None else ()
         pixels = read_image(start) if start is not None else None
-        name = str(record.get("model", "pocket"))
-        name = model or str(shipped(name, str(record.get("weights"))) or name)
-        backbone = load_model(name, device, dtype, offload, storage, vae, text, compile, lora)
+        backbone = load_model(
+            model or recorded_model(record), device, dtype, offload, storage, vae, text, compile, lora
+        )
         result = again(picture, model=backbone, types=types, start=pixels, files=file or ())
         for path in save_result(result, target):
             err.print(f"made again in {result.seconds:.2f} s")

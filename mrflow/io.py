@@ -212,6 +212,14 @@ def read_record(path: str | Path) -> dict[str, object]:
     return cast(dict[str, object], record)
 
 
+def recorded_model(record: dict[str, object]) -> str:
+    """What `load` takes for the model that made a picture: for an embedded one, the file of that version."""
+    from mrflow.models.pocket.model import shipped
+
+    name = str(record.get("model", "pocket"))
+    return str(shipped(name, str(record.get("weights"))) or name)
+
+
 def describe_record(record: dict[str, object]) -> list[str]:
     """A record in lines for people."""
     lines = [
@@ -254,7 +262,6 @@ def replay(
     """
     from mrflow.files import known_files
     from mrflow.models import load
-    from mrflow.models.pocket.model import shipped
     from mrflow.runner import run
 
     record = read_record(path)
@@ -266,8 +273,8 @@ def replay(
         raise RecordError(f"{path}: its record lacks the prompt, seed, negative or model")
     if "start" in record and start is None:
         raise RecordError(f"{path} was made from a picture ({record['start']}); pass it as start=")
+    backbone = load(recorded_model(record)) if model is None else model
     weights = record.get("weights")
-    backbone = load(shipped(name, str(weights)) or name) if model is None else model
     if backbone.info.name != name or backbone.info.version != weights:
         raise RecordError(
             f"{path} was made by {name} {weights}, but the model given is {backbone.info.name} {backbone.info.version}"

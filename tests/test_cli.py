@@ -135,7 +135,11 @@ def test_plan_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", "a", "--out", "x.jpg"], 2, "--out must end in .png"),
         (["generate", "a", "--compare", "x"], 2, "--compare takes native"),
         (["generate", "a\0b"], 2, "NUL or a lone surrogate"),
-        (["plan", "--model", "nothing"], 2, "to plan; known are pocket, pocket-2, pocket-1, flux1-dev"),
+        (
+            ["plan", "--model", "nothing"],
+            2,
+            "there is no model 'nothing' to plan; known are pocket, pocket-2, pocket-1, flux1-dev",
+        ),
         (["plan", "none.py:chain"], 2, "there is no Python file none.py in "),
         (["plan", "chain"], 2, "a chain is named file.py:name"),
         (["inspect", "none.png"], 5, "cannot be read"),

@@ -27,7 +27,7 @@ from experiments.train_pocket.loop import Run, log
 from mrflow.errors import MrflowError, PlanError
 from mrflow.io import write_bytes
 from mrflow.models import choose_device
-from mrflow.models.pocket.model import POCKET, load_pocket
+from mrflow.models.pocket.model import POCKET
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,6 @@ def train(run: Run, name: str) -> tuple[Path, Path]:
     version = export(name, parts.flow, parts.autoencoder, parts.sr, model, facts)
     taught = student.train(run, "student", WORLDS[RECIPE[-1].world], student.STEPS, model)
     student.export(taught, version, run.count(student.STEPS), adapter)
-    load_pocket(model, device=run.device)  # reads every part strictly
     log.info("made %s and %s; mrflow ships them from mrflow/models/pocket", model, adapter)
     return model, adapter
 

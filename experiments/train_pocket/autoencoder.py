@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from experiments.train_pocket.data import grid, pictures, psnr, unit
+from experiments.train_pocket.data import grid, pictures, unit
 from experiments.train_pocket.loop import Loop, Run, cosine, finished, log
+from mrflow.metrics import psnr
 from mrflow.models.pocket.model import channels_last
 from mrflow.models.pocket.networks import Autoencoder
 from mrflow.scenes.grammar import FULL, World
@@ -29,6 +30,13 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
     """The reconstruction loss."""
     d = a - b
     return d.abs().mean() + 2 * d.square().mean() + 0.5 * gradient_l1(a, b)
+
+
+def loaded(state: State, device: torch.device) -> Autoencoder:
+    """A trained autoencoder, ready to use."""
+    net = Autoencoder()
+    net.load_state_dict(state)
+    return net.to(device).eval()
 
 
 def train(run: Run, name: str, world: World, steps: int, start: State | None = None) -> State:
@@ -71,5 +79,5 @@ def train(run: Run, name: str, world: World, steps: int, start: State | None = N
         for size in (128, 256):
             x = unit(pictures(world, count(100), size, 99)[0])
             parts = [net.decode(net.encode(p.to(device))).clamp(0, 1).cpu() for p in x.split(20)]
-            log.info("%s: %.2f dB at %d px", name, psnr(torch.cat(parts), x), size)
+            log.info("%s: %.2f dB at %d px", name, psnr(torch.cat(parts), x).mean(), size)
     return loop.finish({"mean": net.mean, "std": net.std})

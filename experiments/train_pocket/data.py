@@ -16,14 +16,17 @@ from mrflow.scenes.render import render
 WORLDS = {"pocket-1": POCKET_1, "full": FULL}
 
 
-def pictures(world: World, count: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-    """`count` renders as uint8 (count, 3, size, size), and their captions; none is held out."""
+def pictures(world: World, count: int, size: int, seed: int, *, held: bool = False) -> tuple[Tensor, list[str]]:
+    """`count` renders as uint8 (count, 3, size, size), and their captions: none held out, or, if `held`, all.
+
+    A seed gives the same scenes at every size.
+    """
     rng = random.Random(seed)
     out = torch.empty(count, 3, size, size, dtype=torch.uint8)
     captions = []
     for i in range(count):
         scene = sample_scene(world, rng)
-        while held_out(scene.caption):
+        while held_out(scene.caption) != held:
             scene = sample_scene(world, rng)
         out[i] = torch.from_numpy(np.array(render(scene, size))).permute(2, 0, 1)
         captions.append(scene.caption)
@@ -33,11 +36,6 @@ def pictures(world: World, count: int, size: int, seed: int) -> tuple[Tensor, li
 def unit(images: Tensor) -> Tensor:
     """uint8 to float in [0, 1]."""
     return images.float() / 255
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over pictures (b, 3, h, w) in [0, 1], in dB."""
-    return float((-10 * (a - b).square().mean((1, 2, 3)).log10()).mean())
 
 
 def grid(rows: list[Tensor]) -> Image.Image:

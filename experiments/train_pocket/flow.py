@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mrflow as mf
-from experiments.train_pocket.autoencoder import State
+from experiments.train_pocket.autoencoder import State, loaded
 from experiments.train_pocket.data import grid, pictures, unit
-from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log
+from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log, save_whole
 from experiments.train_pocket.muon import Muon
 from mrflow.models.flux import Flux, image_ids, pack
 from mrflow.models.pocket.model import FLUX_PARAMS, POCKET, TEXT_LENGTH, VOCABULARY, Pocket, text_encoder
-from mrflow.models.pocket.networks import Autoencoder, CompactSR, tokenise
+from mrflow.models.pocket.networks import CompactSR, tokenise
 from mrflow.scenes.grammar import World
 
 SIZES = {128: 16000, 256: 5000}
@@ -58,18 +58,14 @@ def cached_latents(run: Run, name: str, world: World, autoencoder: State) -> dic
     if path.exists():
         saved: dict[int, tuple[Tensor, Tensor]] = torch.load(path, weights_only=True)
         return saved
-    auto = Autoencoder()
-    auto.load_state_dict(autoencoder)
-    auto = auto.to(run.device).eval()
+    auto = loaded(autoencoder, run.device)
     out = {}
     for size, count in SIZES.items():
         images, captions = pictures(world, run.count(count), size, 11)
         chunks = [auto.encode(unit(part.to(run.device))).half().cpu() for part in images.split(50)]
         out[size] = (torch.cat(chunks), tokenise(captions, VOCABULARY, TEXT_LENGTH)[0])
         log.info("encoded %d pictures at %d px", len(images), size)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    torch.save(out, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    save_whole(out, path)
     return out
 
 
@@ -101,8 +97,7 @@ def loss_at(net: Trainee, latents: Tensor, ids: Tensor) -> Tensor:
 
 def drawn(net: Trainee, autoencoder: State, device: torch.device) -> Image.Image:
     """What it draws now, 12 guided steps: a row at each size."""
-    auto = Autoencoder()
-    auto.load_state_dict(autoencoder)
+    auto = loaded(autoencoder, device)
     model = Pocket(text=net.text, flow=net.flow, autoencoder=auto, sr=CompactSR(), version="trainee", device=device)
     rows = [mf.run(mf.recipes.native(size=(size, size), steps=12), model, SHOWN, seed=0).pixels.cpu() for size in SIZES]
     net.train()
@@ -144,9 +139,9 @@ def train(
         decay=0.998,
         draw=lambda: drawn(net, autoencoder, device),
     )
-    fast = plain_attention if device.type == "cpu" else net.flow.attention
+    if device.type == "cpu":
+        net.flow.attention = plain_attention
     for step in loop:
-        net.flow.attention = fast
         size = 256 if step >= low and torch.rand(()).item() < high_share else 128
         latents, ids = data[size]
         pick = torch.randint(len(latents), (run.batch * BATCH[size],))

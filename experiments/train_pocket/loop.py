@@ -69,6 +69,7 @@ class Loop:
         weights: what is trained and averaged, by name.
         optimisers: stepped by `learn`; their rates are the highest, multiplied by `factor(progress)` and by a warm-up.
         decay: of the running average of the weights; it is shorter in the first steps.
+        clip: whether gradients are clipped to a norm of 1.
         keep: other modules and optimisers that checkpoints hold.
         draw: makes the grid; called with the averaged weights in place.
     """
@@ -84,7 +85,7 @@ class Loop:
         factor: Callable[[float], float],
         warmup: int = 100,
         decay: float = 0.99,
-        clip: float | None = 1.0,
+        clip: bool = True,
         keep: Mapping[str, nn.Module | torch.optim.Optimizer] | None = None,
         draw: Callable[[], Image.Image] | None = None,
     ) -> None:
@@ -99,7 +100,6 @@ class Loop:
         self.running: dict[str, float] = {}
         self.seen: dict[str, int] = {}
         self.checkpoint = run.folder / f"{name}.pt"
-        run.folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self._resume()
 
@@ -166,8 +166,7 @@ class Loop:
         state |= {"random": torch.get_rng_state()}
         if self.run.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.run.device)
-        torch.save(state, self.checkpoint.with_suffix(".tmp"))
-        self.checkpoint.with_suffix(".tmp").replace(self.checkpoint)
+        save_whole(state, self.checkpoint)
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
@@ -191,6 +190,13 @@ class Loop:
         write_bytes(part_file(self.run, self.name), save(done, metadata=facts))
         log.info("%s done: %d steps in %.0f s, seen %s", self.name, self.step, self.seconds, self.seen)
         return done
+
+
+def save_whole(value: object, path: Path) -> None:
+    """torch.save, whole or not at all, into a folder that is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(value, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 def part_file(run: Run, name: str) -> Path:

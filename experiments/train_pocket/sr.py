@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from experiments.train_pocket.autoencoder import State, gradient_l1
-from experiments.train_pocket.data import grid, pictures, psnr, unit
+from experiments.train_pocket.autoencoder import State, gradient_l1, loaded
+from experiments.train_pocket.data import grid, pictures, unit
 from experiments.train_pocket.loop import Loop, Run, cosine, finished, log
-from mrflow.models.pocket.networks import Autoencoder, CompactSR
+from mrflow.metrics import psnr
+from mrflow.models.pocket.networks import CompactSR
 from mrflow.scenes.grammar import World
 
 PAIRS = 2400
@@ -39,9 +40,7 @@ def bicubic(x: Tensor) -> Tensor:
 @torch.inference_mode()
 def decoded(small: Tensor, autoencoder: State, device: torch.device) -> Tensor:
     """What the autoencoder makes of pictures (uint8), with a little noise on their latents; uint8 again."""
-    auto = Autoencoder()
-    auto.load_state_dict(autoencoder)
-    auto = auto.to(device).eval()
+    auto = loaded(autoencoder, device)
     out: list[Tensor] = []
     for part in small.split(50):
         z = auto.encode(unit(part.to(device)))
@@ -80,7 +79,7 @@ def train(
         [optimiser],
         run.count(steps),
         factor=cosine,
-        clip=None,
+        clip=False,
         keep={"critic": critic, "its optimiser": second},
         draw=draw,
     )
@@ -100,5 +99,5 @@ def train(
             second.step()
     with loop.averaged():
         found = torch.cat([net(part.to(device)).clamp(0, 1).cpu() for part in x.split(20)])
-        log.info("%s: %.2f dB, bicubic %.2f dB", name, psnr(found, y), psnr(bicubic(x), y))
+        log.info("%s: %.2f dB, bicubic %.2f dB", name, psnr(found, y).mean(), psnr(bicubic(x), y).mean())
     return loop.finish()

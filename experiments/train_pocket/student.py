@@ -24,7 +24,7 @@ from experiments.train_pocket.autoencoder import State
 from experiments.train_pocket.data import WORLDS, grid, start_log
 from experiments.train_pocket.export import digest, write_once
 from experiments.train_pocket.flow import SHOWN, plain_attention
-from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log
+from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log, save_whole
 from mrflow.errors import MrflowError
 from mrflow.models import choose_device
 from mrflow.models.flux import Flux, image_ids, pack
@@ -73,13 +73,11 @@ def teach(model: Pocket, world: World, size: int, count: int) -> Pairs:
 
 def cached_pairs(run: Run, name: str, teacher: Pocket, world: World) -> dict[int, Pairs]:
     """What the teacher does at each size, made once."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     out: dict[int, Pairs] = {}
     for size, count in TAUGHT.items():
         path = run.folder / f"{name}-pairs-{size}.pt"
         if not path.exists():
-            torch.save(teach(teacher, world, size, run.count(count)), path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            save_whole(teach(teacher, world, size, run.count(count)), path)
         out[size] = torch.load(path, weights_only=True)
     return out
 
@@ -133,7 +131,8 @@ def train(run: Run, name: str, world: World, steps: int, teacher: Path) -> State
     student = grafted(flow, grafts)
     weights = {f"{path}.{key}": getattr(change, part) for path, change in changed.items() for key, part in NAMES}
     optimiser = torch.optim.AdamW(list(weights.values()), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99))
-    fast = plain_attention if run.device.type == "cpu" else student.attention
+    if run.device.type == "cpu":
+        student.attention = plain_attention
 
     def draw() -> Image.Image:
         drawer = model.with_flow(student, "/student")
@@ -151,7 +150,6 @@ def train(run: Run, name: str, world: World, steps: int, teacher: Path) -> State
         draw=draw,
     )
     for _ in loop:
-        student.attention = fast
         size = 256 if torch.rand(()).item() < HIGH_SHARE else 128
         pick = torch.randint(len(data[size][0]), (run.batch * BATCH[size],))
         with run.autocast():
@@ -179,12 +177,12 @@ def main() -> None:
     args = parser.parse_args()
     try:
         run = Run(args.out, choose_device(args.device))
-        load_pocket(args.teacher)
+        version = load_pocket(args.teacher).info.version
     except MrflowError as error:
         parser.error(str(error))
     start_log(run.folder)
     tensors = train(run, "student", WORLDS[args.world], args.steps, args.teacher)
-    export(tensors, load_pocket(args.teacher).info.version, args.steps, args.export)
+    export(tensors, version, args.steps, args.export)
 
 
 if __name__ == "__main__":

@@ -80,16 +80,20 @@ class MagCache(Cache):
 
     def check(self, info: ModelInfo) -> None:
         """A model without known ratios needs its own."""
-        if self.ratios is None and measured(RATIOS, info) is None:
+        self._known(info)
+
+    def _known(self, info: ModelInfo) -> tuple[float, ...]:
+        found = self.ratios or measured(RATIOS, info)
+        if found is None:
             raise PlanError(
                 f"MagCache knows no ratios for {info.name}; measure them with MagCache.calibrated("
                 f"{self.threshold:g}, model, prompts) or give ratios="
             )
+        return found
 
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """The accumulated error."""
-        self.check(info)
-        known = self.ratios or measured(RATIOS, info) or ()
+        known = self._known(info)
         ratios = nearest(known, len(levels) or len(known))
         first = int(self.retention * len(ratios) + 0.5)
         ratio, error, row, kept = 1.0, 0.0, 0, False

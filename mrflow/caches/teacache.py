@@ -72,16 +72,20 @@ class TeaCache(Cache):
 
     def check(self, info: ModelInfo) -> None:
         """A model without known coefficients needs its own."""
-        if self.coefficients is None and measured(COEFFICIENTS, info) is None:
+        self._known(info)
+
+    def _known(self, info: ModelInfo) -> tuple[float, ...]:
+        found = self.coefficients or measured(COEFFICIENTS, info)
+        if found is None:
             raise PlanError(
                 f"TeaCache knows no coefficients for {info.name}; fit them with TeaCache.calibrated("
                 f"{self.threshold:g}, model, prompts) or give coefficients="
             )
+        return found
 
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """The accumulated rule."""
-        self.check(info)
-        coefficients = self.coefficients or measured(COEFFICIENTS, info) or ()
+        coefficients = self._known(info)
         total, before = 0.0, list[Tensor]()
 
         def due(look: Look) -> bool:

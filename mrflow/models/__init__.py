@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -238,21 +238,25 @@ def info(name: str) -> ModelInfo:
     Raises:
         PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known.
     """
-    from mrflow.models.pocket.model import FIRST_CFG, POCKET, SHIPPED
+    from mrflow.models.checkpoint import read_header
+    from mrflow.models.pocket.model import SHIPPED, facts, shipped
 
-    known = {"pocket": POCKET, **dict.fromkeys(SHIPPED, POCKET), "pocket-1": replace(POCKET, cfg=FIRST_CFG), **PLANNED}
+    path = shipped(name)
+    if path is not None:
+        return facts(read_header(path))
     path = Path(name)
-    if name not in known and path.exists():
+    if name not in PLANNED and path.exists():
         from mrflow.models.sources import QWEN, find
 
         if is_pocket(path):
-            return POCKET
+            return facts(read_header(path))
         files = find(path)
         guided = any("guidance" in tensor for tensor in files.transformer.tensors)
-        return known["qwen-image" if files.family is QWEN else "flux1-dev" if guided else "flux1-schnell"]
-    if name not in known and name not in HUB_NAMES:
-        raise PlanError(f"there is no model {name!r} to plan; known are {', '.join((*known, *HUB_NAMES))}")
-    return known[HUB_NAMES.get(name, name)]
+        return PLANNED["qwen-image" if files.family is QWEN else "flux1-dev" if guided else "flux1-schnell"]
+    if name not in PLANNED and name not in HUB_NAMES:
+        known = ("pocket", *SHIPPED, *PLANNED, *HUB_NAMES)
+        raise PlanError(f"there is no model {name!r} to plan; known are {', '.join(known)}")
+    return PLANNED[HUB_NAMES.get(name, name)]
 
 
 def choose_device(device: str | torch.device) -> torch.device:

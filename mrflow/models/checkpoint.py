@@ -58,6 +58,10 @@ class Header:
         """The tensors whose names begin with one of the prefixes: a part of an all-in-one file."""
         return replace(self, tensors={n: e for n, e in self.tensors.items() if n.startswith(prefixes)})
 
+    def without(self, *endings: str) -> "Header":
+        """All but the tensors whose names end so."""
+        return replace(self, tensors={n: e for n, e in self.tensors.items() if not n.endswith(endings)})
+
 
 @dataclass(frozen=True)
 class Source:

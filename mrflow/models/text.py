@@ -5,7 +5,7 @@ fixed number, padded, and neither it nor the transformer is given a mask, so the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -34,7 +34,8 @@ VOCABULARIES = {
     "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
 }
-NOT_READ = ("position_ids", "text_projection.weight", "logit_scale")  # of CLIP's files
+# Of CLIP's files: a table of positions that follows from its size, and what other pipelines read.
+NOT_READ = ("position_ids", "text_projection.weight", "logit_scale")
 # Settings that shapes do not tell, as published (openai/clip-vit-large-patch14, google/t5-v1_1-xxl).
 CLIP_CONFIG = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2}
 T5_CONFIG = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
@@ -95,17 +96,13 @@ def find_text(where: Path) -> TextFiles:
         if not any(all((folder / name).is_file() for name in way) for way in ways):
             missing.append(f"{folder.name} (a folder with {' or '.join(' and '.join(way) for way in ways)})")
     clip, t5 = found
-    if (
-        clip is not None
-    ):  # what other pipelines read of CLIP's file, and a table of positions that follows from its size
-        clip = replace(clip, tensors={n: e for n, e in clip.tensors.items() if not n.endswith(NOT_READ)})
     if missing or clip is None or t5 is None:
         raise WeightsError(
             f"{where} lacks {', '.join(missing)}; text encoders and tokenizers are in FLUX.1's repository: say where "
             "with text="
         )
     configs = [read_json(p) if (p := h.path.parent / "config.json").is_file() else {} for h in (clip, t5)]
-    return TextFiles(described(clip), described(t5), configs[0], configs[1], *tokenizers)
+    return TextFiles(described(clip.without(*NOT_READ)), described(t5), configs[0], configs[1], *tokenizers)
 
 
 def prepare_text(

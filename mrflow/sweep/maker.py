@@ -282,9 +282,9 @@ class Maker:
             if not stage.cached:
                 for pair in pairs:
                     self._took[mark, pair] = (stage.seconds / len(pairs), stage.nfe, stage.flops / len(pairs))
-            known = [self._took[mark, pair] for pair in pairs if (mark, pair) in self._took]
-            if stage.cached and len(known) == len(pairs):  # they may have been made in other batches
-                mine = (sum(k[0] for k in known), max(k[1] for k in known), sum(k[2] for k in known))
+            elif all((mark, pair) in self._took for pair in pairs):  # perhaps made in other batches
+                seconds, nfe, flops = zip(*(self._took[mark, pair] for pair in pairs), strict=True)
+                mine = (sum(seconds), max(nfe), sum(flops))
             out.append(mine)
         return out
 

@@ -20,7 +20,7 @@ from mrflow.adapters import Lora
 from mrflow.backbone import Condition
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
-from mrflow.models.checkpoint import read_header
+from mrflow.models.checkpoint import Header, read_header
 from mrflow.models.fields import FluxField, side_by_side
 from mrflow.models.fields import step as flux_step
 from mrflow.models.flux import Flux, FluxParams
@@ -102,24 +102,6 @@ def text_encoder() -> TextEncoder:
 N = TypeVar("N", bound=nn.Module)
 
 
-def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
-    """Warn of adapters whose file names other weights of pocket as its teacher's."""
-    from mrflow.models.lora import opened
-
-    for lora in loras:
-        header = opened(lora)[0].header
-        teacher = header.metadata.get("teacher", "")
-        if teacher.partition("+")[0] in SHIPPED and teacher != version.partition("/")[0]:
-            name = teacher.partition("+")[0]
-            log.warning(
-                "%s was taught by %s, and this is %s: load that model, mrflow.load(%r), or its own student",
-                header.path.name,
-                teacher,
-                version,
-                name,
-            )
-
-
 def channels_last(net: N) -> N:
     """The same net with its convolutions' weights channels-last, which is faster on most processors."""
     for p in net.parameters():
@@ -163,7 +145,7 @@ class Pocket:
         version: str,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        cfg: float = POCKET.cfg,
+        info: ModelInfo = POCKET,
     ) -> None:
         self._text = text.to(device).eval()
         self._flow = flow.to(device, dtype).eval()
@@ -171,7 +153,7 @@ class Pocket:
         self._device = device
         self._adapted: dict[object, Pocket] = {}
         kept = "" if dtype == torch.float32 else f"/{dtype}".replace("torch.", "")
-        self._info = replace(POCKET, version=version + kept, cfg=cfg)
+        self._info = replace(info, version=version + kept)
         self._sr = PocketSR(channels_last(sr.to(device).eval()), version)
 
     @property
@@ -288,6 +270,24 @@ def shipped(name: str, weights: str = "") -> Path | None:
     return SHIPPED.get(name)
 
 
+def facts(header: Header) -> ModelInfo:
+    """The facts of a file of this architecture, without its version: what it is used with, it says itself."""
+    return replace(POCKET, cfg=float(header.metadata.get("cfg", FIRST_CFG)))
+
+
+def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
+    """Warn of adapters whose file names other weights of pocket as its teacher's."""
+    from mrflow.models.lora import opened
+
+    for lora in loras:
+        header = opened(lora)[0].header
+        teacher = header.metadata.get("teacher", "")
+        name = teacher.partition("+")[0]
+        if name in SHIPPED and not version.startswith(teacher):
+            advice = f"load that model, mrflow.load({name!r}), or its own student"
+            log.warning("%s was taught by %s, and this is %s: %s", header.path.name, teacher, version, advice)
+
+
 def load_pocket(
     path: Path = WEIGHTS,
     *,
@@ -327,5 +327,5 @@ def load_pocket(
         version=version + lora.mark_of(loras),
         device=device or torch.device("cpu"),
         dtype=dtype,
-        cfg=float(header.metadata.get("cfg", FIRST_CFG)),
+        info=facts(header),
     )
