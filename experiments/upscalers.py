@@ -105,9 +105,9 @@ def main() -> None:
         whole = statistics.median(mf.run(native, model, captions[0], seed=i).seconds for i in range(3))
         sides = (model.info.low[0], model.info.size[0])
         small, large = (unit(pictures(FULL, args.scenes, side, 5, held=True)[0]) for side in sides)
-        unit, native_sharp = float(torch.cat(energy).mean()), float(torch.cat(sharp).mean())
+        native_energy, native_sharp = float(torch.cat(energy).mean()), float(torch.cat(sharp).mean())
         print(f"{model.info.version}, {args.captions} captions, PSNR on {args.scenes} scenes")
-        print(f"native 50: {whole:.2f} s, round-trip energy {unit:.4f}, sharpness {native_sharp:.4f}\n")
+        print(f"native 50: {whole:.2f} s, round-trip energy {native_energy:.4f}, sharpness {native_sharp:.4f}\n")
         print("| upscaler | PSNR | enlarged | refined | words | refined minus own net | energy | sharpness | seconds |")
         print("|---|---|---|---|---|---|---|---|---|")
         own: list[float | None] = []
@@ -140,7 +140,7 @@ def main() -> None:
             print(
                 f"| {name} | {float(torch.cat(found).mean()):.2f} "
                 f"| {mean(before):.3f} | {mean(after):.3f} | {mean(words):.3f} | {difference} "
-                f"| {float(torch.cat(energies).mean()) / unit:.2f} "
+                f"| {float(torch.cat(energies).mean()) / native_energy:.2f} "
                 f"| {float(torch.cat(sharpnesses).mean()) / native_sharp:.2f} | {statistics.median(times):.4f} |",
                 flush=True,
             )
