@@ -180,18 +180,29 @@ def slow(self, label, group):
     return make(self, label, group)
 maker.Maker._made = slow
 print("begun", flush=True)
+sys.stdin.readline()
 done = run_sweep(small(), mf.toy(), {folder!r}, batch=2)
 print(done.made, flush=True)
 """
 
 
 def process(folder: Path, *, pause: float = 0.0) -> "subprocess.Popen[str]":
-    """A sweep in a process of its own."""
+    """A sweep in a process of its own, which says "begun" and waits for a line before it starts."""
     root = str(Path(__file__).parents[1])
     code = SCRIPT.format(root=root, folder=str(folder), pause=pause)
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, env=environment)
+
+
+def begin(*workers: "subprocess.Popen[str]") -> None:
+    """Let them all go once the last of them is ready."""
+    for worker in workers:
+        assert worker.stdout is not None and worker.stdout.readline() == "begun\n"
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("\n")
+        worker.stdin.flush()
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +219,7 @@ def test_killed_at_random_moments_it_loses_and_doubles_nothing(tmp_path: Path, u
     for round_ in range(4):
         before = len(read(tmp_path)) if (tmp_path / "rows").is_dir() else 0
         worker = process(tmp_path, pause=0.05)
-        assert worker.stdout is not None and worker.stdout.readline() == "begun\n"
+        begin(worker)
         end = time.monotonic() + 60
         while time.monotonic() < end and len(list((tmp_path / "rows").glob("??/*.json"))) < before + 1 + round_ % 2:
             time.sleep(0.01)
@@ -227,6 +238,7 @@ def test_killed_at_random_moments_it_loses_and_doubles_nothing(tmp_path: Path, u
 @pytest.mark.slow
 def test_two_processes_share_a_folder(tmp_path: Path, undisturbed: Path) -> None:
     workers = [process(tmp_path, pause=0.1) for _ in range(2)]
+    begin(*workers)
     made = [int(w.communicate(timeout=120)[0].split()[-1]) for w in workers]
     assert sum(made) >= 12 and all(n < 12 for n in made)  # both worked
     run_sweep(small(), mf.toy(), tmp_path)
