@@ -33,7 +33,7 @@ def pictures(chain: Chain, model: mf.Backbone, captions: list[str], batch: int) 
     """One picture a caption; the n-th has seed n, so that a caption that occurs twice is drawn twice."""
     seeds = list(range(len(captions)))
     parts = [slice(i, i + batch) for i in range(0, len(captions), batch)]
-    return torch.cat([mf.run(chain, model, captions[p], seed=seeds[p]).pixels for p in parts]).numpy()
+    return torch.cat([mf.run(chain, model, captions[p], seed=seeds[p]).pixels.cpu() for p in parts]).numpy()
 
 
 def table(images: NDArray[np.float32], captions: list[str | None]) -> list[dict[str, float]]:

@@ -1,6 +1,7 @@
 """The embedded model's training: the whole recipe in little, and that an interruption changes nothing."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ from safetensors.torch import load_file
 
 import mrflow as mf
 from experiments.train_pocket import __main__ as recipe
-from experiments.train_pocket import autoencoder, flow, sr, student
+from experiments.train_pocket import autoencoder, flow, short_runs, sr, student
 from experiments.train_pocket.data import grid
-from experiments.train_pocket.loop import Loop, Run, cosine, finished, flat_then_linear
+from experiments.train_pocket.loop import Loop, Run, cosine, finished, flat_then_linear, keep_settings
 from mrflow.models.pocket.model import load_pocket
-from mrflow.scenes.grammar import POCKET_1
+from mrflow.scenes.grammar import POCKET_1, held_out_captions
 
 TINY = 0.0008
 
@@ -69,8 +70,8 @@ def test_what_cannot_be_is_said_before_any_work(
     words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(tmp_path, scale=1.0)
-    recipe.keep_settings(run)
-    recipe.keep_settings(run)  # the same again is fine
+    for _ in range(2):  # the same again is fine
+        keep_settings(run, [asdict(phase) for phase in recipe.RECIPE])
     monkeypatch.setattr("sys.argv", ["train_pocket", "--out", str(tmp_path), *words])
     with pytest.raises(SystemExit):
         recipe.main()
@@ -140,3 +141,56 @@ def test_grid_is_rows_of_pictures() -> None:
     assert picture.size == (24, 12)
     assert picture.getpixel((0, 0)) == (0, 0, 0)
     assert picture.getpixel((23, 11)) == (255, 255, 255)
+
+
+@pytest.mark.slow
+def test_short_runs_differ_in_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "SHOWN", flow.SHOWN[:1])
+    run, captions = Run(tmp_path, scale=TINY), held_out_captions(POCKET_1, 3)
+    for name in ("base", "wider", "plain-latents"):
+        short_runs.arm(run, name, captions)
+    rows = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
+    assert rows["base"]["captions"] == captions
+    assert len(rows["base"]["scores"]) == 3
+    assert rows["wider"]["parameters"] > 2 * rows["base"]["parameters"] == 2 * rows["plain-latents"]["parameters"]
+    smooth, plain = (load_file(tmp_path / f"autoencoder-{name}.safetensors") for name in ("smooth", "plain"))
+    assert any(not torch.equal(smooth[key], plain[key]) for key in smooth)
+    assert {p.name for p in tmp_path.glob("*-0.006-latents.pt")} == {
+        "smooth-0.006-latents.pt",
+        "plain-0.006-latents.pt",
+    }
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    short_runs.arm(run, "base", captions)  # is there
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    names = [line.split(" | ")[0] for line in short_runs.table(run).splitlines()[2:]]
+    assert names == ["| base", "| wider", "| plain-latents"]
+
+
+def test_short_runs_are_held_against_the_base_by_caption(tmp_path: Path) -> None:
+    common = {"captions": ["a", "b", "b"], "ceiling": 1.0, "parameters": 3_000_000, "seconds": 60.0}
+    (tmp_path / "base.json").write_text(json.dumps({**common, "scores": [0.25, 0.5, 0.75]}))
+    (tmp_path / "both.json").write_text(json.dumps({**common, "scores": [0.0, 0.25, 0.5]}))
+    base, both = short_runs.table(Run(tmp_path)).splitlines()[2:]
+    assert base.endswith("0.50 (0.25 to 0.62) |  |")
+    assert both.startswith("| both | 1000 | 3.00 M | plain | 8 % | 60 | 1.00 | 0.25 (")
+    assert both.endswith("| -0.25 (-0.25 to -0.25) |")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bigger"], "no run is called bigger; there are base, longer"),
+        (["--scale", "0"], "--scale 0.0 or --captions 150 is out of range"),
+        (["--captions", "0"], "--scale 1.0 or --captions 0 is out of range"),
+        (["--scale", "0.5"], "was begun with another scale, batch or recipe"),
+    ],
+)
+def test_short_runs_say_what_cannot_be(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_settings(Run(tmp_path), "something else")
+    monkeypatch.setattr("sys.argv", ["short_runs", "--out", str(tmp_path), *words])
+    with pytest.raises(SystemExit):
+        short_runs.main()
+    assert said in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]

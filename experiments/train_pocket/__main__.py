@@ -11,7 +11,6 @@ goes on where it stopped. train.log keeps what was printed, grids/ what was draw
 """
 
 import argparse
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, replace
@@ -23,9 +22,8 @@ from experiments.train_pocket import autoencoder, flow, sr, student
 from experiments.train_pocket.autoencoder import State
 from experiments.train_pocket.data import WORLDS, start_log
 from experiments.train_pocket.export import export
-from experiments.train_pocket.loop import Run, log
-from mrflow.errors import MrflowError, PlanError
-from mrflow.io import write_bytes
+from experiments.train_pocket.loop import Run, keep_settings, log
+from mrflow.errors import MrflowError
 from mrflow.models import choose_device
 from mrflow.models.pocket.model import POCKET
 
@@ -66,28 +64,13 @@ def main() -> None:
         parser.error(f"--name must be letters, digits, dots and dashes, got {args.name!r}")
     try:
         run = Run(args.out, choose_device(args.device), args.scale, args.batch, args.every)
-        keep_settings(run)
+        keep_settings(run, [asdict(phase) for phase in RECIPE])
     except MrflowError as error:
         parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
     start_log(args.out)
     train(run, args.name)
-
-
-def keep_settings(run: Run) -> None:
-    """Write down in the folder what its files are made with.
-
-    Raises:
-        PlanError: it was begun with something else, which would be mixed up.
-    """
-    path = run.folder / "settings.json"
-    mine = {"scale": run.scale, "batch": run.batch, "recipe": [asdict(phase) for phase in RECIPE]}
-    text = json.dumps(mine, indent=1) + "\n"
-    if path.exists() and path.read_text() != text:
-        raise PlanError(f"{run.folder} was begun with another scale, batch or recipe ({path}); take another --out")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, text.encode())
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,26 @@ def loaded(state: State, device: torch.device) -> Autoencoder:
     return net.to(device).eval()
 
 
-def train(run: Run, name: str, world: World, steps: int, start: State | None = None) -> State:
-    """The autoencoder's weights, trained on `world` and a sixth of the full one; from `start`, or from nothing."""
+def round_trip(net: Autoencoder, x: Tensor) -> Tensor:
+    """Pictures in [0, 1] encoded and decoded, in small batches; on the processor."""
+    device = net.mean.device
+    return torch.cat([net.decode(net.encode(part.to(device))).clamp(0, 1).cpu() for part in x.split(20)])
+
+
+def train(
+    run: Run,
+    name: str,
+    world: World,
+    steps: int,
+    start: State | None = None,
+    *,
+    noise: float = 0.1,
+    equivariance: float = 0.25,
+) -> State:
+    """The autoencoder's weights, trained on `world` and a sixth of the full one; from `start`, or from nothing.
+
+    `noise` is the deviation of the noise on the latents, `equivariance` the weight of that part of the loss.
+    """
     if (done := finished(run, name)) is not None:
         return done
     count, device = run.count, run.device
@@ -48,7 +66,7 @@ def train(run: Run, name: str, world: World, steps: int, start: State | None = N
     large = torch.cat([pictures(world, count(2000), 256, 3)[0], pictures(FULL, count(400), 256, 4)[0]])
     log.info("rendered %d + %d pictures", len(small), len(large))
     torch.manual_seed(0)
-    net = Autoencoder()
+    net = Autoencoder(noise=noise)
     if start is not None:
         net.load_state_dict(start)
     net = channels_last(net.to(device))
@@ -68,8 +86,9 @@ def train(run: Run, name: str, world: World, steps: int, start: State | None = N
         z = net.encoder(2 * x - 1)
         mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3))
         loss = distance(net.decode(z + net.noise * torch.randn_like(z)), x)
-        pooled = F.avg_pool2d(z[crops:], 2)
-        loss = loss + 0.25 * distance(net.decode(pooled), F.avg_pool2d(x[crops:], 2))
+        if equivariance:
+            pooled = F.avg_pool2d(z[crops:], 2)
+            loss = loss + equivariance * distance(net.decode(pooled), F.avg_pool2d(x[crops:], 2))
         loop.learn(loss + 0.01 * (mean.square().mean() + (var - 1).square().mean()), items=len(x))
     with loop.averaged():
         parts = small[: count(2000)].split(50)
@@ -78,6 +97,5 @@ def train(run: Run, name: str, world: World, steps: int, start: State | None = N
         net.std.copy_(z.std((0, 2, 3)))
         for size in (128, 256):
             x = unit(pictures(world, count(100), size, 99)[0])
-            parts = [net.decode(net.encode(p.to(device))).clamp(0, 1).cpu() for p in x.split(20)]
-            log.info("%s: %.2f dB at %d px", name, psnr(torch.cat(parts), x).mean(), size)
+            log.info("%s: %.2f dB at %d px", name, psnr(round_trip(net, x), x).mean(), size)
     return loop.finish({"mean": net.mean, "std": net.std})

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,18 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.io import to_images
-from mrflow.scenes.grammar import FULL, POCKET_1, World, held_out, sample_scene
+from mrflow.scenes.grammar import FULL, POCKET_1, Scene, World, held_out, sample_scene
 from mrflow.scenes.render import render
 
 WORLDS = {"pocket-1": POCKET_1, "full": FULL}
+
+
+def rendered(scenes: Sequence[Scene], size: int) -> Tensor:
+    """Renders as uint8 (n, 3, size, size)."""
+    out = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8)
+    for place, scene in zip(out, scenes, strict=True):
+        place.copy_(torch.from_numpy(np.array(render(scene, size))).permute(2, 0, 1))
+    return out
 
 
 def pictures(world: World, count: int, size: int, seed: int, *, held: bool = False) -> tuple[Tensor, list[str]]:
@@ -22,15 +31,13 @@ def pictures(world: World, count: int, size: int, seed: int, *, held: bool = Fal
     A seed gives the same scenes at every size.
     """
     rng = random.Random(seed)
-    out = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    captions = []
-    for i in range(count):
+    scenes = []
+    for _ in range(count):
         scene = sample_scene(world, rng)
         while held_out(scene.caption) != held:
             scene = sample_scene(world, rng)
-        out[i] = torch.from_numpy(np.array(render(scene, size))).permute(2, 0, 1)
-        captions.append(scene.caption)
-    return out, captions
+        scenes.append(scene)
+    return rendered(scenes, size), [scene.caption for scene in scenes]
 
 
 def unit(images: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ sigma is logit-normal, shifted by the number of tokens as the model's schedules 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from experiments.train_pocket.data import grid, pictures, unit
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log, save_whole
 from experiments.train_pocket.muon import Muon
 from mrflow.models.flux import Flux, image_ids, pack
-from mrflow.models.pocket.model import FLUX_PARAMS, POCKET, TEXT_LENGTH, VOCABULARY, Pocket, text_encoder
+from mrflow.models.pocket.model import FLUX_PARAMS, POCKET, TEXT_LENGTH, VOCABULARY, WIDTH, Pocket, text_encoder
 from mrflow.models.pocket.networks import CompactSR, tokenise
 from mrflow.scenes.grammar import World
 
@@ -39,10 +40,11 @@ SHOWN = (
 class Trainee(nn.Module):
     """What is trained here."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.text = text_encoder()
-        self.flow = Flux(FLUX_PARAMS)
+        heads = FLUX_PARAMS.heads * width // WIDTH
+        self.text = text_encoder(width)
+        self.flow = Flux(replace(FLUX_PARAMS, context=width, pooled=width, hidden=width, heads=heads))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -52,15 +54,17 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def cached_latents(run: Run, name: str, world: World, autoencoder: State) -> dict[int, tuple[Tensor, Tensor]]:
-    """Latents (half precision) and caption ids at each size, made once."""
+def cached_latents(
+    run: Run, name: str, world: World, autoencoder: State, sizes: Mapping[int, int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Latents (half precision) and caption ids of so many pictures at each size, made once."""
     path = run.folder / f"{name}-latents.pt"
     if path.exists():
         saved: dict[int, tuple[Tensor, Tensor]] = torch.load(path, weights_only=True)
         return saved
     auto = loaded(autoencoder, run.device)
     out = {}
-    for size, count in SIZES.items():
+    for size, count in sizes.items():
         images, captions = pictures(world, run.count(count), size, 11)
         chunks = [auto.encode(unit(part.to(run.device))).half().cpu() for part in images.split(50)]
         out[size] = (torch.cat(chunks), tokenise(captions, VOCABULARY, TEXT_LENGTH)[0])
@@ -95,11 +99,16 @@ def loss_at(net: Trainee, latents: Tensor, ids: Tensor) -> Tensor:
     return F.mse_loss(velocity.float(), pack(eps - latents))
 
 
-def drawn(net: Trainee, autoencoder: State, device: torch.device) -> Image.Image:
-    """What it draws now, 12 guided steps: a row at each size."""
+def backbone(net: Trainee, autoencoder: State, device: torch.device) -> Pocket:
+    """The model as it is now; of the super-resolution net only the shape."""
     auto = loaded(autoencoder, device)
-    model = Pocket(text=net.text, flow=net.flow, autoencoder=auto, sr=CompactSR(), version="trainee", device=device)
-    rows = [mf.run(mf.recipes.native(size=(size, size), steps=12), model, SHOWN, seed=0).pixels.cpu() for size in SIZES]
+    return Pocket(text=net.text, flow=net.flow, autoencoder=auto, sr=CompactSR(), version="trainee", device=device)
+
+
+def drawn(net: Trainee, autoencoder: State, device: torch.device, sizes: Iterable[int]) -> Image.Image:
+    """What it draws now, 12 guided steps: a row at each size."""
+    model = backbone(net, autoencoder, device)
+    rows = [mf.run(mf.recipes.native(size=(size, size), steps=12), model, SHOWN, seed=0).pixels.cpu() for size in sizes]
     net.train()
     return grid(rows)
 
@@ -113,16 +122,21 @@ def train(
     *,
     high_share: float,
     start: State | None = None,
+    width: int = WIDTH,
+    shared: str = "",
 ) -> State:
     """The weights of flow and text encoder after `steps` at the low resolution alone and then at both.
 
-    `high_share` is the share of the high resolution in the second part; at either a step costs about the same.
+    `high_share` is the share of the high resolution in the second part; at either a step costs about the same. With no
+    steps in the second part, the high resolution is neither rendered nor drawn. `width` is the transformer's. `shared`
+    names the file of latents, which runs on the same pictures may share; without it, it is named as the part is.
     """
     if (done := finished(run, name)) is not None:
         return done
-    data, device = cached_latents(run, name, world, autoencoder), run.device
+    sizes = SIZES if steps[1] else {128: SIZES[128]}
+    data, device = cached_latents(run, shared or name, world, autoencoder, sizes), run.device
     torch.manual_seed(0)
-    net = Trainee()
+    net = Trainee(width)
     net.flow.reset(torch.Generator().manual_seed(0))
     if start is not None:
         net.load_state_dict(start)
@@ -137,7 +151,7 @@ def train(
         factor=flat_then_linear(0.3),
         warmup=200,
         decay=0.998,
-        draw=lambda: drawn(net, autoencoder, device),
+        draw=lambda: drawn(net, autoencoder, device, sizes),
     )
     if device.type == "cpu":
         net.flow.attention = plain_attention

@@ -1,5 +1,6 @@
 """What the training of every part shares: rates, averaged weights, a log, drawn grids, checkpoints it goes on from."""
 
+import json
 import logging
 import math
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from mrflow.errors import PlanError
 from mrflow.io import write_bytes, write_png
 
 log = logging.getLogger("train_pocket")
@@ -42,6 +44,20 @@ class Run:
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 on CUDA; float32 on a processor, which gains little from less."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+
+def keep_settings(run: Run, recipe: object) -> None:
+    """Write down in the folder what its files are made with; `recipe` is anything that JSON can say.
+
+    Raises:
+        PlanError: it was begun with something else, which would be mixed up.
+    """
+    path = run.folder / "settings.json"
+    text = json.dumps({"scale": run.scale, "batch": run.batch, "recipe": recipe}, indent=1) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise PlanError(f"{run.folder} was begun with another scale, batch or recipe ({path}); take another --out")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())
 
 
 def cosine(progress: float) -> float:

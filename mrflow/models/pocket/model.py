@@ -94,9 +94,9 @@ POCKET = ModelInfo(
 )
 
 
-def text_encoder() -> TextEncoder:
+def text_encoder(width: int = WIDTH) -> TextEncoder:
     """An untrained text encoder of the model's sizes."""
-    return TextEncoder(vocabulary=len(VOCABULARY), length=TEXT_LENGTH, width=WIDTH)
+    return TextEncoder(vocabulary=len(VOCABULARY), length=TEXT_LENGTH, width=width)
 
 
 N = TypeVar("N", bound=nn.Module)
