@@ -12,6 +12,7 @@ pictures, after a warm-up, the methods taking turns; the range of the ratio is o
 import argparse
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pocket", help="or an older version, pocket-1")
     parser.add_argument("--world", choices=list(WORLDS), default="full", help="of the captions")
-    parser.add_argument("--captions", type=int, default=200)
+    parser.add_argument("--captions", type=int, default=200, help="0: only the speeds")
     parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="of the timing; 0: only the scores")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
     parser.add_argument("--golden", action="store_true", help="also write tests/golden/pocket.json")
     args = parser.parse_args()
-    model, rng = mf.load(args.model, device="cpu"), np.random.default_rng(0)
+    model = mf.load(args.model, device=args.device)
     low, size = model.info.low, model.info.size
     chains: dict[str, Chain] = {
         STAGED: mf.recipes.paper(low=low, size=size),
@@ -73,13 +75,35 @@ def main() -> None:
     }
     if args.golden:
         golden(chains[STAGED], model)
+    print(f"{model.info.version}, torch {torch.__version__}, on {model.device}\n")
+    if args.captions:
+        print("\n".join(scored(chains, model, held_out_captions(WORLDS[args.world], args.captions), args.batch)))
+        print()
+    if args.repeats:
+        print("\n".join(timed(chains, model, args.repeats)))
+
+
+def timed(chains: Mapping[str, Chain], model: mf.Backbone, repeats: int) -> list[str]:
+    """Seconds of one picture and the speed-up over native sampling: medians and ranges of rounds that draw all."""
     warm_up(tuple(chains.values()), model, 1)
     seconds: dict[str, list[float]] = {name: [] for name in chains}
-    for i in range(args.repeats):
+    for i in range(repeats):
         for name, chain in chains.items():
             seconds[name].append(mf.run(chain, model, "a big red circle at the left", seed=i).seconds)
-    captions = held_out_captions(WORLDS[args.world], args.captions)
-    rows = {name: pictures(chain, model, captions, args.batch) for name, chain in chains.items()}
+    lines: list[str] = []
+    for name, times in seconds.items():
+        ratios = [n / t for n, t in zip(seconds[NATIVE], times, strict=True)]
+        spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
+        lines.append(
+            f"- {name}: {statistics.median(times):.3f} s a picture, {statistics.median(ratios):.1f}x ({spread})"
+        )
+    return lines
+
+
+def scored(chains: Mapping[str, Chain], model: mf.Backbone, captions: list[str], batch: int) -> list[str]:
+    """A Markdown table of scores by category."""
+    rng = np.random.default_rng(0)
+    rows = {name: pictures(chain, model, captions, batch) for name, chain in chains.items()}
     scores = {name: table(images, list(captions)) for name, images in rows.items()}
     swapped = other_captions(captions)
     wrong = {f"{name}, other caption": table(rows[name], swapped) for name in (STAGED, NATIVE)}
@@ -90,9 +114,8 @@ def main() -> None:
         mean, low_end, high_end = interval(values, rng)
         return f"{mean:{form}} ({low_end:{form}} to {high_end:{form}})"
 
-    print(f"{model.info.version}, torch {torch.__version__}\n")
-    print(f"| category | pictures | captions | {' | '.join(columns)} | staged - native 50, paired |")
-    print("|---|---|---|" + "---|" * (len(columns) + 1))
+    lines = [f"| category | pictures | captions | {' | '.join(columns)} | staged - native 50, paired |"]
+    lines.append("|---|---|---|" + "---|" * (len(columns) + 1))
     for category in categories:
         own = [caption for caption, s in zip(captions, scores[STAGED], strict=True) if category in s]
         cells = [
@@ -101,12 +124,8 @@ def main() -> None:
         ]
         triples = zip(captions, scores[STAGED], scores[NATIVE], strict=True)
         cells.append(cell([(c, a[category] - b[category]) for c, a, b in triples if category in a], "+.2f"))
-        print(f"| {category} | {len(own)} | {len(set(own))} | {' | '.join(cells)} |")
-    print()
-    for name, times in seconds.items():
-        ratios = [n / t for n, t in zip(seconds[NATIVE], times, strict=True)]
-        spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
-        print(f"- {name}: {statistics.median(times):.3f} s a picture, {statistics.median(ratios):.1f}x ({spread})")
+        lines.append(f"| {category} | {len(own)} | {len(set(own))} | {' | '.join(cells)} |")
+    return lines
 
 
 def golden(chain: Chain, model: mf.Backbone) -> None:

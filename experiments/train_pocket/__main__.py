@@ -1,76 +1,154 @@
 """Trains everything that is embedded in mrflow, and writes the files that it ships.
 
-The recipe has two worlds: an easy one first, then the full one, which begins with the weights of the first. In each:
+A recipe has one world or two: an easy one first, then the full one, which begins with the first's weights. In each:
 autoencoder, flow with text encoder, super-resolution net. Then all parts go into NAME.safetensors, and a few-step
 student is taught by it. Everything is under --out; what is there is not made again, and a part that was interrupted
 goes on where it stopped. train.log keeps what was printed, grids/ what was drawn.
 
-    python -m experiments.train_pocket                       # about six hours on two cores
-    python -m experiments.train_pocket --device cuda --batch 8 --out runs/on-gpu
+    python -m experiments.train_pocket --device cuda --workers 15     # pocket-3: eight minutes on an H200
+    python -m experiments.train_pocket --recipe pocket-2              # about six hours on two processor cores
     python -m experiments.train_pocket --scale 0.001 --out runs/trial
 """
 
 import argparse
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from experiments.train_pocket import autoencoder, flow, sr, student
 from experiments.train_pocket.autoencoder import State
 from experiments.train_pocket.data import WORLDS, start_log
 from experiments.train_pocket.export import export
-from experiments.train_pocket.loop import Run, keep_settings, log
+from experiments.train_pocket.flow import Course
+from experiments.train_pocket.loop import Run, finished, keep_settings, log
+from experiments.train_pocket.student import LESSONS, Lessons
 from mrflow.errors import MrflowError
 from mrflow.models import choose_device
-from mrflow.models.pocket.model import POCKET
+from mrflow.models.pocket.model import HEAD, POCKET, SHIPPED, SMALL, WIDTH
+from mrflow.spec import ModelInfo
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One world's training, in steps. `flow` is at the low resolution alone, then at both; `gan` as in sr.py."""
+    """One world's training; numbers are steps, but for `seen`, the autoencoder's pictures of each size. The crops are
+    those of a batch; `enlarged` are the sizes that the super-resolution net learns to double; `gan` as in sr.py."""
 
     world: str
     autoencoder: int
-    flow: tuple[int, int]
-    high_share: float
+    seen: Mapping[int, int]
+    flow: Course
     sr: int
     gan: float
+    enlarged: tuple[int, ...] = (128,)
+    autoencoder_crops: int = 3
+    sr_crops: int = 8
 
 
-RECIPE = (
-    Phase("pocket-1", autoencoder=1700, flow=(4100, 5100), high_share=0.7, sr=1300, gan=0.6),
-    Phase("full", autoencoder=2600, flow=(7700, 8900), high_share=0.81, sr=2900, gan=1.0),
-)
+@dataclass(frozen=True)
+class Recipe:
+    """All of one version. `start` is an older one, whose autoencoder and super-resolution net are trained on."""
+
+    phases: tuple[Phase, ...]
+    lessons: Lessons
+    info: ModelInfo
+    width: int
+    head: int
+    start: str = ""
+
+
+def two_sizes(low: int, both: int, share: float) -> Course:
+    """128 px alone, then with 256 px; `share` is that of the larger."""
+    return Course({128: 16000, 256: 5000}, {128: 32, 256: 8}, ((low, {128: 1.0}), (both, {128: 1 - share, 256: share})))
+
+
+RECIPES = {
+    "pocket-3": Recipe(
+        phases=(
+            Phase(
+                "full",
+                autoencoder=4000,
+                seen={128: 6000, 256: 3000, 512: 1800},
+                flow=Course(
+                    pictures={128: 24000, 256: 30000, 512: 12000},
+                    batch={128: 1536, 256: 512, 512: 128},
+                    parts=(
+                        (1800, {128: 0.4, 256: 0.6}),
+                        (1800, {128: 0.15, 256: 0.45, 512: 0.4}),
+                        (2900, {128: 0.12, 256: 0.33, 512: 0.55}),
+                    ),
+                ),
+                sr=2000,
+                gan=1.0,
+                enlarged=(128, 256),
+                autoencoder_crops=32,
+                sr_crops=64,
+            ),
+        ),
+        lessons=LESSONS,
+        info=POCKET,
+        width=WIDTH,
+        head=HEAD,
+        start="pocket-2",
+    ),
+    "pocket-2": Recipe(
+        phases=(
+            Phase("pocket-1", 1700, {128: 6000, 256: 2400}, two_sizes(4100, 5100, 0.7), sr=1300, gan=0.6),
+            Phase("full", 2600, {128: 6000, 256: 2400}, two_sizes(7700, 8900, 0.81), sr=2900, gan=1.0),
+        ),
+        lessons=Lessons({128: 4000, 256: 1200}, {128: 48, 256: 12}, 1200),
+        info=SMALL,
+        width=128,
+        head=32,
+    ),
+}
 
 
 def main() -> None:
-    """Run the recipe."""
+    """Run a recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="pocket-2", help="of the version")
-    parser.add_argument("--out", type=Path, default=Path("runs/pocket-2"), help="the folder of everything")
+    parser.add_argument("--recipe", choices=list(RECIPES), default=next(iter(RECIPES)))
+    parser.add_argument("--name", help="of the version; without it, the recipe's")
+    parser.add_argument("--out", type=Path, help="the folder of everything; without it, runs/ and the recipe's name")
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
-    parser.add_argument("--batch", type=int, default=1, help="times as many pictures in every batch")
+    parser.add_argument("--batch", type=float, default=1.0, help="times as many pictures in every batch")
     parser.add_argument("--scale", type=float, default=1.0, help="of all counts of steps and pictures")
     parser.add_argument("--threads", type=int, help="of the processor")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that render, ahead of the training; they need memory"
+    )
     parser.add_argument("--every", type=float, default=180.0, help="seconds between checkpoints")
     args = parser.parse_args()
-    for name, fine in (("scale", 0 < args.scale < math.inf), ("batch", args.batch > 0), ("every", args.every >= 0)):
+    for name, fine in (
+        ("scale", 0 < args.scale < math.inf),
+        ("batch", 0 < args.batch < math.inf),
+        ("every", args.every >= 0),
+        ("workers", args.workers >= 0),
+    ):
         if not fine:
             parser.error(f"--{name} {getattr(args, name)} is out of range")
-    if not re.fullmatch(r"[\w.-]+", args.name):
-        parser.error(f"--name must be letters, digits, dots and dashes, got {args.name!r}")
+    name = args.recipe if args.name is None else args.name
+    if not re.fullmatch(r"[\w.-]+", name):
+        parser.error(f"--name must be letters, digits, dots and dashes, got {name!r}")
+    recipe, out = RECIPES[args.recipe], args.out or Path("runs") / args.recipe
+    pool = ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers else None
     try:
-        run = Run(args.out, choose_device(args.device), args.scale, args.batch, args.every)
-        keep_settings(run, [asdict(phase) for phase in RECIPE])
+        run = Run(out, choose_device(args.device), args.scale, args.batch, args.every, pool=pool)
+        keep_settings(run, repr(recipe))
     except MrflowError as error:
         parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
-    start_log(args.out)
-    train(run, args.name)
+    start_log(out)
+    train(run, recipe, name)
+    if pool is not None:
+        pool.shutdown()
 
 
 @dataclass(frozen=True)
@@ -82,29 +160,74 @@ class Parts:
     sr: State
 
 
-def phase_parts(run: Run, phase: Phase, start: Parts | None) -> Parts:
+def phase_parts(run: Run, recipe: Recipe, phase: Phase, start: Parts | None) -> Parts:
     """Train one world's parts, from those of the world before."""
     world, here = WORLDS[phase.world], replace(run, folder=run.folder / phase.world)
     log.info("world %s, in %s", phase.world, here.folder)
-    before = start.autoencoder if start else None
-    auto = autoencoder.train(here, "autoencoder", world, phase.autoencoder, before)
-    before = start.flow if start else None
-    moved = flow.train(here, "flow", world, phase.flow, auto, high_share=phase.high_share, start=before)
-    before = start.sr if start else None
-    return Parts(auto, moved, sr.train(here, "sr", world, phase.sr, auto, gan=phase.gan, start=before))
+    seen = autoencoder.sights(here, world, phase.seen) if finished(here, "autoencoder") is None else None
+    images = flow.renders(here, world, phase.flow) if finished(here, "flow") is None else None
+    auto = autoencoder.train(
+        here,
+        "autoencoder",
+        world,
+        phase.autoencoder,
+        start.autoencoder if start else None,
+        seen=phase.seen,
+        crops=phase.autoencoder_crops,
+        images=seen,
+    )
+    moved = flow.train(
+        here,
+        "flow",
+        world,
+        phase.flow,
+        auto,
+        info=recipe.info,
+        width=recipe.width,
+        head=recipe.head,
+        start=(start.flow or None) if start else None,
+        images=images,
+    )
+    larger = sr.train(
+        here,
+        "sr",
+        world,
+        phase.sr,
+        auto,
+        sizes=phase.enlarged,
+        crops=phase.sr_crops,
+        gan=phase.gan,
+        start=start.sr if start else None,
+    )
+    return Parts(auto, moved, larger)
 
 
-def train(run: Run, name: str) -> tuple[Path, Path]:
-    """Run the recipe; gives the files of the model and of its student."""
-    first, *others = RECIPE
-    parts = phase_parts(run, first, None)
-    for phase in others:
-        parts = phase_parts(run, phase, parts)
+def parts_of(name: str) -> Parts:
+    """The autoencoder and the super-resolution net of a version that is shipped; no flow, which fits no other width."""
+    tensors = load_file(SHIPPED[name])
+
+    def part(prefix: str) -> State:
+        return {key.removeprefix(prefix): t.float() for key, t in tensors.items() if key.startswith(prefix)}
+
+    return Parts(part("autoencoder."), {}, part("sr."))
+
+
+def train(run: Run, recipe: Recipe, name: str) -> tuple[Path, Path]:
+    """Follow a recipe; gives the files of the model and of its student."""
+    parts = parts_of(recipe.start) if recipe.start else None
+    for phase in recipe.phases:
+        parts = phase_parts(run, recipe, phase, parts)
+    assert parts is not None
     model, adapter = run.folder / f"{name}.safetensors", run.folder / f"{name}-student.safetensors"
-    facts = {"cfg": f"{POCKET.cfg:g}", "recipe": str(RECIPE), "scale": f"{run.scale:g}", "batch": str(run.batch)}
+    facts = {
+        "cfg": f"{recipe.info.cfg:g}",
+        "recipe": repr(recipe.phases),
+        "scale": f"{run.scale:g}",
+        "batch": f"{run.batch:g}",
+    }
     version = export(name, parts.flow, parts.autoencoder, parts.sr, model, facts)
-    taught = student.train(run, "student", WORLDS[RECIPE[-1].world], student.STEPS, model)
-    student.export(taught, version, run.count(student.STEPS), adapter)
+    taught = student.train(run, "student", WORLDS[recipe.phases[-1].world], recipe.lessons, model)
+    student.export(taught, version, run.count(recipe.lessons.steps), adapter)
     log.info("made %s and %s; mrflow ships them from mrflow/models/pocket", model, adapter)
     return model, adapter
 

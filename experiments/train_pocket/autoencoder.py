@@ -4,6 +4,8 @@ Loss: L1 + L2 + gradient L1, a pull of the latents to mean 0 and variance 1, noi
 and scale equivariance: the decoded 2x-averaged latents should be the 2x-averaged picture, which ties both resolutions.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,7 +19,9 @@ from mrflow.models.pocket.networks import Autoencoder
 from mrflow.scenes.grammar import FULL, World
 
 State = dict[str, Tensor]
-CROPS = 3  # of pictures of each size in a batch
+CROP = 128  # of the side
+SEEN = {128: 6000, 256: 2400}  # pictures of each size
+HELD = 100  # to measure with
 
 
 def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
@@ -45,6 +49,16 @@ def round_trip(net: Autoencoder, x: Tensor) -> Tensor:
     return torch.cat([net.decode(net.encode(part.to(device))).clamp(0, 1).cpu() for part in x.split(20)])
 
 
+def sights(run: Run, world: World, seen: Mapping[int, int]) -> list[Tensor]:
+    """The pictures of each size that it learns from."""
+    images: list[Tensor] = []
+    for i, (size, number) in enumerate(seen.items()):
+        parts = ((world, 5 * number // 6, 2 * i + 1), (FULL, number // 6, 2 * i + 2))
+        images.append(torch.cat([pictures(w, run.count(n), size, seed, pool=run.pool)[0] for w, n, seed in parts]))
+        log.info("rendered %d pictures at %d px", len(images[-1]), size)
+    return images
+
+
 def train(
     run: Run,
     name: str,
@@ -52,50 +66,61 @@ def train(
     steps: int,
     start: State | None = None,
     *,
+    seen: Mapping[int, int] = SEEN,
+    crops: int = 3,
     noise: float = 0.1,
     equivariance: float = 0.25,
+    images: Sequence[Tensor] | None = None,
 ) -> State:
     """The autoencoder's weights, trained on `world` and a sixth of the full one; from `start`, or from nothing.
 
-    `noise` is the deviation of the noise on the latents, `equivariance` the weight of that part of the loss.
+    A batch holds so many `crops` of 128 pixels of each size in `seen`, the smallest of which is that size itself.
+    `noise` is the deviation of the noise on the latents, `equivariance` the weight of that part of the loss. `images`
+    are the `sights`, where they were made before.
     """
     if (done := finished(run, name)) is not None:
         return done
     count, device = run.count, run.device
-    small = torch.cat([pictures(world, count(5000), 128, 1)[0], pictures(FULL, count(1000), 128, 2)[0]])
-    large = torch.cat([pictures(world, count(2000), 256, 3)[0], pictures(FULL, count(400), 256, 4)[0]])
-    log.info("rendered %d + %d pictures", len(small), len(large))
+    images = sights(run, world, seen) if images is None else images
+    images = [part.to(device) for part in images] if device.type == "cuda" else images
     torch.manual_seed(0)
     net = Autoencoder(noise=noise)
     if start is not None:
         net.load_state_dict(start)
     net = channels_last(net.to(device))
     optimiser = torch.optim.AdamW(net.parameters(), lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.99))
-    held = unit(pictures(world, 6, 128, 99)[0]).to(device)
+    held = unit(pictures(world, 6, CROP, 99)[0]).to(device)
 
     def draw() -> Image.Image:
         return grid([held, net.decode(net.encode(held))])
 
-    weights, crops = dict(net.named_parameters()), CROPS * run.batch
+    weights, crops = dict(net.named_parameters()), run.items(crops)
     loop = Loop(name, run, weights, [optimiser], count(steps), factor=cosine, draw=draw)
     for _ in loop:
-        x = small[torch.randint(len(small), (crops,))]
-        i, j = (int(v) for v in torch.randint(0, 17, (2,)))
-        cut = large[torch.randint(len(large), (crops,))][..., 8 * i : 8 * i + 128, 8 * j : 8 * j + 128]
-        x = unit(torch.cat([x, cut]).to(device)).contiguous(memory_format=torch.channels_last)
-        z = net.encoder(2 * x - 1)
+        x = torch.cat([cropped(part, crops) for part in images])
+        x = unit(x.to(device)).contiguous(memory_format=torch.channels_last)
+        with run.autocast():
+            z = net.encoder(2 * x - 1).float()
+            seen_as = net.decode(z + net.noise * torch.randn_like(z)).float()
+            pooled = net.decode(F.avg_pool2d(z[crops:], 2)).float() if equivariance else None
         mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3))
-        loss = distance(net.decode(z + net.noise * torch.randn_like(z)), x)
-        if equivariance:
-            pooled = F.avg_pool2d(z[crops:], 2)
-            loss = loss + equivariance * distance(net.decode(pooled), F.avg_pool2d(x[crops:], 2))
+        loss = distance(seen_as, x)
+        if pooled is not None:
+            loss = loss + equivariance * distance(pooled, F.avg_pool2d(x[crops:], 2))
         loop.learn(loss + 0.01 * (mean.square().mean() + (var - 1).square().mean()), items=len(x))
     with loop.averaged():
-        parts = small[: count(2000)].split(50)
+        parts = images[0][: count(2000)].split(50)
         z = torch.cat([net.encoder(2 * unit(part.to(device)) - 1) for part in parts])
         net.mean.copy_(z.mean((0, 2, 3)))
         net.std.copy_(z.std((0, 2, 3)))
-        for size in (128, 256):
-            x = unit(pictures(world, count(100), size, 99)[0])
+        for size in seen:
+            x = unit(pictures(world, count(HELD), size, 99, pool=run.pool)[0])
             log.info("%s: %.2f dB at %d px", name, psnr(round_trip(net, x), x).mean(), size)
     return loop.finish({"mean": net.mean, "std": net.std})
+
+
+def cropped(images: Tensor, crops: int) -> Tensor:
+    """So many of the pictures, cut at one place, whose sides are multiples of 8."""
+    i, j = (8 * int(v) for v in torch.randint(0, (images.shape[-1] - CROP) // 8 + 1, (2,)))
+    pick = torch.randint(len(images), (crops,)).to(images.device)
+    return images[pick, :, i : i + CROP, j : j + CROP]

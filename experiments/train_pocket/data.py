@@ -2,11 +2,14 @@
 
 import logging
 import random
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -17,27 +20,47 @@ from mrflow.scenes.render import render
 WORLDS = {"pocket-1": POCKET_1, "full": FULL}
 
 
-def rendered(scenes: Sequence[Scene], size: int) -> Tensor:
-    """Renders as uint8 (n, 3, size, size)."""
-    out = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8)
-    for place, scene in zip(out, scenes, strict=True):
-        place.copy_(torch.from_numpy(np.array(render(scene, size))).permute(2, 0, 1))
-    return out
+def rendered(scenes: Sequence[Scene], size: int, pool: Executor | None = None) -> Tensor:
+    """Renders as uint8 (n, 3, size, size); with the processes of a pool, which write into memory that is shared."""
+    shape = (len(scenes), 3, size, size)
+    if pool is None:
+        out = np.empty(shape, np.uint8)
+        _render_into(out, 0, scenes)
+        return torch.from_numpy(out)
+    memory = Path("/dev/shm")
+    with tempfile.NamedTemporaryFile(dir=memory if memory.is_dir() else None) as file:
+        out = np.memmap(file.name, np.uint8, "w+", shape=shape)
+        starts = range(0, len(scenes), 64)
+        jobs = [pool.submit(_render_shared, file.name, shape, i, scenes[i : i + 64]) for i in starts]
+        for job in jobs:
+            job.result()
+        return torch.from_numpy(out)  # the memory lives as long as this does, its name does not
 
 
-def pictures(world: World, count: int, size: int, seed: int, *, held: bool = False) -> tuple[Tensor, list[str]]:
+def _render_into(out: NDArray[np.uint8], first: int, scenes: Sequence[Scene]) -> None:
+    for i, scene in enumerate(scenes, first):
+        out[i] = render(scene, out.shape[-1]).transpose(2, 0, 1)
+
+
+def _render_shared(name: str, shape: tuple[int, ...], first: int, scenes: Sequence[Scene]) -> None:
+    _render_into(np.memmap(name, np.uint8, "r+", shape=shape), first, scenes)
+
+
+def pictures(
+    world: World, count: int, size: int, seed: int, *, held: bool = False, pool: Executor | None = None
+) -> tuple[Tensor, list[str]]:
     """`count` renders as uint8 (count, 3, size, size), and their captions: none held out, or, if `held`, all.
 
     A seed gives the same scenes at every size.
     """
     rng = random.Random(seed)
-    scenes = []
+    scenes: list[Scene] = []
     for _ in range(count):
         scene = sample_scene(world, rng)
         while held_out(scene.caption) != held:
             scene = sample_scene(world, rng)
         scenes.append(scene)
-    return rendered(scenes, size), [scene.caption for scene in scenes]
+    return rendered(scenes, size, pool), [scene.caption for scene in scenes]
 
 
 def unit(images: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
-"""How far does a rectified flow of the FLUX architecture get at width 128 on procedural scenes?
+"""How far does a small rectified flow of the FLUX architecture get on procedural scenes?
 
-Trains the text encoder and the transformer together on cached latents: first at the low resolution, then at both.
+Trains the text encoder and the transformer together on cached latents, small pictures first, as a `Course` says.
 sigma is logit-normal, shifted by the number of tokens as the model's schedules are; one caption in ten is dropped.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +22,11 @@ from experiments.train_pocket.data import grid, pictures, unit
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log, save_whole
 from experiments.train_pocket.muon import Muon
 from mrflow.models.flux import Flux, image_ids, pack
-from mrflow.models.pocket.model import FLUX_PARAMS, POCKET, TEXT_LENGTH, VOCABULARY, WIDTH, Pocket, text_encoder
+from mrflow.models.pocket.model import TEXT_LENGTH, VOCABULARY, Pocket, flux_params, text_encoder
 from mrflow.models.pocket.networks import CompactSR, tokenise
 from mrflow.scenes.grammar import World
+from mrflow.spec import ModelInfo, Shift
 
-SIZES = {128: 16000, 256: 5000}
-BATCH = {128: 32, 256: 8}
 RATE = 2e-3
 SHOWN = (
     "a big red circle at the left on coarse dots",
@@ -37,14 +39,36 @@ SHOWN = (
 )
 
 
+@dataclass(frozen=True)
+class Course:
+    """What the flow sees. `pictures` and `batch` say how many of each size; `parts` are stretches of so many steps, and
+    in each the shares that the sizes have of its steps."""
+
+    pictures: Mapping[int, int]
+    batch: Mapping[int, int]
+    parts: tuple[tuple[int, Mapping[int, float]], ...]
+
+    def size_at(self, step: int, run: Run) -> int:
+        """The size of a step's pictures, drawn where its part of the course has several."""
+        ends = accumulate(run.count(steps) for steps, _ in self.parts)
+        shares = next((s for end, (_, s) in zip(ends, self.parts, strict=True) if step < end), self.parts[-1][1])
+        if len(shares) == 1:
+            return next(iter(shares))
+        return list(shares)[int(torch.multinomial(torch.tensor(list(shares.values())), 1))]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All that occur, smallest first."""
+        return tuple(sorted({size for _, shares in self.parts for size in shares}))
+
+
 class Trainee(nn.Module):
     """What is trained here."""
 
-    def __init__(self, width: int = WIDTH) -> None:
+    def __init__(self, width: int, head: int) -> None:
         super().__init__()
-        heads = FLUX_PARAMS.heads * width // WIDTH
         self.text = text_encoder(width)
-        self.flow = Flux(replace(FLUX_PARAMS, context=width, pooled=width, hidden=width, heads=heads))
+        self.flow = Flux(flux_params(width, head))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,22 +77,37 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
+Renders = tuple[Tensor, list[str]]
+
+
+def renders(run: Run, world: World, course: Course) -> dict[int, Callable[[], Renders]]:
+    """The pictures of each size: on their way already where there are processes to make them, else when called."""
+    made: dict[int, Callable[[], Renders]] = {}
+    line = ThreadPoolExecutor(1)  # one size after another
+    for size in course.sizes:
+        make = partial(pictures, world, run.count(course.pictures[size]), size, 11, pool=run.pool)
+        made[size] = line.submit(make).result if run.pool is not None else make
+    line.shutdown(wait=False)
+    return made
+
+
 @torch.inference_mode()
 def cached_latents(
-    run: Run, name: str, world: World, autoencoder: State, sizes: Mapping[int, int]
+    run: Run, name: str, autoencoder: State, images: Mapping[int, Callable[[], Renders]]
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Latents (half precision) and caption ids of so many pictures at each size, made once."""
+    """Latents (half precision) and caption ids of pictures at each size, made once."""
     path = run.folder / f"{name}-latents.pt"
     if path.exists():
         saved: dict[int, tuple[Tensor, Tensor]] = torch.load(path, weights_only=True)
         return saved
     auto = loaded(autoencoder, run.device)
     out = {}
-    for size, count in sizes.items():
-        images, captions = pictures(world, run.count(count), size, 11)
-        chunks = [auto.encode(unit(part.to(run.device))).half().cpu() for part in images.split(50)]
+    for size, make in images.items():
+        found, captions = make()
+        chunks = [auto.encode(unit(part.to(run.device))).half().cpu() for part in found.split(50)]
         out[size] = (torch.cat(chunks), tokenise(captions, VOCABULARY, TEXT_LENGTH)[0])
-        log.info("encoded %d pictures at %d px", len(images), size)
+        log.info("encoded %d pictures at %d px", len(found), size)
+        del found
     save_whole(out, path)
     return out
 
@@ -83,12 +122,12 @@ def optimisers(net: Trainee, rate: float) -> Sequence[torch.optim.Optimizer]:
     return Muon(matrices, lr=rate), torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.99))
 
 
-def loss_at(net: Trainee, latents: Tensor, ids: Tensor) -> Tensor:
+def loss_at(net: Trainee, latents: Tensor, ids: Tensor, shift: Shift) -> Tensor:
     """Mean squared error of the velocity at random noise levels."""
     b, _, h, w = latents.shape
     tokens, device = (h // 2) * (w // 2), latents.device
     s = torch.sigmoid(torch.randn(b, device=device))
-    factor = math.exp(POCKET.shift.mu(tokens))
+    factor = math.exp(shift.mu(tokens))
     sigma = factor * s / (1 + (factor - 1) * s)
     eps = torch.randn_like(latents)
     x = latents + sigma.view(b, 1, 1, 1) * (eps - latents)
@@ -99,16 +138,18 @@ def loss_at(net: Trainee, latents: Tensor, ids: Tensor) -> Tensor:
     return F.mse_loss(velocity.float(), pack(eps - latents))
 
 
-def backbone(net: Trainee, autoencoder: State, device: torch.device) -> Pocket:
+def backbone(net: Trainee, autoencoder: State, device: torch.device, info: ModelInfo) -> Pocket:
     """The model as it is now; of the super-resolution net only the shape."""
-    auto = loaded(autoencoder, device)
-    return Pocket(text=net.text, flow=net.flow, autoencoder=auto, sr=CompactSR(), version="trainee", device=device)
+    auto, sr = loaded(autoencoder, device), CompactSR()
+    return Pocket(text=net.text, flow=net.flow, autoencoder=auto, sr=sr, version="trainee", device=device, info=info)
 
 
-def drawn(net: Trainee, autoencoder: State, device: torch.device, sizes: Iterable[int]) -> Image.Image:
+def drawn(net: Trainee, autoencoder: State, device: torch.device, info: ModelInfo, sizes: Iterable[int]) -> Image.Image:
     """What it draws now, 12 guided steps: a row at each size."""
-    model = backbone(net, autoencoder, device)
-    rows = [mf.run(mf.recipes.native(size=(size, size), steps=12), model, SHOWN, seed=0).pixels.cpu() for size in sizes]
+    model = backbone(net, autoencoder, device, info)
+    chains = [mf.recipes.native(size=(size, size), steps=12) for size in sizes]
+    with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call,unused-ignore]
+        rows = [mf.run(chain, model, SHOWN, seed=0).pixels.cpu() for chain in chains]
     net.train()
     return grid(rows)
 
@@ -117,49 +158,62 @@ def train(
     run: Run,
     name: str,
     world: World,
-    steps: tuple[int, int],
+    course: Course,
     autoencoder: State,
     *,
-    high_share: float,
+    info: ModelInfo,
+    width: int,
+    head: int,
     start: State | None = None,
-    width: int = WIDTH,
     shared: str = "",
+    images: Mapping[int, Callable[[], Renders]] | None = None,
 ) -> State:
-    """The weights of flow and text encoder after `steps` at the low resolution alone and then at both.
+    """The weights of flow and text encoder after a course, from `start` or from nothing.
 
-    `high_share` is the share of the high resolution in the second part; at either a step costs about the same. With no
-    steps in the second part, the high resolution is neither rendered nor drawn. `width` is the transformer's. `shared`
-    names the file of latents, which runs on the same pictures may share; without it, it is named as the part is.
+    `info` has the shift of the noise levels; `width` and `head` are the transformer's. `shared` names the file of
+    latents, which runs on the same pictures may share; without it, it is named as the part is. `images` are the
+    course's `renders`, where they were begun before.
     """
     if (done := finished(run, name)) is not None:
         return done
-    sizes = SIZES if steps[1] else {128: SIZES[128]}
-    data, device = cached_latents(run, shared or name, world, autoencoder, sizes), run.device
+    device = run.device
+    data = cached_latents(run, shared or name, autoencoder, images or renders(run, world, course))
+    if device.type == "cuda":
+        data = {size: (latents.to(device), ids.to(device)) for size, (latents, ids) in data.items()}
     torch.manual_seed(0)
-    net = Trainee(width)
+    net = Trainee(width, head)
     net.flow.reset(torch.Generator().manual_seed(0))
     if start is not None:
         net.load_state_dict(start)
     net = net.to(device)
-    low, total = run.count(steps[0]), run.count(sum(steps), 2)
     loop = Loop(
         name,
         run,
         dict(net.named_parameters()),
         optimisers(net, RATE),
-        total,
+        sum(run.count(steps) for steps, _ in course.parts),
         factor=flat_then_linear(0.3),
         warmup=200,
         decay=0.998,
-        draw=lambda: drawn(net, autoencoder, device, sizes),
+        draw=lambda: drawn(net, autoencoder, device, info, course.sizes),
     )
-    if device.type == "cpu":
-        net.flow.attention = plain_attention
+    prepare(net.flow)
     for step in loop:
-        size = 256 if step >= low and torch.rand(()).item() < high_share else 128
+        size = course.size_at(step, run)
         latents, ids = data[size]
-        pick = torch.randint(len(latents), (run.batch * BATCH[size],))
+        pick = torch.randint(len(latents), (run.items(course.batch[size]),), device=latents.device)
         with run.autocast():
-            loss = loss_at(net, latents[pick].float().to(device), ids[pick].to(device))
+            loss = loss_at(net, latents[pick].float().to(device), ids[pick].to(device), info.shift)
         loop.learn(loss, f"{size} px", len(pick))
     return loop.finish()
+
+
+def prepare(flow: Flux) -> None:
+    """Make a transformer's training fast: its blocks compiled on CUDA, a quicker backward on a processor."""
+    if flow.img_in.weight.device.type == "cpu":
+        flow.attention = plain_attention
+        return
+    torch.set_float32_matmul_precision("high")  # for Muon; the network runs in bfloat16
+    torch._dynamo.config.recompile_limit = 64  # two kinds of block at every size
+    for block in flow.stack():
+        block.compile(dynamic=False)

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,20 +27,25 @@ CPU = torch.device("cpu")
 class Run:
     """Where and how a recipe is run.
 
-    `scale` multiplies every count of steps and pictures (0.001 is a trial), `batch` every batch (a GPU has room for
-    more), `every` is the number of seconds between checkpoints and `grid` that of steps between grids.
+    `scale` multiplies every count of steps and pictures (0.001 is a trial), `batch` every batch, `every` is the number
+    of seconds between checkpoints and `grid` that of steps between grids. `pool` are processes that render.
     """
 
     folder: Path
     device: torch.device = CPU
     scale: float = 1.0
-    batch: int = 1
+    batch: float = 1.0
     every: float = 180.0
-    grid: int = 1000
+    grid: int = 2000
+    pool: Executor | None = None
 
     def count(self, number: int, least: int = 1) -> int:
         """A number of steps or pictures, scaled."""
         return max(least, round(self.scale * number))
+
+    def items(self, number: int) -> int:
+        """The size of a batch, scaled."""
+        return max(1, round(self.batch * number))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 on CUDA; float32 on a processor, which gains little from less."""
@@ -113,7 +119,7 @@ class Loop:
         self.kept = {**(keep or {}), **{f"optimiser {i}": o for i, o in enumerate(self.optimisers)}}
         self.rates = [[group["lr"] for group in o.param_groups] for o in self.optimisers]
         self.step, self.seconds = 0, 0.0
-        self.running: dict[str, float] = {}
+        self.running: dict[str, Tensor] = {}  # where they were computed: reading one waits for the device
         self.seen: dict[str, int] = {}
         self.checkpoint = run.folder / f"{name}.pt"
         if self.checkpoint.exists():
@@ -137,7 +143,7 @@ class Loop:
             torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), weight)  # pyright: ignore
             self.seconds = time.monotonic() - began
             if self.step % 100 == 0:
-                losses = "  ".join(f"{key} {value:.4f}" for key, value in self.running.items())
+                losses = "  ".join(f"{key} {value.item():.4f}" for key, value in self.running.items())
                 log.info("%s step %d  %.0f s  %s  seen %s", self.name, self.step, self.seconds, losses, self.seen)
             if self.draw is not None and (self.step % self.run.grid == 0 or self.step == self.steps):
                 place = self.run.folder / "grids" / f"{self.name}-{self.step:06d}.png"
@@ -157,8 +163,7 @@ class Loop:
             torch.nn.utils.clip_grad_norm_(self.clip, 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
-        value = loss.item()
-        self.running[name] = value if name not in self.running else 0.98 * self.running[name] + 0.02 * value
+        self.running[name] = torch.lerp(self.running.get(name, loss.detach()), loss.detach(), 0.02)
         self.seen[name] = self.seen.get(name, 0) + items
 
     @contextmanager
@@ -192,7 +197,8 @@ class Loop:
         for key, one in self.kept.items():
             one.load_state_dict(state["kept"][key])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.running, self.seen = state["running"], state["seen"]
+        self.running = {key: value.to(self.run.device) for key, value in state["running"].items()}
+        self.seen = state["seen"]
         torch.set_rng_state(state["random"])
         if "cuda" in state and self.run.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.run.device)

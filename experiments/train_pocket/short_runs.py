@@ -29,10 +29,10 @@ from mrflow.errors import MrflowError
 from mrflow.io import write_bytes
 from mrflow.models import choose_device
 from mrflow.models.checkpoint import read_header
-from mrflow.models.pocket.model import WIDTH
+from mrflow.models.pocket.model import SMALL
 from mrflow.scenes.grammar import POCKET_1, held_out_captions, parse
 
-SIZE, AUTOENCODER_STEPS = 128, 1700
+SIZE, AUTOENCODER_STEPS, WIDTH, HEAD = 128, 1700, 128, 32
 LATENTS = {"smooth": (0.1, 0.25), "plain": (0.06, 0.0)}  # noise and equivariance in the autoencoder's training
 BASE = "base"
 
@@ -71,11 +71,12 @@ def arm(run: Run, name: str, captions: list[str]) -> None:
     encoder = f"autoencoder-{mine.latents}"
     auto = autoencoder.train(run, encoder, POCKET_1, AUTOENCODER_STEPS, noise=noise, equivariance=equivariance)
     world = replace(POCKET_1, jitter=mine.jitter)
-    shared, steps = f"{mine.latents}-{mine.jitter:g}", (mine.steps, 0)
-    state = flow.train(run, name, world, steps, auto, high_share=0.0, width=mine.width, shared=shared)
-    net = flow.Trainee(mine.width)
+    course = flow.Course({SIZE: 16000}, {SIZE: 32}, ((mine.steps, {SIZE: 1.0}),))
+    shared = f"{mine.latents}-{mine.jitter:g}"
+    state = flow.train(run, name, world, course, auto, info=SMALL, width=mine.width, head=HEAD, shared=shared)
+    net = flow.Trainee(mine.width, HEAD)
     net.load_state_dict(state)
-    model = flow.backbone(net, auto, run.device)
+    model = flow.backbone(net, auto, run.device, SMALL)
     chain = mf.recipes.native(size=(SIZE, SIZE), steps=12)
     drawn = pocket_scores.pictures(chain, model, captions, batch=25)
     renders = unit(rendered([parse(caption) for caption in captions], SIZE))

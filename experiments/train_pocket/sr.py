@@ -1,9 +1,11 @@
 """Is a small x2 net, trained on what the autoencoder really decodes, better than bicubic?
 
-Pairs: a scene at 128 px through the autoencoder (its latents noised a little, as sampled ones are), and the same scene
-drawn at 256 px. Loss: L1 + 0.3 gradient L1; in the last part of the steps a hinge GAN at weight 0.004 with a patch
+Pairs: a scene through the autoencoder (its latents noised a little, as sampled ones are), and the same scene drawn at
+twice the side. Loss: L1 + 0.3 gradient L1; in the last part of the steps a hinge GAN at weight 0.004 with a patch
 discriminator, where one is asked for.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,9 @@ from mrflow.metrics import psnr
 from mrflow.models.pocket.networks import CompactSR
 from mrflow.scenes.grammar import World
 
-PAIRS = 2400
+PAIRS = 1500  # at each size
 HELD = 100  # the last of them are for measuring
+CROP = 64  # of the small picture's side
 
 
 def discriminator() -> nn.Sequential:
@@ -49,28 +52,43 @@ def decoded(small: Tensor, autoencoder: State, device: torch.device) -> Tensor:
 
 
 def train(
-    run: Run, name: str, world: World, steps: int, autoencoder: State, *, gan: float = 1.0, start: State | None = None
+    run: Run,
+    name: str,
+    world: World,
+    steps: int,
+    autoencoder: State,
+    *,
+    sizes: Sequence[int] = (128,),
+    pairs: int = PAIRS,
+    crops: int = 8,
+    gan: float = 1.0,
+    start: State | None = None,
 ) -> State:
-    """The super-resolution net's weights; `gan` is the share of the steps before the GAN begins (1: none)."""
+    """The super-resolution net's weights; `sizes` are those of small pictures, `crops` how many of them a batch has.
+
+    `gan` is the share of the steps before the GAN begins (1: none).
+    """
     if (done := finished(run, name)) is not None:
         return done
     device, held = run.device, run.count(HELD)
-    count = run.count(PAIRS) + held
-    small, large = (pictures(world, count, size, 21)[0] for size in (128, 256))
+    count = run.count(pairs) + held
     torch.manual_seed(0)
-    inputs = decoded(small, autoencoder, device)
-    log.info("made %d pairs", len(inputs))
+    data: list[tuple[Tensor, Tensor]] = []
+    for size in sizes:
+        small, large = (pictures(world, count, side, 21, pool=run.pool)[0] for side in (size, 2 * size))
+        data.append((decoded(small, autoencoder, device), large))
+        log.info("made %d pairs at %d px", len(large), size)
     net, critic = CompactSR(), discriminator().to(device)
     if start is not None:
         net.load_state_dict(start)
     net = net.to(device)
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99))
     second = torch.optim.AdamW(critic.parameters(), lr=3e-4, betas=(0.5, 0.9))
-    x, y = unit(inputs[-held:]), unit(large[-held:])
+    tests = [(unit(small[-held:]), unit(large[-held:])) for small, large in data]
 
     def draw() -> Image.Image:
-        few = x[:4]
-        return grid([bicubic(few), net(few.to(device)).clamp(0, 1), y[:4]])
+        few, true = (part[:4] for part in tests[-1])
+        return grid([bicubic(few), net(few.to(device)).clamp(0, 1), true])
 
     loop = Loop(
         name,
@@ -84,10 +102,11 @@ def train(
         draw=draw,
     )
     for _ in loop:
-        pick = torch.randint(len(inputs) - held, (8 * run.batch,))
-        i, j = (int(v) for v in torch.randint(0, 65, (2,)))
-        cut = unit(inputs[pick][..., i : i + 64, j : j + 64].to(device))
-        true = unit(large[pick][..., 2 * i : 2 * i + 128, 2 * j : 2 * j + 128].to(device))
+        inputs, large = data[int(torch.randint(len(data), ()))]
+        pick = torch.randint(len(inputs) - held, (run.items(crops),))
+        i, j = (int(v) for v in torch.randint(0, inputs.shape[-1] - CROP + 1, (2,)))
+        cut = unit(inputs[pick, :, i : i + CROP, j : j + CROP].to(device))
+        true = unit(large[pick, :, 2 * i : 2 * (i + CROP), 2 * j : 2 * (j + CROP)].to(device))
         out = net(cut)
         loss = (out - true).abs().mean() + 0.3 * gradient_l1(out, true)
         adversarial = loop.progress >= gan
@@ -98,6 +117,8 @@ def train(
             loss_d.backward()
             second.step()
     with loop.averaged():
-        found = torch.cat([net(part.to(device)).clamp(0, 1).cpu() for part in x.split(20)])
-        log.info("%s: %.2f dB, bicubic %.2f dB", name, psnr(found, y).mean(), psnr(bicubic(x), y).mean())
+        for size, (x, y) in zip(sizes, tests, strict=True):
+            found = torch.cat([net(part.to(device)).clamp(0, 1).cpu() for part in x.split(20)])
+            after, before = psnr(found, y).mean(), psnr(bicubic(x), y).mean()
+            log.info("%s: %.2f dB, bicubic %.2f dB, to %d px", name, after, before, 2 * size)
     return loop.finish()

@@ -11,6 +11,7 @@ which doubles the teacher's cost, is in its weights. Text encoder and autoencode
 import argparse
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,12 +33,22 @@ from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, load_pocket
 from mrflow.scenes.grammar import World, held_out, sample_scene
 
-BATCH = {128: 48, 256: 12}
-TAUGHT = {128: 4000, 256: 1200}  # captions
-WINDOWS, INNER, RANK, RATE, STEPS = 2, 6, 32, 2e-3, 1200
-HIGH_SHARE = 0.5
+WINDOWS, INNER, RANK, RATE = 2, 6, 32, 2e-3
 NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))
 Pairs = tuple[Tensor, Tensor, Tensor]  # states (item, window end, ...), context, pooled
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """How many captions are taught at each size, how many make a batch there, and the steps, of which all sizes have
+    the same share."""
+
+    captions: Mapping[int, int]
+    batch: Mapping[int, int]
+    steps: int
+
+
+LESSONS = Lessons({128: 6000, 256: 5000, 512: 1500}, {128: 256, 256: 128, 512: 32}, 1200)
 
 
 def window_levels(model: Pocket, size: int, windows: int = WINDOWS) -> tuple[float, ...]:
@@ -46,7 +57,7 @@ def window_levels(model: Pocket, size: int, windows: int = WINDOWS) -> tuple[flo
 
 
 @torch.inference_mode()
-def teach(model: Pocket, world: World, size: int, count: int) -> Pairs:
+def teach(model: Pocket, world: World, size: int, count: int, batch: int) -> Pairs:
     """States of the guided teacher at the ends of all windows, for `count` captions of training."""
     rng, levels = random.Random(size), window_levels(model, size)
     fine = [hi + (lo - hi) * i / INNER for hi, lo in pairwise(levels) for i in range(INNER)]
@@ -55,8 +66,11 @@ def teach(model: Pocket, world: World, size: int, count: int) -> Pairs:
     guidance = mf.CFG(model.info.cfg)
     generator = torch.Generator().manual_seed(size)
     while sum(len(x) for x in states) < count:
-        scenes = [sample_scene(world, rng) for _ in range(min(BATCH[size], 2 * count))]
-        cond = model.condition([s.caption for s in scenes if not held_out(s.caption)])
+        captions = [sample_scene(world, rng).caption for _ in range(min(batch, 2 * count))]
+        captions = [caption for caption in captions if not held_out(caption)]
+        if not captions:
+            continue
+        cond = model.condition(captions)
         x = torch.randn(cond.batch, 16, side, side, generator=generator).to(model.device)
         found = [x]
         field = guidance.field(model, cond, empty)
@@ -71,13 +85,14 @@ def teach(model: Pocket, world: World, size: int, count: int) -> Pairs:
     return torch.cat(states).clone(), torch.cat(contexts).clone(), torch.cat(pooleds).clone()
 
 
-def cached_pairs(run: Run, name: str, teacher: Pocket, world: World) -> dict[int, Pairs]:
+def cached_pairs(run: Run, name: str, teacher: Pocket, world: World, lessons: Lessons) -> dict[int, Pairs]:
     """What the teacher does at each size, made once."""
     out: dict[int, Pairs] = {}
-    for size, count in TAUGHT.items():
+    for size, count in lessons.captions.items():
         path = run.folder / f"{name}-pairs-{size}.pt"
         if not path.exists():
-            save_whole(teach(teacher, world, size, run.count(count)), path)
+            batch = run.items(lessons.batch[size])
+            save_whole(teach(teacher, world, size, run.count(count), batch), path)
         out[size] = torch.load(path, weights_only=True)
     return out
 
@@ -98,7 +113,7 @@ def adapters(flow: Flux) -> dict[str, Change]:
 def loss_at(student: Flux, pairs: Pairs, pick: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Mean squared error to the slope of a random window, at a random place on its straight line."""
     device = student.img_in.weight.device
-    states, context, pooled = (part[pick].float().to(device) for part in pairs)
+    states, context, pooled = (part[pick].to(device).float() for part in pairs)
     window = torch.randint(len(levels) - 1, (len(pick),))
     # Half of the places are window beginnings, where the student's own steps ask.
     u = torch.where(torch.rand(len(pick)) < 0.5, torch.zeros(len(pick)), torch.rand(len(pick))).to(device)
@@ -114,14 +129,14 @@ def loss_at(student: Flux, pairs: Pairs, pick: Tensor, levels: tuple[float, ...]
     return F.mse_loss(velocity.float(), pack(slope))
 
 
-def train(run: Run, name: str, world: World, steps: int, teacher: Path) -> State:
+def train(run: Run, name: str, world: World, lessons: Lessons, teacher: Path) -> State:
     """The adapter's tensors, in PEFT's layout."""
     if (done := finished(run, name)) is not None:
         return done
     torch.manual_seed(0)
     model = load_pocket(teacher, device=run.device)
     flow = model._flow.requires_grad_(requires_grad=False)
-    data = cached_pairs(run, name, model, world)
+    data = cached_pairs(run, name, model, world, lessons)
     changed = adapters(flow)
     levels = {size: window_levels(model, size) for size in data}
     grafts = {
@@ -136,7 +151,7 @@ def train(run: Run, name: str, world: World, steps: int, teacher: Path) -> State
 
     def draw() -> Image.Image:
         drawer = model.with_flow(student, "/student")
-        chains = [mf.recipes.native(size=(256, 256), steps=n, guidance=mf.Distilled()) for n in (1, 2)]
+        chains = [mf.recipes.native(size=model.info.size, steps=n, guidance=mf.Distilled()) for n in (1, 2)]
         return grid([mf.run(chain, drawer, SHOWN, seed=0).pixels.cpu() for chain in chains])
 
     loop = Loop(
@@ -144,14 +159,14 @@ def train(run: Run, name: str, world: World, steps: int, teacher: Path) -> State
         run,
         weights,
         [optimiser],
-        run.count(steps),
+        run.count(lessons.steps),
         factor=flat_then_linear(0.5),
         decay=0.998,
         draw=draw,
     )
     for _ in loop:
-        size = 256 if torch.rand(()).item() < HIGH_SHARE else 128
-        pick = torch.randint(len(data[size][0]), (run.batch * BATCH[size],))
+        size = list(data)[int(torch.randint(len(data), ()))]
+        pick = torch.randint(len(data[size][0]), (run.items(lessons.batch[size]),))
         with run.autocast():
             loss = loss_at(student, data[size], pick, levels[size])
         loop.learn(loss, f"{size} px", len(pick))
@@ -170,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=WEIGHTS)
     parser.add_argument("--world", choices=list(WORLDS), default="full")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=LESSONS.steps)
     parser.add_argument("--out", type=Path, default=Path("runs/student"))
     parser.add_argument("--export", type=Path, required=True, help="where the averaged adapter goes")
     parser.add_argument("--device", default="cpu")
@@ -181,7 +196,8 @@ def main() -> None:
     except MrflowError as error:
         parser.error(str(error))
     start_log(run.folder)
-    tensors = train(run, "student", WORLDS[args.world], args.steps, args.teacher)
+    lessons = replace(LESSONS, steps=args.steps)
+    tensors = train(run, "student", WORLDS[args.world], lessons, args.teacher)
     export(tensors, version, args.steps, args.export)
 
 

@@ -34,7 +34,7 @@ from mrflow.upscalers import Upscaler
 
 log = logging.getLogger(__name__)
 
-WIDTH, TEXT_LENGTH = 128, 12
+WIDTH, HEAD, TEXT_LENGTH = 192, 64, 12
 FIRST_CFG = 3.0  # the guidance of pocket-1, whose file does not say it
 VOCABULARY: tuple[str, ...] = (
     "",
@@ -56,42 +56,66 @@ VOCABULARY: tuple[str, ...] = (
     *TEXTURES,
     *LETTERS,
 )
-FLUX_PARAMS = FluxParams(
-    in_channels=64,
-    out_channels=64,
-    context=WIDTH,
-    pooled=WIDTH,
-    hidden=WIDTH,
-    heads=4,
-    axes=(8, 12, 12),
-    double_blocks=2,
-    single_blocks=5,
-    guidance=False,
-)
 POCKET = ModelInfo(
     "pocket",
     LatentSpace("pocket"),
-    Shift(0.0, 0.7, 64, 256),
+    Shift(0.7, 1.4, 256, 1024),
     cfg=2.0,
-    size=(256, 256),
-    low=(128, 128),
-    architecture=Architecture(WIDTH, 2, 5, WIDTH, TEXT_LENGTH, 2_572_288),
+    size=(512, 512),
+    low=(256, 256),
+    architecture=Architecture(WIDTH, 2, 5, WIDTH, TEXT_LENGTH, 5_738_752),
     upscale=2,
     upscale_flops=95_904,
     encode=(32_704, 0),
     decode=(51_136, 0),
+    footprint=Footprint(
+        rest=889_600,
+        modulation=6_077_184,
+        modulation_pair=1_778_688,
+        blocks=15_988_224,
+        block_pair=7_107_584,
+        autoencoder=7_423_104 + 769_152,  # and the super-resolution net
+        text=3_628_800,
+        encode_values=21.0,
+        decode_values=12.75,
+    ),
+)
+SMALL = replace(
+    POCKET,
+    shift=Shift(0.0, 0.7, 64, 256),
+    size=(256, 256),
+    low=(128, 128),
+    architecture=Architecture(128, 2, 5, 128, TEXT_LENGTH, 2_572_288),
     footprint=Footprint(
         rest=462_080,
         modulation=2_707_968,
         modulation_pair=792_576,
         blocks=7_119_104,
         block_pair=3_165_184,
-        autoencoder=7_423_104 + 769_152,  # and the super-resolution net
+        autoencoder=7_423_104 + 769_152,
         text=1_632_768,
         encode_values=21.0,
         decode_values=12.75,
     ),
 )
+"""The facts of pocket-1 and pocket-2, which are narrower and know half the sizes."""
+BY_WIDTH = {128: SMALL, WIDTH: POCKET}
+
+
+def flux_params(width: int = WIDTH, head: int = HEAD) -> FluxParams:
+    """Sizes of the transformer at a width, with heads of so many channels: a quarter of them does not turn."""
+    return FluxParams(
+        in_channels=64,
+        out_channels=64,
+        context=width,
+        pooled=width,
+        hidden=width,
+        heads=width // head,
+        axes=(head // 4, 3 * head // 8, 3 * head // 8),
+        double_blocks=2,
+        single_blocks=5,
+        guidance=False,
+    )
 
 
 def text_encoder(width: int = WIDTH) -> TextEncoder:
@@ -252,10 +276,12 @@ class Pocket:
         return out.clamp(0, 1).contiguous()
 
 
+QUERY_SCALE = "double_blocks.0.img_attn.norm.query_norm.scale"
 ADVICE = "it draws captions such as 'a big red circle at the left on coarse dots' or 'the big blue word CAT'"
 
 
-SHIPPED: dict[str, Path] = {name: Path(__file__).parent / f"{name}.safetensors" for name in ("pocket-2", "pocket-1")}
+VERSIONS = ("pocket-3", "pocket-2", "pocket-1")
+SHIPPED: dict[str, Path] = {name: Path(__file__).parent / f"{name}.safetensors" for name in VERSIONS}
 """The versions that come with mrflow, newest first: `mrflow.load` takes their names; "pocket" is the newest."""
 WEIGHTS = next(iter(SHIPPED.values()))
 
@@ -270,9 +296,30 @@ def shipped(name: str, weights: str = "") -> Path | None:
     return SHIPPED.get(name)
 
 
+def params_of(header: Header) -> FluxParams:
+    """The sizes of the transformer in a file of this architecture.
+
+    Raises:
+        WeightsError: the file has no transformer, or none of a width that a pocket has.
+    """
+    entries = [header.tensors.get(f"flow.{name}") for name in ("img_in.weight", QUERY_SCALE)]
+    width, head = (entry.shape[0] if entry is not None and entry.shape else 0 for entry in entries)
+    if width not in BY_WIDTH or not head or width % head or head % 16:
+        known = " and ".join(map(str, BY_WIDTH))
+        raise WeightsError(
+            f"{header.path.name}: flow of width {width} with heads of {head}; pocket's widths are {known}"
+        )
+    return flux_params(width, head)
+
+
 def facts(header: Header) -> ModelInfo:
-    """The facts of a file of this architecture, without its version: what it is used with, it says itself."""
-    return replace(POCKET, cfg=float(header.metadata.get("cfg", FIRST_CFG)))
+    """The facts of a file of this architecture, without its version: what it is used with, it says itself.
+
+    Raises:
+        WeightsError: as `params_of`.
+    """
+    known = BY_WIDTH[params_of(header).hidden]
+    return replace(known, cfg=float(header.metadata.get("cfg", FIRST_CFG)))
 
 
 def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
@@ -301,6 +348,7 @@ def load_pocket(
         WeightsError: the file is missing, broken, or lacks a tensor.
     """
     header = read_header(path)
+    params = params_of(header)
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("text", "flow", "autoencoder", "sr")}
     for name, tensor in load_file(path).items():
         part, _, rest = name.partition(".")
@@ -308,7 +356,7 @@ def load_pocket(
             raise WeightsError(f"{path.name}: {name!r} belongs to no part of pocket ({', '.join(parts)})")
         parts[part][rest] = tensor.float()
     with torch.device("meta"):
-        text, flow, autoencoder, sr = text_encoder(), Flux(FLUX_PARAMS), Autoencoder(), CompactSR()
+        text, flow, autoencoder, sr = text_encoder(params.hidden), Flux(params), Autoencoder(), CompactSR()
     for part, module in zip(parts, (text, flow, autoencoder, sr), strict=True):
         try:
             module.load_state_dict(parts[part], strict=True, assign=True)
