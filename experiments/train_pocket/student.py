@@ -33,7 +33,7 @@ from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, load_pocket
 from mrflow.scenes.grammar import World, held_out, sample_scene
 
-WINDOWS, INNER, RANK, RATE = 2, 6, 32, 2e-3
+WINDOWS, INNER, RANK, RATE = 2, 4, 32, 2e-3
 NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))
 Pairs = tuple[Tensor, Tensor, Tensor]  # states (item, window end, ...), context, pooled
 
@@ -48,7 +48,7 @@ class Lessons:
     steps: int
 
 
-LESSONS = Lessons({128: 6000, 256: 5000, 512: 1500}, {128: 256, 256: 128, 512: 32}, 1200)
+LESSONS = Lessons({128: 900, 256: 500, 512: 70}, {128: 48, 256: 12, 512: 3}, 480)
 
 
 def window_levels(model: Pocket, size: int, windows: int = WINDOWS) -> tuple[float, ...]:
