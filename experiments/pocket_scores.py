@@ -5,7 +5,8 @@ reads every picture back against its caption, and against another caption of its
 over distinct captions, which are few for faces; differences are paired by picture. Times are medians for single
 pictures, after a warm-up, the methods taking turns; the range of the ratio is over repeats.
 
-    python -m experiments.pocket_scores --captions 200 --golden
+    python -m experiments.pocket_scores --captions 200 --golden      # native 50 at 512 px: hours on a processor
+    python -m experiments.pocket_scores --size 256
     python -m experiments.pocket_scores --model pocket-1 --world pocket-1
 """
 
@@ -61,20 +62,30 @@ def main() -> None:
     parser.add_argument("--world", choices=list(WORLDS), default="full", help="of the captions")
     parser.add_argument("--captions", type=int, default=200, help="0: only the speeds")
     parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument(
+        "--size", type=int, help="of the pictures' side, the low stage's is half; without it, the model's"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="CHAIN", help='some of them, such as "staged 12 + 1"')
     parser.add_argument("--repeats", type=int, default=9, help="of the timing; 0: only the scores")
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
     parser.add_argument("--golden", action="store_true", help="also write tests/golden/pocket.json")
     args = parser.parse_args()
+    if args.size is not None and (args.size < 32 or args.size % 32):
+        parser.error(f"--size must be a multiple of 32, got {args.size}")
     model = mf.load(args.model, device=args.device)
-    low, size = model.info.low, model.info.size
+    size = model.info.size if args.size is None else (args.size, args.size)
+    low = (size[0] // 2, size[1] // 2)
     chains: dict[str, Chain] = {
         STAGED: mf.recipes.paper(low=low, size=size),
         NATIVE: mf.recipes.native(size=size, steps=50),
         "native 12": mf.recipes.native(size=size, steps=12),
         "native 6": mf.recipes.native(size=size, steps=6),
     }
+    if unknown := set(args.only) - set(chains):
+        parser.error(f"no chain is called {', '.join(sorted(unknown))}; there are {', '.join(chains)}")
+    chains = {name: chain for name, chain in chains.items() if not args.only or name in args.only}
     if args.golden:
-        golden(chains[STAGED], model)
+        golden(mf.recipes.paper(low=model.info.low, size=model.info.size), model)
     print(f"{model.info.version}, torch {torch.__version__}, on {model.device}\n")
     if args.captions:
         print("\n".join(scored(chains, model, held_out_captions(WORLDS[args.world], args.captions), args.batch)))
@@ -92,11 +103,11 @@ def timed(chains: Mapping[str, Chain], model: mf.Backbone, repeats: int) -> list
             seconds[name].append(mf.run(chain, model, "a big red circle at the left", seed=i).seconds)
     lines: list[str] = []
     for name, times in seconds.items():
-        ratios = [n / t for n, t in zip(seconds[NATIVE], times, strict=True)]
-        spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
-        lines.append(
-            f"- {name}: {statistics.median(times):.3f} s a picture, {statistics.median(ratios):.1f}x ({spread})"
-        )
+        line = f"- {name}: {statistics.median(times):.3f} s a picture"
+        if NATIVE in seconds:
+            ratios = [n / t for n, t in zip(seconds[NATIVE], times, strict=True)]
+            line += f", {statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
+        lines.append(line)
     return lines
 
 
@@ -106,24 +117,25 @@ def scored(chains: Mapping[str, Chain], model: mf.Backbone, captions: list[str],
     rows = {name: pictures(chain, model, captions, batch) for name, chain in chains.items()}
     scores = {name: table(images, list(captions)) for name, images in rows.items()}
     swapped = other_captions(captions)
-    wrong = {f"{name}, other caption": table(rows[name], swapped) for name in (STAGED, NATIVE)}
-    columns = {**scores, **wrong}
-    categories = [*sorted({c for each in scores[STAGED] for c in each} - {"overall"}), "overall"]
+    wrong = {f"{name}, other caption": table(rows[name], swapped) for name in (STAGED, NATIVE) if name in rows}
+    columns, first, both = {**scores, **wrong}, next(iter(scores.values())), STAGED in scores and NATIVE in scores
+    categories = [*sorted({c for each in first for c in each} - {"overall"}), "overall"]
 
     def cell(values: list[tuple[str, float]], form: str) -> str:
         mean, low_end, high_end = interval(values, rng)
         return f"{mean:{form}} ({low_end:{form}} to {high_end:{form}})"
 
-    lines = [f"| category | pictures | captions | {' | '.join(columns)} | staged - native 50, paired |"]
-    lines.append("|---|---|---|" + "---|" * (len(columns) + 1))
+    heads = [*columns, *(["staged - native 50, paired"] if both else [])]
+    lines = [f"| category | pictures | captions | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
     for category in categories:
-        own = [caption for caption, s in zip(captions, scores[STAGED], strict=True) if category in s]
+        own = [caption for caption, s in zip(captions, first, strict=True) if category in s]
         cells = [
             cell([(c, s[category]) for c, s in zip(captions, each, strict=True) if category in s], ".2f")
             for each in columns.values()
         ]
-        triples = zip(captions, scores[STAGED], scores[NATIVE], strict=True)
-        cells.append(cell([(c, a[category] - b[category]) for c, a, b in triples if category in a], "+.2f"))
+        triples = list(zip(captions, scores[STAGED], scores[NATIVE], strict=True)) if both else []
+        if both:
+            cells.append(cell([(c, a[category] - b[category]) for c, a, b in triples if category in a], "+.2f"))
         lines.append(f"| {category} | {len(own)} | {len(set(own))} | {' | '.join(cells)} |")
     return lines
 

@@ -22,11 +22,12 @@ from mrflow.sheet import warm_up
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pocket", help="or an older version, pocket-2")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
-    model, rng = mf.load("pocket", device="cpu"), np.random.default_rng(0)
+    model, rng = mf.load(args.model, device="cpu"), np.random.default_rng(0)
     low, size = model.info.low, model.info.size
     chains = {
         "guided": mf.recipes.paper(low=low, size=size),

@@ -84,12 +84,13 @@ def mean(values: list[float | None]) -> float:
 def main() -> None:
     """Print a Markdown table; draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pocket", help="or an older version, pocket-2")
     parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--scenes", type=int, default=100, help="for PSNR")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    model, rng = mf.load("pocket", device="cpu"), np.random.default_rng(0)
+    model, rng = mf.load(args.model, device="cpu"), np.random.default_rng(0)
     methods, cache = chains(model.info), mf.StageCache(max_bytes=4 << 30)
     captions = held_out_captions(FULL, args.captions)
     parts = [slice(i, i + args.batch) for i in range(0, len(captions), args.batch)]

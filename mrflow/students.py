@@ -43,7 +43,9 @@ LIGHTNING_8 = Student(8, Lora(_LIGHTNING.format(8)), _LIGHTNING_SHIFT, Distilled
 SCHNELL = Student(4)
 """FLUX.1-schnell is a checkpoint of its own, whose scheduler does not shift: load it and draw in 1 to 4 steps."""
 _INSIDE = Path(__file__).parent / "models" / "pocket"
-POCKET = Student(2, Lora(str(_INSIDE / "pocket-2-student.safetensors")), None, Distilled())
-"""The embedded model's own student, for 1 to 4 unguided steps (`experiments/train_pocket/student.py`)."""
+POCKET_2 = Student(2, Lora(str(_INSIDE / "pocket-2-student.safetensors")), None, Distilled())
+"""The student of `mrflow.load("pocket-2")`, for 1 to 4 unguided steps (`experiments/train_pocket/student.py`)."""
+POCKET = POCKET_2
+"""The newest embedded student; it belongs to pocket-2, and to no model of another width."""
 POCKET_1 = Student(2, Lora(str(_INSIDE / "pocket-1-student.safetensors")), None, Distilled())
-"""That of the older `mrflow.load("pocket-1")`."""
+"""That of `mrflow.load("pocket-1")`."""

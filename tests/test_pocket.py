@@ -16,7 +16,8 @@ from mrflow.models.pocket.networks import CompactSR, tokenise
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score_many
 
-CHAIN = mf.recipes.paper(low=POCKET.low, size=POCKET.size)
+CHAIN = mf.recipes.paper(low=(128, 128), size=(256, 256))  # the smaller pair of sizes that it was trained at
+DEFAULT = mf.recipes.paper(low=POCKET.low, size=POCKET.size)
 GOLDEN = Path(__file__).parent / "golden" / "pocket.json"
 
 
@@ -28,10 +29,9 @@ def model() -> mf.Backbone:
 
 def test_the_file_is_small_and_has_a_version(model: mf.Backbone) -> None:
     shipped_files = sorted(WEIGHTS.parent.glob("*.safetensors"))
-    assert [p.name for p in shipped_files] == sorted(
-        f"{n}{end}.safetensors" for n in SHIPPED for end in ("", "-student")
-    )
-    assert sum(p.stat().st_size for p in shipped_files) < 24e6
+    students = ("pocket-1-student", "pocket-2-student")
+    assert [p.stem for p in shipped_files] == sorted((*SHIPPED, *students))
+    assert sum(p.stat().st_size for p in shipped_files if p.name.startswith(next(iter(SHIPPED)))) < 24e6
     assert model.info.version.startswith(f"{next(iter(SHIPPED))}+")
     assert model.info.name == "pocket"
 
@@ -87,6 +87,38 @@ def test_the_facts_for_planning_are_the_real_ones(model: mf.Backbone) -> None:
     model._flow.attention = fused
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_facts_of_each_version_are_its_networks_own(name: str) -> None:
+    """Parameters, and bytes of each part in float32."""
+    from mrflow.models.base import bytes_of, footprint
+    from mrflow.models.pocket.model import Pocket
+
+    old = mf.load(name, device="cpu")
+    assert isinstance(old, Pocket)
+    planned, counted = old.info.footprint, footprint(old._flow, old._autoencoder, None)
+    assert planned is not None and old.info.architecture is not None
+    assert old.info.architecture.parameters == sum(p.numel() for p in old._flow.parameters())
+    own = {"autoencoder": counted.autoencoder + bytes_of(old._sr.net), "text": bytes_of(old._text)}
+    values = {"encode_values": planned.encode_values, "decode_values": planned.decode_values}
+    assert replace(counted, **own, **values) == planned
+
+
+def test_a_width_that_no_version_has(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(WEIGHTS)
+    path = tmp_path / "odd.safetensors"
+    save_file({**tensors, "flow.img_in.weight": torch.zeros(96, 64)}, path)
+    with pytest.raises(
+        WeightsError, match="odd.safetensors: flow of width 96 with heads of 64; pocket's widths are 128"
+    ):
+        load_pocket(path)
+    del tensors["flow.img_in.weight"]
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match="flow of width 0"):
+        mf.plan(DEFAULT, info(str(path)))
+
+
 def test_a_picture_does_not_depend_on_its_batch(model: mf.Backbone) -> None:
     prompts = ["a big red circle at the left", "the big blue word CAT", ""]
     whole = mf.run(CHAIN, model, prompts, seed=[3, 4, 5]).pixels
@@ -106,7 +138,7 @@ def test_golden(model: mf.Backbone) -> None:
     """A picture made on another day: 8 x 8 block means, to 2 levels of 255 (tests/golden/pocket.json says how)."""
     golden = json.loads(GOLDEN.read_text())
     assert model.info.version == golden["version"], "new weights: make the golden again as its 'how' says"
-    pixels = mf.run(CHAIN, model, golden["prompt"], seed=golden["seed"]).pixels[0]
+    pixels = mf.run(DEFAULT, model, golden["prompt"], seed=golden["seed"]).pixels[0]
     means = torch.nn.functional.avg_pool2d(pixels, 32).numpy()
     assert np.abs(means - np.array(golden["means"])).max() < 2 / 255
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import mrflow as mf
-from mrflow.students import HYPER_8, HYPER_16, LIGHTNING_4, LIGHTNING_8, POCKET, POCKET_1, SCHNELL, TURBO_ALPHA
+from mrflow.students import (
+    HYPER_8,
+    HYPER_16,
+    LIGHTNING_4,
+    LIGHTNING_8,
+    POCKET_1,
+    POCKET_2,
+    SCHNELL,
+    TURBO_ALPHA,
+)
 from tests.parity.test_flux import relative
 from tests.parity.test_official import UP, pipeline, words
 from tests.test_lora import QWEN_LINEARS, qwen_lora
@@ -28,17 +37,20 @@ LEVELS: list[tuple[mf.Student, mf.ModelInfo, int, int | None, list[float]]] = [
 
 
 def test_the_embedded_students_fit_their_teachers_and_say_so_of_others(caplog: pytest.LogCaptureFixture) -> None:
-    old, new = mf.load("pocket-1", device="cpu"), mf.load("pocket", device="cpu")
-    for model, student in ((old, POCKET_1), (new, POCKET)):
+    oldest, old, new = (mf.load(name, device="cpu") for name in ("pocket-1", "pocket-2", "pocket"))
+    for model, student in ((oldest, POCKET_1), (old, POCKET_2)):
         mf.run(mf.recipes.few(student, size=(64, 64)), model, "a big red circle at the left")
     assert caplog.messages == []
-    mf.run(mf.recipes.few(POCKET_1, size=(64, 64)), new, "a big red circle at the left")
+    mf.run(mf.recipes.few(POCKET_1, size=(64, 64)), old, "a big red circle at the left")
     (said,) = caplog.messages
     assert said.startswith("pocket-1-student.safetensors was taught by pocket-1+") and "load('pocket-1')" in said
     caplog.clear()
-    merged = mf.load("pocket-1", device="cpu", lora=POCKET.lora)
+    merged = mf.load("pocket-1", device="cpu", lora=POCKET_2.lora)
     assert "was taught by pocket-2+" in caplog.text
     assert merged.info.version.startswith("pocket-1+")
+    with pytest.raises(mf.WeightsError, match="does not fit pocket"):  # of another width
+        mf.run(mf.recipes.few(POCKET_2, size=(64, 64)), new, "a big red circle at the left")
+    assert "was taught by pocket-2+" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(("student", "info", "tokens", "steps", "levels"), LEVELS)

@@ -1,7 +1,9 @@
 """The embedded model's training: the whole recipe in little, and that an interruption changes nothing."""
 
 import json
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ from safetensors.torch import load_file
 import mrflow as mf
 from experiments.train_pocket import __main__ as recipe
 from experiments.train_pocket import autoencoder, flow, short_runs, sr, student
-from experiments.train_pocket.data import grid
+from experiments.train_pocket.data import grid, pictures
 from experiments.train_pocket.loop import Loop, Run, cosine, finished, flat_then_linear, keep_settings
-from mrflow.models.pocket.model import load_pocket
-from mrflow.scenes.grammar import POCKET_1, held_out_captions
+from mrflow.models.pocket.model import SHIPPED, SMALL, load_pocket
+from mrflow.scenes.grammar import FULL, POCKET_1, held_out_captions
 
 TINY = 0.0008
 
@@ -25,22 +27,29 @@ class Stop(Exception):
 
 
 @pytest.mark.slow
-def test_the_whole_recipe_makes_what_is_shipped(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", scale=TINY)
-    model_file, adapter_file = recipe.train(run, "trial")
+@pytest.mark.parametrize("name", recipe.RECIPES)
+def test_a_whole_recipe_makes_what_is_shipped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (flow, student):
+        monkeypatch.setattr(module, "SHOWN", flow.SHOWN[:1])
+    run = Run(tmp_path / "run", scale=TINY, batch=0.01)
+    model_file, adapter_file = recipe.train(run, recipe.RECIPES[name], "trial")
     model = load_pocket(model_file)
     assert model.info.version.startswith("trial+")
+    assert replace(model.info, version="") == recipe.RECIPES[name].info
     chain = mf.recipes.few(replace(mf.students.POCKET, lora=mf.Lora(str(adapter_file))), size=(256, 256))
     assert mf.run(chain, model, "a big red circle at the left").pixels.shape == (1, 3, 256, 256)
     grids = sorted(p.name for p in (tmp_path / "run").rglob("grids/*.png"))
-    assert [name.split("-")[0] for name in grids] == [*["autoencoder"] * 2, *["flow"] * 2, *["sr"] * 2, "student"]
+    phases = len(recipe.RECIPES[name].phases)
+    want = [*["autoencoder"] * phases, *["flow"] * phases, *["sr"] * phases, "student"]
+    assert [name.split("-")[0] for name in grids] == want
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
     first = model_file.read_bytes()
-    recipe.train(run, "trial")  # nothing is made again
+    recipe.train(run, recipe.RECIPES[name], "trial")  # nothing is made again
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
     assert model_file.read_bytes() == first
+    sizes = recipe.RECIPES[name].phases[-1].flow.sizes
     with Image.open(next((tmp_path / "run").rglob("grids/flow-*.png"))) as picture:
-        assert picture.size == (256 * len(flow.SHOWN), 128 + 256)
+        assert picture.size == (sizes[-1] * len(flow.SHOWN), sum(sizes))
 
 
 def train(part: str, run: Run) -> dict[str, torch.Tensor]:
@@ -52,18 +61,22 @@ def train(part: str, run: Run) -> dict[str, torch.Tensor]:
     if part == "sr":
         return sr.train(run, part, POCKET_1, 5000, auto, gan=0.4)
     if part == "student":
-        return student.train(run, part, POCKET_1, 5000, student.WEIGHTS)
-    return flow.train(run, part, POCKET_1, (2500, 2500), auto, high_share=0.5)
+        lessons = student.Lessons({128: 1000, 256: 1000}, {128: 4, 256: 2}, 5000)
+        return student.train(run, part, POCKET_1, lessons, SHIPPED["pocket-2"])
+    course = recipe.two_sizes(2500, 2500, 0.5)
+    return flow.train(run, part, POCKET_1, course, auto, info=SMALL, width=128, head=32)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--scale", "0"], "--scale 0.0 is out of range"),
-        (["--batch", "0"], "--batch 0 is out of range"),
+        (["--batch", "0"], "--batch 0.0 is out of range"),
         (["--name", "a/b"], "--name must be letters"),
         (["--device", "tpu"], "tpu"),
+        (["--workers", "-1"], "--workers -1 is out of range"),
         (["--scale", "0.5"], "was begun with another scale, batch or recipe"),
+        (["--recipe", "pocket-2"], "was begun with another scale, batch or recipe"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
@@ -71,7 +84,7 @@ def test_what_cannot_be_is_said_before_any_work(
 ) -> None:
     run = Run(tmp_path, scale=1.0)
     for _ in range(2):  # the same again is fine
-        keep_settings(run, [asdict(phase) for phase in recipe.RECIPE])
+        keep_settings(run, repr(recipe.RECIPES["pocket-3"]))
     monkeypatch.setattr("sys.argv", ["train_pocket", "--out", str(tmp_path), *words])
     with pytest.raises(SystemExit):
         recipe.main()
@@ -133,6 +146,39 @@ def test_rates_end_low() -> None:
     assert cosine(1) == pytest.approx(0.02)
     assert flat_then_linear(0.3)(1) == pytest.approx(0.02)
     assert flat_then_linear(0.3)(0.7) == pytest.approx(1)
+
+
+def test_a_course_goes_from_small_to_large(tmp_path: Path) -> None:
+    """Parts follow one another, scaled with everything, and within one the sizes have their shares."""
+    course = flow.Course({}, {}, ((100, {128: 1.0}), (100, {128: 0.25, 512: 0.75})))
+    run = Run(tmp_path, scale=0.5)
+    torch.manual_seed(0)
+    assert course.sizes == (128, 512)
+    assert {course.size_at(step, run) for step in range(50)} == {128}
+    drawn = [course.size_at(step, run) for step in range(50, 100)] + [course.size_at(99, run) for _ in range(2000)]
+    assert sum(size == 512 for size in drawn) / len(drawn) == pytest.approx(0.75, abs=0.04)
+
+
+@pytest.mark.slow
+def test_processes_render_what_one_does() -> None:
+    alone = pictures(FULL, 70, 32, 3)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        shared = pictures(FULL, 70, 32, 3, pool=pool)
+        ahead = flow.renders(Run(Path(), scale=0.01, pool=pool), FULL, recipe.two_sizes(1, 1, 0.5))
+        assert {size: len(make()[0]) for size, make in ahead.items()} == {128: 160, 256: 50}
+    assert torch.equal(alone[0], shared[0]) and alone[1] == shared[1]
+
+
+def test_crops_lie_on_the_grid_of_cells() -> None:
+    """A picture of the crop's size comes whole; of a larger one, cuts whose corners are multiples of 8."""
+    rows, columns = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    image = torch.stack((rows, columns, rows)).to(torch.uint8)[None]
+    torch.manual_seed(0)
+    for _ in range(20):
+        cut = autoencoder.cropped(image, 2)
+        assert cut.shape == (2, 3, 128, 128) and int(cut[0, 0, 0, 0]) % 8 == int(cut[0, 1, 0, 0]) % 8 == 0
+        assert torch.equal(cut[0, 0, :, 0].int().diff(), torch.ones(127, dtype=torch.int32))
+    assert torch.equal(autoencoder.cropped(image[..., :128, :128], 1), image[..., :128, :128])
 
 
 def test_grid_is_rows_of_pictures() -> None:

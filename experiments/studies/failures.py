@@ -5,7 +5,7 @@ has the layout alone; the encoder's round trip of a native picture with a refini
 """
 
 import mrflow as mf
-from experiments.studies.common import LOW, METRICS, SIZE, captions, native, paper
+from experiments.studies.common import LOW, METRICS, MODEL, SIZE, captions, native, paper
 from mrflow.sweep import Sweep
 
 chains = {
@@ -15,4 +15,4 @@ chains = {
     "low 50, refined": paper(50),
     "native 50, refined": native(50) >> mf.Encode() >> mf.Reinject(0.12) >> mf.Refine(mf.DirectSigma(1)) >> mf.Decode(),
 }
-sweep = Sweep(chains, captions(), metrics=METRICS, seeds=(0,))
+sweep = Sweep(chains, captions(), model=MODEL, metrics=METRICS, seeds=(0,))

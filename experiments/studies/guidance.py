@@ -1,7 +1,7 @@
 """Where does classifier-free guidance pay: in the refining step, early, late, in the middle?"""
 
 import mrflow as mf
-from experiments.studies.common import METRICS, captions, paper
+from experiments.studies.common import METRICS, MODEL, captions, paper
 from mrflow.models.pocket.model import POCKET
 from mrflow.sweep import Sweep
 
@@ -14,4 +14,4 @@ chains = {
     "sigma 0.3 to 0.9": paper(12, guidance=mf.Interval(GUIDE, 0.3, 0.9), refine_guidance=mf.Distilled()),
     "nowhere": paper(12, guidance=mf.Distilled()),
 }
-sweep = Sweep(chains, captions(), metrics=METRICS, seeds=(0,))
+sweep = Sweep(chains, captions(), model=MODEL, metrics=METRICS, seeds=(0,))

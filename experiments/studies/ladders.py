@@ -1,7 +1,7 @@
 """Do more rungs pay, or other sizes of the first?"""
 
 import mrflow as mf
-from experiments.studies.common import LOW, METRICS, SIZE, captions, paper
+from experiments.studies.common import LOW, METRICS, MODEL, SIZE, captions, paper
 from mrflow.sweep import Sweep
 
 chains = {
@@ -12,4 +12,4 @@ chains = {
     "64 128 256": mf.recipes.ladder([(64, 64), LOW, SIZE], sigmas=[0.4, 0.12]),
     "128 192 256": mf.recipes.ladder([LOW, (192, 192), SIZE]),
 }
-sweep = Sweep(chains, captions(), metrics=METRICS, seeds=(0,))
+sweep = Sweep(chains, captions(), model=MODEL, metrics=METRICS, seeds=(0,))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 import mrflow as mf
-from experiments.studies.common import METRICS, captions, native, paper
+from experiments.studies.common import METRICS, MODEL, captions, native, paper
 from mrflow.sweep import Psnr, Ssim, Sweep
 
 
@@ -37,4 +37,4 @@ chains = {
     "another seed": native(50) >> Another(),
 }
 METRICS = (*METRICS, Psnr(), Ssim())
-sweep = Sweep(chains, captions(), metrics=METRICS, seeds=(0,))
+sweep = Sweep(chains, captions(), model=MODEL, metrics=METRICS, seeds=(0,))

@@ -7,7 +7,7 @@ from 128 to 256 pixels; the student is the embedded model's own LoRA for few ung
 from pathlib import Path
 
 import mrflow as mf
-from experiments.studies.common import LOW, METRICS, SIZE, captions, native, paper
+from experiments.studies.common import LOW, METRICS, MODEL, SIZE, captions, native, paper
 from mrflow.caches import DBCache, DBTaylor, MagCache, TaylorSeer, TeaCache, ToMA
 from mrflow.students import POCKET
 from mrflow.sweep import Row, Sweep, interval, values
@@ -42,7 +42,7 @@ chains = {
     **{f"student {n}": mf.recipes.few(POCKET, size=SIZE, steps=n) for n in (4, 2, 1)},
     **{f"student {n} + 1": mf.recipes.stacked(POCKET, low=LOW, size=SIZE, steps=n) for n in (4, 2, 1)},
 }
-sweep = Sweep(chains, captions(), metrics=METRICS)
+sweep = Sweep(chains, captions(), model=MODEL, metrics=METRICS)
 FLOOR = 0.8  # of the plot; what lies below is marked at its lower edge
 
 

@@ -1,7 +1,7 @@
 """Can a second-order solver, or another schedule, do with fewer low steps what Euler does with 12?"""
 
 import mrflow as mf
-from experiments.studies.common import METRICS, captions, paper
+from experiments.studies.common import METRICS, MODEL, captions, paper
 from mrflow.sweep import Sweep
 
 chains = {
@@ -13,4 +13,4 @@ chains = {
     **{f"linear {n}": paper(schedule=mf.Linear(n)) for n in (12, 8, 4)},
     **{f"cosine {n}": paper(schedule=mf.Cosine(n)) for n in (8, 4)},
 }
-sweep = Sweep(chains, captions(), metrics=METRICS, seeds=(0,))
+sweep = Sweep(chains, captions(), model=MODEL, metrics=METRICS, seeds=(0,))

@@ -1,7 +1,7 @@
 """Which quality for which speed: fewer native steps, k + 1, k + 2, k + 3, latents lifted instead of pixels?"""
 
 import mrflow as mf
-from experiments.studies.common import LOW, METRICS, SIZE, captions, native, paper
+from experiments.studies.common import LOW, METRICS, MODEL, SIZE, captions, native, paper
 from mrflow.sweep import Sweep
 
 chains = {
@@ -11,4 +11,4 @@ chains = {
     **{f"6 + {k}": paper(6, refine_steps=k) for k in (2, 3)},
     **{f"latent {f} 6 + 1": mf.recipes.latent(f, low=LOW, size=SIZE, steps=6) for f in ("nearest", "bicubic")},
 }
-sweep = Sweep(chains, captions(), metrics=METRICS, seeds=(0, 1))
+sweep = Sweep(chains, captions(), model=MODEL, metrics=METRICS, seeds=(0, 1))

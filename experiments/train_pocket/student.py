@@ -5,7 +5,7 @@ student has steps. The teacher, guided as it is used, integrates each window in 
 straight line between the window's ends. One Euler step a window is then exact where it learned well, and the guidance,
 which doubles the teacher's cost, is in its weights. Text encoder and autoencoder stay the teacher's.
 
-    python -m experiments.train_pocket.student --out runs/student --export mine.safetensors
+    python -m experiments.train_pocket.student --device cuda --out runs/student --export mine.safetensors
 """
 
 import argparse
@@ -33,7 +33,7 @@ from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, load_pocket
 from mrflow.scenes.grammar import World, held_out, sample_scene
 
-WINDOWS, INNER, RANK, RATE = 2, 4, 32, 2e-3
+WINDOWS, INNER, RANK, RATE = 2, 6, 32, 2e-3
 NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))
 Pairs = tuple[Tensor, Tensor, Tensor]  # states (item, window end, ...), context, pooled
 
@@ -48,7 +48,7 @@ class Lessons:
     steps: int
 
 
-LESSONS = Lessons({128: 900, 256: 500, 512: 70}, {128: 48, 256: 12, 512: 3}, 480)
+LESSONS = Lessons({128: 6000, 256: 5000, 512: 1500}, {128: 256, 256: 128, 512: 32}, 1200)
 
 
 def window_levels(model: Pocket, size: int, windows: int = WINDOWS) -> tuple[float, ...]:
@@ -186,19 +186,21 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=WEIGHTS)
     parser.add_argument("--world", choices=list(WORLDS), default="full")
     parser.add_argument("--steps", type=int, default=LESSONS.steps)
+    parser.add_argument("--batch", type=float, default=1.0, help="times as many in every batch; less on a processor")
     parser.add_argument("--out", type=Path, default=Path("runs/student"))
     parser.add_argument("--export", type=Path, required=True, help="where the averaged adapter goes")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     try:
-        run = Run(args.out, choose_device(args.device))
-        version = load_pocket(args.teacher).info.version
+        run = Run(args.out, choose_device(args.device), batch=args.batch)
+        info = load_pocket(args.teacher).info
     except MrflowError as error:
         parser.error(str(error))
     start_log(run.folder)
-    lessons = replace(LESSONS, steps=args.steps)
+    known = {size: count for size, count in LESSONS.captions.items() if size <= max(info.size)}
+    lessons = replace(LESSONS, steps=args.steps, captions=known)
     tensors = train(run, "student", WORLDS[args.world], lessons, args.teacher)
-    export(tensors, version, args.steps, args.export)
+    export(tensors, info.version, args.steps, args.export)
 
 
 if __name__ == "__main__":
