@@ -314,7 +314,8 @@ def test_offload_hooks_keep_working(name: str, how: str, tmp_path: Path) -> None
         pytest.skip(f"the pipeline itself cannot run so here: {error}")
     hooks = {k: getattr(m, "_hf_hook", None) for k, m in pipe.transformer.named_modules()}
     offloaded = mf.run(chain, model, "a cat").pixels
-    assert torch.equal(offloaded, plain)
+    # Not to the bit: moved weights lie elsewhere in memory, and some processors then add in another order.
+    assert relative(offloaded, plain) < 1e-5
     assert model.info.version == version
     assert {k: getattr(m, "_hf_hook", None) for k, m in pipe.transformer.named_modules()} == hooks
     # The pipeline itself still runs, and its weights are no inference tensors.
