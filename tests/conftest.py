@@ -1,10 +1,15 @@
 """Set up for all tests: shapes are checked, examples are bounded, nothing touches a network."""
 
+import atexit
 import os
 import pkgutil
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MRFLOW_CACHE"] = tempfile.mkdtemp()  # nobody's own, and nothing of another day
+atexit.register(shutil.rmtree, os.environ["MRFLOW_CACHE"], ignore_errors=True)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from jaxtyping import install_import_hook

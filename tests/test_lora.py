@@ -211,8 +211,8 @@ def test_records_name_the_file_and_stages_are_kept_apart(tmp_path: Path) -> None
 
 
 def small_pocket(folder: Path, seed: int) -> Path:
-    sizes = {"double_blocks.1.img_mlp.0": (512, 128), "final_layer.adaLN_modulation.1": (256, 128)}
-    return write_lora(folder / f"p{seed}.safetensors", low_rank(sizes, seed=seed), layout="comfyui", hidden=128)
+    sizes = {"double_blocks.1.img_mlp.0": (768, 192), "final_layer.adaLN_modulation.1": (384, 192)}
+    return write_lora(folder / f"p{seed}.safetensors", low_rank(sizes, seed=seed), layout="comfyui", hidden=192)
 
 
 def test_pocket_merged_and_beside(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_plan_costs_adapters_and_needs_no_file(tmp_path: Path) -> None:
     extra = (
         mf.plan(chain, model).work.flops - mf.plan(mf.Sample(128, 128, mf.Shifted(2)) >> mf.Decode(), model).work.flops
     )
-    assert extra == 2 * 2 * 2 * (3 * (512 + 128) + 3 * (256 + 128)) * (64 + 12)
+    assert extra == 2 * 2 * 2 * (3 * (768 + 192) + 3 * (384 + 192)) * (64 + 12)
 
 
 BAD: dict[str, tuple[dict[str, Tensor], str]] = {
