@@ -5,12 +5,13 @@ reads every picture back against its caption, and against another caption of its
 over distinct captions, which are few for faces; differences are paired by picture. Times are medians for single
 pictures, after a warm-up, the methods taking turns; the range of the ratio is over repeats.
 
-    python -m experiments.pocket_scores --captions 200 --golden      # native 50 at 512 px: hours on a processor
+    python -m experiments.pocket_scores --keep runs/scores      # native 50 at 512 px: hours on a processor; goes on
     python -m experiments.pocket_scores --size 256
     python -m experiments.pocket_scores --model pocket-1 --world pocket-1
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping
@@ -22,23 +23,49 @@ from numpy.typing import NDArray
 
 import mrflow as mf
 from experiments.train_pocket.data import WORLDS
-from mrflow.io import write_bytes
+from mrflow.io import check_writable, write_bytes
 from mrflow.scenes.grammar import held_out_captions
 from mrflow.scenes.score import other_captions, score
 from mrflow.sheet import warm_up
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
+Row = dict[str, float]  # a picture's scores by category
 STAGED, NATIVE = "staged 12 + 1", "native 50"
 
 
-def pictures(chain: Chain, model: mf.Backbone, captions: list[str], batch: int) -> NDArray[np.float32]:
-    """One picture a caption; the n-th has seed n, so that a caption that occurs twice is drawn twice."""
-    seeds = list(range(len(captions)))
+def pictures(chain: Chain, model: mf.Backbone, captions: list[str], batch: int, first: int = 0) -> NDArray[np.float32]:
+    """One picture a caption; the n-th has seed `first` + n, so that a caption that occurs twice is drawn twice."""
+    seeds = list(range(first, first + len(captions)))
     parts = [slice(i, i + batch) for i in range(0, len(captions), batch)]
     return torch.cat([mf.run(chain, model, captions[p], seed=seeds[p]).pixels.cpu() for p in parts]).numpy()
 
 
-def table(images: NDArray[np.float32], captions: list[str | None]) -> list[dict[str, float]]:
+def read_back(
+    chain: Chain, model: mf.Backbone, captions: list[str], batch: int, keep: Path | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Scores of a chain's pictures against their captions and against other ones.
+
+    With a folder, those of each batch are kept there, and not drawn again where chain, model and captions are the same.
+    """
+    swapped = other_captions(captions)
+    own, other = list[Row](), list[Row]()
+    for i in range(0, len(captions), batch):
+        mine = captions[i : i + batch]
+        key = repr((chain, model.info.version, str(model.device), torch.__version__, i, mine, swapped[i : i + batch]))
+        path = None if keep is None else keep / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if path is not None and path.exists():
+            both = json.loads(path.read_text())
+        else:
+            images = pictures(chain, model, mine, batch, first=i)
+            both = [table(images, list(mine)), table(images, swapped[i : i + batch])]
+            if path is not None:
+                write_bytes(path, json.dumps(both).encode())
+        own += both[0]
+        other += both[1]
+    return own, other
+
+
+def table(images: NDArray[np.float32], captions: list[str | None]) -> list[Row]:
     """Scores of each picture by category; nothing where there is no caption to hold it against."""
     pairs = zip(images, captions, strict=True)
     return [{} if caption is None else score(image, caption).as_dict() for image, caption in pairs]
@@ -68,10 +95,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="CHAIN", help='some of them, such as "staged 12 + 1"')
     parser.add_argument("--repeats", type=int, default=9, help="of the timing; 0: only the scores")
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of scores, so that an interrupted run goes on")
     parser.add_argument("--golden", action="store_true", help="also write tests/golden/pocket.json")
     args = parser.parse_args()
     if args.size is not None and (args.size < 32 or args.size % 32):
         parser.error(f"--size must be a multiple of 32, got {args.size}")
+    if args.keep is not None:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        check_writable(args.keep / "scores.json")
     model = mf.load(args.model, device=args.device)
     size = model.info.size if args.size is None else (args.size, args.size)
     low = (size[0] // 2, size[1] // 2)
@@ -88,7 +119,8 @@ def main() -> None:
         golden(mf.recipes.paper(low=model.info.low, size=model.info.size), model)
     print(f"{model.info.version}, torch {torch.__version__}, on {model.device}\n")
     if args.captions:
-        print("\n".join(scored(chains, model, held_out_captions(WORLDS[args.world], args.captions), args.batch)))
+        captions = held_out_captions(WORLDS[args.world], args.captions)
+        print("\n".join(scored(chains, model, captions, args.batch, args.keep)))
         print()
     if args.repeats:
         print("\n".join(timed(chains, model, args.repeats)))
@@ -111,13 +143,14 @@ def timed(chains: Mapping[str, Chain], model: mf.Backbone, repeats: int) -> list
     return lines
 
 
-def scored(chains: Mapping[str, Chain], model: mf.Backbone, captions: list[str], batch: int) -> list[str]:
+def scored(
+    chains: Mapping[str, Chain], model: mf.Backbone, captions: list[str], batch: int, keep: Path | None = None
+) -> list[str]:
     """A Markdown table of scores by category."""
     rng = np.random.default_rng(0)
-    rows = {name: pictures(chain, model, captions, batch) for name, chain in chains.items()}
-    scores = {name: table(images, list(captions)) for name, images in rows.items()}
-    swapped = other_captions(captions)
-    wrong = {f"{name}, other caption": table(rows[name], swapped) for name in (STAGED, NATIVE) if name in rows}
+    rows = {name: read_back(chain, model, captions, batch, keep) for name, chain in chains.items()}
+    scores = {name: own for name, (own, _) in rows.items()}
+    wrong = {f"{name}, other caption": rows[name][1] for name in (STAGED, NATIVE) if name in rows}
     columns, first, both = {**scores, **wrong}, next(iter(scores.values())), STAGED in scores and NATIVE in scores
     categories = [*sorted({c for each in first for c in each} - {"overall"}), "overall"]
 

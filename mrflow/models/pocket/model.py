@@ -56,6 +56,17 @@ VOCABULARY: tuple[str, ...] = (
     *TEXTURES,
     *LETTERS,
 )
+FOOTPRINT = Footprint(
+    rest=889_600,
+    modulation=6_077_184,
+    modulation_pair=1_778_688,
+    blocks=15_988_224,
+    block_pair=7_107_584,
+    autoencoder=7_423_104 + 769_152,  # and the super-resolution net
+    text=3_628_800,
+    encode_values=21.0,
+    decode_values=12.75,
+)
 POCKET = ModelInfo(
     "pocket",
     LatentSpace("pocket"),
@@ -68,17 +79,7 @@ POCKET = ModelInfo(
     upscale_flops=95_904,
     encode=(32_704, 0),
     decode=(51_136, 0),
-    footprint=Footprint(
-        rest=889_600,
-        modulation=6_077_184,
-        modulation_pair=1_778_688,
-        blocks=15_988_224,
-        block_pair=7_107_584,
-        autoencoder=7_423_104 + 769_152,  # and the super-resolution net
-        text=3_628_800,
-        encode_values=21.0,
-        decode_values=12.75,
-    ),
+    footprint=FOOTPRINT,
 )
 SMALL = replace(
     POCKET,
@@ -86,16 +87,14 @@ SMALL = replace(
     size=(256, 256),
     low=(128, 128),
     architecture=Architecture(128, 2, 5, 128, TEXT_LENGTH, 2_572_288),
-    footprint=Footprint(
+    footprint=replace(
+        FOOTPRINT,
         rest=462_080,
         modulation=2_707_968,
         modulation_pair=792_576,
         blocks=7_119_104,
         block_pair=3_165_184,
-        autoencoder=7_423_104 + 769_152,
         text=1_632_768,
-        encode_values=21.0,
-        decode_values=12.75,
     ),
 )
 """The facts of pocket-1 and pocket-2, which are narrower and know half the sizes."""
