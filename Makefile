@@ -28,8 +28,8 @@ demo: $(VENV)/.installed ## Draw pictures with the embedded model, staged beside
 	$(BIN)/mrflow generate "five green triangles on coarse dots" "a big happy face at the centre" \
 	  "the medium red word HAPPY" --compare native --out $(OUT)/demo.png --force
 
-test: $(VENV)/.installed-dev ## Run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev ## Run all tests, a process for each core
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 figure: $(VENV)/.installed-dev ## Every method on the embedded model: docs/images/studies/rivals.svg and its table
 	$(BIN)/python -m experiments.studies rivals --figure --batch 16

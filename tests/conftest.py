@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MRFLOW_CACHE"] = tempfile.mkdtemp()  # nobody's own, and nothing of another day
 atexit.register(shutil.rmtree, os.environ["MRFLOW_CACHE"], ignore_errors=True)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # the processes share the cores, and so do their children
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 from jaxtyping import install_import_hook
 

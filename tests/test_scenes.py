@@ -28,8 +28,9 @@ from mrflow.scenes import (
     sample_scene,
     score,
     score_many,
+    stray,
 )
-from mrflow.scenes.grammar import SHAPES, article, plural
+from mrflow.scenes.grammar import COLOURS, SHAPES, article, plural
 
 Array = NDArray[np.float32]
 WORLDS = pytest.mark.parametrize("world", [FULL, POCKET_1], ids=["full", "pocket-1"])
@@ -268,3 +269,36 @@ def test_unusable_pictures_are_refused() -> None:
         read(np.full((3, 64, 64), np.nan, np.float32))
     with pytest.raises(PlanError, match="2 pictures but 1 captions"):
         score_many(np.ones((2, 3, 64, 64), np.float32), ["two red circles"])
+
+
+@WORLDS
+@given(seed=seeds, size=st.sampled_from([64, 128, 200]))
+def test_nothing_that_the_renderer_draws_is_stray(world: World, seed: int, size: int) -> None:
+    scene = sample_scene(world, random.Random(seed))
+    drawn = pixels(render(scene, size))
+    assert stray(drawn, scene.caption) == 0
+    if size == 200:
+        assert stray(blurred(drawn), scene.caption) < 0.5  # a softened edge is no stray paint
+
+
+@given(seed=seeds, side=st.integers(1, 12), where=st.tuples(st.integers(0, 115), st.integers(0, 115)))
+def test_a_fleck_is_stray_by_its_area(seed: int, side: int, where: tuple[int, int]) -> None:
+    scene = sample_scene(FULL, random.Random(seed))
+    drawn, (y, x) = pixels(render(scene, 128)), where
+    drawn[:, y : y + side, x : x + side] = np.array([0.2, 0.9, 0.9], np.float32)[:, None, None]  # no paint of the world
+    assert stray(drawn, scene.caption) == pytest.approx(100 * side * side / 128**2)
+
+
+def test_what_the_caption_does_not_name_is_stray() -> None:
+    red = picture("a big red circle at the left")
+    inside = 100 * float((np.abs(red - np.array(COLOURS["red"], np.float32)[:, None, None]).max(0) < 0.01).mean())
+    assert inside > 3
+    assert inside <= stray(red, "a big blue circle at the left") < 1.2 * inside
+    assert stray(red, "a big red star at the right") == 0  # what stands where is the score's to say
+    assert stray(np.zeros((3, 64, 64), np.float32), "a big red circle at the left") == 100
+    with pytest.raises(CaptionError):
+        stray(red, "a lighthouse")
+    with pytest.raises(PlanError, match="cannot be scored"):
+        stray(red[:, :63, :63], "a big red circle at the left")
+    with pytest.raises(NonFiniteError):
+        stray(np.full((3, 64, 64), np.nan, np.float32), "a big red circle at the left")

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import mrflow as mf
+from mrflow.models.pocket.model import SMALL
+from mrflow.scenes import FULL, held_out_captions, score_many
 from mrflow.students import (
     HYPER_8,
     HYPER_16,
@@ -14,6 +16,7 @@ from mrflow.students import (
     LIGHTNING_8,
     POCKET_1,
     POCKET_2,
+    POCKET_3,
     SCHNELL,
     TURBO_ALPHA,
 )
@@ -33,12 +36,14 @@ LEVELS: list[tuple[mf.Student, mf.ModelInfo, int, int | None, list[float]]] = [
     (SCHNELL, mf.SCHNELL, 4096, None, [1, 0.75, 0.5, 0.25]),
     (SCHNELL, mf.SCHNELL, 4096, 2, [1, 0.5]),
     (SCHNELL, mf.SCHNELL, 4096, 1, [1]),
+    (POCKET_3, mf.POCKET, 1024, None, [1, 0.6667]),
+    (POCKET_2, SMALL, 256, None, [1, 0.6682]),
 ]
 
 
 def test_the_embedded_students_fit_their_teachers_and_say_so_of_others(caplog: pytest.LogCaptureFixture) -> None:
     oldest, old, new = (mf.load(name, device="cpu") for name in ("pocket-1", "pocket-2", "pocket"))
-    for model, student in ((oldest, POCKET_1), (old, POCKET_2)):
+    for model, student in ((oldest, POCKET_1), (old, POCKET_2), (new, POCKET_3)):
         mf.run(mf.recipes.few(student, size=(64, 64)), model, "a big red circle at the left")
     assert caplog.messages == []
     mf.run(mf.recipes.few(POCKET_1, size=(64, 64)), old, "a big red circle at the left")
@@ -51,6 +56,15 @@ def test_the_embedded_students_fit_their_teachers_and_say_so_of_others(caplog: p
     with pytest.raises(mf.WeightsError, match="does not fit pocket"):  # of another width
         mf.run(mf.recipes.few(POCKET_2, size=(64, 64)), new, "a big red circle at the left")
     assert "was taught by pocket-2+" in caplog.messages[-1]
+
+
+@pytest.mark.slow
+def test_what_two_evaluations_of_the_embedded_student_draw() -> None:
+    model, captions = mf.load("pocket", device="cpu"), held_out_captions(FULL, 8)
+    guided, student = (mf.run(chain, model, captions, seed=0).pixels for chain in (
+        mf.recipes.native(size=(256, 256), steps=1), mf.recipes.few(mf.students.POCKET, size=(256, 256)),
+    ))  # fmt: skip
+    assert score_many(student, captions)["overall"] > 0.9 > score_many(guided, captions)["overall"]
 
 
 @pytest.mark.parametrize(("student", "info", "tokens", "steps", "levels"), LEVELS)

@@ -28,12 +28,13 @@ from experiments.train_pocket.flow import SHOWN, plain_attention
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log, save_whole
 from mrflow.errors import MrflowError
 from mrflow.models import choose_device
+from mrflow.models.checkpoint import read_header
 from mrflow.models.flux import Flux, image_ids, pack
 from mrflow.models.lora import Adapted, Change, grafted, targets
-from mrflow.models.pocket.model import WEIGHTS, Pocket, load_pocket
+from mrflow.models.pocket.model import WEIGHTS, Pocket, facts, load_pocket
 from mrflow.scenes.grammar import World, held_out, sample_scene
 
-WINDOWS, INNER, RANK, RATE = 2, 6, 32, 2e-3
+WINDOWS, INNER, RANK, RATE = 2, 4, 32, 2e-3
 NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))
 Pairs = tuple[Tensor, Tensor, Tensor]  # states (item, window end, ...), context, pooled
 
@@ -48,7 +49,7 @@ class Lessons:
     steps: int
 
 
-LESSONS = Lessons({128: 6000, 256: 5000, 512: 1500}, {128: 256, 256: 128, 512: 32}, 1200)
+LESSONS = Lessons({128: 1500, 256: 600, 512: 200}, {128: 24, 256: 6, 512: 2}, 2400)  # an hour on two cores
 
 
 def window_levels(model: Pocket, size: int, windows: int = WINDOWS) -> tuple[float, ...]:
@@ -193,14 +194,15 @@ def main() -> None:
     args = parser.parse_args()
     try:
         run = Run(args.out, choose_device(args.device), batch=args.batch)
-        info = load_pocket(args.teacher).info
+        header = read_header(args.teacher)
+        largest = max(facts(header).size)
     except MrflowError as error:
         parser.error(str(error))
     start_log(run.folder)
-    known = {size: count for size, count in LESSONS.captions.items() if size <= max(info.size)}
+    known = {size: count for size, count in LESSONS.captions.items() if size <= largest}
     lessons = replace(LESSONS, steps=args.steps, captions=known)
     tensors = train(run, "student", WORLDS[args.world], lessons, args.teacher)
-    export(tensors, info.version, args.steps, args.export)
+    export(tensors, header.metadata.get("version", ""), args.steps, args.export)
 
 
 if __name__ == "__main__":

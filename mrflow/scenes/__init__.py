@@ -20,3 +20,4 @@ from mrflow.scenes.score import compare as compare
 from mrflow.scenes.score import other_captions as other_captions
 from mrflow.scenes.score import score as score
 from mrflow.scenes.score import score_many as score_many
+from mrflow.scenes.stray import stray as stray

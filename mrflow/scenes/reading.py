@@ -72,7 +72,7 @@ class Facts:
 def read(pixels: Array | Tensor) -> Facts:
     """What is in a picture, float (3, side, side) in [0, 1], without knowing what should be."""
     image = _working_copy(pixels)
-    tint = _tint(image)
+    tint = find_tint(image)
     if tint is None:
         return Facts()
     # Distance from the segment between the tint and its texture's colour, a little longer at both ends.
@@ -95,24 +95,34 @@ def read(pixels: Array | Tensor) -> Facts:
     return Facts(ground, tuple(objects), tuple(faces), word)
 
 
-def _working_copy(pixels: Array | Tensor) -> Array:
-    """(SIDE, SIDE, 3), resized by an antialiased triangle filter."""
+def checked(pixels: Array | Tensor) -> Array:
+    """A picture that can be scored as (side, side, 3), clipped to [0, 1].
+
+    Raises:
+        PlanError: another shape. NonFiniteError: NaN or infinity in it.
+    """
     array = pixels.detach().float().cpu().numpy() if isinstance(pixels, Tensor) else np.asarray(pixels, np.float32)
     if array.ndim != 3 or array.shape[0] != 3 or array.shape[1] != array.shape[2] or array.shape[1] < 64:
         raise PlanError(f"a picture of shape {array.shape} cannot be scored; give (3, side, side), side 64 or more")
     if not np.isfinite(array).all():
         raise NonFiniteError("a picture with NaN or infinity cannot be scored; look at the stage that made it")
-    image = array.transpose(1, 2, 0)
+    image: Array = np.clip(array.transpose(1, 2, 0), 0, 1)
+    return image
+
+
+def _working_copy(pixels: Array | Tensor) -> Array:
+    """(SIDE, SIDE, 3), resized by an antialiased triangle filter."""
+    image = checked(pixels)
     if image.shape[0] == SIDE:
-        return np.ascontiguousarray(np.clip(image, 0, 1))
-    octets = Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8))
+        return np.ascontiguousarray(image)
+    octets = Image.fromarray((image * 255 + 0.5).astype(np.uint8))
     return np.asarray(octets.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32) / np.float32(255)
 
 
-def _tint(image: Array) -> Array | None:
+def find_tint(image: Array) -> Array | None:
     """The ground's lighter colour: the median of the pale pixels, or of their lighter class where there are two."""
     pale = image[np.minimum(np.minimum(image[..., 0], image[..., 1]), image[..., 2]) > 0.5]
-    if len(pale) < 0.2 * SIDE * SIDE:
+    if len(pale) < 0.2 * image.shape[0] * image.shape[1]:
         return None
     light = pale @ np.full(3, 1 / 3, np.float32)
     counts, edges = np.histogram(light, 64)

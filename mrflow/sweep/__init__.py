@@ -17,6 +17,7 @@ from mrflow.sweep.metrics import SceneScore as SceneScore
 from mrflow.sweep.metrics import Sharpness as Sharpness
 from mrflow.sweep.metrics import Spectrum as Spectrum
 from mrflow.sweep.metrics import Ssim as Ssim
+from mrflow.sweep.metrics import Stray as Stray
 from mrflow.sweep.statistics import Comparison as Comparison
 from mrflow.sweep.statistics import Interval as Interval
 from mrflow.sweep.statistics import compare as compare

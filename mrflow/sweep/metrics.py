@@ -67,6 +67,25 @@ class SceneScore(Metric):
 
 
 @dataclass(frozen=True)
+class Stray(Metric):
+    """Per cent of the pixels that no mixture of the caption's colours explains, such as flecks and halos; 0 to 100.
+
+    It tells apart pictures that `SceneScore` reads alike (mrflow/scenes/stray.py). A caption outside the grammar has
+    no number.
+    """
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`stray`; lower is cleaner."""
+        from mrflow.scenes.grammar import CaptionError
+        from mrflow.scenes.stray import stray
+
+        try:
+            return {"stray": stray(made.pixels, made.prompt)}
+        except CaptionError:
+            return {}
+
+
+@dataclass(frozen=True)
 class Psnr(Metric):
     """Peak signal-to-noise ratio to the reference chain's picture of the same prompt and seed, in dB.
 
