@@ -55,4 +55,4 @@ def _distance(points: Array, start: Array, end: Array) -> Array:
     """Of points (n, 3) to the line between two."""
     way = end - start
     along = np.clip((points - start) @ way / max(float(way @ way), 1e-12), 0, 1)
-    return length(points - start - along[:, None].astype(np.float32) * way)
+    return length((points - start - along[:, None] * way).astype(np.float32))
