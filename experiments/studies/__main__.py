@@ -61,15 +61,13 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
     names = sorted({m for r in rows for m in r.metrics if m.startswith("score.")})
     extra = [m for m in ("psnr", "ssim") if any(m in r.metrics for r in rows)]
     groups = sorted({r.tags[by] for r in rows if by in r.tags}) if by else []
-    heads = groups or [n.removeprefix("score.") for n in names]
-    strays = ["stray"] if any("stray" in r.metrics for r in rows) else []
+    shares = [m for m in ("stray",) if any(m in r.metrics for r in rows)]
+    heads = [*(groups or [n.removeprefix("score.") for n in names]), *(f"{m} %" for m in shares)]
     lines = [f"{len({r.prompt for r in base})} captions, {len({r.seed for r in base})} seeds; {rows[0].weights}", ""]
     lines.append(
-        "| method | speed-up | forwards | score [95 %] | minus reference [95 %] | "
-        + " | ".join(heads + ["stray %"] * len(strays) + extra)
-        + " |"
+        "| method | speed-up | forwards | score [95 %] | minus reference [95 %] | " + " | ".join(heads + extra) + " |"
     )
-    lines.append("|---" * (5 + len(heads) + len(strays) + len(extra)) + "|")
+    lines.append("|---" * (5 + len(heads) + len(extra)) + "|")
     for label, mine in chains.items():
         fast, good = speedup(base, mine, draws=4000), interval(values(mine, "score"), draws=4000)
         cells = [label, f"{fast.mean:.1f}" if fast else "", str(next((r.nfe for r in mine if r.done), "")), str(good)]
@@ -84,7 +82,7 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
         for group in groups:
             part, other = ([r for r in rs if r.tags.get(by or "") == group] for rs in (mine, base))
             cells.append(_cell(part, other, "score", same=label == reference))
-        cells += [_cell(mine, base, name, same=label == reference) for name in strays]
+        cells += [_cell(mine, base, name, same=label == reference) for name in shares]
         for name in extra:
             found_values = values(mine, name)
             cells.append(str(interval(found_values, draws=4000)) if found_values and label != reference else "")

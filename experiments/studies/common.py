@@ -4,7 +4,7 @@ import mrflow as mf
 from mrflow.scenes import FULL, held_out_captions, parse
 from mrflow.sweep import Metric, Prompt, SceneScore, Sharpness, Stray
 
-MODEL = "pocket-3"  # whose tables docs/studies.md has
+MODEL = "pocket-3"
 SIZE, LOW = (256, 256), (128, 128)  # half of what it is used at: the same methods, at a fifth of the time
 METRICS: tuple[Metric, ...] = (SceneScore(), Stray(), Sharpness())
 

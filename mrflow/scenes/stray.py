@@ -38,12 +38,12 @@ def stray_mask(pixels: Array | Tensor, caption: str) -> NDArray[np.bool_]:
     tones = np.linspace(1, TEXTURE, TONES, dtype=np.float32)[:, None] * tint
     colours = [o.colour for o in scene.objects] + [w.colour for w in scene.words]
     things = [np.array(COLOURS[colour], np.float32) for colour in colours]
-    if scene.faces:
-        things.append(np.array(SKIN, np.float32))
     ends = [(tones[0], tones[-1])]
-    ends += [(tone, thing) for thing in things for tone in tones]
     if scene.faces:
-        ends.append((np.array(SKIN, np.float32), np.array(INK, np.float32)))
+        skin, ink = np.array(SKIN, np.float32), np.array(INK, np.float32)
+        things.append(skin)
+        ends.append((skin, ink))
+    ends += [(tone, thing) for thing in things for tone in tones]
     out = np.ones(image.shape[:2], bool)
     for start, end in ends:
         rest = image[out]
