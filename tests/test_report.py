@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import mrflow as mf
+from mrflow.errors import PlanError
 from mrflow.sweep import Sharpness, Store, read, run_sweep
 from mrflow.sweep.report import load, page, speedup, summarise, write_csv, write_parquet, write_plots
 from tests.test_cli import call, here  # noqa: F401
@@ -105,6 +106,28 @@ def test_rows_of_another_model_are_left_out(tmp_path: Path, caplog: pytest.LogCa
     rows, _ = load(tmp_path)
     assert {row.weights for row in rows} == {mf.load("pocket", device="cpu").info.version} and len(rows) == 2
     assert "2 rows of other weights are left out: pocket-1+" in caplog.text
+
+
+def test_rows_of_older_settings_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A chain that was changed under its label: the old rows stay in the folder and out of the table."""
+
+    def sweep(steps: int, **other: Any) -> mf.Sweep:
+        chains = {"one": mf.recipes.native(size=SIZE, steps=1), "other": mf.recipes.native(size=SIZE, steps=steps)}
+        return mf.Sweep(chains, ["a", "b"], **other)
+
+    for steps in (2, 3):
+        run_sweep(sweep(steps), mf.toy(), tmp_path)
+    rows, _ = load(tmp_path)
+    assert [(row.chain, row.nfe) for row in rows] == [("one", 1)] * 2 + [("other", 3)] * 2
+    assert "2 rows of other settings or versions are left out" in caplog.text
+    run_sweep(mf.Sweep({"third": mf.recipes.native(size=SIZE, steps=4)}, ["a"]), mf.toy(), tmp_path)
+    assert [row.nfe for row in load(tmp_path)[0]] == [1, 1, 3, 3, 4]  # what a folder had before stays its own
+    run_sweep(sweep(3, negative="no"), mf.toy(), tmp_path)
+    assert [row.negative for row in load(tmp_path)[0]] == ["no"] * 4
+    said = json.loads((tmp_path / "sweep.json").read_text())
+    (tmp_path / "sweep.json").write_text(json.dumps({**said, "versions": {}}))
+    with pytest.raises(PlanError, match="has no rows of the settings that it has now"):
+        load(tmp_path)
 
 
 def test_tables_and_plots(folder: Path, tmp_path: Path) -> None:

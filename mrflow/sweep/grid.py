@@ -117,6 +117,10 @@ class Sweep:
                 raise PlanError(f"chain {label!r} begins with {out[label].rows[0].spec}; a sweep begins with noise")
         return out
 
+    def negative_for(self, info: ModelInfo) -> str:
+        """The negative prompt: the sweep's, or else the model's own."""
+        return info.negative if self.negative is None else self.negative
+
     def encoded(self) -> dict[str, list[Plain]]:
         """The chains as plain data."""
         return {label: encode_chain(chain) for label, chain in self.chains.items()}
@@ -141,7 +145,9 @@ def versions() -> dict[str, str]:
     return {"mrflow": __version__, "torch": torch.__version__}
 
 
-def row_key(chain: str, info: ModelInfo, prompt: str, negative: str, seed: int, made_by: Mapping[str, str]) -> str:
+def row_key(
+    chain: str, model: str, weights: str, prompt: str, negative: str, seed: int, made_by: Mapping[str, str]
+) -> str:
     """The SHA-256 of all that a row's picture depends on; `chain` is the last of its `fingerprints`."""
-    parts = [chain, info.name, info.version, prompt, negative, seed, sorted(made_by.items())]
+    parts = [chain, model, weights, prompt, negative, seed, sorted(made_by.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

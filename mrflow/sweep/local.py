@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
-from mrflow.sweep.grid import Sweep
+from mrflow.sweep.grid import Sweep, fingerprints, versions
 from mrflow.sweep.maker import Maker
 from mrflow.sweep.store import Row, Store
 
@@ -99,6 +99,9 @@ def manifest(sweep: Sweep, model: Backbone) -> Mapping[str, object]:
     """What sweep.json says."""
     return {
         "chains": sweep.encoded(),
+        "prints": {label: fingerprints(chain)[-1] for label, chain in sweep.chains.items()},
+        "negative": sweep.negative_for(model.info),
+        "versions": versions(),
         "model": model.info.name,
         "weights": model.info.version,
         "prompts": len(sweep.prompts),

@@ -59,7 +59,7 @@ class Maker:
         self.model = cast(Backbone, Remembered(model))
         self.prints = {label: fingerprints(chain) for label, chain in sweep.chains.items()}
         self.plans = sweep.plans(model.info)
-        self.negative = model.info.negative if sweep.negative is None else sweep.negative
+        self.negative = sweep.negative_for(model.info)
         self.made_by = versions()
         self._cache = StageCache(max_bytes=CACHE_BYTES)
         self._took: dict[tuple[str, Pair], tuple[float, int, float]] = {}
@@ -71,7 +71,8 @@ class Maker:
     def key(self, label: str, pair: Pair) -> str:
         """The row's key."""
         prompt, seed = pair
-        return row_key(self.prints[label][-1], self.model.info, prompt.text, self.negative, seed, self.made_by)
+        info = self.model.info
+        return row_key(self.prints[label][-1], info.name, info.version, prompt.text, self.negative, seed, self.made_by)
 
     def missing(self, pairs: Sequence[Pair], *, retry: bool = False) -> Iterator[tuple[str, Pair]]:
         """Rows that are not there, or (with `retry`) failed."""

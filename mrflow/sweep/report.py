@@ -18,6 +18,7 @@ import numpy as np
 
 from mrflow.errors import PlanError
 from mrflow.io import write_bytes
+from mrflow.sweep.grid import row_key
 from mrflow.sweep.statistics import Comparison, Interval, compare, grouped, interval, number, pareto, values
 from mrflow.sweep.store import Row, Store, read
 
@@ -33,7 +34,9 @@ COLUMNS = (
 def load(folder: str | Path) -> tuple[list[Row], str]:
     """The rows of a folder, and the label of its reference chain ("" where it has none).
 
-    Where the folder was filled with several models, those of the one that ran last; a warning names the others.
+    Where the folder was filled with several models, those of the one that ran last; a warning names the others. A chain
+    that was changed under its label, a changed negative prompt and other versions of the packages leave rows behind,
+    which are left out likewise.
 
     Raises:
         PlanError: it is no sweep's folder, or has no rows yet.
@@ -47,11 +50,25 @@ def load(folder: str | Path) -> tuple[list[Row], str]:
         others = sorted({row.weights for row in rows} - {mine[0].weights})
         log.warning("%d rows of other weights are left out: %s", len(rows) - len(mine), ", ".join(others))
         rows = mine
+    mine = [row for row in rows if _current(row, said)]
+    if len(mine) < len(rows):
+        log.warning("%d rows of other settings or versions are left out", len(rows) - len(mine))
+        rows = mine
+    if not rows:
+        raise PlanError(f"{folder} has no rows of the settings that it has now; run mrflow sweep first")
     order = list(cast("dict[str, object]", said.get("chains", {})))
     rows.sort(key=lambda r: (order.index(r.chain) if r.chain in order else len(order), r.prompt, r.seed))
     reference = said.get("reference")
     known = {row.chain for row in rows}
     return rows, reference if isinstance(reference, str) and reference in known else ""
+
+
+def _current(row: Row, said: Mapping[str, Any]) -> bool:
+    """Whether a row is what the sweep that ran last would make under this label."""
+    chain = cast("dict[str, str]", said.get("prints", {})).get(row.chain)
+    if chain is None:
+        return True
+    return row.key == row_key(chain, row.model, row.weights, row.prompt, said["negative"], row.seed, said["versions"])
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
@@ -272,6 +289,9 @@ def write_parquet(rows: Sequence[Row], out: Path) -> None:
     write_bytes(out, buffer.getvalue())
 
 
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.8, 1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 500, 1000)  # of speed-ups
+
+
 def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = None) -> list[Path]:
     """Quality against speed-up, and its parts by method where it has any, as PNG and SVG (extra `[sweep]`); the files.
 
@@ -296,18 +316,21 @@ def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = 
     if not points:
         raise PlanError(f"no method has both a speed-up and {chosen or 'a metric'}; a plot needs a reference chain")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for label, (fast, good) in points.items():
+    for i, (label, (fast, good)) in enumerate(points.items()):
         x, y = fast["mean"], good["mean"]
         reach = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (fast, good)]
         axes.errorbar(
-            x, y, xerr=np.abs(reach[0]), yerr=np.abs(reach[1]), fmt="o", markersize=5, capsize=0, elinewidth=1
-        )
-        axes.annotate(label, (x, y), textcoords="offset points", xytext=(7, 4), fontsize=8)
+            x, y, xerr=np.abs(reach[0]), yerr=np.abs(reach[1]), fmt="osD^vP*X"[i // 10 % 8], label=label, markersize=5,
+            capsize=0, elinewidth=1,
+        )  # fmt: skip
     front = pareto({n: (-f["mean"], g["mean"]) for n, (f, g) in points.items()})
     axes.plot([points[n][0]["mean"] for n in front], [points[n][1]["mean"] for n in front], "--", color="0.6", zorder=0)
     axes.set(xscale="log", xlabel=f"speed-up over {summary['reference']}", ylabel=chosen)
-    axes.xaxis.set_major_formatter("{x:g}x")
-    axes.xaxis.set_minor_formatter("{x:g}x")
+    speeds = [fast["mean"] for fast, _ in points.values()]
+    ticks = [t for t in TICKS if min(speeds) / 1.1 <= t <= max(speeds) * 1.2]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.minorticks_off()
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, ncols=-(-len(points) // 24))
     axes.grid(visible=True, alpha=0.25)
     out = _saved(figure, stem)
     pyplot.close(figure)

@@ -1,6 +1,6 @@
 """A sweep's folder: rows written once and whole, leases that let processes share it, nothing lost when one dies.
 
-    sweep.json            the chains, as plain data
+    sweep.json            the chains, as plain data, and what tells their rows from those of older settings
     rows/ab/<key>.json    one file a row; that it is there, whole, is the only truth about what is done
     pictures/ab/<key>.png written and on disk before its row
     leases/<key>.json     who is making a row now: host, process, boot, tries; its modification time is the heartbeat
@@ -95,12 +95,13 @@ class Store:
             raise PlanError(f"{self.folder} is not a folder; choose another with --out") from None
         except OSError as error:
             raise ResourceError(f"{self.folder} cannot be written: {error.strerror or error}") from None
-        old = self.manifest()
-        chains = {**cast("dict[str, object]", old.get("chains", {})), **cast("dict[str, object]", manifest["chains"])}
-        write_bytes(
-            self.folder / "sweep.json",
-            json.dumps({"format": FORMAT, **manifest, "chains": chains}, indent=1).encode(),
-        )
+        old, new = self.manifest(), dict(manifest)
+        for part in ("chains", "prints"):  # by label; those of sweeps before stay
+            new[part] = {
+                **cast("dict[str, object]", old.get(part, {})),
+                **cast("dict[str, object]", manifest.get(part, {})),
+            }
+        write_bytes(self.folder / "sweep.json", json.dumps({"format": FORMAT, **new}, indent=1).encode())
         self._sweep_up()
 
     def manifest(self) -> dict[str, Any]:
