@@ -18,7 +18,6 @@ from mrflow.scenes import (
     FULL,
     POCKET_1,
     CaptionError,
-    Scene,
     World,
     chance,
     compare,
@@ -256,10 +255,9 @@ def test_facts_are_told_in_one_line() -> None:
     assert str(read(np.zeros((3, 64, 64), np.float32))) == "nothing: no pale ground"
 
 
-def test_the_reader_does_not_move_with_its_caption() -> None:
-    scene: Scene = sample_scene(FULL, random.Random(3))
-    drawn = pixels(render(scene, 128))
-    assert compare(read(drawn), scene.caption) == score(drawn, scene.caption)
+def test_a_caption_outside_the_grammar_is_refused_before_the_picture_is_read() -> None:
+    with pytest.raises(CaptionError, match="lighthouse"):
+        score(np.zeros((3, 8, 8), np.float32), "a lighthouse")
 
 
 def test_unusable_pictures_are_refused() -> None:

@@ -30,6 +30,7 @@ from mrflow.sweep import (
     Spectrum,
     Ssim,
     Store,
+    Stray,
     local,
     maker,
     read,
@@ -476,8 +477,9 @@ def measured(**more: Any) -> Measured:
 def test_metrics_leave_out_what_does_not_apply() -> None:
     assert Psnr()(measured()) == Ssim()(measured()) == Spectrum()(measured()) == RoundTrip()(measured()) == {}
     other = Measured(measured().pixels, "not of this world at all", 0, {}, mf.toy())
-    assert SceneScore()(other) == {}
+    assert SceneScore()(other) == Stray()(other) == {}
     assert set(SceneScore()(measured())) >= {"score", "score.alignment"}
+    assert Stray()(measured()) == {"stray": 100.0}  # noise has no pale ground
     same = measured(reference=measured().pixels)
     assert Psnr()(same) == {"psnr": 100.0} and Ssim()(same)["ssim"] == pytest.approx(1)
     assert all(v == pytest.approx(1) for v in Spectrum()(same).values())

@@ -185,20 +185,6 @@ def sample_caption(world: World, rng: random.Random) -> str:
     return sample_scene(world, rng).caption
 
 
-def in_world(world: World, caption: str) -> bool:
-    """Whether every word of a grammatical caption is one that `world` uses."""
-    scene = parse(caption)
-    sizes = {LETTER_HEIGHT[size] for size in world.letter_sizes}
-    return (
-        all(o.shape in world.shapes and o.colour in world.colours for o in scene.objects)
-        and all(f.expression in world.expressions for f in scene.faces)
-        and all(w.height in sizes and w.colour in world.colours for w in scene.words)
-        and all(set(w.text) <= set(world.letters) for w in scene.words)
-        and (scene.kind != "count" or len(scene.objects) <= world.max_count)
-        and all(len(w.text) in world.word_lengths for w in scene.words)
-    )
-
-
 def held_out(caption: str) -> bool:
     """Whether this caption is kept from training: about one in ten, by its SHA-256."""
     return hashlib.sha256(caption.encode()).digest()[0] % 10 == 0

@@ -43,7 +43,12 @@ class Scores:
 
 
 def score(pixels: Array | Tensor, caption: str) -> Scores:
-    """How well a picture, float (3, side, side) in [0, 1] with a side of at least 64, shows its caption."""
+    """How well a picture, float (3, side, side) in [0, 1] with a side of at least 64, shows its caption.
+
+    Raises:
+        CaptionError: the caption is outside the grammar. PlanError: the picture cannot be scored.
+    """
+    parse(caption)  # refused before the picture is read
     return compare(read(pixels), caption)
 
 

@@ -51,7 +51,8 @@ class Metric(ABC):
 class SceneScore(Metric):
     """How well a picture shows its caption of the embedded model's world, in [0, 1]: `score`, and one a category.
 
-    Read exactly from the pixels (mrflow/scenes/score.py). A caption outside the grammar has no score.
+    Read exactly from the pixels (mrflow/scenes/score.py). A caption outside the grammar has no score, nor has a picture
+    that is not square or has a side below 64.
     """
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -61,7 +62,7 @@ class SceneScore(Metric):
 
         try:
             found = score(made.pixels, made.prompt).as_dict()
-        except CaptionError:
+        except (CaptionError, PlanError):
             return {}
         return {"score" if name == "overall" else f"score.{name}": value for name, value in found.items()}
 
@@ -70,8 +71,8 @@ class SceneScore(Metric):
 class Stray(Metric):
     """Per cent of the pixels that no mixture of the caption's colours explains, such as flecks and halos; 0 to 100.
 
-    It tells apart pictures that `SceneScore` reads alike (mrflow/scenes/stray.py). A caption outside the grammar has
-    no number.
+    It tells apart pictures that `SceneScore` reads alike (mrflow/scenes/stray.py), and has no number where that has
+    none.
     """
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -81,7 +82,7 @@ class Stray(Metric):
 
         try:
             return {"stray": stray(made.pixels, made.prompt)}
-        except CaptionError:
+        except (CaptionError, PlanError):
             return {}
 
 
