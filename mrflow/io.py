@@ -8,10 +8,11 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -86,7 +87,14 @@ def check_writable(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed.
+    """Write a file whole or not at all: see `writing`."""
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: Path) -> Generator[IO[bytes]]:
+    """A file that is there whole or not at all: a temporary one beside it, flushed to disk, then renamed.
 
     Raises:
         ResourceError: the disk is full or the folder does not take it; the temporary file is removed.
@@ -95,7 +103,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False) as file:
             temporary = file.name
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

@@ -28,7 +28,7 @@ class Student:
 
     def schedule(self, steps: int | None = None) -> Schedule:
         """The levels it was trained for, or those of another count of steps."""
-        return Shifted(steps or self.steps, shift=self.shift)
+        return Shifted(self.steps if steps is None else steps, shift=self.shift)
 
 
 _HYPER = "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-{}steps-lora.safetensors"

@@ -1,6 +1,9 @@
 """The embedded model's training: the whole recipe in little, and that an interruption changes nothing."""
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -13,9 +16,12 @@ from safetensors.torch import load_file
 
 import mrflow as mf
 from experiments.train_pocket import __main__ as recipe
-from experiments.train_pocket import autoencoder, flow, short_runs, sr, student
+from experiments.train_pocket import autoencoder, data, flow, short_runs, sr, student
 from experiments.train_pocket.data import grid, pictures
+from experiments.train_pocket.export import digest
 from experiments.train_pocket.loop import Loop, Run, cosine, finished, flat_then_linear, keep_settings
+from mrflow.errors import ResourceError
+from mrflow.models.checkpoint import read_header
 from mrflow.models.pocket.model import SHIPPED, SMALL, load_pocket
 from mrflow.scenes.grammar import FULL, POCKET_1, held_out_captions
 
@@ -43,10 +49,10 @@ def test_a_whole_recipe_makes_what_is_shipped(name: str, tmp_path: Path, monkeyp
     want = [*["autoencoder"] * phases, *["flow"] * phases, *["sr"] * phases, "student"]
     assert [name.split("-")[0] for name in grids] == want
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
-    first = model_file.read_bytes()
+    first = model_file.read_bytes(), adapter_file.read_bytes()
     recipe.train(run, recipe.RECIPES[name], "trial")  # nothing is made again
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
-    assert model_file.read_bytes() == first
+    assert (model_file.read_bytes(), adapter_file.read_bytes()) == first
     sizes = recipe.RECIPES[name].phases[-1].flow.sizes
     with Image.open(next((tmp_path / "run").rglob("grids/flow-*.png"))) as picture:
         assert picture.size == (sizes[-1] * len(flow.SHOWN), sum(sizes))
@@ -90,6 +96,40 @@ def test_what_cannot_be_is_said_before_any_work(
         recipe.main()
     assert said in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "0"], "--steps 0 is out of range"),
+        (["--batch", "nan"], "--batch nan is out of range"),
+        (["--export", "nowhere/a.safetensors"], "the folder nowhere does not exist"),
+        (["--export", "settings.json"], "settings.json"),
+        (["--teacher", "no.safetensors"], "no.safetensors"),
+        (["--steps", "4800"], "was begun with another scale, batch or recipe"),
+        (["--teacher", str(SHIPPED["pocket-2"])], "was begun with another scale, batch or recipe"),
+    ],
+)
+def test_a_student_of_other_settings_is_not_taken_for_this_one(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies in the folder was taught by one teacher, in so many steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(student, "train", lambda *_: {"a": torch.zeros(2)})
+    monkeypatch.setattr(student, "start_log", lambda _: None)
+    monkeypatch.setattr("sys.argv", ["student", "--out", str(tmp_path), "--export", str(tmp_path / "a.safetensors")])
+    student.main()
+    assert read_header(tmp_path / "a.safetensors").metadata["trained"] == "2400 steps"
+    monkeypatch.setattr("sys.argv", ["student", "--out", str(tmp_path), "--export", "b.safetensors", *words])
+    with pytest.raises(SystemExit):
+        student.main()
+    assert said in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"settings.json", "a.safetensors"}
+
+
+def test_a_version_does_not_hang_on_the_order_of_tensors() -> None:
+    tensors = {"b": torch.ones(2), "a": torch.zeros(3)}
+    assert digest(tensors) == digest(dict(sorted(tensors.items()))) != digest({**tensors, "a": torch.ones(3)})
 
 
 @pytest.mark.slow
@@ -167,6 +207,25 @@ def test_processes_render_what_one_does() -> None:
         ahead = flow.renders(Run(Path(), scale=0.01, pool=pool), FULL, recipe.two_sizes(1, 1, 0.5))
         assert {size: len(make()[0]) for size, make in ahead.items()} == {128: 160, 256: 50}
     assert torch.equal(alone[0], shared[0]) and alone[1] == shared[1]
+
+
+def test_renders_that_do_not_fit_into_memory_go_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*places: str) -> Callable[[int, int, int], None]:
+        def allocate(handle: int, offset: int, size: int) -> None:
+            if any(os.readlink(f"/proc/self/fd/{handle}").startswith(place) for place in places):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            os.truncate(handle, size)
+
+        return allocate
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "posix_fallocate", full("/dev/shm"))
+    with data._room(123) as name:
+        assert Path(name).parent == tmp_path and Path(name).stat().st_size == 123
+    monkeypatch.setattr(os, "posix_fallocate", full("/dev/shm", str(tmp_path)))
+    with pytest.raises(ResourceError, match=r"2.0 GB of renders fit neither.*--workers 0"), data._room(2 * 10**9):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_crops_lie_on_the_grid_of_cells() -> None:

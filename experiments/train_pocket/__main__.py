@@ -102,7 +102,7 @@ RECIPES = {
             Phase("pocket-1", 1700, {128: 6000, 256: 2400}, two_sizes(4100, 5100, 0.7), sr=1300, gan=0.6),
             Phase("full", 2600, {128: 6000, 256: 2400}, two_sizes(7700, 8900, 0.81), sr=2900, gan=1.0),
         ),
-        lessons=Lessons({128: 4000, 256: 1200}, {128: 48, 256: 12}, 1200),
+        lessons=Lessons({128: 4000, 256: 1200}, {128: 48, 256: 12}, 1200, inner=6),
         info=SMALL,
         width=128,
         head=32,
@@ -165,7 +165,8 @@ def phase_parts(run: Run, recipe: Recipe, phase: Phase, start: Parts | None) -> 
     world, here = WORLDS[phase.world], replace(run, folder=run.folder / phase.world)
     log.info("world %s, in %s", phase.world, here.folder)
     seen = autoencoder.sights(here, world, phase.seen) if finished(here, "autoencoder") is None else None
-    images = flow.renders(here, world, phase.flow) if finished(here, "flow") is None else None
+    drawn = finished(here, "flow") is not None or flow.latents_file(here, "flow").exists()
+    images = None if drawn else flow.renders(here, world, phase.flow)
     auto = autoencoder.train(
         here,
         "autoencoder",

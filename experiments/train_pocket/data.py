@@ -1,10 +1,13 @@
 """Pictures for training the embedded model, and pictures of how it goes."""
 
 import logging
+import math
+import os
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mrflow.errors import ResourceError
 from mrflow.io import to_images
 from mrflow.scenes.grammar import FULL, POCKET_1, Scene, World, held_out, sample_scene
 from mrflow.scenes.render import render
@@ -27,14 +31,38 @@ def rendered(scenes: Sequence[Scene], size: int, pool: Executor | None = None) -
         out = np.empty(shape, np.uint8)
         _render_into(out, 0, scenes)
         return torch.from_numpy(out)
-    memory = Path("/dev/shm")
-    with tempfile.NamedTemporaryFile(dir=memory if memory.is_dir() else None) as file:
-        out = np.memmap(file.name, np.uint8, "w+", shape=shape)
+    with _room(math.prod(shape)) as name:
+        out = np.memmap(name, np.uint8, "r+", shape=shape)
         starts = range(0, len(scenes), 64)
-        jobs = [pool.submit(_render_shared, file.name, shape, i, scenes[i : i + 64]) for i in starts]
+        jobs = [pool.submit(_render_shared, name, shape, i, scenes[i : i + 64]) for i in starts]
         for job in jobs:
             job.result()
         return torch.from_numpy(out)  # the memory lives as long as this does, its name does not
+
+
+@contextmanager
+def _room(size: int) -> Generator[str]:
+    """The name of a file of so many bytes: in memory if they fit there, else in the folder for temporary files.
+
+    Raises:
+        ResourceError: they fit nowhere.
+    """
+    folders = [folder for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())) if folder.is_dir()]
+    for folder in folders:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
+            except OSError:
+                continue
+            yield file.name
+            return
+    raise ResourceError(
+        f"{size / 1e9:.1f} GB of renders fit neither into memory nor into {folders[-1]}; make room, name another "
+        "folder in TMPDIR, or take --workers 0"
+    )
 
 
 def _render_into(out: NDArray[np.uint8], first: int, scenes: Sequence[Scene]) -> None:

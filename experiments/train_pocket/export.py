@@ -14,9 +14,9 @@ from mrflow.models.checkpoint import read_header
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Twelve hex digits that tell these weights from others."""
+    """Twelve hex digits that tell these weights from others, in whatever order they come."""
     found = hashlib.sha256()
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         found.update(key.encode() + tensor.numpy().tobytes())
     return found.hexdigest()[:12]
 

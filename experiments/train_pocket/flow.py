@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -91,19 +92,24 @@ def renders(run: Run, world: World, course: Course) -> dict[int, Callable[[], Re
     return made
 
 
+def latents_file(run: Run, name: str) -> Path:
+    """Where the latents of a part's pictures are kept."""
+    return run.folder / f"{name}-latents.pt"
+
+
 @torch.inference_mode()
 def cached_latents(
-    run: Run, name: str, autoencoder: State, images: Mapping[int, Callable[[], Renders]]
+    run: Run, name: str, autoencoder: State, images: dict[int, Callable[[], Renders]]
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Latents (half precision) and caption ids of pictures at each size, made once."""
-    path = run.folder / f"{name}-latents.pt"
+    """Latents (half precision) and caption ids of pictures at each size, made once; `images` is emptied on the way."""
+    path = latents_file(run, name)
     if path.exists():
         saved: dict[int, tuple[Tensor, Tensor]] = torch.load(path, weights_only=True)
         return saved
     auto = loaded(autoencoder, run.device)
     out = {}
-    for size, make in images.items():
-        found, captions = make()
+    for size in list(images):
+        found, captions = images.pop(size)()  # nothing else holds them
         chunks = [auto.encode(unit(part.to(run.device))).half().cpu() for part in found.split(50)]
         out[size] = (torch.cat(chunks), tokenise(captions, VOCABULARY, TEXT_LENGTH)[0])
         log.info("encoded %d pictures at %d px", len(found), size)
@@ -166,13 +172,13 @@ def train(
     head: int,
     start: State | None = None,
     shared: str = "",
-    images: Mapping[int, Callable[[], Renders]] | None = None,
+    images: dict[int, Callable[[], Renders]] | None = None,
 ) -> State:
     """The weights of flow and text encoder after a course, from `start` or from nothing.
 
     `info` has the shift of the noise levels; `width` and `head` are the transformer's. `shared` names the file of
     latents, which runs on the same pictures may share; without it, it is named as the part is. `images` are the
-    course's `renders`, where they were begun before.
+    course's `renders`, where they were begun before, and are used up.
     """
     if (done := finished(run, name)) is not None:
         return done

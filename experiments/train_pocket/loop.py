@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.io import write_bytes, write_png
+from mrflow.io import write_bytes, write_png, writing
 
 log = logging.getLogger("train_pocket")
 CPU = torch.device("cpu")
@@ -217,8 +217,8 @@ class Loop:
 def save_whole(value: object, path: Path) -> None:
     """torch.save, whole or not at all, into a folder that is made where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(value, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    with writing(path) as file:
+        torch.save(value, file)
 
 
 def part_file(run: Run, name: str) -> Path:

@@ -9,6 +9,7 @@ which doubles the teacher's cost, is in its weights. Text encoder and autoencode
 """
 
 import argparse
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,8 +26,9 @@ from experiments.train_pocket.autoencoder import State
 from experiments.train_pocket.data import WORLDS, grid, start_log
 from experiments.train_pocket.export import digest, write_once
 from experiments.train_pocket.flow import SHOWN, plain_attention
-from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log, save_whole
+from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, keep_settings, log, save_whole
 from mrflow.errors import MrflowError
+from mrflow.io import check_writable
 from mrflow.models import choose_device
 from mrflow.models.checkpoint import read_header
 from mrflow.models.flux import Flux, image_ids, pack
@@ -34,7 +36,7 @@ from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, facts, load_pocket
 from mrflow.scenes.grammar import World, held_out, sample_scene
 
-WINDOWS, INNER, RANK, RATE = 2, 4, 32, 2e-3
+WINDOWS, RANK, RATE = 2, 32, 2e-3
 NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))
 Pairs = tuple[Tensor, Tensor, Tensor]  # states (item, window end, ...), context, pooled
 
@@ -42,26 +44,27 @@ Pairs = tuple[Tensor, Tensor, Tensor]  # states (item, window end, ...), context
 @dataclass(frozen=True)
 class Lessons:
     """How many captions are taught at each size, how many make a batch there, and the steps, of which all sizes have
-    the same share."""
+    the same share; the teacher takes `inner` steps in each window."""
 
     captions: Mapping[int, int]
     batch: Mapping[int, int]
     steps: int
+    inner: int = 4
 
 
 LESSONS = Lessons({128: 1500, 256: 600, 512: 200}, {128: 24, 256: 6, 512: 2}, 2400)  # an hour on two cores
 
 
 def window_levels(model: Pocket, size: int, windows: int = WINDOWS) -> tuple[float, ...]:
-    """Where windows begin and end: the student's own schedule."""
+    """Where windows begin and end: the model's own schedule of so many steps."""
     return mf.Shifted(windows)(1.0, model.info.tokens(size, size), model.info)
 
 
 @torch.inference_mode()
-def teach(model: Pocket, world: World, size: int, count: int, batch: int) -> Pairs:
+def teach(model: Pocket, world: World, size: int, count: int, batch: int, inner: int) -> Pairs:
     """States of the guided teacher at the ends of all windows, for `count` captions of training."""
     rng, levels = random.Random(size), window_levels(model, size)
-    fine = [hi + (lo - hi) * i / INNER for hi, lo in pairwise(levels) for i in range(INNER)]
+    fine = [hi + (lo - hi) * i / inner for hi, lo in pairwise(levels) for i in range(inner)]
     empty, side = model.condition([""]), size // 8
     states, contexts, pooleds = list[Tensor](), list[Tensor](), list[Tensor]()
     guidance = mf.CFG(model.info.cfg)
@@ -76,7 +79,7 @@ def teach(model: Pocket, world: World, size: int, count: int, batch: int) -> Pai
         found = [x]
         field = guidance.field(model, cond, empty)
         for i in range(WINDOWS):
-            sigmas = (*fine[i * INNER : (i + 1) * INNER], levels[i + 1])
+            sigmas = (*fine[i * inner : (i + 1) * inner], levels[i + 1])
             x = mf.integrate(mf.Euler(), field, x, sigmas)
             found.append(x)
         states.append(torch.stack(found, 1).half().cpu())
@@ -93,7 +96,7 @@ def cached_pairs(run: Run, name: str, teacher: Pocket, world: World, lessons: Le
         path = run.folder / f"{name}-pairs-{size}.pt"
         if not path.exists():
             batch = run.items(lessons.batch[size])
-            save_whole(teach(teacher, world, size, run.count(count), batch), path)
+            save_whole(teach(teacher, world, size, run.count(count), batch, lessons.inner), path)
         out[size] = torch.load(path, weights_only=True)
     return out
 
@@ -152,7 +155,8 @@ def train(run: Run, name: str, world: World, lessons: Lessons, teacher: Path) ->
 
     def draw() -> Image.Image:
         drawer = model.with_flow(student, "/student")
-        chains = [mf.recipes.native(size=model.info.size, steps=n, guidance=mf.Distilled()) for n in (1, 2)]
+        student_alone = replace(mf.students.POCKET, lora=())  # at the levels of the one that is shipped
+        chains = [mf.recipes.few(student_alone, size=model.info.size, steps=n) for n in (1, 2)]
         return grid([mf.run(chain, drawer, SHOWN, seed=0).pixels.cpu() for chain in chains])
 
     loop = Loop(
@@ -192,17 +196,25 @@ def main() -> None:
     parser.add_argument("--export", type=Path, required=True, help="where the averaged adapter goes")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} is out of range")
+    if not 0 < args.batch < math.inf:
+        parser.error(f"--batch {args.batch} is out of range")
     try:
         run = Run(args.out, choose_device(args.device), batch=args.batch)
+        check_writable(args.export)
+        if args.export.exists():
+            read_header(args.export)  # it is replaced, or stays where it is the same; no other file is
         header = read_header(args.teacher)
-        largest = max(facts(header).size)
+        teacher, largest = header.metadata.get("version", ""), max(facts(header).size)
+        known = {size: count for size, count in LESSONS.captions.items() if size <= largest}
+        lessons = replace(LESSONS, steps=args.steps, captions=known)
+        keep_settings(run, repr((teacher, args.world, lessons, WINDOWS, RANK, RATE)))
     except MrflowError as error:
         parser.error(str(error))
     start_log(run.folder)
-    known = {size: count for size, count in LESSONS.captions.items() if size <= largest}
-    lessons = replace(LESSONS, steps=args.steps, captions=known)
     tensors = train(run, "student", WORLDS[args.world], lessons, args.teacher)
-    export(tensors, header.metadata.get("version", ""), args.steps, args.export)
+    export(tensors, teacher, args.steps, args.export)
 
 
 if __name__ == "__main__":
