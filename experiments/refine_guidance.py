@@ -8,15 +8,13 @@ picture with the methods taking turns.
 """
 
 import argparse
-import statistics
 
 import numpy as np
 
 import mrflow as mf
-from experiments.pocket_scores import interval, pictures, table
+from experiments.pocket_scores import interval, pictures, table, timed
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import CATEGORIES
-from mrflow.sheet import warm_up
 
 
 def main() -> None:
@@ -33,22 +31,18 @@ def main() -> None:
         "guided": mf.recipes.paper(low=low, size=size),
         "refinement unguided": mf.recipes.paper(low=low, size=size, refine_guidance=mf.Distilled()),
     }
-    warm_up(tuple(chains.values()), model, 1)
-    seconds: dict[str, list[float]] = {name: [] for name in chains}
-    for i in range(args.repeats):
-        for name, chain in chains.items():
-            seconds[name].append(mf.run(chain, model, "a big red circle at the left", seed=i).seconds)
+    times = timed(chains, model, args.repeats)
     captions = held_out_captions(FULL, args.captions)
     guided, plain = (table(pictures(chain, model, captions, args.batch), list(captions)) for chain in chains.values())
     print("| category | guided | refinement unguided | difference [95 %] |\n|---|---|---|---|")
     for name in (*CATEGORIES, "overall"):
         rows = [(c, g[name], p[name]) for c, g, p in zip(captions, guided, plain, strict=True) if name in g]
+        if not rows:  # no caption speaks of it
+            continue
         with_it, without = (sum(scores) / len(rows) for scores in ([r[1] for r in rows], [r[2] for r in rows]))
         mean, least, most = interval([(c, p - g) for c, g, p in rows], rng)
         print(f"| {name} | {with_it:.3f} | {without:.3f} | {mean:+.3f} [{least:+.3f}, {most:+.3f}] |")
-    for name, times in seconds.items():
-        forwards = mf.plan(chains[name], model.info).nfe
-        print(f"{name}: {statistics.median(times):.3f} s a picture, {forwards} forwards")
+    print("\n" + "\n".join(times))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from torch import Tensor
 import mrflow as mf
 from experiments.pocket_scores import interval
 from experiments.train_pocket.data import pictures, unit
-from mrflow.io import to_images, write_png
+from mrflow.errors import MrflowError
+from mrflow.io import check_writable, to_images, write_png
 from mrflow.metrics import psnr, round_trip_energy, sharpness
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score
@@ -77,8 +78,9 @@ def overall(pixels: Tensor, captions: list[str], category: str = "overall") -> l
 
 
 def mean(values: list[float | None]) -> float:
-    """Over those that are there."""
-    return statistics.fmean(v for v in values if v is not None)
+    """Over those that are there; NaN where none is."""
+    there = [v for v in values if v is not None]
+    return statistics.fmean(there) if there else float("nan")
 
 
 def main() -> None:
@@ -90,6 +92,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
+    if args.picture:
+        try:
+            check_writable(args.picture)
+        except MrflowError as error:
+            parser.error(str(error))
     model, rng = mf.load(args.model, device="cpu"), np.random.default_rng(0)
     methods, cache = chains(model.info), mf.StageCache(max_bytes=4 << 30)
     captions = held_out_captions(FULL, args.captions)

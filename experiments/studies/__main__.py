@@ -31,6 +31,9 @@ def main() -> None:
     args = parser.parse_args()
     study = import_module(f"experiments.studies.{args.name}")
     sweep: Sweep = study.sweep
+    tags = sorted({tag for prompt in sweep.prompts for tag in prompt.tags})
+    if args.by is not None and args.by not in tags:
+        parser.error(f"no caption has the tag {args.by!r}; there are {', '.join(tags)}")
     folder = Path("runs") / "studies" / args.name
 
     def show(at: Progress) -> None:
@@ -41,7 +44,8 @@ def main() -> None:
     done = run_sweep(sweep, mf.load(sweep.model, device="cpu"), folder, batch=args.batch, on_progress=show)
     print(f"{done.made} rows made in {time.monotonic() - began:.0f} s, {done.failed} failed", file=sys.stderr)
     rows, reference = load(folder)
-    rows = [row for row in rows if row.chain in sweep.chains]
+    texts = {prompt.text for prompt in sweep.prompts}
+    rows = [r for r in rows if r.chain in sweep.chains and r.prompt in texts and r.seed in sweep.seeds]
     write_report(folder, folder / "report.html", title=args.name.replace("_", " "))
     if args.figure:
         place = Path("docs") / "images" / "studies"
@@ -82,7 +86,7 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
         for group in groups:
             part, other = ([r for r in rs if r.tags.get(by or "") == group] for rs in (mine, base))
             cells.append(_cell(part, other, "score", same=label == reference))
-        cells += [_cell(mine, base, name, same=label == reference) for name in shares]
+        cells += [_cell(mine, base, name, same=label == reference, digits=3) for name in shares]
         for name in extra:
             found_values = values(mine, name)
             cells.append(str(interval(found_values, draws=4000)) if found_values and label != reference else "")
@@ -90,12 +94,12 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
     return lines
 
 
-def _cell(mine: list[Row], base: list[Row], metric: str, *, same: bool) -> str:
+def _cell(mine: list[Row], base: list[Row], metric: str, *, same: bool, digits: int = 2) -> str:
     found = values(mine, metric)
     if not found:
         return ""
     mean = interval(found, draws=100).mean
-    return f"{mean:.2f}" + ("" if same else SIGNS[compare(mine, base, metric, draws=4000).verdict])
+    return f"{mean:.{digits}f}" + ("" if same else SIGNS[compare(mine, base, metric, draws=4000).verdict])
 
 
 if __name__ == "__main__":

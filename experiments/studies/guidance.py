@@ -2,10 +2,10 @@
 
 import mrflow as mf
 from experiments.studies.common import METRICS, MODEL, captions, paper
-from mrflow.models.pocket.model import POCKET
+from mrflow.models import info
 from mrflow.sweep import Sweep
 
-GUIDE = mf.CFG(POCKET.cfg)
+GUIDE = mf.CFG(info(MODEL).cfg)
 chains = {
     "everywhere": paper(12),
     "low stage only": paper(12, refine_guidance=mf.Distilled()),

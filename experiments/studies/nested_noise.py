@@ -16,7 +16,7 @@ from mrflow.sweep import Psnr, Ssim, Sweep
 
 @dataclass(frozen=True)
 class Another(mf.Stage[mf.Pixels, mf.Pixels]):
-    """The next picture of the batch instead: what two unrelated pictures of one kind have in common."""
+    """The native picture of another seed instead: what two pictures of one caption have in common."""
 
     def plan(self, spec: mf.Pixels, model: mf.ModelInfo) -> mf.Pixels:
         """The same size."""

@@ -1,0 +1,83 @@
+"""The scripts behind docs/studies.md: each can be drawn with the model it names, and its table says what rows say."""
+
+from collections import Counter
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mrflow as mf
+from experiments.studies import __main__ as studies
+from experiments.studies import rivals, trade_off
+from mrflow.models import info
+from mrflow.sweep import Row
+from tests.test_statistics import row
+
+
+@pytest.mark.parametrize("name", studies.NAMES)
+def test_every_study_can_be_planned(name: str) -> None:
+    sweep: mf.Sweep = import_module(f"experiments.studies.{name}").sweep
+    assert set(sweep.plans(info(sweep.model))) == set(sweep.chains)
+    assert all({"kind", "texture", "size"} <= set(prompt.tags) for prompt in sweep.prompts)
+
+
+def rows() -> list[Row]:
+    """Two methods on captions of two kinds; the second is twice as fast, worse on words, and leaves stray paint."""
+    out: list[Row] = []
+    for chain, seconds, word, stray in (("slow", 2.0, 1.0, 0.0), ("fast", 1.0, 0.5, 2.5)):
+        for i, (kind, value) in enumerate((("word", word), ("face", 1.0)) * 4):
+            metrics = {"score": value, "stray": stray, f"score.{kind}": value}
+            out.append(replace(row(str(i), 0, None, chain=chain, kind=kind), metrics=metrics, seconds=seconds))
+    return out
+
+
+def cells(lines: list[str]) -> list[list[str]]:
+    """A Markdown table's."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+def test_the_table() -> None:
+    heads, slow, fast = cells(studies.table(rows(), "slow"))
+    assert heads[4:] == ["minus reference [95 %]", "face", "word", "stray %"]
+    assert slow == ["slow", "1.0", "0", "1.000 [1.000, 1.000]", "", "1.00", "1.00", "0.000"]
+    assert fast[:2] == ["fast", "2.0"] and fast[3].startswith("0.750 [") and fast[4].startswith("-0.250 [-0.4")
+    assert fast[4].endswith(" ▼")
+    assert fast[5:] == ["1.00", "0.50 ▼", "2.500 ▲"]
+
+
+def test_the_table_by_a_tag() -> None:
+    heads, _, fast = cells(studies.table(rows(), "slow", by="kind"))
+    assert heads[5:] == ["face", "word", "stray %"] and fast[5:7] == ["1.00", "0.50 ▼"]
+
+
+def test_an_unknown_tag_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["studies", "sigma", "--by", "colour"])
+    with pytest.raises(SystemExit):
+        studies.main()
+    assert "no caption has the tag 'colour'; there are count, kind, letters, size, texture" in capsys.readouterr().err
+
+
+def test_operating_points_of_a_method_are_one_line_of_the_figure() -> None:
+    points = Counter(map(rivals.method, rivals.chains))
+    assert points.pop("native") == 6 and set(points.values()) == {3}
+    assert {"student", "student, then MrFlow", "RALU"} < set(points)
+    found = {trade_off.method(label) for label in trade_off.chains}
+    assert found == {"native", "staged", "staged, more refining steps", "latent nearest", "latent bicubic"}
+
+
+@pytest.mark.parametrize("study", [rivals, trade_off])
+def test_the_figure_shows_what_lies_below_it(study: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    metrics = {"native 50": (1.0, 0.1), "native 2": (0.5, 3.0), "native 4": (0.9, 0.0)}
+    made = [
+        replace(row(str(i), 0, None, chain=chain), metrics={"score": score, "stray": stray})
+        for i in range(3)
+        for chain, (score, stray) in metrics.items()
+    ]
+    study.draw(made, "native 50", tmp_path / "a.svg")
+    study.draw(made, "native 50", tmp_path / "b.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert text == (tmp_path / "b.svg").read_text()
+    assert "<!-- 0.50 -->" in text and "<!-- native -->" in text and "<!-- 0.90 -->" not in text
