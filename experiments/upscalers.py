@@ -3,9 +3,10 @@
 `paper` 12 + 1 on held-out captions of the embedded model with eight upscalers: its own net, interpolation of pixels,
 and interpolation of latents. One low-resolution stage serves them all. For each: PSNR to held-out scenes drawn at the
 full size of what it makes of the same scenes at the low size, decoded; the scene score of the enlarged picture and of
-the refined one, the score of words alone, the difference to the model's own net (paired by picture, 95 % bootstrap
-interval over captions), the energy of the autoencoder's round trip on the latents that are refined, in units of native
-latents', sharpness beside native's, and the seconds that the upscaler takes for one picture.
+the refined one, each with its per cent of stray paint, the score of words alone, the difference to the model's own net
+(paired by picture, 95 % bootstrap interval over captions), the energy of the autoencoder's round trip on the latents
+that are refined, in units of native latents', sharpness beside native's, and the seconds that the upscaler takes for
+one picture.
 
     python -m experiments.upscalers --captions 100 --picture docs/images/upscalers.png
 """
@@ -28,11 +29,16 @@ from mrflow.io import check_writable, to_images, write_png
 from mrflow.metrics import psnr, round_trip_energy, sharpness
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score
+from mrflow.scenes.stray import stray
 from mrflow.stage import Chain
 from mrflow.upscalers.interpolate import Filter
 
 CELL = 112  # pixels a side of each picture on the sheet
 SHOWN = ("the big blue word CAT", "a big happy face at the centre")
+HEAD = (
+    "| upscaler | PSNR | enlarged | its stray % | refined | its stray % | words | refined minus own net | energy "
+    "| sharpness | seconds |"
+)
 FILTERS: tuple[Filter, ...] = ("nearest", "bilinear", "bicubic")
 
 
@@ -116,13 +122,13 @@ def main() -> None:
         native_energy, native_sharp = float(torch.cat(energy).mean()), float(torch.cat(sharp).mean())
         print(f"{model.info.version}, {args.captions} captions, PSNR on {args.scenes} scenes")
         print(f"native 50: {whole:.2f} s, round-trip energy {native_energy:.4f}, sharpness {native_sharp:.4f}\n")
-        print("| upscaler | PSNR | enlarged | refined | words | refined minus own net | energy | sharpness | seconds |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        print(HEAD + "\n" + "|---" * (HEAD.count("|") - 1) + "|")
         own: list[float | None] = []
         for name, chain in methods.items():
             before: list[float | None] = []
             after: list[float | None] = []
             words: list[float | None] = []
+            strays: tuple[list[float], list[float]] = ([], [])  # enlarged, refined
             energies: list[Tensor] = []
             sharpnesses: list[Tensor] = []
             for p in parts:
@@ -131,13 +137,15 @@ def main() -> None:
                 before += overall(pixels, captions[p])
                 after += overall(result.pixels, captions[p])
                 words += overall(result.pixels, captions[p], "text")
+                for found, images in zip(strays, (pixels, result.pixels), strict=True):
+                    found += [stray(image, caption) for image, caption in zip(images, captions[p], strict=True)]
                 energies.append(round_trip_energy(model, latents))
                 sharpnesses.append(sharpness(result.pixels))
             own = own or after
             pairs = zip(captions, after, own, strict=True)
             middle, least, most = interval([(c, a - b) for c, a, b in pairs if a is not None and b is not None], rng)
             difference = "" if name == "own net" else f"{middle:+.3f} [{least:+.3f}, {most:+.3f}]"
-            found = [
+            fidelity = [
                 psnr(mf.run(enlarging(chain), model, [""] * len(x), start=x).pixels, y)
                 for x, y in zip(small.split(args.batch), large.split(args.batch), strict=True)
             ]
@@ -146,8 +154,9 @@ def main() -> None:
                 single = mf.run(chain, model, captions[0], seed=i)
                 times.append(next(s.seconds for s in single.stages if s.name in ("Upscale", "Lift")))
             print(
-                f"| {name} | {float(torch.cat(found).mean()):.2f} "
-                f"| {mean(before):.3f} | {mean(after):.3f} | {mean(words):.3f} | {difference} "
+                f"| {name} | {float(torch.cat(fidelity).mean()):.2f} "
+                f"| {mean(before):.3f} | {statistics.fmean(strays[0]):.3f} "
+                f"| {mean(after):.3f} | {statistics.fmean(strays[1]):.3f} | {mean(words):.3f} | {difference} "
                 f"| {float(torch.cat(energies).mean()) / native_energy:.2f} "
                 f"| {float(torch.cat(sharpnesses).mean()) / native_sharp:.2f} | {statistics.median(times):.4f} |",
                 flush=True,
