@@ -74,6 +74,11 @@ def test_levels(student: mf.Student, info: mf.ModelInfo, tokens: int, steps: int
     assert found[-1] == 0
 
 
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(mf.PlanError, match="steps"):
+        mf.recipes.few(POCKET_3, size=(256, 256), steps=0)
+
+
 def test_strengths_and_passes() -> None:
     assert [s.lora[0].strength for s in (HYPER_8, HYPER_16, TURBO_ALPHA, LIGHTNING_4)] == [0.125, 0.125, 1, 1]  # type: ignore[index, union-attr]  # pyright: ignore
     assert mf.plan(mf.recipes.few(LIGHTNING_4), mf.QWEN).nfe == 4

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -478,6 +478,8 @@ def test_metrics_leave_out_what_does_not_apply() -> None:
     assert Psnr()(measured()) == Ssim()(measured()) == Spectrum()(measured()) == RoundTrip()(measured()) == {}
     other = Measured(measured().pixels, "not of this world at all", 0, {}, mf.toy())
     assert SceneScore()(other) == Stray()(other) == {}
+    wide = replace(measured(), pixels=torch.ones(3, 64, 96))
+    assert SceneScore()(wide) == Stray()(wide) == {}
     assert set(SceneScore()(measured())) >= {"score", "score.alignment"}
     assert Stray()(measured()) == {"stray": 100.0}  # noise has no pale ground
     same = measured(reference=measured().pixels)
