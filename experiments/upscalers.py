@@ -17,18 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import mrflow as mf
-from experiments.pocket_scores import interval
+from experiments.pocket_scores import Row, interval, table
 from experiments.train_pocket.data import pictures, unit
 from mrflow.errors import MrflowError
 from mrflow.io import check_writable, to_images, write_png
 from mrflow.metrics import psnr, round_trip_energy, sharpness
 from mrflow.scenes.grammar import FULL, held_out_captions
-from mrflow.scenes.score import score
 from mrflow.scenes.stray import stray
 from mrflow.stage import Chain
 from mrflow.upscalers.interpolate import Filter
@@ -77,15 +75,9 @@ def enlarging(chain: Chain[mf.Start, mf.Pixels]) -> Chain[mf.Pixels, mf.Pixels]:
     return mf.Encode() >> mf.Decode() >> next(s for s in stages if isinstance(s, mf.Upscale))
 
 
-def overall(pixels: Tensor, captions: list[str], category: str = "overall") -> list[float | None]:
-    """One category of each picture's score."""
-    array: NDArray[np.float32] = pixels.numpy()
-    return [score(a, c).as_dict().get(category) for a, c in zip(array, captions, strict=True)]
-
-
-def mean(values: list[float | None]) -> float:
-    """Over those that are there; NaN where none is."""
-    there = [v for v in values if v is not None]
+def mean(rows: list[Row], category: str = "overall") -> float:
+    """Of a category over the pictures that have it; NaN where none has."""
+    there = [row[category] for row in rows if category in row]
     return statistics.fmean(there) if there else float("nan")
 
 
@@ -123,27 +115,25 @@ def main() -> None:
         print(f"{model.info.version}, {args.captions} captions, PSNR on {args.scenes} scenes")
         print(f"native 50: {whole:.2f} s, round-trip energy {native_energy:.4f}, sharpness {native_sharp:.4f}\n")
         print(HEAD + "\n" + "|---" * (HEAD.count("|") - 1) + "|")
-        own: list[float | None] = []
+        own: list[Row] = []
         for name, chain in methods.items():
-            before: list[float | None] = []
-            after: list[float | None] = []
-            words: list[float | None] = []
+            before: list[Row] = []
+            after: list[Row] = []
             strays: tuple[list[float], list[float]] = ([], [])  # enlarged, refined
             energies: list[Tensor] = []
             sharpnesses: list[Tensor] = []
             for p in parts:
                 result = mf.run(chain, model, captions[p], seed=seeds[p], keep=True, cache=cache)
                 pixels, latents = enlarged(result, model)
-                before += overall(pixels, captions[p])
-                after += overall(result.pixels, captions[p])
-                words += overall(result.pixels, captions[p], "text")
+                before += table(pixels.numpy(), list(captions[p]))
+                after += table(result.pixels.numpy(), list(captions[p]))
                 for found, images in zip(strays, (pixels, result.pixels), strict=True):
                     found += [stray(image, caption) for image, caption in zip(images, captions[p], strict=True)]
                 energies.append(round_trip_energy(model, latents))
                 sharpnesses.append(sharpness(result.pixels))
             own = own or after
             pairs = zip(captions, after, own, strict=True)
-            middle, least, most = interval([(c, a - b) for c, a, b in pairs if a is not None and b is not None], rng)
+            middle, least, most = interval([(c, a["overall"] - b["overall"]) for c, a, b in pairs], rng)
             difference = "" if name == "own net" else f"{middle:+.3f} [{least:+.3f}, {most:+.3f}]"
             fidelity = [
                 psnr(mf.run(enlarging(chain), model, [""] * len(x), start=x).pixels, y)
@@ -156,7 +146,7 @@ def main() -> None:
             print(
                 f"| {name} | {float(torch.cat(fidelity).mean()):.2f} "
                 f"| {mean(before):.3f} | {statistics.fmean(strays[0]):.3f} "
-                f"| {mean(after):.3f} | {statistics.fmean(strays[1]):.3f} | {mean(words):.3f} | {difference} "
+                f"| {mean(after):.3f} | {statistics.fmean(strays[1]):.3f} | {mean(after, 'text'):.3f} | {difference} "
                 f"| {float(torch.cat(energies).mean()) / native_energy:.2f} "
                 f"| {float(torch.cat(sharpnesses).mean()) / native_sharp:.2f} | {statistics.median(times):.4f} |",
                 flush=True,

@@ -39,6 +39,20 @@ class Run:
     grid: int = 2000
     pool: Executor | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is no scale, batch or time.
+
+        Raises:
+            PlanError: one of them is out of range.
+        """
+        for name, fine in (
+            ("scale", 0 < self.scale < math.inf),
+            ("batch", 0 < self.batch < math.inf),
+            ("every", self.every >= 0),
+        ):
+            if not fine:
+                raise PlanError(f"--{name} {getattr(self, name)} is out of range")
+
     def count(self, number: int, least: int = 1) -> int:
         """A number of steps or pictures, scaled."""
         return max(least, round(self.scale * number))

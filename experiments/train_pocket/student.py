@@ -9,7 +9,6 @@ which doubles the teacher's cost, is in its weights. Text encoder and autoencode
 """
 
 import argparse
-import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -198,8 +197,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps} is out of range")
-    if not 0 < args.batch < math.inf:
-        parser.error(f"--batch {args.batch} is out of range")
     try:
         run = Run(args.out, choose_device(args.device), batch=args.batch)
         check_writable(args.export)
