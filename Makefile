@@ -70,5 +70,5 @@ gpu: $(VENV)/.installed-dev ## The tests that need a CUDA device
 wheel: $(VENV)/.installed-dev ## Build a wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
-clean: ## Remove the environment and everything made
-	rm -rf $(VENV) $(BASICSR) dist build $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove the environments, builds and caches; pictures stay
+	rm -rf $(VENV) $(BASICSR) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

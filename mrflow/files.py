@@ -1,6 +1,7 @@
 """Files that a chain names: found where they are, told by their content."""
 
 import hashlib
+import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +11,14 @@ from pathlib import Path
 from mrflow.errors import ResourceError, WeightsError
 
 _known: ContextVar[tuple[Path, ...]] = ContextVar("known", default=())
+
+TEMPORARY = ".mrflow-temporary-"
+"""How the name of every file begins that mrflow has not finished writing; files with another name are never removed."""
+
+
+def temporary_beside(path: Path) -> Path:
+    """An unused name in the folder of `path`, for what is to become it."""
+    return path.with_name(f"{TEMPORARY}{path.name[:40]}.{uuid.uuid4().hex}")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from mrflow.errors import PlanError, RecordError, ResourceError
+from mrflow.files import TEMPORARY
 from mrflow.records import decode_chain, encode_chain
 from mrflow.spec import Start
 from mrflow.stage import AnyChain
@@ -101,7 +102,7 @@ def writing(path: Path) -> Generator[IO[bytes]]:
     """
     temporary: str | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{TEMPORARY}{path.name[:40]}.", delete=False) as file:
             temporary = file.name
             yield file
             file.flush()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow import io
+from mrflow.files import TEMPORARY
 from mrflow.io import read_record
 from mrflow.sweep import (
     Measured,
@@ -331,6 +332,36 @@ def test_a_stage_made_in_another_batch_costs_what_it_took(tmp_path: Path) -> Non
     assert len({r.flops for r in rows}) == 1
 
 
+def test_files_of_the_user_stay(tmp_path: Path) -> None:
+    """What a killed process left is removed when it is old; nothing else is, hidden or not, in any of the folders."""
+    folder = Store(tmp_path)
+    folder.open({"chains": {}})
+    (tmp_path / "rows" / "ab").mkdir()
+    places = [tmp_path, tmp_path / "rows" / "ab", tmp_path / "pictures", tmp_path / "leases"]
+    theirs = [at / name for at in places for name in (".env", ".gitignore", ".probe-1", "k.json.gone", "notes")]
+    ours = [at / f"{TEMPORARY}k" for at in places if at.name != "pictures"]
+    young = tmp_path / f"{TEMPORARY}young"
+    for path in (*theirs, *ours, young):
+        path.write_text("secret")
+    for path in (*theirs, *ours):
+        os.utime(path, (time.time() - 3600,) * 2)
+    (tmp_path / "linked").symlink_to(tmp_path)
+    (tmp_path / f"{TEMPORARY}link").symlink_to(theirs[0])
+    folder.open({"chains": {}})
+    assert all(path.read_text() == "secret" for path in (*theirs, young))
+    assert not any(path.exists() for path in ours)
+
+
+@pytest.mark.parametrize("name", [".env", "photo.png", "rows", "sweep.json"])
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, name: str) -> None:
+    """Before anything is written into it."""
+    (tmp_path / name).mkdir() if name == "rows" else (tmp_path / name).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(mf.PlanError, match=r"sweep.*--out"):
+        Store(tmp_path).open({"chains": {}})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_leases(tmp_path: Path) -> None:
     """One holder; a dead process, or an old heartbeat of another host, is taken over; a live one is not."""
     a, b = Store(tmp_path), Store(tmp_path)
@@ -362,7 +393,7 @@ def test_what_a_power_cut_leaves_is_not_taken_for_a_row(tmp_path: Path) -> None:
     rows[0].write_bytes(b"")
     rows[1].write_bytes(rows[1].read_bytes()[:100])
     rows[2].write_bytes(b"[1, 2]")
-    torn = rows[3].with_name("." + rows[3].name + ".abc")
+    torn = rows[3].with_name(TEMPORARY + rows[3].name + ".abc")
     torn.write_bytes(b"{")
     (tmp_path / "sweep.json").write_bytes(b"{")
     assert len(read(tmp_path)) == 9
@@ -490,11 +521,11 @@ def test_metrics_leave_out_what_does_not_apply() -> None:
 def test_what_killed_processes_left_is_swept_up_when_it_is_old(tmp_path: Path) -> None:
     run_sweep(mf.Sweep({"s": paper()}, ["a"]), mf.toy(), tmp_path)
     place = next((tmp_path / "pictures").iterdir())
-    old = [place / ".x.png.abc", tmp_path / "leases" / ".k.json.abc", tmp_path / "leases" / "k.abc.gone"]
+    old = [place / f"{TEMPORARY}x.png.abc", tmp_path / "leases" / f"{TEMPORARY}k.json.abc"]
     for file in old:
         file.write_text("")
         os.utime(file, (time.time() - 20 * store.STALE,) * 2)
-    fresh = place / ".y.png.abc"
+    fresh = place / f"{TEMPORARY}y.png.abc"
     fresh.write_text("")
     run_sweep(mf.Sweep({"s": paper()}, ["a"]), mf.toy(), tmp_path)
     assert not any(file.exists() for file in old) and fresh.exists()

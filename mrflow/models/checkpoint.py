@@ -9,7 +9,6 @@ import json
 import math
 import os
 import struct
-import uuid
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save_file as write_safetensors  # pyright: ignore[
 from torch import Tensor, nn
 
 from mrflow.errors import ResourceError, WeightsError
+from mrflow.files import temporary_beside
 
 MAX_HEADER = 100_000_000  # the format's own limit
 DTYPES: Mapping[str, torch.dtype] = {
@@ -319,7 +319,7 @@ def mapped(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> Tensor:
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file that appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_beside(path)
     try:
         write_safetensors(
             {k: t.detach().contiguous() for k, t in tensors.items()}, temporary, dict(metadata) if metadata else None

@@ -6,14 +6,15 @@
     leases/<key>.json     who is making a row now: host, process, boot, tries; its modification time is the heartbeat
 
 A key is the content of what a row depends on, so changed settings make new rows and leave old ones. A lease whose
-process is gone (same host), or whose heartbeat is old by the file system's own clock, is taken over.
+process is gone (same host), or whose heartbeat is old by the file system's own clock, is taken over. Files that are
+being written begin with `files.TEMPORARY`; only those are ever removed, when a killed process has left them.
 """
 
 import json
 import os
 import socket
+import stat
 import threading
-import time
 import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,9 +24,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from mrflow.errors import PlanError, ResourceError
+from mrflow.files import TEMPORARY, temporary_beside
 from mrflow.io import write_bytes
 
 FORMAT = 1
+ROOMS = ("rows", "pictures", "leases")
 BEAT, STALE = 5.0, 60.0  # seconds between heartbeats, and after which a lease is dead
 MAX_TRIES = 3  # how often a row may take its process down with it
 
@@ -86,11 +89,11 @@ class Store:
             ResourceError: the folder does not take files. PlanError: it holds something else.
         """
         try:
-            for name in ("rows", "pictures", "leases"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            write_bytes(self.folder / f".probe-{uuid.uuid4().hex}", b"")
-            for probe in self.folder.glob(".probe-*"):
-                probe.unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign()
+            probe = temporary_beside(self.folder / "probe")
+            write_bytes(probe, b"")
+            probe.unlink(missing_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise PlanError(f"{self.folder} is not a folder; choose another with --out") from None
         except OSError as error:
@@ -101,8 +104,29 @@ class Store:
                 **cast("dict[str, object]", old.get(part, {})),
                 **cast("dict[str, object]", manifest.get(part, {})),
             }
+        # Before the folders of its own: whoever sees one of those also sees that this is a sweep's folder.
         write_bytes(self.folder / "sweep.json", json.dumps({"format": FORMAT, **new}, indent=1).encode())
+        try:
+            for name in ROOMS:
+                (self.folder / name).mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise PlanError(f"{error.filename} is not a folder; choose another folder with --out") from None
+        except OSError as error:
+            raise ResourceError(f"{self.folder} cannot be written: {error.strerror or error}") from None
         self._sweep_up()
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a folder that holds anything and is not a sweep's, so that nothing of anyone else's is touched."""
+        foreign = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(TEMPORARY))
+        path = self.folder / "sweep.json"
+        if not path.exists():  # looked at after the listing: a process that begins beside this one writes it first
+            if foreign:
+                raise PlanError(
+                    f"{self.folder} holds other files ({foreign[0]!r}) and no sweep.json, so it is not a sweep's "
+                    "folder; choose a new or an empty one with --out"
+                )
+        elif "format" not in self.manifest() and not {*ROOMS} <= {*foreign}:  # a power cut may leave it torn
+            raise PlanError(f"{path} was not written by a sweep; choose another folder with --out")
 
     def manifest(self) -> dict[str, Any]:
         """What sweep.json says; empty where it is not there or not whole."""
@@ -165,7 +189,7 @@ class Store:
             if not self._dead(path, other):
                 return None
             # Only one process can move it away; what was moved must be what was judged.
-            aside = path.with_name(f"{key}.{uuid.uuid4().hex}.gone")
+            aside = temporary_beside(path)
             try:
                 os.rename(path, aside)
             except OSError:
@@ -211,14 +235,10 @@ class Store:
             except PermissionError:
                 return False
             return False
-        probe = path.with_name(f".clock-{uuid.uuid4().hex}")
         try:
-            probe.touch()
-            return probe.stat().st_mtime - path.stat().st_mtime > STALE
+            return _clock(path.parent) - path.stat().st_mtime > STALE
         except OSError:
             return False
-        finally:
-            probe.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         if self._beating is not None and self._beating.is_alive():
@@ -237,13 +257,19 @@ class Store:
         self._beating.start()
 
     def _sweep_up(self) -> None:
-        """Remove temporary files that a killed process left, if nobody has touched them for long."""
-        now = time.time()
-        for pattern in ("rows/*/.*", "pictures/*/.*", "leases/.*", "leases/*.gone", ".*"):
-            for file in self.folder.glob(pattern):
-                with suppress(OSError):
-                    if file.is_file() and now - file.stat().st_mtime > 10 * STALE:
-                        file.unlink()
+        """Remove own temporary files that a killed process left, if nobody has touched them for long.
+
+        Own ones are told by their prefix, in the folders that a sweep writes to; their age is measured by the clock of
+        the file system that they lie on. Nothing else is ever removed.
+        """
+        with suppress(OSError):
+            now = _clock(self.folder)
+            for place in (".", "rows/*", "pictures/*", "leases"):
+                for file in self.folder.glob(f"{place}/{TEMPORARY}*"):
+                    with suppress(OSError):
+                        status = file.lstat()
+                        if stat.S_ISREG(status.st_mode) and now - status.st_mtime > 10 * STALE:
+                            file.unlink()
 
 
 def read(folder: str | Path) -> list[Row]:
@@ -290,9 +316,19 @@ def _table(text: str) -> dict[str, Any]:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
+def _clock(folder: Path) -> float:
+    """The time by the clock of the folder's own file system, in seconds, as modification times have it."""
+    probe = temporary_beside(folder / "clock")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def _create(path: Path, text: str) -> bool:
     """Write a file that must not be there yet: whole under its name at once."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft = temporary_beside(path)
     try:
         draft.write_text(text, "utf-8")
         os.link(draft, path)
