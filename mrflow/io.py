@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from mrflow.errors import PlanError, RecordError, ResourceError
-from mrflow.files import TEMPORARY
+from mrflow.files import temporary_beside
 from mrflow.records import decode_chain, encode_chain
 from mrflow.spec import Start
 from mrflow.stage import AnyChain
@@ -100,25 +100,20 @@ def writing(path: Path) -> Generator[IO[bytes]]:
     Raises:
         ResourceError: the disk is full or the folder does not take it; the temporary file is removed.
     """
-    temporary: str | None = None
+    temporary = temporary_beside(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{TEMPORARY}{path.name[:40]}.", delete=False) as file:
-            temporary = file.name
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-        temporary = None
+        temporary.replace(path)
     except OSError as error:
         raise ResourceError(
             f"{path} could not be written: {error.strerror or error}; nothing was left behind"
         ) from None
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):  # it was renamed, or its folder is none
+            temporary.unlink()
 
 
 def write_png(path: Path, image: Image.Image, record: object | None = None) -> None:

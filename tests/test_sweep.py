@@ -346,10 +346,12 @@ def test_files_of_the_user_stay(tmp_path: Path) -> None:
     for path in (*theirs, *ours):
         os.utime(path, (time.time() - 3600,) * 2)
     (tmp_path / "linked").symlink_to(tmp_path)
-    (tmp_path / f"{TEMPORARY}link").symlink_to(theirs[0])
+    link = tmp_path / f"{TEMPORARY}link"
+    link.symlink_to(theirs[0])
+    os.utime(link, (time.time() - 3600,) * 2, follow_symlinks=False)
     folder.open({"chains": {}})
     assert all(path.read_text() == "secret" for path in (*theirs, young))
-    assert not any(path.exists() for path in ours)
+    assert not any(path.exists() for path in ours) and link.is_symlink()
 
 
 @pytest.mark.parametrize("name", [".env", "photo.png", "rows", "sweep.json"])

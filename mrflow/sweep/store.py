@@ -7,7 +7,7 @@
 
 A key is the content of what a row depends on, so changed settings make new rows and leave old ones. A lease whose
 process is gone (same host), or whose heartbeat is old by the file system's own clock, is taken over. Files that are
-being written begin with `files.TEMPORARY`; only those are ever removed, when a killed process has left them.
+being written begin with `files.TEMPORARY`; but for leases, only those are ever removed.
 """
 
 import json
@@ -90,43 +90,39 @@ class Store:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_foreign()
-            probe = temporary_beside(self.folder / "probe")
-            write_bytes(probe, b"")
-            probe.unlink(missing_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise PlanError(f"{self.folder} is not a folder; choose another with --out") from None
-        except OSError as error:
-            raise ResourceError(f"{self.folder} cannot be written: {error.strerror or error}") from None
-        old, new = self.manifest(), dict(manifest)
-        for part in ("chains", "prints"):  # by label; those of sweeps before stay
-            new[part] = {
-                **cast("dict[str, object]", old.get(part, {})),
-                **cast("dict[str, object]", manifest.get(part, {})),
-            }
-        # Before the folders of its own: whoever sees one of those also sees that this is a sweep's folder.
-        write_bytes(self.folder / "sweep.json", json.dumps({"format": FORMAT, **new}, indent=1).encode())
-        try:
+            old, new = self._begun(), dict(manifest)
+            for part in ("chains", "prints"):  # by label; those of sweeps before stay
+                new[part] = {
+                    **cast("dict[str, object]", old.get(part, {})),
+                    **cast("dict[str, object]", manifest.get(part, {})),
+                }
+            # Before the folders of its own: whoever sees one of those also sees that this is a sweep's folder.
+            write_bytes(self.folder / "sweep.json", json.dumps({"format": FORMAT, **new}, indent=1).encode())
             for name in ROOMS:
                 (self.folder / name).mkdir(exist_ok=True)
-        except FileExistsError as error:
-            raise PlanError(f"{error.filename} is not a folder; choose another folder with --out") from None
+        except (FileExistsError, NotADirectoryError) as error:
+            raise PlanError(f"{error.filename or self.folder} is not a folder; choose another with --out") from None
         except OSError as error:
             raise ResourceError(f"{self.folder} cannot be written: {error.strerror or error}") from None
         self._sweep_up()
 
-    def _refuse_foreign(self) -> None:
-        """Refuse a folder that holds anything and is not a sweep's, so that nothing of anyone else's is touched."""
+    def _begun(self) -> dict[str, Any]:
+        """What sweep.json says of a sweep begun here before; empty in an empty folder.
+
+        Raises:
+            PlanError: the folder holds anything and is not a sweep's, so nothing in it may be touched.
+        """
         foreign = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(TEMPORARY))
-        path = self.folder / "sweep.json"
-        if not path.exists():  # looked at after the listing: a process that begins beside this one writes it first
-            if foreign:
-                raise PlanError(
-                    f"{self.folder} holds other files ({foreign[0]!r}) and no sweep.json, so it is not a sweep's "
-                    "folder; choose a new or an empty one with --out"
-                )
-        elif "format" not in self.manifest() and not {*ROOMS} <= {*foreign}:  # a power cut may leave it torn
+        # Looked at after the listing: a process that begins beside this one writes it before anything else.
+        path, said = self.folder / "sweep.json", self.manifest()
+        if not path.exists() and foreign:
+            raise PlanError(
+                f"{self.folder} holds other files ({foreign[0]!r}) and no sweep.json, so it is not a sweep's "
+                "folder; choose a new or an empty one with --out"
+            )
+        if path.exists() and "format" not in said and not {*ROOMS} <= {*foreign}:  # a power cut may leave it torn
             raise PlanError(f"{path} was not written by a sweep; choose another folder with --out")
+        return said
 
     def manifest(self) -> dict[str, Any]:
         """What sweep.json says; empty where it is not there or not whole."""
