@@ -1,5 +1,6 @@
 """LoRA: every layout means the same change, merged or beside the weights, which are never touched by a stage."""
 
+import json
 import re
 import threading
 from pathlib import Path
@@ -267,7 +268,7 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "nothing": ({"img_in.weight": torch.zeros(2, 2)}, "holds no LoRA; its names begin with img_in.weight"),
     "whole numbers": (
         {"img_in.lora_A.weight": torch.zeros(2, 64, dtype=torch.int64), "img_in.lora_B.weight": torch.zeros(32, 2)},
-        "img_in: down is torch.int64",
+        "img_in has down of torch.int64",
     ),
 }
 
@@ -314,6 +315,189 @@ def test_whole_matrices_and_biases(repo: Path, tmp_path: Path) -> None:  # noqa:
     on = mf.Sample(32, 32, mf.Shifted(2), lora=mf.Lora(str(tmp_path / "x.safetensors"), 0.5)) >> mf.Decode()
     merged = draw(loaded(repo, lora=mf.Lora(str(tmp_path / "x.safetensors"), 0.5)), chain=chain)
     assert relative(draw(loaded(repo), chain=on).pixels, merged.pixels) < 1e-4
+
+
+DOWN, UP = torch.linspace(-1, 1, 4 * 32).view(4, 32), torch.linspace(1, -2, 32 * 4).view(32, 4)
+BIAS, WHOLE = torch.linspace(-3, 1, 32), torch.linspace(-1, 3, 32 * 32).view(32, 32)
+STEM = "diffusion_model.double_blocks.0.img_attn.proj"
+
+
+def change_of(folder: Path, state: dict[str, Tensor], *, strength: float = 1.0, metadata: Any = None) -> Any:
+    """What a file changes in a transformer of zeros, by the paths of the linears: (weight, bias)."""
+    save_file({k: v.clone().contiguous() for k, v in state.items()}, folder / "x.safetensors", metadata=metadata)
+    net = Flux(TINY)
+    found = changes(net, (mf.Lora(str(folder / "x.safetensors"), strength),), "flux")
+    return {path: (change.matrix(), change.bias) for path, change in found.items()}
+
+
+@pytest.mark.parametrize("names", [("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora.down", "lora.up")])
+def test_alpha_scales_the_pair_and_its_own_bias_and_no_whole_change(names: tuple[str, str], tmp_path: Path) -> None:
+    down, up = names
+    alpha = {f"{STEM}.alpha": torch.tensor(1.0)}
+    pair = {f"{STEM}.{down}.weight": DOWN, f"{STEM}.{up}.weight": UP} | alpha
+    ((weight, bias),) = change_of(tmp_path, pair | {f"{STEM}.diff_b": BIAS}, strength=0.5).values()
+    torch.testing.assert_close(weight, 0.5 / 4 * UP @ DOWN)
+    torch.testing.assert_close(bias, 0.5 * BIAS)
+    ((_, bias),) = change_of(tmp_path, pair | {f"{STEM}.{up}.bias": BIAS}, strength=0.5).values()
+    torch.testing.assert_close(bias, 0.5 / 4 * BIAS)
+    whole = {f"{STEM}.diff": WHOLE, f"{STEM}.diff_b": BIAS, f"{STEM}.alpha": torch.tensor(8.0)}
+    ((weight, bias),) = change_of(tmp_path, whole, strength=0.5).values()
+    torch.testing.assert_close(weight, 0.5 * WHOLE)
+    torch.testing.assert_close(bias, 0.5 * BIAS)
+    all_of_it = pair | whole | {f"{STEM}.alpha": torch.tensor(2.0), f"{STEM}.{up}.bias": BIAS}
+    ((weight, bias),) = change_of(tmp_path, all_of_it).values()
+    torch.testing.assert_close(weight, 0.5 * UP @ DOWN + WHOLE)
+    torch.testing.assert_close(bias, 0.5 * BIAS + BIAS)
+
+
+PEFT_STEM = "transformer.transformer_blocks.0.attn.to_out.0"
+TWICE: dict[str, tuple[dict[str, Tensor], str]] = {
+    "two names": (
+        {f"{PEFT_STEM}.lora_{w}.{n}.weight": t for n in ("style", "face") for w, t in (("A", DOWN), ("B", UP))},
+        "holds 2 adapters: face, style; save each in a file of its own",
+    ),
+    "a name and none": (
+        {f"{PEFT_STEM}.lora_{w}{n}.weight": t for n in ("", ".style") for w, t in (("A", DOWN), ("B", UP))},
+        r"holds 2 adapters: \(no name\), style",
+    ),
+    "on different linears": (
+        {
+            f"{stem}.lora_{w}.{n}.weight": t
+            for stem, n in ((PEFT_STEM, "style"), ("transformer.transformer_blocks.1.attn.to_out.0", "face"))
+            for w, t in (("A", DOWN), ("B", UP))
+        },
+        "holds 2 adapters: face, style",
+    ),
+    "two words for one role": (
+        {f"{STEM}.{w}.weight": DOWN if w[-1] in "nA" else UP for w in ("lora_A", "lora_B", "lora_down", "lora_up")},
+        "down of .* is there twice, up of .* is there twice",
+    ),
+    "two names for one linear": (
+        {f"{stem}.lora_{w}.weight": t for stem in (STEM, PEFT_STEM) for w, t in (("A", DOWN), ("B", UP))},
+        "are the same weights",
+    ),
+    "a fused linear and a part": (
+        {f"{PEFT_STEM[:-8]}to_q.lora_{w}.weight": t for w, t in (("A", DOWN), ("B", UP))}
+        | {f"{STEM[:-4]}qkv.lora_{w}.weight": t for w, t in (("A", DOWN), ("B", torch.cat((UP, UP, UP))))},
+        "are the same weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_no_adapter_hides_another(case: str, tmp_path: Path) -> None:
+    state, message = TWICE[case]
+    with pytest.raises(WeightsError, match=message):
+        change_of(tmp_path, state)
+
+
+UNSOUND: dict[str, tuple[dict[str, Tensor], str]] = {
+    "rank 0": ({"lora_down.weight": DOWN[:0], "lora_up.weight": UP[:, :0]}, "matrices of rank 0"),
+    "rank 0 with alpha": (
+        {"lora_down.weight": DOWN[:0], "lora_up.weight": UP[:, :0], "alpha": torch.tensor(1.0)},
+        "matrices of rank 0",
+    ),
+    "two ranks": ({"lora_A.weight": DOWN, "lora_B.weight": UP[:, :3]}, "matrices of ranks 4 and 3"),
+    "empty alpha": ({"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": torch.empty(0)}, r"shape \(0,\)"),
+    "alpha of two": ({"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": torch.ones(2)}, r"shape \(2,\)"),
+    "scalar": ({"lora_down.weight": torch.tensor(1.0), "lora_up.weight": UP}, r"down of shape \(\), expected 2"),
+    "vector": ({"lora_down.weight": torch.ones(32), "lora_up.weight": UP}, r"down of shape \(32,\), expected 2"),
+    "scalar whole change": ({"diff": torch.tensor(1.0)}, r"diff of shape \(\), expected 2"),
+    "scalar bias": ({"diff": WHOLE, "diff_b": torch.tensor(1.0)}, r"diff_b of shape \(\), expected 1"),
+    "bias alone": ({"lora_B.bias": BIAS}, "low-rank matrices that are not there"),
+    "NaN alpha": (
+        {"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": torch.tensor(float("nan"))},
+        "has the alpha nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_what_makes_no_change_is_refused_and_inspect_says_the_same(case: str, tmp_path: Path) -> None:
+    state, message = UNSOUND[case]
+    with pytest.raises(WeightsError, match=f"no sound LoRA: {STEM} .*{message}"):
+        change_of(tmp_path, {f"{STEM}.{k}": v for k, v in state.items()})
+    code, out, _ = call("inspect", str(tmp_path / "x.safetensors"))
+    assert code == 0
+    assert re.search(message, " ".join(out.split()))
+
+
+@pytest.mark.parametrize("role", ["lora_A.weight", "lora_B.weight", "lora_B.bias", "diff", "diff_b"])
+def test_values_that_are_not_finite_are_refused_by_name(role: str, tmp_path: Path) -> None:
+    state = {"lora_A.weight": DOWN, "lora_B.weight": UP, "lora_B.bias": BIAS, "diff": WHOLE, "diff_b": BIAS}
+    state[role] = torch.full_like(state[role], float("nan" if role != "diff" else "inf"))
+    with pytest.raises(WeightsError, match=rf"x.safetensors: \w+ of {STEM} holds NaN or infinity"):
+        change_of(tmp_path, {f"{STEM}.{k}": v for k, v in state.items()})
+
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "by ending": {"alpha_pattern": {"to_q": 2}},
+    "by path": {"alpha_pattern": {"transformer_blocks.0.attn.to_q": 2, "transformer_blocks.1.attn.to_q": 3}},
+    "expression": {"alpha_pattern": {r"transformer_blocks\.\d+\.attn\.to_(q|k)": 2}},
+    "first wins": {"alpha_pattern": {r".*\.0\.attn\.to_[qk]": 2, "to_q": 5, "to_k": 7}},
+    "anchored": {"alpha_pattern": {"^transformer_blocks.0.attn.to_q": 2, "^to_k": 9}},
+    "whole names": {"alpha_pattern": {"o_q": 9, "attn": 11}},
+    "ranks": {"rank_pattern": {"attn.to_q": 2, r"to_.*": 4}, "alpha_pattern": {"to_q": 3}},
+    "ranks, rslora": {"rank_pattern": {"attn.to_q": 2}, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+@pytest.mark.parametrize("beside", [False, True], ids=["metadata", "adapter_config.json"])
+def test_patterns_match_as_in_peft(case: str, beside: bool, tmp_path: Path) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = {"r": 4, "lora_alpha": 6.0, "target_modules": ["to_q", "to_k"]} | PATTERNS[case]
+    modules = torch.nn.ModuleDict
+    blocks = modules(
+        {str(i): modules({"attn": modules({n: torch.nn.Linear(32, 32) for n in ("to_q", "to_k")})}) for i in (0, 1)}
+    )
+    theirs: Any = inject_adapter_in_model(LoraConfig(**settings), modules({"transformer_blocks": blocks}))
+    state: dict[str, Tensor] = {}
+    want: dict[int, list[Tensor]] = {0: [], 1: []}
+    for i in (0, 1):
+        for n in ("to_q", "to_k"):
+            module = theirs["transformer_blocks"][str(i)]["attn"][n]
+            rank = module.r["default"]
+            state |= {
+                f"transformer_blocks.{i}.attn.{n}.lora_A.weight": DOWN[:rank],
+                f"transformer_blocks.{i}.attn.{n}.lora_B.weight": UP[:, :rank],
+            }
+            want[i].append(module.scaling["default"] * UP[:, :rank] @ DOWN[:rank])
+    if beside:
+        file = tmp_path / "adapter_model.safetensors"
+        save_file({f"base_model.model.{k}": v.clone().contiguous() for k, v in state.items()}, file)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    else:
+        file = tmp_path / "x.safetensors"
+        table = {f"transformer.{key}": value for key, value in settings.items()}
+        named = {f"transformer.{k}": v.clone().contiguous() for k, v in state.items()}
+        save_file(named, file, metadata={"lora_adapter_metadata": json.dumps(table)})
+    net = Flux(TINY)
+    found = changes(net, (mf.Lora(str(file)),), "flux")
+    for i in (0, 1):
+        q, k, _ = found[f"double_blocks.{i}.img_attn.qkv"].matrix().split(32)
+        torch.testing.assert_close([q, k], want[i])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"to_q": 8}}, "gives transformer_blocks.0.attn.to_q rank 8, but its matrices have 4"),
+        ({"r": 8}, "rank 8, but its matrices have 4"),
+        ({"alpha_pattern": {"to_q": "much"}}, "gives lora_alpha 'much', which is no number"),
+        ({"lora_alpha": float("nan")}, "gives lora_alpha nan"),
+        ({"alpha_pattern": {"to_(q": 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(.+)+z": 1}}, "too involved"),
+        ({"rank_pattern": {".*.*.*.*.*z": 1}}, "too involved"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    state = {f"transformer.transformer_blocks.0.attn.to_q.lora_{w}.weight": t for w, t in (("A", DOWN), ("B", UP))}
+    table = {f"transformer.{key}": value for key, value in ({"r": 4, "lora_alpha": 4} | settings).items()}
+    with pytest.raises(WeightsError, match=message):
+        change_of(tmp_path, state, metadata={"lora_adapter_metadata": json.dumps(table)})
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1", True, 101])

@@ -10,8 +10,9 @@ given and adds the low-rank products as it goes: nothing is ever changed, so not
 
 import copy
 import json
+import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -33,14 +34,16 @@ from mrflow.models.weights import flux_diffusers
 from mrflow.models.weights_qwen import Folded, qwen_names
 
 N = TypeVar("N", bound=nn.Module)
-INFIX = r"(?:\.(?!weight$|bias$)[\w-]+)?"  # PEFT names adapters: lora_A.default.weight
+INFIX = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[\w-]+))?"  # PEFT names adapters: lora_A.default.weight
 ROLES = (
     (re.compile(rf"\.lora_A{INFIX}\.weight$|\.(?:lora_down|lora\.down|lora_linear_layer\.down|down)\.weight$"), "down"),
     (re.compile(rf"\.lora_B{INFIX}\.weight$|\.(?:lora_up|lora\.up|lora_linear_layer\.up|up)\.weight$"), "up"),
-    (re.compile(rf"\.lora_B{INFIX}\.bias$|\.(?:lora_up|lora\.up)\.bias$|\.diff_b$"), "bias"),
+    (re.compile(rf"\.lora_B{INFIX}\.bias$|\.(?:lora_up|lora\.up)\.bias$"), "bias"),
     (re.compile(r"\.alpha$"), "alpha"),
     (re.compile(r"\.diff$"), "diff"),
+    (re.compile(r"\.diff_b$"), "diff_b"),
 )
+AXES = {"down": 2, "up": 2, "diff": 2, "bias": 1, "diff_b": 1}
 PREFIXES = (
     "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_",
     "lora_transformer_", "lycoris_", "lora_", "unet.",
@@ -76,14 +79,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one file holds for one target; its tensors are read when they are needed."""
+    """What one file holds for one target, by role; its tensors are read when they are needed.
 
+    `scale` (strength alpha / rank) multiplies the low-rank pair and the pair's own bias, `strength` whole changes.
+    """
+
+    stem: str
     target: Target
+    strength: float
     scale: float
-    down: Entry | None = None
-    up: Entry | None = None
-    bias: Entry | None = None
-    diff: Entry | None = None
+    entries: Mapping[str, Entry]
 
 
 @dataclass
@@ -138,29 +143,76 @@ class Opened:
     @property
     def parameters(self) -> int:
         """Numbers in the low-rank matrices."""
-        sizes = (e.shape for group in self.groups.values() for role, e in group.items() if role in ("down", "up"))
-        return sum(shape[0] * shape[1] for shape in sizes if len(shape) > 1)
+        return sum(
+            math.prod(e.shape) for group in self.groups.values() for role, e in group.items() if role in ("down", "up")
+        )
 
 
 def read_groups(header: Header) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:
     """What a file holds by the stem of its names, and what is no part of a LoRA.
 
     Raises:
-        WeightsError: it is an adapter of another kind.
+        WeightsError: it is an adapter of another kind, holds several adapters, or matrices that make no change.
     """
     groups: dict[str, dict[str, Entry]] = {}
     extra: dict[str, Entry] = {}
+    adapters: dict[str, str] = {}
+    twice: list[str] = []
     for name, entry in header.tensors.items():
         for other, what in OTHER.items():
             if f".{other}" in name:
                 raise WeightsError(f"{header.path} is {what} ({name}); mrflow reads LoRA, see docs/how-to/lora.md")
         for pattern, role in ROLES:
             if found := pattern.search(name):
-                groups.setdefault(name[: found.start()], {})[role] = entry
+                group = groups.setdefault(stem := name[: found.start()], {})
+                if role in group:
+                    twice.append(f"{role} of {stem}")
+                group[role] = entry
+                if role in ("down", "up") and not stem.startswith(TEXT):
+                    adapters.setdefault(found.groupdict().get("adapter") or "", name)
                 break
         else:
             extra[name] = entry
+    if len(adapters) > 1:
+        names = ", ".join(name or "(no name)" for name in sorted(adapters))
+        raise WeightsError(
+            f"{header.path} holds {len(adapters)} adapters: {names}; "
+            f"save each in a file of its own (names such as {some(list(adapters.values()))})"
+        )
+    problems = [f"{each} is there twice" for each in twice]
+    for stem, group in groups.items():
+        if not stem.startswith(TEXT) and (problem := _malformed(group)):
+            problems.append(f"{stem} {problem}")
+    if problems:
+        raise WeightsError(f"{header.path} is no sound LoRA: {some(problems)}")
     return groups, extra
+
+
+def _malformed(group: Mapping[str, Entry]) -> str:
+    """What is wrong with the tensors of one linear, whatever the linear's size; empty where nothing is."""
+    for role, entry in group.items():
+        if not entry.dtype.is_floating_point and role != "alpha":
+            return f"has {role} of {entry.dtype}"
+        if role != "alpha" and len(_squeezed(entry.shape, AXES[role])) != AXES[role]:
+            return f"has {role} of shape {entry.shape}, expected {AXES[role]} axes"
+    down, up, alpha = (group.get(role) for role in ("down", "up", "alpha"))
+    if (down is None) != (up is None):
+        return f"has only the {'up' if down is None else 'down'} matrix"
+    if set(group) <= {"alpha"}:
+        return "has an alpha and nothing else"
+    if down is None and "bias" in group:
+        return "has a bias of low-rank matrices that are not there"
+    if down is not None and up is not None:
+        if down.shape[0] != up.shape[1]:
+            return f"has matrices of ranks {down.shape[0]} and {up.shape[1]}"
+        if not down.shape[0]:
+            return "has matrices of rank 0"
+    if alpha is not None:
+        if math.prod(alpha.shape) != 1:
+            return f"has an alpha of shape {alpha.shape}, expected one number"
+        if not math.isfinite(value := _number(alpha)):
+            return f"has the alpha {value}"
+    return ""
 
 
 @lru_cache(maxsize=16)
@@ -253,19 +305,19 @@ def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) 
     problems: list[str] = []
     unknown, text = [each for each in content.extra if each not in beside], list[str]()
     for stem, group in content.groups.items():
-        target = _find(stem, table)
+        bare, target = _find(stem, table)
         if target is None:
             (text if stem.startswith(TEXT) else unknown).append(stem)
             continue
-        down, up, diff, bias = (group.get(role) for role in ("down", "up", "diff", "bias"))
-        problem = _misfit(stem, target, down, up, diff, bias)
-        if problem:
+        if problem := _misfit(stem, target, group):
             problems.append(problem)
             continue
-        rank = down.shape[0] if down is not None else 1
-        alpha = _number(group["alpha"]) if "alpha" in group else None
-        factor = factors(stem, rank) if alpha is None else alpha / rank
-        pieces.append(Piece(target, lora.strength * factor, down, up, bias, diff))
+        factor = 1.0
+        if "down" in group:
+            rank = group["down"].shape[0]
+            factor = _number(group["alpha"]) / rank if "alpha" in group else factors(bare, rank)
+        pieces.append(Piece(stem, target, lora.strength, lora.strength * factor, group))
+    problems += _overlaps(pieces)
     path = header.path
     if unknown:
         problems.append(f"{len(unknown)} names that belong nowhere in {name}: {some(unknown)}")
@@ -279,35 +331,45 @@ def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) 
     return pieces
 
 
-def _find(stem: str, table: Mapping[str, Target]) -> Target | None:
+def _find(stem: str, table: Mapping[str, Target]) -> tuple[str, Target | None]:
+    """The stem without prefixes, and the linear that it names."""
     if (found := table.get(flat(stem))) is not None:
-        return found
+        return stem, found
     for prefix in PREFIXES:
         if stem.startswith(prefix):
-            found = _find(stem.removeprefix(prefix), table)
+            bare, found = _find(stem.removeprefix(prefix), table)
             if found is not None:
-                return found
-    return None
+                return bare, found
+    return stem, None
 
 
-def _misfit(
-    stem: str, target: Target, down: Entry | None, up: Entry | None, diff: Entry | None, bias: Entry | None
-) -> str:
-    if (down is None) != (up is None):
-        return f"{stem} has only the {'up' if down is None else 'down'} matrix"
-    if down is None and diff is None and bias is None:
-        return f"{stem} has an alpha and nothing else"
-    want = {"bias": (target.rows,), "diff": (target.rows, target.width)}
-    if down is not None and up is not None:
-        want |= {"down": (down.shape[0], target.width), "up": (target.rows, down.shape[0])}
-    for role, entry in (("down", down), ("up", up), ("diff", diff), ("bias", bias)):
-        if entry is None:
-            continue
-        if _squeezed(entry.shape, len(want[role])) != want[role]:
+def _misfit(stem: str, target: Target, group: Mapping[str, Entry]) -> str:
+    rank = group["down"].shape[0] if "down" in group else 0
+    want: dict[str, tuple[int, ...]] = {
+        "down": (rank, target.width),
+        "up": (target.rows, rank),
+        "diff": (target.rows, target.width),
+        "bias": (target.rows,),
+        "diff_b": (target.rows,),
+    }
+    for role, entry in group.items():
+        if role != "alpha" and _squeezed(entry.shape, len(want[role])) != want[role]:
             return f"{stem}: {role} has shape {entry.shape}, expected {want[role]}"
-        if not entry.dtype.is_floating_point:
-            return f"{stem}: {role} is {entry.dtype}"
     return ""
+
+
+def _overlaps(pieces: Sequence[Piece]) -> list[str]:
+    """Names of one file that change the same rows of the same linear in the same way."""
+    out: list[str] = []
+    seen: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        t = piece.target
+        for other in seen.setdefault(t.path, []):
+            o = other.target
+            if t.start < o.start + o.rows and o.start < t.start + t.rows and set(piece.entries) & set(other.entries):
+                out.append(f"{other.stem} and {piece.stem} are the same weights")
+        seen[t.path].append(piece)
+    return out
 
 
 def _squeezed(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -315,31 +377,60 @@ def _squeezed(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return shape[:rank] if all(n == 1 for n in shape[rank:]) else shape
 
 
-def _factors(header: Header) -> Any:  # noqa: ANN401
-    """alpha / rank by stem, from the file's metadata or an adapter_config.json beside it; 1 where nothing says."""
+def _factors(header: Header) -> Callable[[str, int], float]:
+    """alpha / rank by module and rank, from the file's metadata or an adapter_config.json beside it; else 1.
+
+    As in PEFT: the first pattern that matches the end of a module's name gives its alpha or rank.
+    """
+    path = header.path
     try:
         raw: Any = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):
-        raise WeightsError(f"{header.path}: its lora_adapter_metadata cannot be read") from None
+        raise WeightsError(f"{path}: its lora_adapter_metadata cannot be read") from None
     settings: dict[str, Any] = {}
     for key, value in cast("dict[str, Any]", raw if isinstance(raw, dict) else {}).items():
         settings[key.removeprefix("transformer.")] = value
-    beside = header.path.parent / "adapter_config.json"
-    if not settings and header.path.name == "adapter_model.safetensors" and beside.is_file():
-        settings = read_json(beside)
+    beside = path.parent / "adapter_config.json"
+    if not settings and path.name == "adapter_model.safetensors" and beside.is_file():
+        path, settings = beside, read_json(beside)
     if settings.get("use_dora"):
-        raise WeightsError(f"{header.path} is DoRA; mrflow reads LoRA, see docs/how-to/lora.md")
+        raise WeightsError(f"{path} is DoRA; mrflow reads LoRA, see docs/how-to/lora.md")
+    alphas, ranks = (_patterns(settings.get(f"{kind}_pattern"), kind, path) for kind in ("alpha", "rank"))
 
-    def factor(stem: str, rank: int) -> float:
-        alpha = settings.get("lora_alpha")
-        for pattern, value in cast("dict[str, Any]", settings.get("alpha_pattern") or {}).items():
-            if stem == pattern or stem.endswith("." + pattern):
-                alpha = value
+    def number(kind: str, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise WeightsError(f"{path} gives {kind} {value!r}, which is no number")
+        return float(value)
+
+    def factor(module: str, rank: int) -> float:
+        alpha, own = (
+            next((value for pattern, value in table if pattern.match(module)), settings.get(key))
+            for table, key in ((alphas, "lora_alpha"), (ranks, "r"))
+        )
         if alpha is None:
             return 1.0
-        return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+        if own is not None and number("r", own) != rank:
+            raise WeightsError(f"{path} gives {module} rank {own}, but its matrices have {rank}")
+        return number("lora_alpha", alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
     return factor
+
+
+def _patterns(table: object, kind: str, path: Path) -> list[tuple[re.Pattern[str], object]]:
+    """Regular expressions of modules' names, compiled as PEFT's `get_pattern_key` does, with what each gives.
+
+    Expressions whose search can take forever (a repeated group, or many repeats) are refused.
+    """
+    out: list[tuple[re.Pattern[str], object]] = []
+    for pattern, value in cast("dict[str, object]", table if isinstance(table, dict) else {}).items():
+        plain = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", "x", pattern)
+        if len(pattern) > 500 or re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > 3:
+            raise WeightsError(f"{path}: its {kind}_pattern holds {pattern[:60]!r}, which is too involved")
+        try:
+            out.append((re.compile(rf"(.*\.)?({pattern})$"), value))
+        except (re.error, OverflowError, RecursionError):
+            raise WeightsError(f"{path}: its {kind}_pattern holds {pattern[:60]!r}, no regular expression") from None
+    return out
 
 
 def _number(entry: Entry) -> float:
@@ -395,10 +486,12 @@ def _joined(
     bias: Tensor | None = None
     diff: Tensor | None = None
 
-    def read(entry: Entry, target: Target, *, output: bool) -> Tensor:
-        x = mapped(entry, files).float()
-        x = x.flatten(1) if x.ndim > 2 else x
-        return torch.cat(tuple(reversed(x.chunk(2)))) if output and target.swap != turned else x
+    def read(piece: Piece, role: str) -> Tensor:
+        x = mapped(piece.entries[role], files).float()
+        if not bool(x.isfinite().all()):
+            raise WeightsError(f"{piece.entries[role].file}: {role} of {piece.stem} holds NaN or infinity")
+        x = x.flatten(1) if x.ndim > 2 else x.reshape(-1) if AXES[role] == 1 else x
+        return torch.cat(tuple(reversed(x.chunk(2)))) if role != "down" and piece.target.swap != turned else x
 
     for piece in pieces:
         t = piece.target
@@ -407,16 +500,17 @@ def _joined(
         if low >= high:
             continue
         theirs, ours = slice(low - t.start, high - t.start), slice(low - start, high - start)
-        if piece.down is not None and piece.up is not None:
-            downs.append(read(piece.down, t, output=False))
+        if "down" in piece.entries:
+            downs.append(read(piece, "down"))
             ups.append(torch.zeros(rows, len(downs[-1])))
-            ups[-1][ours] = piece.scale * read(piece.up, t, output=True)[theirs]
-        if piece.bias is not None:
-            bias = torch.zeros(rows) if bias is None else bias
-            bias[ours] += piece.scale * read(piece.bias, t, output=True)[theirs]
-        if piece.diff is not None:
+            ups[-1][ours] = piece.scale * read(piece, "up")[theirs]
+        for role, factor in (("bias", piece.scale), ("diff_b", piece.strength)):
+            if role in piece.entries:
+                bias = torch.zeros(rows) if bias is None else bias
+                bias[ours] += factor * read(piece, role)[theirs]
+        if "diff" in piece.entries:
             diff = torch.zeros(rows, t.width) if diff is None else diff
-            diff[ours] += piece.scale * read(piece.diff, t, output=True)[theirs]
+            diff[ours] += piece.strength * read(piece, "diff")[theirs]
     if not downs and bias is None and diff is None:
         return None
     none = (torch.zeros(0, width), torch.zeros(rows, 0))
