@@ -1,6 +1,7 @@
 """mrflow: rectified-flow sampling in stages. Sample low, upscale, reinject noise, refine; swap any of them.
 
-Public names are listed in `mrflow/_api.py` and come with their first use, so that `mrflow --help` does not load torch.
+Public names are listed in `mrflow/_api.py`. Each is loaded by itself when it is first asked for: `import mrflow` loads
+nothing, and `mrflow.Shifted` no network.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,16 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 
+def _public() -> dict[str, str]:
+    """The module that each public name comes from, read from the text of `_api.py` so that none is loaded."""
+    import ast
+    from pkgutil import get_data
+
+    text = get_data("mrflow", "_api.py") or b""
+    lines = [line for line in ast.parse(text).body if isinstance(line, ast.ImportFrom)]
+    return {alias.name: line.module or "" for line in lines for alias in line.names}
+
+
 def __getattr__(name: str) -> object:
     from importlib import import_module
     from importlib.util import find_spec
@@ -22,14 +33,11 @@ def __getattr__(name: str) -> object:
     if not name.startswith("_"):
         if find_spec(f"mrflow.{name}") is not None:
             return import_module(f"mrflow.{name}")
-        api = import_module("mrflow._api")
-        if hasattr(api, name):
-            globals()[name] = getattr(api, name)  # the next use does not come here
+        if module := _public().get(name):
+            globals()[name] = getattr(import_module(module), name)  # the next use does not come here
             return globals()[name]
     raise AttributeError(f"module 'mrflow' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    from importlib import import_module
-
-    return sorted(name for name in vars(import_module("mrflow._api")) if not name.startswith("_"))
+    return sorted(_public())

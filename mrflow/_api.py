@@ -110,6 +110,7 @@ from mrflow.sweep import Sweep as Sweep
 from mrflow.sweep import Tune as Tune
 from mrflow.sweep import run_sweep as run_sweep
 from mrflow.testing import toy as toy
+from mrflow.upscaler import Upscaler as Upscaler
 from mrflow.upscalers import BasicSR as BasicSR
 from mrflow.upscalers import Blend as Blend
 from mrflow.upscalers import Checkpoint as Checkpoint
@@ -119,5 +120,4 @@ from mrflow.upscalers import Interpolate as Interpolate
 from mrflow.upscalers import Lanczos as Lanczos
 from mrflow.upscalers import Sharpen as Sharpen
 from mrflow.upscalers import Spandrel as Spandrel
-from mrflow.upscalers import Upscaler as Upscaler
 from mrflow.upscalers import load_upscaler as load_upscaler

@@ -15,7 +15,7 @@ from torch import Tensor
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.spec import ModelInfo
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

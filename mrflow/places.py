@@ -1,29 +1,16 @@
-"""Latents as tokens, and where tokens lie when they are no grid: some regions finer than others."""
+"""Where tokens lie when they are no grid: some regions finer than others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-
-
-def pack(latents: Float[Tensor, "b c y x"], *, patch: int = 2) -> Float[Tensor, "b l d"]:
-    """Latents to tokens, row by row; inside a token the channel is the slowest index, then row, then column."""
-    # rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)"), 2.5 times as fast on a CPU.
-    return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2).contiguous()
-
-
-def unpack(tokens: Float[Tensor, "b l d"], h: int, w: int, *, patch: int = 2) -> Float[Tensor, "b c y x"]:
-    """Tokens of an h x w grid back to latents: the inverse of `pack`."""
-    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=patch, q=patch)
 
 
 @dataclass(frozen=True, eq=False)

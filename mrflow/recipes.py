@@ -29,7 +29,7 @@ from mrflow.stages import (
 from mrflow.stages.grow import Spectrum
 from mrflow.stages.regions import RALU_4X, RALU_7X, fitted
 from mrflow.students import Student
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 from mrflow.upscalers.interpolate import Filter
 
 if TYPE_CHECKING:

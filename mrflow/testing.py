@@ -22,7 +22,8 @@ from mrflow.schedules import Linear, Schedule
 from mrflow.solvers import Solver, integrate
 from mrflow.spec import FLUX, QWEN, Latents, LatentSpace, ModelInfo, Pixels, Shift, Spec, Start, State
 from mrflow.stage import AnyChain, AnyStage
-from mrflow.upscalers import Interpolate, Upscaler
+from mrflow.upscaler import Upscaler
+from mrflow.upscalers import Interpolate
 
 TOY = ModelInfo(
     "toy",

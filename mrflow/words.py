@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.spec import ModelInfo, Pixels, Start
     from mrflow.stage import AnyChain, Chain
-    from mrflow.upscalers import Upscaler
+    from mrflow.upscaler import Upscaler
     from mrflow.upscalers.interpolate import Filter
 
 
@@ -165,7 +165,8 @@ SR_WORDS = (
 
 def upscaler(name: str | None) -> "Upscaler | str | None":
     """An upscaler by its word; None for the model's own, the word itself for enlarging latents."""
-    from mrflow.upscalers import BasicSR, Interpolate, Lanczos, Upscaler, load_upscaler
+    from mrflow.upscaler import Upscaler
+    from mrflow.upscalers import BasicSR, Interpolate, Lanczos, load_upscaler
 
     if name in (None, "own"):
         return None

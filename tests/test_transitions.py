@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.errors import PlanError
-from mrflow.places import Places, pack, unpack
+from mrflow.places import Places
 from mrflow.recipes import speed_steps
 from mrflow.schedules import shift_static
 from mrflow.stages.grow import Spectrum, dct_matrix, grown
@@ -32,6 +32,7 @@ from mrflow.stages.regions import (
     restart,
 )
 from mrflow.stages.selflift import mixed
+from mrflow.tokens import pack, unpack
 from tests.parity.test_flux import relative
 from tests.parity.test_official import pipeline, words
 from tests.test_qwen import repo as qwen_repo  # noqa: F401  (fixture)

@@ -30,10 +30,11 @@ from mrflow.errors import MrflowError
 from mrflow.io import check_writable
 from mrflow.models import choose_device
 from mrflow.models.checkpoint import read_header
-from mrflow.models.flux import Flux, image_ids, pack
+from mrflow.models.flux import Flux, image_ids
 from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, facts, load_pocket
 from mrflow.scenes.grammar import World, held_out, sample_scene
+from mrflow.tokens import pack
 
 WINDOWS, RANK, RATE = 2, 32, 2e-3
 NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))

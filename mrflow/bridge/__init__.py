@@ -15,7 +15,7 @@ from mrflow.bridge.qwen import BridgedQwen as BridgedQwen
 from mrflow.bridge.sd3 import BridgedSD3 as BridgedSD3
 from mrflow.bridge.zimage import BridgedZImage as BridgedZImage
 from mrflow.errors import PlanError
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 FAMILIES: tuple[type[Bridged], ...] = (BridgedFlux, BridgedQwen, BridgedSD3, BridgedFlux2, BridgedZImage)
 

@@ -21,7 +21,7 @@ from mrflow.flow import Velocity
 from mrflow.models.base import encoded_once
 from mrflow.notes import note
 from mrflow.spec import ModelInfo
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 Pipeline: TypeAlias = Any
 Network: TypeAlias = Any

@@ -15,11 +15,12 @@ from mrflow.bridge.blocks import Opening
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity, finite
-from mrflow.models.flux import image_ids, pack, unpack
+from mrflow.models.flux import image_ids
 from mrflow.places import Places
 from mrflow.spec import FLUX, SCHNELL, Architecture, LatentSpace, ModelInfo
 from mrflow.stages.upscale import resize
-from mrflow.upscalers import Upscaler
+from mrflow.tokens import pack, unpack
+from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True, eq=False)

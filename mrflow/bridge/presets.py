@@ -13,7 +13,7 @@ from mrflow.schedules import DirectSigma, Shifted, shift, shift_linear
 from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import Chain
 from mrflow.stages import Decode, Encode, Refine, Reinject, Sample, Upscale
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

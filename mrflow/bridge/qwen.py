@@ -13,8 +13,8 @@ from mrflow.bridge.blocks import Opening
 from mrflow.bridge.facts import parameters, shift_of
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.flux import pack, unpack
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
+from mrflow.tokens import pack, unpack
 
 PUBLISHED_BASE = 96
 FLAGS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")

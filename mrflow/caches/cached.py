@@ -16,7 +16,7 @@ from mrflow.errors import PlanError, RecordError
 from mrflow.flow import Velocity
 from mrflow.records import fingerprint
 from mrflow.spec import ModelInfo
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 
 def takes_step(model: object) -> bool:

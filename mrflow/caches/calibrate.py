@@ -19,7 +19,7 @@ from mrflow.runner import run
 from mrflow.schedules import Schedule
 from mrflow.spec import ModelInfo
 from mrflow.stages.sample import Sample
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.models.memory import Offload, Ways, check_offload
 from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo
 from mrflow.stage import Chain
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
     from mrflow.models.sources import Files

@@ -21,7 +21,7 @@ from mrflow.models.qwen_image import QwenImage
 from mrflow.notes import note
 from mrflow.spec import Footprint, ModelInfo, Shift
 from mrflow.tiling import tiled
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
     from mrflow.models.piflow import Policies

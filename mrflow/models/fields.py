@@ -11,10 +11,11 @@ from torch import Tensor
 from mrflow.backbone import Condition
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.flux import Flux, image_ids, pack, unpack
+from mrflow.models.flux import Flux, image_ids
 from mrflow.models.layers import Rope
 from mrflow.models.qwen_image import QwenImage, packed_attention, positions
 from mrflow.places import Places
+from mrflow.tokens import pack, unpack
 
 
 @runtime_checkable

@@ -25,8 +25,6 @@ from mrflow.models.layers import (
     rope_tables,
     sinusoid,
 )
-from mrflow.places import pack as pack
-from mrflow.places import unpack as unpack
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mrflow.models.pieces import Opening
 from mrflow.models.vae_flux import VaeFlux
 from mrflow.places import Places
 from mrflow.spec import FLUX, SCHNELL, Architecture, LatentSpace, ModelInfo
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
     from mrflow.models.text import ClipT5

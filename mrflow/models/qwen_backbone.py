@@ -20,7 +20,7 @@ from mrflow.models.vae_qwen import VaeQwen
 from mrflow.models.weights_qwen import Folded
 from mrflow.places import Places
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
     from mrflow.models.text_qwen import QwenText

@@ -17,11 +17,12 @@ from mrflow.cost import decode_flops, forward_flops
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
 from mrflow.noise import Noise, PerItem
-from mrflow.places import Places, check_places, pack, unpack
+from mrflow.places import Places, check_places
 from mrflow.schedules import Sigmas, shift_static
 from mrflow.solvers import Euler, Step
 from mrflow.spec import Latents, ModelInfo, Start, State, check_size
 from mrflow.stage import Stage, Work
+from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone

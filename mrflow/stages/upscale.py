@@ -9,7 +9,7 @@ from mrflow.errors import PlanError
 from mrflow.spec import MAX_SIDE, ModelInfo, Pixels, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.lift import check_rise
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone

@@ -26,7 +26,8 @@ from mrflow.sweep.maker import Maker
 from mrflow.sweep.metrics import Metric
 from mrflow.sweep.statistics import Interval, interval, pareto, values
 from mrflow.sweep.store import Row, Store
-from mrflow.upscalers import Interpolate, Lanczos, Upscaler
+from mrflow.upscaler import Upscaler
+from mrflow.upscalers import Interpolate, Lanczos
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone

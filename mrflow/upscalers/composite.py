@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.upscalers.base import Upscaler
+from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from mrflow.files import located
 from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
 
 if TYPE_CHECKING:
-    from mrflow.upscalers.base import Upscaler
+    from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.upscalers.base import Upscaler, check_factor
+from mrflow.upscaler import Upscaler
+from mrflow.upscalers.base import check_factor
 
 Filter = Literal["nearest", "bilinear", "bicubic"]
 

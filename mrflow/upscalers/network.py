@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mrflow.errors import NonFiniteError, PlanError, ResourceError, WeightsError, is_out_of_memory
 from mrflow.notes import note
 from mrflow.tiling import tiled
-from mrflow.upscalers.base import Upscaler
+from mrflow.upscaler import Upscaler
 
 FADE = 16  # pixels over which one tile fades into the next
 MARGIN = 64  # the most of a tile's border that is thrown away, in pixels, where a network reaches farther

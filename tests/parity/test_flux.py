@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.flux import Flux, FluxParams, image_ids, pack, unpack
+from mrflow.models.flux import Flux, FluxParams, image_ids
 from mrflow.models.weights import load_flux, save_flux
+from mrflow.tokens import pack, unpack
 
 # One row a checkpoint; no two share a size. The last two numbers are the picture's grid of tokens.
 CASES: dict[str, dict[str, Any]] = {

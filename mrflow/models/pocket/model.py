@@ -30,7 +30,7 @@ from mrflow.models.text import check_prompt
 from mrflow.places import Places
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
 from mrflow.spec import Architecture, Footprint, LatentSpace, ModelInfo, Shift
-from mrflow.upscalers import Upscaler
+from mrflow.upscaler import Upscaler
 
 log = logging.getLogger(__name__)
 
