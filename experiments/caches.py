@@ -13,6 +13,7 @@ import argparse
 import torch
 
 import mrflow as mf
+from experiments.pocket_scores import seeds_of
 from mrflow.caches import Cache, DBCache, DBTaylor, MagCache, TaylorSeer, TeaCache
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score_many
@@ -59,13 +60,13 @@ def main() -> None:
     chains |= {repr(cache): cached(cache) for cache in CACHES}
     chains |= {f"{steps} steps": mf.recipes.paper(low=low, size=size, steps=steps) for steps in (8, 6, 4)}
     bare: torch.Tensor | None = None
-    whole = 0.0
+    whole, seeds = 0.0, seeds_of(captions)
     print("| first stage | forwards a picture | operations | PSNR | score |\n|---|---|---|---|---|")
     for name, chain in chains.items():
         forwards, flops, parts = 0, 0.0, list[torch.Tensor]()
         for at in range(0, len(captions), args.batch):
             some = captions[at : at + args.batch]
-            result = mf.run(chain, model, some, seed=list(range(at, at + len(some))))
+            result = mf.run(chain, model, some, seed=seeds[at : at + args.batch])
             forwards, flops = forwards + result.stages[0].nfe * len(some), flops + result.stages[0].flops
             parts.append(result.pixels)
         pixels = torch.cat(parts)

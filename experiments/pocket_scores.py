@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,17 +28,29 @@ from mrflow.io import check_writable, write_bytes
 from mrflow.scenes.grammar import held_out_captions
 from mrflow.scenes.score import other_captions, score
 from mrflow.sheet import warm_up
+from mrflow.sweep import seed_of
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
 Row = dict[str, float]  # a picture's scores by category
 STAGED, NATIVE = "staged 12 + 1", "native 50"
 
 
-def pictures(chain: Chain, model: mf.Backbone, captions: list[str], batch: int, first: int = 0) -> NDArray[np.float32]:
-    """One picture a caption; the n-th has seed `first` + n, so that a caption that occurs twice is drawn twice."""
-    seeds = list(range(first, first + len(captions)))
+def pictures(
+    chain: Chain, model: mf.Backbone, captions: list[str], seeds: list[int], batch: int
+) -> NDArray[np.float32]:
+    """One picture a caption, (n, 3, h, w)."""
     parts = [slice(i, i + batch) for i in range(0, len(captions), batch)]
     return torch.cat([mf.run(chain, model, captions[p], seed=seeds[p]).pixels.cpu() for p in parts]).numpy()
+
+
+def seeds_of(captions: list[str]) -> list[int]:
+    """As in sweeps: a seed of its own for each caption, and for each time that it occurs."""
+    seen = Counter[str]()
+    out: list[int] = []
+    for caption in captions:
+        out.append(seed_of(caption, seen[caption]))
+        seen[caption] += 1
+    return out
 
 
 def read_back(
@@ -47,16 +60,17 @@ def read_back(
 
     With a folder, those of each batch are kept there, and not drawn again where chain, model and captions are the same.
     """
-    swapped = other_captions(captions)
+    swapped, seeds = other_captions(captions), seeds_of(captions)
     own, other = list[Row](), list[Row]()
     for i in range(0, len(captions), batch):
-        mine = captions[i : i + batch]
-        key = repr((chain, model.info.version, str(model.device), torch.__version__, i, mine, swapped[i : i + batch]))
+        mine, noise = captions[i : i + batch], seeds[i : i + batch]
+        facts = (model.info.version, str(model.device), torch.__version__, noise, mine, swapped[i : i + batch])
+        key = repr((chain, *facts))
         path = None if keep is None else keep / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if path is not None and path.exists():
             both = json.loads(path.read_text())
         else:
-            images = pictures(chain, model, mine, batch, first=i)
+            images = pictures(chain, model, mine, noise, batch)
             both = [table(images, list(mine)), table(images, swapped[i : i + batch])]
             if path is not None:
                 write_bytes(path, json.dumps(both).encode())

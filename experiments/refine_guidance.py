@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 
 import mrflow as mf
-from experiments.pocket_scores import interval, pictures, table, timed
+from experiments.pocket_scores import interval, pictures, seeds_of, table, timed
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import CATEGORIES
 
@@ -33,7 +33,10 @@ def main() -> None:
     }
     times = timed(chains, model, args.repeats)
     captions = held_out_captions(FULL, args.captions)
-    guided, plain = (table(pictures(chain, model, captions, args.batch), list(captions)) for chain in chains.values())
+    seeds = seeds_of(captions)
+    guided, plain = (
+        table(pictures(chain, model, captions, seeds, args.batch), list(captions)) for chain in chains.values()
+    )
     print("| category | guided | refinement unguided | difference [95 %] |\n|---|---|---|---|")
     for name in (*CATEGORIES, "overall"):
         rows = [(c, g[name], p[name]) for c, g, p in zip(captions, guided, plain, strict=True) if name in g]

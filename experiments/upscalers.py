@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import mrflow as mf
-from experiments.pocket_scores import Row, interval, table
+from experiments.pocket_scores import Row, interval, seeds_of, table
 from experiments.train_pocket.data import pictures, unit
 from mrflow.errors import MrflowError
 from mrflow.io import check_writable, to_images, write_png
@@ -99,7 +99,7 @@ def main() -> None:
     methods, cache = chains(model.info), mf.StageCache(max_bytes=4 << 30)
     captions = held_out_captions(FULL, args.captions)
     parts = [slice(i, i + args.batch) for i in range(0, len(captions), args.batch)]
-    seeds = list(range(len(captions)))
+    seeds = seeds_of(captions)
     native = mf.recipes.native(size=model.info.size, steps=50)
     with torch.inference_mode():
         energy: list[Tensor] = []

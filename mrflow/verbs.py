@@ -28,7 +28,7 @@ def sweep(
     out: Annotated[Path | None, typer.Option("--out", help="The folder; named after the file unless said.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Instead of the model that the file names.")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Pictures of one chain made together.")] = 4,
-    shard: Annotated[str, typer.Option("--shard", help="i/n: this process makes every n-th prompt and seed.")] = "0/1",
+    shard: Annotated[str, typer.Option("--shard", help="i/n: this process makes every n-th prompt and draw.")] = "0/1",
     retry: Annotated[bool, typer.Option("--retry", help="Make failed rows again.")] = False,
     dry: Annotated[bool, typer.Option("--plan", help="Plan every chain, count rows and work, make nothing.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -47,7 +47,7 @@ def sweep(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
 ) -> None:
-    """Draw chains x prompts x seeds into a folder of rows and pictures; run it again after any interruption."""
+    """Draw chains x prompts x draws into a folder of rows and pictures; run it again after any interruption."""
     from mrflow.cli import console
 
     with console() as err:
@@ -130,7 +130,7 @@ def plan_sweep(asked: "Sweep", name: str) -> list[str]:
 
     plans = asked.plans(info(name))
     pictures = len(asked.prompts) * len(asked.seeds)
-    lines = [f"{len(asked.chains)} chains x {len(asked.prompts)} prompts x {len(asked.seeds)} seeds: {asked.rows} rows"]
+    lines = [f"{len(asked.chains)} chains x {len(asked.prompts)} prompts x {len(asked.seeds)} draws: {asked.rows} rows"]
     width = max(map(len, plans))
     lines += [f"  {label:<{width}}  {p.nfe:>4} forwards  {human(p.work.flops)}FLOP" for label, p in plans.items()]
     lines.append(f"in all {human(pictures * sum(p.work.flops for p in plans.values()))}FLOP, less what stages share")

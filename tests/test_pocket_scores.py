@@ -8,35 +8,41 @@ import pytest
 
 import mrflow as mf
 from experiments import pocket_scores
-from experiments.pocket_scores import NATIVE, STAGED, interval, read_back, scored
+from experiments.pocket_scores import NATIVE, STAGED, interval, read_back, scored, seeds_of
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import other_captions
+from mrflow.sweep import seed_of
 
 CAPTIONS = held_out_captions(FULL, 5)
 CHAIN = mf.recipes.native(size=(64, 64), steps=1)
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real, asked = mf.load("pocket-1", device="cpu"), pocket_scores.pictures, list[int]()
+    model, real, asked = mf.load("pocket-1", device="cpu"), pocket_scores.pictures, list[list[int]]()
+    seeds = [[seed_of(caption, 0) for caption in CAPTIONS[i : i + 2]] for i in (0, 2, 4)]
 
-    def pictures(*args: Any, first: int = 0) -> Any:
-        if first in asked or len(asked) == 2:
+    def pictures(*args: Any) -> Any:
+        if args[3] in asked or len(asked) == 2:
             raise KeyboardInterrupt
-        asked.append(first)
-        return real(*args, first=first)
+        asked.append(args[3])
+        return real(*args)
 
     own, other = read_back(CHAIN, model, CAPTIONS, 2)
     monkeypatch.setattr(pocket_scores, "pictures", pictures)
     with pytest.raises(KeyboardInterrupt):
         read_back(CHAIN, model, CAPTIONS, 2, tmp_path)
-    assert asked == [0, 2] and len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr(pocket_scores, "pictures", lambda *args, first: asked.append(first) or real(*args, first=first))
+    assert asked == seeds[:2] and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(pocket_scores, "pictures", lambda *args: asked.append(args[3]) or real(*args))
     assert read_back(CHAIN, model, CAPTIONS, 2, tmp_path) == (own, other)
     assert read_back(CHAIN, model, CAPTIONS, 2, tmp_path) == (own, other)
-    assert asked == [0, 2, 4]
+    assert asked == seeds
     assert [bool(row) for row in other] == [caption is not None for caption in other_captions(CAPTIONS)]
     read_back(mf.recipes.native(size=(64, 64), steps=2), model, CAPTIONS, 2, tmp_path)  # another chain
-    assert asked == [0, 2, 4, 0, 2, 4]
+    assert asked == [*seeds, *seeds]
+
+
+def test_a_caption_that_occurs_twice_is_drawn_twice() -> None:
+    assert seeds_of(["x", "y", "x"]) == [seed_of("x", 0), seed_of("y", 0), seed_of("x", 1)]
 
 
 def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

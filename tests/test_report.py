@@ -13,7 +13,8 @@ import pytest
 
 import mrflow as mf
 from mrflow.errors import PlanError
-from mrflow.sweep import Sharpness, Store, read, run_sweep
+from mrflow.sweep import Sharpness, Store, read, run_sweep, seed_of
+from mrflow.sweep.grid import fingerprints, row_key
 from mrflow.sweep.report import load, page, speedup, summarise, write_csv, write_parquet, write_plots
 from tests.test_cli import call, here  # noqa: F401
 from tests.test_statistics import row
@@ -26,7 +27,8 @@ EVIL = "</script><script>window.broken = 1</script><img src=x onerror='window.br
 def folder(tmp_path_factory: Any) -> Path:
     """A sweep with three methods, two kinds of prompts, one of them hostile, and two failed rows."""
     where: Path = tmp_path_factory.mktemp("sweep") / "my sweep's"
-    chains = {"native": mf.recipes.native(size=SIZE, steps=4), "staged": paper(), "poisoned": paper() >> Bad()}
+    poison = tuple(seed_of(prompt, 1) for prompt in ("first", EVIL, "=third"))
+    chains = {"native": mf.recipes.native(size=SIZE, steps=4), "staged": paper(), "poisoned": paper() >> Bad(poison)}
     prompts = [mf.Prompt("first", {"kind": "x"}), mf.Prompt(EVIL, {"kind": "y"}), mf.Prompt("=third", {"kind": "y"})]
     sweep = mf.Sweep(chains, prompts, seeds=(0, 1), metrics=[Sharpness()], pictures="stages")
     run_sweep(sweep, mf.toy(), where)
@@ -128,6 +130,18 @@ def test_rows_of_older_settings_are_left_out(tmp_path: Path, caplog: pytest.LogC
     (tmp_path / "sweep.json").write_text(json.dumps({**said, "versions": {}}))
     with pytest.raises(PlanError, match="has no rows of the settings that it has now"):
         load(tmp_path)
+
+
+def test_rows_of_shared_noise_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A row whose seed is its number, as when prompts shared their noise, has the key that such a row had."""
+    sweep, folder = mf.Sweep({"one": mf.recipes.native(size=SIZE, steps=1)}, ["a"]), Store(tmp_path)
+    run_sweep(sweep, mf.toy(), tmp_path)
+    one = read(tmp_path)[0]
+    made_by = one.versions
+    key = row_key(fingerprints(sweep.chains["one"])[-1], one.model, one.weights, "a", one.negative, 0, made_by)
+    folder.commit(replace(one, key=key, seed=0))
+    assert [row.seed for row in load(tmp_path)[0]] == [seed_of("a", 0)]
+    assert "1 rows of other settings or versions are left out" in caplog.text
 
 
 def test_tables_and_plots(folder: Path, tmp_path: Path) -> None:
@@ -249,7 +263,7 @@ class TestInABrowser:
         box.send_keys("FIRST")
         assert len(texts(opened, "#item option")) == 2 and texts(opened, "#item option")[0].startswith("first")
         opened.find_element(By.ID, "next").click()
-        assert "seed 1" in texts(opened, "#details p")[0]
+        assert f"draw 1 · seed {seed_of('first', 1)}" in texts(opened, "#details p")[0]
         box.send_keys(" nothing like it")
         assert texts(opened, "#details p") == ["No prompt has these words."]
 

@@ -12,14 +12,15 @@ from scipy.ndimage import gaussian_filter
 
 import mrflow as mf
 from mrflow import metrics
-from mrflow.sweep import ClipScore, Lpips, Measured, ReadText, Row, compare, interval, pareto, values
+from mrflow.sweep import ClipScore, Lpips, Measured, ReadText, Row, compare, interval, pareto, seed_of, values
 
 
-def row(prompt: str, seed: int, value: float | None, *, chain: str = "a", status: str = "done", kind: str = "x") -> Row:
+def row(prompt: str, draw: int, value: float | None, *, chain: str = "a", status: str = "done", kind: str = "x") -> Row:
     """A row with one metric."""
     return Row(
-        key=f"{chain}{prompt}{seed}", status=status, chain=chain, model="toy", weights="", prompt=prompt, negative="",
-        seed=seed, tags={"kind": kind}, metrics={} if value is None else {"m": value}, seconds=2.0,
+        key=f"{chain}{prompt}{draw}", status=status, chain=chain, model="toy", weights="", prompt=prompt, negative="",
+        seed=seed_of(prompt, draw), draw=draw, tags={"kind": kind}, metrics={} if value is None else {"m": value},
+        seconds=2.0,
     )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_failed_and_missing_rows_are_counted_never_averaged_as_zero() -> None:
     found = compare(a, b, "m")
     assert found.difference.mean == pytest.approx(0.1) and found.missing == 1
     assert values(a, "seconds") == {"p": [2.0], "q": [2.0], "s": [2.0]}
-    with pytest.raises(mf.PlanError, match="no prompt and seed has 'n' in both"):
+    with pytest.raises(mf.PlanError, match="no prompt and draw has 'n' in both"):
         compare(a, b, "n")
     with pytest.raises(mf.PlanError, match="no value to average"):
         interval({})

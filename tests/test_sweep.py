@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from mrflow.sweep import (
     maker,
     read,
     run_sweep,
+    seed_of,
     store,
 )
 from tests.test_cli import call, here  # noqa: F401
@@ -49,7 +51,7 @@ def paper(sigma: float = 0.12, steps: int = 2) -> Any:
 
 
 def small(**more: Any) -> mf.Sweep:
-    """Two chains, three prompts, two seeds."""
+    """Two chains, three prompts, two draws of each."""
     chains = {"native": mf.recipes.native(size=SIZE, steps=4), "staged": paper()}
     settings: dict[str, Any] = {"seeds": (0, 1), "metrics": (Psnr(), Ssim(), Spectrum(2), Sharpness(), RoundTrip())}
     return mf.Sweep(chains, [mf.Prompt("a", {"kind": "x"}), mf.Prompt("b", {"kind": "y"}), "c"], **(settings | more))
@@ -58,7 +60,7 @@ def small(**more: Any) -> mf.Sweep:
 def facts(rows: list[Row]) -> dict[str, Any]:
     """What of rows must not depend on when and how they were made."""
     return {
-        r.key: (r.chain, r.prompt, r.seed, r.status, r.nfe, r.flops, dict(r.metrics), r.picture, dict(r.tags))
+        r.key: (r.chain, r.prompt, r.draw, r.status, r.nfe, r.flops, dict(r.metrics), r.picture, dict(r.tags))
         for r in rows
     }
 
@@ -74,14 +76,15 @@ def test_every_row_is_made_once_with_its_picture(tmp_path: Path) -> None:
     assert (done.made, done.before, done.failed, done.left) == (12, 0, 0, 0)
     rows = read(tmp_path)
     assert len(rows) == len({r.key for r in rows}) == sweep.rows == 12
-    assert {(r.chain, r.prompt, r.seed) for r in rows} == {
+    assert {(r.chain, r.prompt, r.draw) for r in rows} == {
         (c, p, s) for c in ("native", "staged") for p in "abc" for s in (0, 1)
     }
     for row in rows:
         assert row.done and row.picture is not None and row.tries == 1 and row.seconds > 0 and row.device == "cpu"
         assert row.tags == {"a": {"kind": "x"}, "b": {"kind": "y"}, "c": {}}[row.prompt]
         record = read_record(tmp_path / row.picture)
-        assert (record["prompt"], record["seed"]) == (row.prompt, row.seed)
+        assert (record["prompt"], record["seed"]) == (row.prompt, seed_of(row.prompt, row.draw))
+        assert row.seed == record["seed"]
         want = {"sharpness", "round_trip"} | (
             {"psnr", "ssim", "spectrum.1", "spectrum.2"} if row.chain == "staged" else set()
         )
@@ -93,6 +96,48 @@ def test_every_row_is_made_once_with_its_picture(tmp_path: Path) -> None:
     replayed = mf.replay(tmp_path / str(picture.picture), model=mf.toy())
     assert float((replayed.pixels - io.read_image(tmp_path / str(picture.picture))).abs().max()) <= 1.01 / 255
     assert not list((tmp_path / "leases").iterdir())
+
+
+@given(st.text(max_size=9), st.integers(0, 2**40))
+def test_a_seed_is_that_of_its_prompt_and_draw(prompt: str, draw: int) -> None:
+    seed = seed_of(prompt, draw)
+    assert 0 <= seed < 2**32 and seed == seed_of(prompt, draw)
+    assert seed not in (seed_of(prompt, draw + 1), seed_of(f"{prompt} ", draw), seed_of(f"{draw}{prompt}", 0))
+
+
+def test_seeds_are_the_same_on_every_machine_and_spread_evenly() -> None:
+    assert (seed_of("a cat", 0), seed_of("a cat", 1)) == (3345321639, 508407531)  # sha256sum of ["a cat", 0], 8 digits
+    seeds = [seed_of(f"caption {i}", draw) for i in range(2000) for draw in range(2)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0.47 < sum(s >> bit & 1 for s in seeds) / len(seeds) < 0.53 for bit in range(32))
+    for bad in (-1, True, 0.5):
+        with pytest.raises(mf.PlanError, match="whole number"):
+            seed_of("a", bad)  # type: ignore[arg-type]  # pyright: ignore
+
+
+def test_prompts_do_not_share_their_noise_and_chains_do(tmp_path: Path) -> None:
+    """Starting noise, read at the model: one tensor for each prompt and draw, the same for all chains."""
+    model, begun = mf.toy(), list[bytes]()
+    field = model.field
+
+    def watched(cond: Any, *, guidance: float | None = None) -> Any:
+        inner = field(cond, guidance=guidance)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            begun.extend(item.numpy().tobytes() for item in x if sigma == 1)
+            return inner(x, sigma)
+
+        return velocity
+
+    model.field = watched  # type: ignore[method-assign]
+    chains = {"a": mf.recipes.native(size=SIZE, steps=1), "b": mf.recipes.native(size=SIZE, steps=2)}
+    sweep = mf.Sweep(chains, ["p", "q", "r"], seeds=(0, 1))
+    run_sweep(sweep, model, tmp_path, batch=1)
+    drawn = Counter(begun)
+    assert sorted(drawn.values()) == [1, *[2] * 6]  # the one is that of warming up
+    row = next(r for r in read(tmp_path) if (r.chain, r.prompt, r.draw) == ("b", "q", 1))
+    again = mf.run(chains["b"], mf.toy(), "q", seed=row.seed)
+    assert float((again.pixels - io.read_image(tmp_path / str(row.picture))).abs().max()) <= 1.01 / 255
 
 
 @given(count=st.integers(1, 5), batch=st.integers(1, 5))
@@ -277,25 +322,26 @@ def test_a_signal_ends_it_after_the_batch(tmp_path: Path, number: signal.Signals
 
 @dataclass(frozen=True)
 class Bad(mf.Stage[mf.Pixels, mf.Pixels]):
-    """Fails for one seed."""
+    """Fails for some seeds."""
 
-    seed: int = 1
+    seeds: tuple[int, ...]
 
     def plan(self, spec: mf.Pixels, model: mf.ModelInfo) -> mf.Pixels:
         return spec
 
     def apply(self, state: mf.State[mf.Pixels], out: mf.Pixels, ctx: mf.Context) -> Tensor:
-        if self.seed in ctx.seeds:
+        if {*self.seeds} & {*ctx.seeds}:
             raise ValueError("this seed is poison")
         return state.data
 
 
 def test_a_failing_row_is_written_down_and_takes_no_other_with_it(tmp_path: Path) -> None:
-    sweep = mf.Sweep({"ok": paper(), "bad": paper() >> Bad()}, ["a", "b"], seeds=(0, 1, 2))
+    poison = tuple(seed_of(prompt, 1) for prompt in "ab")
+    sweep = mf.Sweep({"ok": paper(), "bad": paper() >> Bad(poison)}, ["a", "b"], seeds=(0, 1, 2))
     done = run_sweep(sweep, mf.toy(), tmp_path, batch=6)
     assert (done.made, done.failed, done.left) == (10, 2, 0)
     failed = [r for r in read(tmp_path) if not r.done]
-    assert {(r.chain, r.seed) for r in failed} == {("bad", 1)}
+    assert {(r.chain, r.draw) for r in failed} == {("bad", 1)} and {r.seed for r in failed} == {*poison}
     assert all("this seed is poison" in str(r.error) and r.picture is None for r in failed)
     assert run_sweep(sweep, mf.toy(), tmp_path).made == 0  # they are not tried again by themselves
     again = run_sweep(sweep, mf.toy(), tmp_path, retry=True)
@@ -485,7 +531,7 @@ def test_the_command(here: Path) -> None:  # noqa: F811
         "sweep = mf.Sweep(chains, ['a big red circle at the left'], metrics=[SceneScore()])\nother = 3\n"
     )
     code, out, _ = call("sweep", "mine.py", "--plan")
-    assert code == 0 and "2 chains x 1 prompts x 1 seeds: 2 rows" in out and not Path("mine-sweep").exists()
+    assert code == 0 and "2 chains x 1 prompts x 1 draws: 2 rows" in out and not Path("mine-sweep").exists()
     code, out, err = call("sweep", "mine.py", "--json")
     assert code == 0 and json.loads(out)["made"] == 2 and "2 rows made, 0 were there, 0 failed" in err
     assert all("score" in r.metrics for r in read("mine-sweep"))

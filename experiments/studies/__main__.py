@@ -45,7 +45,7 @@ def main() -> None:
     print(f"{done.made} rows made in {time.monotonic() - began:.0f} s, {done.failed} failed", file=sys.stderr)
     rows, reference = load(folder)
     texts = {prompt.text for prompt in sweep.prompts}
-    rows = [r for r in rows if r.chain in sweep.chains and r.prompt in texts and r.seed in sweep.seeds]
+    rows = [r for r in rows if r.chain in sweep.chains and r.prompt in texts and r.draw in sweep.seeds]
     write_report(folder, folder / "report.html", title=args.name.replace("_", " "))
     if args.figure:
         place = Path("docs") / "images" / "studies"
@@ -67,7 +67,10 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
     groups = sorted({r.tags[by] for r in rows if by in r.tags}) if by else []
     shares = [m for m in ("stray",) if any(m in r.metrics for r in rows)]
     heads = [*(groups or [n.removeprefix("score.") for n in names]), *(f"{m} %" for m in shares)]
-    lines = [f"{len({r.prompt for r in base})} captions, {len({r.seed for r in base})} seeds; {rows[0].weights}", ""]
+    lines = [
+        f"{len({r.prompt for r in base})} captions, {len({r.draw for r in base})} draws a caption; {rows[0].weights}",
+        "",
+    ]
     lines.append(
         "| method | speed-up | forwards | score [95 %] | minus reference [95 %] | " + " | ".join(heads + extra) + " |"
     )

@@ -1,7 +1,8 @@
-"""The ablation engine: chains x prompts x seeds into a folder of rows and pictures, and what they show."""
+"""The ablation engine: chains x prompts x draws into a folder of rows and pictures, and what they show."""
 
 from mrflow.sweep.grid import Prompt as Prompt
 from mrflow.sweep.grid import Sweep as Sweep
+from mrflow.sweep.grid import seed_of as seed_of
 from mrflow.sweep.local import Progress as Progress
 from mrflow.sweep.local import Summary as Summary
 from mrflow.sweep.local import run_sweep as run_sweep

@@ -136,7 +136,7 @@ def _run(
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise ResourceError(f"no worker could be started: {error}") from None
-    pairs = [(prompt, seed) for prompt in sweep.prompts for seed in sweep.seeds][shard[0] :: shard[1]]
+    pairs = sweep.pairs[shard[0] :: shard[1]]
     total = len(pairs) * len(sweep.chains)
     lacking: list[int] = ray.get(first.missing.remote(pairs, retry=retry))
     before, made, failed = total - sum(lacking), 0, 0

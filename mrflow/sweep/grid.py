@@ -1,4 +1,4 @@
-"""What a sweep is: chains x prompts x seeds, and the key of each row."""
+"""What a sweep is: chains x prompts x draws, the seed of each draw, and the key of each row."""
 
 import hashlib
 import json
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 Pictures = Literal["last", "stages"]
 
 
+def seed_of(prompt: str, draw: int) -> int:
+    """The seed of a prompt's n-th draw: the first 32 bits of the SHA-256 of both, the same on every machine.
+
+    Prompts must not share their noise: its effect on a mean over prompts would not average out, and no interval over
+    prompts would show it.
+
+    Raises:
+        PlanError: `draw` is not a whole number that a seed may be.
+    """
+    digest = hashlib.sha256(json.dumps([prompt, check_seed(draw)]).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt, and what it is sorted by in tables: tags such as {"category": "words"}."""
@@ -28,11 +41,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Chains by label, prompts and seeds: every chain draws every prompt with every seed.
+    """Chains by label, prompts and draws: every chain draws every prompt as often as there are `seeds`.
 
-    `prompts` are texts, `Prompt`s with tags, or any iterable of them; `reference` is the label of the chain that the
-    others are held against, the first unless said. `metrics` are numbers for each picture; `pictures="stages"` keeps
-    every stage's picture too.
+    `seeds` number the draws of a prompt. The noise of a draw comes from `seed_of(prompt, draw)`, which is in its row
+    and picture: no two prompts share it, and all chains share that of a prompt and draw. `prompts` are texts, `Prompt`s
+    with tags, or any iterable of them; `reference` is the label of the chain that the others are held against, the
+    first unless said. `metrics` are numbers for each picture; `pictures="stages"` keeps every stage's picture too.
 
     Raises:
         PlanError: nothing to draw, a label or prompt twice, a reference that is none of the chains.
@@ -91,6 +105,11 @@ class Sweep:
             raise PlanError(f"the reference {self.reference!r} is none of the chains: {', '.join(whole)}")
         if pictures not in ("last", "stages"):
             raise PlanError(f"pictures must be last or stages, got {pictures!r}")
+
+    @property
+    def pairs(self) -> list[tuple[Prompt, int]]:
+        """Every prompt with every draw."""
+        return [(prompt, draw) for prompt in self.prompts for draw in self.seeds]
 
     @property
     def rows(self) -> int:

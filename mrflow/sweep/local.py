@@ -49,7 +49,7 @@ def run_sweep(
 ) -> Summary:
     """Make every row of a sweep that is not there yet; call it again after any interruption, it goes on.
 
-    `shard` (i, n) takes every n-th pair of prompt and seed from the i-th on; `retry` makes failed rows again; `stop`
+    `shard` (i, n) takes every n-th pair of prompt and draw from the i-th on; `retry` makes failed rows again; `stop`
     ends it after the batch that is being made.
 
     Raises:
@@ -61,7 +61,7 @@ def run_sweep(
     store = Store(folder)
     maker = Maker(sweep, model, store)
     store.open(manifest(sweep, model))
-    pairs = [(prompt, seed) for prompt in sweep.prompts for seed in sweep.seeds][index::count]
+    pairs = sweep.pairs[index::count]
     todo = {pair: sum(1 for _ in maker.missing([pair], retry=retry)) for pair in pairs}
     total = len(pairs) * len(sweep.chains)
     before = total - sum(todo.values())

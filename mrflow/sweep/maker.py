@@ -1,4 +1,4 @@
-"""Makes rows: what is missing of some prompts and seeds, in batches, each committed as soon as it is there.
+"""Makes rows: what is missing of some prompts and draws, in batches, each committed as soon as it is there.
 
 `Maker.make` needs nothing of the process around it: every engine calls it in its workers.
 """
@@ -20,14 +20,14 @@ from mrflow.io import make_record, png, to_images
 from mrflow.runner import Result, run
 from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels
-from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, versions
+from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions
 from mrflow.sweep.metrics import Measured, Metric, named
 from mrflow.sweep.store import MAX_TRIES, Row, Store
 
 if TYPE_CHECKING:
     from mrflow.stage import AnyChain
 
-Pair = tuple[Prompt, int]
+Pair = tuple[Prompt, int]  # and the number of the draw
 CACHE_BYTES = 1 << 30
 
 
@@ -70,8 +70,8 @@ class Maker:
 
     def key(self, label: str, pair: Pair) -> str:
         """The row's key."""
-        prompt, seed = pair
-        info = self.model.info
+        prompt, draw = pair
+        info, seed = self.model.info, seed_of(prompt.text, draw)
         return row_key(self.prints[label][-1], info.name, info.version, prompt.text, self.negative, seed, self.made_by)
 
     def missing(self, pairs: Sequence[Pair], *, retry: bool = False) -> Iterator[tuple[str, Pair]]:
@@ -94,7 +94,7 @@ class Maker:
                 row = self.store.get(self.key(label, pair))
                 if row is None or not row.done or row.picture is None:
                     continue
-                prompt, seed = pair
+                prompt, _ = pair
                 new = [m for m in asked if repr(m) not in row.measured]
                 if row.chain == label and dict(row.tags) == dict(prompt.tags) and not new:
                     continue
@@ -104,7 +104,7 @@ class Maker:
                         pixels = _pixels(image)
                     reference = self._reference(label, pair) if self.needs_reference else None
                     metrics |= self._numbers(
-                        new, Measured(pixels, prompt.text, seed, prompt.tags, self.model, reference)
+                        new, Measured(pixels, prompt.text, row.seed, prompt.tags, self.model, reference)
                     )
                 measured = sorted({*row.measured, *(repr(m) for m in new)})
                 self.store.commit(replace(row, chain=label, tags=dict(prompt.tags), metrics=metrics, measured=measured))
@@ -183,7 +183,7 @@ class Maker:
             chain,
             self.model,
             [prompt.text for prompt, _ in pairs],
-            seed=[seed for _, seed in pairs],
+            seed=[seed_of(prompt.text, draw) for prompt, draw in pairs],
             negative=self.negative,
             keep=keep,
             cache=self._cache,
@@ -208,7 +208,7 @@ class Maker:
         took: Sequence[tuple[float, int, float]],
         picture: str,
     ) -> Row:
-        prompt, seed = pair
+        prompt, draw = pair
         batch = len(result.seeds)
         stages = [
             {
@@ -224,7 +224,7 @@ class Maker:
         measured = Measured(
             _pixels(image),
             prompt.text,
-            seed,
+            result.seeds[item],
             prompt.tags,
             self.model,
             self._reference(label, pair) if self.needs_reference else None,
@@ -238,7 +238,8 @@ class Maker:
             weights=self.model.info.version,
             prompt=prompt.text,
             negative=self.negative,
-            seed=seed,
+            seed=result.seeds[item],
+            draw=draw,
             tags=dict(prompt.tags),
             tries=tries + 1,
             seconds=(result.condition_seconds + sum(t[0] for t in took)) / batch,
@@ -257,7 +258,7 @@ class Maker:
         )
 
     def _failed(self, label: str, pair: Pair, key: str, error: str, tries: int) -> Row:
-        prompt, seed = pair
+        prompt, draw = pair
         return Row(
             key=key,
             status="failed",
@@ -266,7 +267,8 @@ class Maker:
             weights=self.model.info.version,
             prompt=prompt.text,
             negative=self.negative,
-            seed=seed,
+            seed=seed_of(prompt.text, draw),
+            draw=draw,
             tags=dict(prompt.tags),
             error=error,
             tries=tries,

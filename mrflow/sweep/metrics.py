@@ -88,7 +88,7 @@ class Stray(Metric):
 
 @dataclass(frozen=True)
 class Psnr(Metric):
-    """Peak signal-to-noise ratio to the reference chain's picture of the same prompt and seed, in dB.
+    """Peak signal-to-noise ratio to the reference chain's picture of the same prompt and draw, in dB.
 
     It means something only for chains that stay on the reference's path (caches); staged ones compose anew.
     """

@@ -18,7 +18,7 @@ import numpy as np
 
 from mrflow.errors import PlanError
 from mrflow.io import write_bytes
-from mrflow.sweep.grid import row_key
+from mrflow.sweep.grid import row_key, seed_of
 from mrflow.sweep.statistics import Comparison, Interval, compare, grouped, interval, number, pareto, values
 from mrflow.sweep.store import Row, Store, read
 
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 200_000_000  # of embedded pictures; browsers become slow beyond
 COLUMNS = (
-    "chain", "prompt", "seed", "status", "error", "seconds", "nfe", "flops", "peak_bytes", "batch", "device", "model",
-    "weights", "picture", "key",
+    "chain", "prompt", "draw", "seed", "status", "error", "seconds", "nfe", "flops", "peak_bytes", "batch", "device",
+    "model", "weights", "picture", "key",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def load(folder: str | Path) -> tuple[list[Row], str]:
     if not rows:
         raise PlanError(f"{folder} has no rows of the settings that it has now; run mrflow sweep first")
     order = list(cast("dict[str, object]", said.get("chains", {})))
-    rows.sort(key=lambda r: (order.index(r.chain) if r.chain in order else len(order), r.prompt, r.seed))
+    rows.sort(key=lambda r: (order.index(r.chain) if r.chain in order else len(order), r.prompt, r.draw))
     reference = said.get("reference")
     known = {row.chain for row in rows}
     return rows, reference if isinstance(reference, str) and reference in known else ""
@@ -66,6 +66,8 @@ def load(folder: str | Path) -> tuple[list[Row], str]:
 def _current(row: Row, said: Mapping[str, Any]) -> bool:
     """Whether a row is what the sweep that ran last would make under this label."""
     chain = cast("dict[str, str]", said.get("prints", {})).get(row.chain)
+    if row.seed != seed_of(row.prompt, row.draw):  # drawn when prompts still shared their noise
+        return False
     if chain is None:
         return True
     return row.key == row_key(chain, row.model, row.weights, row.prompt, said["negative"], row.seed, said["versions"])
@@ -78,15 +80,15 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
 
 
 def speedup(reference: Sequence[Row], rows: Sequence[Row], *, draws: int = 10_000, seed: int = 0) -> Interval | None:
-    """Seconds of the reference over seconds of these rows, over prompts and seeds that both have.
+    """Seconds of the reference over seconds of these rows, over prompts and draws that both have.
 
     The ratio of sums, not the mean of ratios: how much sooner the whole set would be there. Bootstrap over prompts.
     """
-    theirs = {(r.prompt, r.seed): r.seconds for r in reference if r.done and r.seconds > 0}
+    theirs = {(r.prompt, r.draw): r.seconds for r in reference if r.done and r.seconds > 0}
     pairs: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row.done and row.seconds > 0 and (row.prompt, row.seed) in theirs:
-            pairs.setdefault(row.prompt, []).append((theirs[row.prompt, row.seed], row.seconds))
+        if row.done and row.seconds > 0 and (row.prompt, row.draw) in theirs:
+            pairs.setdefault(row.prompt, []).append((theirs[row.prompt, row.draw], row.seconds))
     if not pairs:
         return None
     sums = np.array([np.sum(v, axis=0) for v in pairs.values()])
@@ -199,7 +201,8 @@ def page(folder: str | Path, *, title: str | None = None, link: bool = False) ->
     items: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         item = items.setdefault(
-            (row.prompt, row.seed), {"prompt": row.prompt, "seed": row.seed, "tags": dict(row.tags), "cells": {}}
+            (row.prompt, row.draw),
+            {"prompt": row.prompt, "draw": row.draw, "seed": row.seed, "tags": dict(row.tags), "cells": {}},
         )
         item["cells"][row.chain] = {
             "status": row.status,

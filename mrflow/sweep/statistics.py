@@ -34,7 +34,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """a - b over the prompts and seeds that both have. `missing` counts pictures that only one of them has."""
+    """a - b over the prompts and draws that both have. `missing` counts pictures that only one of them has."""
 
     metric: str
     difference: Interval
@@ -98,20 +98,20 @@ def compare(
     draws: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
-    """How much higher `metric` is in a than in b, paired by prompt and seed; `by` is a tag to split it by.
+    """How much higher `metric` is in a than in b, paired by prompt and draw; `by` is a tag to split it by.
 
     Raises:
-        PlanError: no prompt and seed has the metric in both.
+        PlanError: no prompt and draw has the metric in both.
     """
 
     def table(rows: Sequence[Row]) -> dict[tuple[str, int], tuple[float, str]]:
         pairs = ((row, number(row, metric)) for row in rows)
-        return {(r.prompt, r.seed): (v, r.tags.get(by, "") if by else "") for r, v in pairs if v is not None}
+        return {(r.prompt, r.draw): (v, r.tags.get(by, "") if by else "") for r, v in pairs if v is not None}
 
     mine, theirs = table(a), table(b)
     shared = [key for key in mine if key in theirs]
     if not shared:
-        raise PlanError(f"no prompt and seed has {metric!r} in both")
+        raise PlanError(f"no prompt and draw has {metric!r} in both")
 
     def one(keys: Sequence[tuple[str, int]]) -> tuple[Interval, Verdict]:
         differences: dict[str, list[float]] = defaultdict(list)

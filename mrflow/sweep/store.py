@@ -35,7 +35,10 @@ MAX_TRIES = 3  # how often a row may take its process down with it
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of a sweep: what it is, how it was made, what it cost, how it scored."""
+    """One picture of a sweep: what it is, how it was made, what it cost, how it scored.
+
+    `draw` numbers the pictures of a prompt, `seed` is what its noise was drawn from (`mrflow run --seed`).
+    """
 
     key: str
     status: str
@@ -45,6 +48,7 @@ class Row:
     prompt: str
     negative: str
     seed: int
+    draw: int = 0
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     error: str | None = None
     tries: int = 1

@@ -203,7 +203,7 @@ def tune(
         store = Store(folder)
         maker = Maker(sweep, model, store)
         store.open(manifest(sweep, model))
-        pairs = [(prompt, s) for prompt in sweep.prompts for s in sweep.seeds]
+        pairs = sweep.pairs
         quarter = max(1, len(pairs) // 4)
         found: Interval | None = None
         rows: list[Row] = []
