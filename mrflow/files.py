@@ -57,14 +57,20 @@ def located(path: str, sha256: str) -> tuple[Path, str]:
 def digest(path: Path) -> str:
     """The SHA-256 of a file, in hex; of a file that did not change it is remembered.
 
+    Of an ncnn network (`.param`) it is that of its layers and of its weights beside it, one after the other.
+
     Raises:
         WeightsError: there is no such file. ResourceError: it cannot be read.
     """
     try:
-        stat = path.stat()
         if not path.is_file():
+            path.stat()
             raise WeightsError(f"{path} is no file")
-        return _digest(path.resolve(), (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+        beside = path.with_suffix(".bin")
+        parts = (path, beside) if path.suffix == ".param" and beside.is_file() else (path,)
+        stats = [p.stat() for p in parts]
+        state = tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats)
+        return _digest(tuple(p.resolve() for p in parts), state)
     except FileNotFoundError:
         raise WeightsError(f"there is no file {path}") from None
     except OSError as error:
@@ -72,6 +78,9 @@ def digest(path: Path) -> str:
 
 
 @lru_cache(maxsize=64)
-def _digest(path: Path, state: tuple[int, ...]) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def _digest(paths: tuple[Path, ...], state: tuple[tuple[int, ...], ...]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as f:
+            hashlib.file_digest(f, lambda: total)
+    return total.hexdigest()

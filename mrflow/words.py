@@ -156,10 +156,11 @@ def one_count(word: str | None, usual: int) -> int:
 
 LATENT = "latent-"
 FILTERS = ("nearest", "bilinear", "bicubic")
-NETWORK_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+NETWORK_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".param")
 SR_WORDS = (
     "own, nearest, bilinear, bicubic, lanczos, latent-nearest, latent-bilinear, latent-bicubic, a checkpoint "
-    "(.pth, .safetensors), BasicSR options (.yml or .yml:WEIGHTS), or an upscaler of your own (file.py:name)"
+    "(.pth, .safetensors, ncnn's .param), BasicSR options (.yml or .yml:WEIGHTS), or an upscaler of your own "
+    "(file.py:name)"
 )
 
 

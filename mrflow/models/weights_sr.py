@@ -1,4 +1,4 @@
-"""Super-resolution checkpoints: safetensors or pickles of tensors alone, every naming, to the networks of `sr.py`.
+"""Super-resolution checkpoints: safetensors, pickles of tensors alone, ncnn; every naming, to the networks of `sr.py`.
 
 A pickle can run code when it is loaded. It is read here with torch's restricted reader, which makes tensors and plain
 containers and refuses everything else; sizes are held against the file's before.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.checkpoint import mapped, read_header, some
+from mrflow.models.ncnn import read_ncnn
 from mrflow.models.sr import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 
 MAX_BYTES = 8 << 30  # far above any published network; a guard against archives that grow when they are read
@@ -37,6 +38,8 @@ def read_state(path: Path, *, first: str | None = None) -> State:
     if not path.is_file():
         what = "is a folder; name the file in it" if path.is_dir() else "does not exist"
         raise WeightsError(f"{path} {what}")
+    if path.suffix == ".param":
+        return read_ncnn(path)
     if path.suffix == ".safetensors":
         header = read_header(path)
         files: dict[Path, torch.UntypedStorage] = {}
