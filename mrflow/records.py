@@ -1,19 +1,21 @@
 """Chains as plain data and back, so that a picture can carry how it was made and be made again.
 
-A stage or slot is written as its type's name and its fields. Only mrflow's own types are read back unless the caller
-names others: a record is data from outside, and never decides what is imported.
+A stage or slot is written as its type's name and its fields: `Sample` or `caches.TeaCache`, the public name, and
+`module:QualName` for a type outside mrflow. Only mrflow's own types are read back unless the caller names others: a
+record is data from outside, and never decides what is imported.
 """
 
 import dataclasses
 import hashlib
-import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import cast
 
 from mrflow.errors import ChainError, PlanError, RecordError
 from mrflow.stage import AnyChain, AnyStage, Chain, Stage
 
+ROOMS = ("caches",)  # public modules whose types a chain may hold; all others are names of mrflow itself
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 
 
@@ -35,10 +37,36 @@ def encode(value: object) -> Plain:
             own() if own is not None else {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         )
         fields = {name: encode(each) for name, each in plain.items()}
-        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+        return {"type": name_of(type(value)), **fields}
     raise RecordError(
         f"{type(value).__name__} cannot be written into a record; make it a frozen dataclass of plain fields"
     )
+
+
+@cache
+def name_of(cls: type) -> str:
+    """What a record calls a type: `Sample`, `caches.TeaCache`, or `module:QualName` outside mrflow.
+
+    Raises:
+        RecordError: a type of mrflow that is not public.
+    """
+    if cls.__module__.split(".")[0] != "mrflow":
+        return f"{cls.__module__}:{cls.__qualname__}"
+    names = (cls.__qualname__, *(f"{room}.{cls.__qualname__}" for room in ROOMS))
+    found = next((name for name in names if _public(name) is cls), None)
+    if found is None:
+        raise RecordError(f"{cls.__qualname__} is not a public name of mrflow, so a record cannot name it")
+    return found
+
+
+def _public(name: str) -> object:
+    """What a public name of mrflow stands for, None if there is none; only listed modules are imported."""
+    import mrflow
+
+    room, _, own = name.rpartition(".")
+    if room:
+        return getattr(getattr(mrflow, room), own, None) if room in ROOMS else None
+    return getattr(mrflow, own) if own in dir(mrflow) else None
 
 
 def decode(data: object, types: Iterable[type] = ()) -> object:
@@ -47,8 +75,9 @@ def decode(data: object, types: Iterable[type] = ()) -> object:
     Raises:
         RecordError: the data names a type that is not allowed, is unknown, or does not take these fields.
     """
-    allowed = {f"{t.__module__}:{t.__qualname__}": t for t in types}
-    allowed |= {t.__qualname__: t for t in types}
+    own = [t for t in types if ":" in name_of(t)]
+    allowed = {t.__qualname__: t for t in own}  # the file may have been run by itself: its module's name may differ
+    allowed |= {name_of(t): t for t in own}
     return _decode(data, allowed)
 
 
@@ -72,21 +101,15 @@ def _decode(data: object, allowed: Mapping[str, type]) -> object:
 
 
 def _type(name: str, allowed: Mapping[str, type]) -> type:
-    module, _, qualname = name.partition(":")
-    found = allowed.get(name) or allowed.get(qualname)
-    if found is not None:
+    module, colon, qualname = name.partition(":")
+    found: object = allowed.get(name) or allowed.get(qualname) if colon else _public(name)
+    if isinstance(found, type) and dataclasses.is_dataclass(found):
         return found
-    if module.split(".")[0] != "mrflow":
-        raise RecordError(
-            f"the picture was made with {qualname} from {module}; pass that class: replay(..., types=[{qualname}])"
-        )
-    try:
-        found = getattr(importlib.import_module(module), qualname, None)
-    except ImportError:
-        found = None
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+    if not colon or module.split(".")[0] == "mrflow":
         raise RecordError(f"this mrflow has no {name}; the picture was made by another version")
-    return found
+    raise RecordError(
+        f"the picture was made with {qualname} from {module}; pass that class: replay(..., types=[{qualname}])"
+    )
 
 
 def encode_chain(chain: AnyChain) -> list[Plain]:

@@ -385,8 +385,8 @@ def _first(start: Tensor | State[Spec] | None, batch: int, model: Backbone) -> S
 
 
 def _scopes(stages: Sequence[AnyStage]) -> list[str]:
-    """`Kind/n` for each stage: the n-th use of that kind."""
-    names = [type(stage).__name__ for stage in stages]
+    """`scope/n` for each stage: the n-th use of that scope."""
+    names = [stage.scope for stage in stages]
     return [f"{name}/{names[:i].count(name)}" for i, name in enumerate(names)]
 
 

@@ -52,12 +52,15 @@ class Stage(ABC, Generic[A, B]):
     may be a base between, generic in what it leaves open: `class Base(Stage[S, Latents])`, `class Mine(Base[Start])`.
     """
 
+    scope: ClassVar[str]  # names its noise, so it stays when the class is renamed; the class's own name by default
     takes: ClassVar[type[Spec]]
     gives: ClassVar[type[Spec]]
     _ends: ClassVar[tuple[Any, ...]] = ()  # both as written, with the type variables of a generic base
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "scope" not in cls.__dict__:
+            cls.scope = cls.__name__
         for base in cls.__dict__.get("__orig_bases__", ()):
             origin: Any = get_origin(base)
             if origin is Stage:

@@ -1,10 +1,14 @@
 """Pictures, records and files."""
 
 import errno
+import importlib
+import inspect
 import json
 import os
-from dataclasses import dataclass
+import pkgutil
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +17,9 @@ from PIL import Image
 
 import mrflow as mf
 from mrflow import io
-from mrflow.records import decode, decode_chain, encode, encode_chain
+from mrflow.caches.dbcache import Similar
+from mrflow.records import decode, decode_chain, encode, encode_chain, name_of
+from mrflow.stages.integrating import Integrating
 
 CHAIN = mf.recipes.paper(low=(32, 32), size=(64, 64), steps=3)
 
@@ -71,10 +77,13 @@ def test_own_stages_are_replayed_only_when_named(tmp_path: Path) -> None:
     ("data", "text"),
     [
         ({"type": "os:system", "command": "x"}, "made with system from os"),
-        ({"type": "mrflow.solvers:Nothing"}, "this mrflow has no mrflow.solvers:Nothing"),
-        ({"type": "mrflow.stage:plan"}, "this mrflow has no"),
-        ({"type": "mrflow.schedules:Linear", "steps": 3, "new": 1}, "unknown field 'new'"),
-        ({"type": "mrflow.schedules:Linear", "steps": 0}, "cannot be made: steps must be"),
+        ({"type": "Nothing"}, "this mrflow has no Nothing"),
+        ({"type": "plan"}, "this mrflow has no plan"),
+        ({"type": "mrflow.solvers:Euler"}, "this mrflow has no mrflow.solvers:Euler"),
+        ({"type": "solvers.Euler"}, "this mrflow has no solvers.Euler"),
+        ({"type": "caches.base.Cache"}, "this mrflow has no caches.base.Cache"),
+        ({"type": "Linear", "steps": 3, "new": 1}, "unknown field 'new'"),
+        ({"type": "Linear", "steps": 0}, "cannot be made: steps must be"),
         ({"no": 1}, "object without a type"),
     ],
 )
@@ -86,6 +95,56 @@ def test_bad_records(data: object, text: str) -> None:
 def test_what_cannot_be_recorded_is_said() -> None:
     with pytest.raises(mf.RecordError, match="object cannot be written into a record"):
         encode(object())
+    with pytest.raises(mf.RecordError, match="Similar is not a public name of mrflow"):
+        encode(Similar(0.1, 1, 1, 1, 1))
+
+
+def test_every_type_a_chain_may_hold_has_a_public_name() -> None:
+    for module in pkgutil.walk_packages(mf.__path__, "mrflow."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    kinds: list[type] = [mf.Stage, mf.Schedule, mf.Solver, mf.Guidance, mf.Noise, mf.Upscaler, mf.caches.Cache]
+    left = list(kinds)
+    while left:
+        left += (more := left.pop().__subclasses__())
+        kinds += more
+    own = [c for c in kinds if c.__module__.startswith("mrflow.") and not inspect.isabstract(c) and is_dataclass(c)]
+    own += [mf.Level, mf.Lora, mf.PiFlow]
+    names = {name_of(c) for c in own}
+    assert len(names) == len(set(own)) and {"Sample", "Part", "caches.TeaCache", "BasicSR"} <= names
+    assert not [n for n in names if ":" in n or n.removeprefix("caches.").count(".")]
+
+
+def test_noise_does_not_hang_on_the_name_of_a_class() -> None:
+    own = {c for c in mf.Stage.__subclasses__() + Integrating.__subclasses__() if c.__module__.startswith("mrflow.st")}
+    own.remove(Integrating)
+    assert sorted(c.scope for c in own) == [
+        *("Crop", "Decode", "Encode", "Grow", "Lift", "Quantise", "Refine", "Reinject"),
+        *("Sample", "SampleRegions", "SelfLift", "Upscale"),
+    ]
+    assert all(f'scope: ClassVar[str] = "{c.scope}"' in inspect.getsource(c) for c in own)  # written down, not derived
+
+    @dataclass(frozen=True)
+    class Renamed(mf.Sample):
+        scope: ClassVar[str] = "Sample"
+
+    @dataclass(frozen=True)
+    class Mine(mf.Sample):
+        pass
+
+    a, b, c = (mf.run(kind(32, 32) >> mf.Decode(), mf.toy(), "a").pixels for kind in (mf.Sample, Renamed, Mine))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_type_of_ones_own_never_stands_for_one_of_ours() -> None:
+    @dataclass(frozen=True)
+    class Euler(mf.Solver):
+        def step(self, *_: object) -> tuple[torch.Tensor, mf.History]:
+            raise AssertionError
+
+    assert decode(encode(mf.Euler()), [Euler]) == mf.Euler()
+    elsewhere = f"another_module:{Euler.__qualname__}"  # the file was run by itself
+    assert isinstance(decode({"type": elsewhere}, [Euler]), Euler)
 
 
 def test_pictures_without_a_record(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Pixels to fewer pixels, cut off at the edges."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Crop(Stage[Pixels, Pixels]):
     """The middle of a picture, `height` x `width` pixels of it."""
 
+    scope: ClassVar[str] = "Crop"
     height: int
     width: int
 

@@ -1,7 +1,7 @@
 """Latents to pixels."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Decode(Stage[Latents, Pixels]):
     """The model's decoder, on clean latents. Pixels stay float32 on the device: no 8-bit step."""
+
+    scope: ClassVar[str] = "Decode"
 
     def plan(self, spec: Latents, model: ModelInfo) -> Pixels:
         """Pixels `downscale` times larger; refuses latents that still hold noise."""

@@ -1,7 +1,7 @@
 """Pixels to clean latents."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Encode(Stage[Pixels, Latents]):
     """The model's encoder: the mode of its posterior, or a sample of it (what the published MrFlow does)."""
 
+    scope: ClassVar[str] = "Encode"
     posterior: bool = field(default=False, kw_only=True)
     noise: Noise = field(default=PerItem(), kw_only=True)
 

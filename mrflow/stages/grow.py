@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,7 @@ class Grow(Stage[Latents, Latents]):
     `size` is a picture size, (height, width) in pixels; twice the sides unless said.
     """
 
+    scope: ClassVar[str] = "Grow"
     size: tuple[int, int] | None = None
     noise: Noise = field(default=PerItem(), kw_only=True)
 

@@ -1,7 +1,7 @@
 """Latents to more latents, without pixels."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -23,6 +23,7 @@ class Lift(Stage[Latents, Latents]):
     round trip changes it many times more than it changes encoded pixels (`metrics.round_trip_energy`).
     """
 
+    scope: ClassVar[str] = "Lift"
     size: tuple[int, int] | None = None
     filter: Filter = "bicubic"
 

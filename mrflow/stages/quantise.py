@@ -1,7 +1,7 @@
 """Pixels to 8 bits and back: the step between stages that the published scripts take, for those who want it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Quantise(Stage[Pixels, Pixels]):
     """Round pixels to the 256 levels of an 8-bit picture; `truncate` rounds down, as the published SR step does."""
 
+    scope: ClassVar[str] = "Quantise"
     truncate: bool = False
 
     def plan(self, spec: Pixels, model: ModelInfo) -> Pixels:

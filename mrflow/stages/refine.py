@@ -1,7 +1,7 @@
 """Noisy latents to clean ones: the refinement stage."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class Refine(Integrating[Latents]):
     alone. `policy` makes it pi-Flow: the network is asked once a level, and what it gives is followed in small steps.
     """
 
+    scope: ClassVar[str] = "Refine"
     schedule: Schedule = DirectSigma(1)
     solver: Solver = field(default=Euler(), kw_only=True)
     guidance: Guidance | None = field(default=None, kw_only=True)

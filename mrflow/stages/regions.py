@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class SampleRegions(Stage[Start, Latents]):
     here it is exact. The default is the published "4x" setting, `RALU_7X` the faster one; `fitted` makes others.
     """
 
+    scope: ClassVar[str] = "SampleRegions"
     height: int
     width: int
     steps: tuple[int, int, int] = (5, 6, 7)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class Reinject(Stage[Latents, Latents]):
     `sigma` is a number, or the `Level` of a schedule after some steps.
     """
 
+    scope: ClassVar[str] = "Reinject"
     sigma: float | Level
     noise: Noise = field(default=PerItem(), kw_only=True)
 

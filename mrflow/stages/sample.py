@@ -1,7 +1,7 @@
 """Noise to latents: the sampling stage."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class Sample(Integrating[Start]):
     alone. `policy` makes it pi-Flow: the network is asked once a level, and what it gives is followed in small steps.
     """
 
+    scope: ClassVar[str] = "Sample"
     height: int
     width: int
     schedule: Schedule = Shifted(12)

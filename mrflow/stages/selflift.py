@@ -1,7 +1,7 @@
 """Clean latents to more latents, over latents and over pixels, mixed where the two disagree."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +30,7 @@ class SelfLift(Stage[Latents, Latents]):
     Klein, 0.3 for Z-Image-Turbo; a larger `low` is recommended for text.
     """
 
+    scope: ClassVar[str] = "SelfLift"
     size: tuple[int, int] | None = None
     share: float = 0.4
     low: float = 0.5

@@ -1,7 +1,7 @@
 """Pixels to more pixels."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ class Upscale(Stage[Pixels, Pixels]):
     often as it takes to reach it, and an antialiased bicubic resize takes off what is too much.
     """
 
+    scope: ClassVar[str] = "Upscale"
     upscaler: Upscaler | None = None
     size: tuple[int, int] | None = None
 
