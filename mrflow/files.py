@@ -1,12 +1,17 @@
 """Files that a chain names: found where they are, told by their content."""
 
 import hashlib
+import json
+import math
+import os
+import stat
 import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NoReturn, cast
 
 from mrflow.errors import ResourceError, WeightsError
 
@@ -19,6 +24,68 @@ TEMPORARY = ".mrflow-temporary-"
 def temporary_beside(path: Path) -> Path:
     """An unused name in the folder of `path`, for what is to become it."""
     return path.with_name(f"{TEMPORARY}{path.name[:40]}.{uuid.uuid4().hex}")
+
+
+def read_regular(path: str | Path, *, most: int) -> bytes:
+    """What a regular file holds; links, devices and pipes are not followed, opened for long or waited for.
+
+    Raises:
+        OSError: it is not there, is no regular file, or cannot be read. ValueError: it is larger than `most` bytes.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is no regular file")
+        if status.st_size > most:
+            raise ValueError(f"{path} is larger than {most} bytes")
+        parts, left = list[bytes](), most + 1
+        while left and (part := os.read(handle, min(left, max(4096, status.st_size + 1)))):
+            parts.append(part)
+            left -= len(part)
+        if not left:
+            raise ValueError(f"{path} is larger than {most} bytes")
+        return b"".join(parts)
+    finally:
+        os.close(handle)
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _constant(text)
+    return value
+
+
+_json = json.JSONDecoder(parse_float=_finite, parse_constant=_constant)
+
+
+def parse_table(data: bytes) -> dict[str, Any]:
+    """The JSON object that `data` is, of finite numbers.
+
+    Raises:
+        ValueError: it is anything else, or nested too deeply.
+    """
+    try:
+        value: object = _json.decode(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no table")
+    return cast("dict[str, Any]", value)
+
+
+def beneath(folder: Path, name: str) -> Path | None:
+    """The regular file `name` of a folder, or None where there is none, or where it or a link leads out of it."""
+    try:
+        path = (folder / name).resolve(strict=True)
+        return path if path.is_file() and path.is_relative_to(folder.resolve()) else None
+    except (OSError, ValueError, RuntimeError):
+        return None
 
 
 @contextmanager

@@ -16,11 +16,13 @@ from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from mrflow.errors import PlanError, RecordError, ResourceError
-from mrflow.files import temporary_beside
+from mrflow.files import parse_table, read_regular, temporary_beside
+from mrflow.images import MAX_FILE, MAX_TEXT, SIGNATURE, chunks, png_text
+from mrflow.images import read_image as read_image
 from mrflow.records import decode_chain, encode_chain
 from mrflow.spec import Start
 from mrflow.stage import AnyChain
@@ -37,34 +39,6 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """PIL pictures of float (b, 3, h, w) in [0, 1], rounded to 8 bits."""
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(item)) for item in array]
-
-
-def read_image(path: str | Path) -> Tensor:
-    """A picture file as float32 (1, 3, h, w) in [0, 1]: upright by its EXIF, transparency over white, 8 or 16 bits.
-
-    Raises:
-        ResourceError: the file cannot be read. PlanError: it is no picture, is cut short, or is absurdly large.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I") or image.mode == "F":
-                levels = torch.from_numpy(np.array(image, dtype=np.float32))
-                grey = levels / (65535 if float(levels.max()) > 255 else 255)
-                return grey.clamp(0, 1).expand(1, 3, *grey.shape).contiguous()
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            array = np.array(image.convert("RGB"), dtype=np.float32) / np.float32(255)
-    except UnidentifiedImageError:
-        raise PlanError(f"{path} is not a picture that Pillow can read; give a PNG, JPEG or WebP") from None
-    except Image.DecompressionBombError as error:
-        raise PlanError(f"{path}: {error}; scale the picture down first") from None
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise ResourceError(f"{path} cannot be read: {error.strerror}") from None
-    except OSError as error:
-        raise PlanError(f"{path} is a broken picture ({error}); copy it again") from None
-    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)[None].contiguous()
 
 
 def check_writable(path: Path) -> None:
@@ -122,10 +96,17 @@ def write_png(path: Path, image: Image.Image, record: object | None = None) -> N
 
 
 def png(image: Image.Image, record: object | None = None) -> bytes:
-    """A PNG file's bytes, with a record where one is given."""
+    """A PNG file's bytes, with a record where one is given.
+
+    Raises:
+        RecordError: the record is larger than `read_record` reads.
+    """
     info = PngImagePlugin.PngInfo()
     if record is not None:
-        info.add_itxt(KEY, json.dumps(record, ensure_ascii=True, sort_keys=True), zip=True)
+        text = json.dumps(record, ensure_ascii=True, sort_keys=True)
+        if len(text) > MAX_TEXT:
+            raise RecordError(f"the record has {len(text)} bytes, more than the {MAX_TEXT} that are read again")
+        info.add_itxt(KEY, text, zip=True)
     buffer = BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
@@ -150,10 +131,10 @@ def save_result(result: "Result", path: Path) -> list[Path]:
     check_writable(path)
     for item, (each, image) in enumerate(zip(paths, result.images, strict=True)):
         try:
-            record: object | None = make_record(result, item)
+            data = png(image, make_record(result, item))
         except RecordError as error:
-            record = {"format": FORMAT, "unreplayable": str(error)}
-        write_png(each, image, record)
+            data = png(image, {"format": FORMAT, "unreplayable": str(error)[:1000]})
+        write_bytes(each, data)
     return paths
 
 
@@ -190,30 +171,78 @@ def make_record(result: "Result", item: int = 0) -> dict[str, object]:
 
 
 def read_record(path: str | Path) -> dict[str, object]:
-    """The record that a PNG carries.
+    """The record that a PNG carries: plain data of the types that `make_record` writes, of finite numbers.
 
     Raises:
-        ResourceError: the file cannot be read. RecordError: it carries no record, or a broken one.
+        ResourceError: the file cannot be read. RecordError: it carries no record, a broken one, or several.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            text = getattr(image, "text", {}).get(KEY)
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise ResourceError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise RecordError(f"{path} is not a whole PNG") from None
-    if text is None:
-        raise RecordError(f"{path} carries no mrflow record; was it edited, or saved by another program?")
+        data = read_regular(Path(path).resolve(), most=MAX_FILE)
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RuntimeError) as error:
+        raise RecordError(f"{path} cannot be read: {error}") from None
+    if not data.startswith(SIGNATURE):
+        raise RecordError(f"{path} is not a whole PNG")
+    key, found = KEY.encode(), list[bytes]()
     try:
-        record: object = json.loads(text)
-    except json.JSONDecodeError:
-        record = None
-    if not isinstance(record, dict):
-        raise RecordError(f"{path}: its mrflow record is broken")
+        texts = [chunk for chunk in chunks(data) if chunk.data.startswith(key + b"\0")]
+    except ValueError:
+        raise RecordError(f"{path} is not a whole PNG") from None
+    try:
+        found = [text[1] for chunk in texts if (text := png_text(chunk)) is not None]
+        if len(found) > 1:
+            raise ValueError(f"it carries {len(found)}")
+        record = parse_table(found[0]) if found else None
+        if record is not None and "unreplayable" not in record:
+            check_record(record)
+    except (ValueError, MemoryError) as error:
+        raise RecordError(f"{path}: its mrflow record is broken ({error})") from None
+    if record is None:
+        raise RecordError(f"{path} carries no mrflow record; was it edited, or saved by another program?")
     if "unreplayable" in record:
-        raise RecordError(f"{path}: {cast(dict[str, object], record)['unreplayable']}")
-    return cast(dict[str, object], record)
+        raise RecordError(f"{path}: {str(record['unreplayable'])[:1000]}")
+    return record
+
+
+TEXTS = ("mrflow", "torch", "model", "weights", "prompt", "negative", "start")
+STAGE_TEXTS = ("name", "out")
+
+
+def check_record(record: dict[str, object]) -> None:
+    """Hold a record from outside against the types that `make_record` writes.
+
+    Raises:
+        ValueError: a value has another type. RecordError: it was written by a newer mrflow.
+    """
+    version = record.get("format", FORMAT)
+    if not _whole(version) or cast(int, version) > FORMAT:
+        raise RecordError(f"its mrflow record has the format {version!r}; this mrflow reads up to {FORMAT}")
+    for name in TEXTS:
+        if not isinstance(record.get(name, ""), str):
+            raise ValueError(f"{name} is no text")
+    if not _whole(record.get("seed", 0)):
+        raise ValueError("seed is no whole number")
+    for name in ("stages", "chain", "notes", "size"):
+        if not isinstance(record.get(name, []), list):
+            raise ValueError(f"{name} is no list")
+    for stage in cast(list[object], record.get("stages", [])):
+        if not isinstance(stage, dict):
+            raise ValueError("a stage is no table")  # data, no argument
+        own = cast(dict[str, object], stage)
+        texts = [own.get(name, "") for name in STAGE_TEXTS]
+        numbers = [own.get("seconds", 0), own.get("nfe") or 0]
+        notes = own.get("notes", [])
+        if not (
+            all(isinstance(text, str) for text in texts)
+            and all(isinstance(number, int | float) for number in numbers)
+            and isinstance(notes, list)
+        ):
+            raise ValueError("a stage holds values of other types")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
 
 
 def recorded_model(record: dict[str, object]) -> str:

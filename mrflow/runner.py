@@ -16,7 +16,7 @@ from torch import Tensor
 from mrflow.adapters import Lora, PiFlow, with_loras, with_policy
 from mrflow.backbone import Announced, Backbone, Condition, takes_levels
 from mrflow.cost import forward_flops
-from mrflow.errors import MrflowError, NonFiniteError, PlanError, PromiseError
+from mrflow.errors import MrflowError, NonFiniteError, PlanError, PromiseError, PromptError
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
 from mrflow.noise import Noise, PerItem, check_seed
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mrflow.caches.base import Cache
 
 log = logging.getLogger(__name__)
+MAX_PROMPT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,9 @@ def run(
         except PlanError as error:
             raise PlanError(f"stage {number} of {len(stages)}, {short(stage)}: {error}") from None
     negative = model.info.negative if negative is None else negative
+    if not isinstance(negative, str):
+        raise PlanError(f"the negative prompt must be text, got {negative!r}")
+    _check_length("negative prompt", negative)
 
     _reset_peak(model.device)
     with torch.inference_mode():
@@ -345,6 +349,7 @@ def _batch(
     for each in prompts:
         if not isinstance(each, str):
             raise PlanError(f"a prompt must be text, got {each!r}")
+        _check_length("prompt", each)
     if not prompts or not seeds:
         raise PlanError("an empty list of prompts or seeds makes no picture; give at least one of each")
     if condition is not None and len(prompts) == 1:
@@ -357,6 +362,12 @@ def _batch(
             seeds * (len(prompts) if len(seeds) == 1 else 1),
         )
     return prompts, tuple(check_seed(each) for each in seeds)
+
+
+def _check_length(name: str, text: str) -> None:
+    """Refuse a text that no record could hold."""
+    if len(text) > MAX_PROMPT:
+        raise PromptError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are taken")
 
 
 def _first(start: Tensor | State[Spec] | None, batch: int, model: Backbone) -> State[Spec]:

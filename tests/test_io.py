@@ -192,7 +192,7 @@ def test_read_image_turns_every_kind_into_rgb(tmp_path: Path) -> None:
 
 def test_read_image_refuses_what_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(mf.PlanError, match="not a picture that Pillow can read"):
+    with pytest.raises(mf.PlanError, match="not an image that mrflow reads"):
         mf.read_image(tmp_path / "text.png")
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
