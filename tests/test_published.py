@@ -110,7 +110,7 @@ def test_the_planned_footprint_is_the_networks_own(info: Any) -> None:
 def test_qwen_image() -> None:
     given = header("qwen_image")
     assert len(given.tensors) == GOLDEN["qwen_image"]["count"] == 1933
-    names = qwen_names()
+    names = qwen_names
     with torch.device("meta"):
         split, fused = (QwenImage(qwen_params(given, names), split=split) for split in (True, False))
     for net in (split, fused):
@@ -156,7 +156,7 @@ def test_qwen_text() -> None:
 def test_the_planned_footprint_of_qwen_image() -> None:
     given, v = header("qwen_image"), header("qwen_vae")
     with torch.device("meta"):
-        net = QwenImage(qwen_params(given, qwen_names())).bfloat16()
+        net = QwenImage(qwen_params(given, qwen_names)).bfloat16()
         vae = VaeQwen(qwen_vae_params(v, same)).bfloat16()
     counted, planned = footprint(net, vae, None), QWEN.footprint
     assert planned is not None

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.models.checkpoint import Source, exported, load_into, open_checkpoint, read_header, save_file
+from mrflow.models.checkpoint import Source, exported, load_into, mapped, open_checkpoint, read_header, save_file
 from mrflow.models.flux import Flux, FluxParams
 from mrflow.models.vae_flux import VaeFlux, VaeParams
 from mrflow.models.weights import (
@@ -290,6 +290,98 @@ def test_folders_hold_one_checkpoint(tmp_path: Path) -> None:
     linear_file(tmp_path / "b.safetensors")
     with pytest.raises(WeightsError, match=r"several, name one: a.safetensors, b.safetensors"):
         open_checkpoint(tmp_path)
+
+
+SIDECAR = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + b"\0" * 4072
+
+
+def test_hidden_files_are_no_checkpoints(tmp_path: Path) -> None:
+    linear_file(tmp_path / "a.safetensors")
+    (tmp_path / "._a.safetensors").write_bytes(SIDECAR)
+    (tmp_path / "._a.safetensors.index.json").write_bytes(SIDECAR)
+    (tmp_path / ".b.safetensors").write_bytes(SIDECAR)
+    assert open_checkpoint(tmp_path).path.name == "a.safetensors"
+
+
+def shards(folder: Path, stem: str, index: str, *, fill: float) -> None:
+    """A checkpoint in two files and their index."""
+    parts = {f"{stem}-0000{i}-of-00002.safetensors": n for i, n in ((1, "w"), (2, "b"))}
+    tensors = {"w": torch.full((3, 2), fill), "b": torch.zeros(3)}
+    for file, name in parts.items():
+        save_file({name: tensors[name]}, folder / file)
+    (folder / index).write_text(json.dumps({"weight_map": {name: file for file, name in parts.items()}}))
+
+
+def test_variants_are_found_and_the_plain_one_is_taken(tmp_path: Path) -> None:
+    def first() -> tuple[str, float]:
+        header = open_checkpoint(tmp_path)
+        return header.path.name, float(mapped(header.tensors["w"], {})[0, 0])
+
+    shards(tmp_path, "m.fp16", "m.safetensors.index.fp16.json", fill=16.0)
+    assert first() == ("m.safetensors.index.fp16.json", 16.0)
+    linear_file(tmp_path / "m.safetensors")
+    assert first()[0] == "m.safetensors"
+    shards(tmp_path, "m", "m.safetensors.index.json", fill=32.0)
+    assert first() == ("m.safetensors.index.json", 32.0)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    linear_file(tmp_path / "m.bf16.safetensors")
+    assert first()[0] == "m.bf16.safetensors"
+    linear_file(tmp_path / "m.fp16.safetensors")
+    with pytest.raises(WeightsError, match="holds the variants bf16, fp16 and no plain checkpoint"):
+        open_checkpoint(tmp_path)
+    linear_file(tmp_path / "m.safetensors")
+    assert first()[0] == "m.safetensors"
+
+
+def with_header(path: Path, table: dict[str, object], size: int) -> Path:
+    """A file of this header and so many bytes."""
+    raw = json.dumps(table).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(size))
+    return path
+
+
+EVERY = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
+    "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", EVERY)
+def test_every_type_of_the_format_is_known_and_refused_only_in_use(code: str, tmp_path: Path) -> None:
+    size = 8 * EVERY[code] // 8
+    table: dict[str, object] = {"b": {"dtype": code, "shape": [8], "data_offsets": [0, size]}}
+    header = open_checkpoint(with_header(tmp_path / "x.safetensors", table, size))
+    assert header.tensors["b"].shape == (8,)
+    floating = code[0] in "FB" and code not in ("BOOL", "F4", "F6_E2M3", "F6_E3M2")
+    module = torch.nn.Module()
+    module.register_buffer("b", torch.empty(8, device="meta"))
+    if floating:
+        load_into(module, header, {"b": Source(("b",), (8,))}, dtype=torch.float32)
+        assert not module.b.any() or code == "F8_E8M0"  # whose bytes of 0 are 2^-127
+        return
+    with pytest.raises(WeightsError, match=f"b is {code if code[:2] in ('F4', 'F6') else 'torch'}"):
+        load_into(module, header, {"b": Source(("b",), (8,))}, dtype=torch.float32)
+
+
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    assert open_checkpoint(with_header(tmp_path / "x.safetensors", {"__metadata__": None}, 0)).metadata == {}
+
+
+def test_headers_are_bounded(tmp_path: Path) -> None:
+    one = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = b"{" + b",".join(b'"%d":%s' % (i, json.dumps(one).encode()) for i in range(100_001)) + b"}"
+    many = tmp_path / "x.safetensors"
+    many.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(WeightsError, match="names 100001 tensors, 100000 at most"):
+        open_checkpoint(many)
+    for shape in ([1] * 17, [0, 1 << 70], [1 << 62] * 16):
+        with pytest.raises(WeightsError, match="has 17 axes|not whole numbers|needs"):
+            open_checkpoint(with_header(many, {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}, 0))
+    with pytest.raises(WeightsError, match="bytes for 0 tensors"):
+        many.write_bytes(struct.pack("<Q", 17 << 20) + b"{}".ljust(17 << 20))
+        open_checkpoint(many)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -21,13 +22,18 @@ from torch import Tensor, nn
 
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.files import temporary_beside
+from mrflow.models.names import plain
 
 MAX_HEADER = 100_000_000  # the format's own limit
+MAX_TENSORS, MAX_AXES, MAX_NUMBER = 100_000, 16, 1 << 62  # far above any published network
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
+    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+PACKED: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits; torch has no such values
 OTHER_FORMATS = (
     (b"PK\x03\x04", "a PyTorch pickle archive"),
     (b"GGUF", "a GGUF file"),
@@ -37,13 +43,22 @@ OTHER_FORMATS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `start` counts bytes from the beginning of the file; `scale` multiplies its values."""
+    """Where one tensor lies: `start` counts bytes from the beginning of the file; `scale` multiplies its values.
+
+    `packed` names a type of which several values share a byte; its `dtype` is then that of bytes.
+    """
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     scale: "Entry | None" = None
+    packed: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The name of the type of its values."""
+        return self.packed or str(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -53,14 +68,6 @@ class Header:
     path: Path
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    def under(self, *prefixes: str) -> "Header":
-        """The tensors whose names begin with one of the prefixes: a part of an all-in-one file."""
-        return replace(self, tensors={n: e for n, e in self.tensors.items() if n.startswith(prefixes)})
-
-    def without(self, *endings: str) -> "Header":
-        """All but the tensors whose names end so."""
-        return replace(self, tensors={n: e for n, e in self.tensors.items() if not n.endswith(endings)})
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,10 @@ def read_header(path: Path) -> Header:
             broken("a name appears twice")
         return dict(pairs)
 
+    if (found := raw.count(b'"data_offsets"')) > MAX_TENSORS:
+        broken(f"it names {found} tensors, {MAX_TENSORS} at most")
+    if length > (most := (16 << 20) + 1000 * found):
+        broken(f"it has {length} bytes for {found} tensors, {most} at most")
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -127,7 +138,7 @@ def read_header(path: Path) -> Header:
     if not isinstance(table, dict):
         broken("it is not a table of names")
     items = cast("dict[str, Any]", table)
-    metadata = items.pop("__metadata__", {})
+    metadata = items.pop("__metadata__", None) or {}
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values())):
         broken("its metadata are not text")
     tensors: dict[str, Entry] = {}
@@ -138,14 +149,18 @@ def read_header(path: Path) -> Header:
                 pass
             case _:
                 broken(f"{name!r} needs dtype, shape and two data_offsets")
-        if code not in DTYPES:
+        if code not in DTYPES and code not in PACKED:
             broken(f"{name!r} has the unknown dtype {code!r}")
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        if len(shape) > MAX_AXES:
+            broken(f"{name!r} has {len(shape)} axes, {MAX_AXES} at most")
+        if not all(type(n) is int and 0 <= n <= MAX_NUMBER for n in (*shape, start, stop)):
             broken(f"{name!r} has a shape or offsets that are not whole numbers from 0")
-        need = math.prod(shape) * DTYPES[code].itemsize
-        if stop - start != need:
+        bits = math.prod(shape) * (PACKED[code] if code in PACKED else 8 * DTYPES[code].itemsize)
+        need = bits // 8
+        if bits % 8 or stop - start != need:
             broken(f"{name!r} of shape {shape} needs {need} bytes but is given {stop - start}")
-        tensors[name] = Entry(path, DTYPES[code], tuple(shape), 8 + length + start)
+        packed = code if code in PACKED else ""
+        tensors[name] = Entry(path, DTYPES.get(code, torch.uint8), tuple(shape), 8 + length + start, packed=packed)
         spans.append((start, stop, name))
     at = 0
     for start, stop, name in sorted(spans):
@@ -157,26 +172,76 @@ def read_header(path: Path) -> Header:
     return Header(path, tensors, cast("dict[str, str]", metadata))
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; hidden files (macOS's `._name` beside each name) are none of them."""
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+
+
+def _chosen(folder: Path) -> Path:
+    """The one checkpoint of a folder: the plain one before variants (`.fp16`), an index before its shards.
+
+    Raises:
+        WeightsError: there is none, or there are several.
+    """
+    indices = sorted(p for p in folder.glob("*.safetensors.index*.json") if not p.name.startswith("."))
+    found = [p for p in indices if p.name.endswith(".safetensors.index.json")]
+    if not found:
+        shards = {str(shard) for index in indices for shard in _weight_map(index).values()}
+        found = [*indices, *(p for p in checkpoints_in(folder) if p.name not in shards)]
+    bases: dict[str, list[tuple[str, Path]]] = {}
+    for path in found:
+        stem, _, rest = path.name.partition(".safetensors")
+        base, variant = stem, rest.removeprefix(".index").removesuffix("json").strip(".")
+        head, _, tail = stem.rpartition(".")
+        if not variant and head and tail.isidentifier():
+            base, variant = head, tail
+        bases.setdefault(base, []).append((variant, path))
+    if len(bases) != 1:
+        what = f"several, name one: {some([p.name for p in found])}" if found else "none"
+        raise WeightsError(f"{folder} should hold one safetensors checkpoint; it holds {what}")
+    ((_, variants),) = bases.items()
+    names = sorted({name for name, _ in variants})
+    if names[0] and len(names) > 1:
+        raise WeightsError(f"{folder} holds the variants {', '.join(names)} and no plain checkpoint: name one file")
+    return min(variants, key=lambda each: each[0])[1]
+
+
 def open_checkpoint(where: str | Path) -> Header:
     """The header of a file, of the shards that an index names, or of what a folder holds (an index wins over files).
+
+    Of variants (`x.fp16.safetensors`) the plain one is taken if it is there. Words that wrappers leave inside names are
+    taken out (`names.plain`).
 
     Raises:
         WeightsError: nothing is there, several are, shards are missing, or the index and its shards disagree.
     """
     where = Path(where)
-    if where.is_dir():
-        indices = sorted(where.glob("*.safetensors.index.json"))
-        found = indices or sorted(where.glob("*.safetensors"))
-        if len(found) != 1:
-            what = f"several, name one: {some([p.name for p in found])}" if found else "none"
-            raise WeightsError(f"{where} should hold one safetensors checkpoint; it holds {what}")
-        where = found[0]
-    if where.suffix != ".json":
-        return read_header(where)
-    weight_map = read_json(where).get("weight_map")
+    where = _chosen(where) if where.is_dir() else where
+    header = _shards(where) if where.suffix == ".json" else read_header(where)
+    try:
+        return replace(header, tensors=plain(header.tensors))
+    except ValueError as error:
+        raise WeightsError(f"{where}: {error}") from None
+
+
+def readable(paths: Sequence[Path]) -> dict[Path, Header]:
+    """The checkpoints among files that lie about: one that cannot be read is none, and stops nothing."""
+    out: dict[Path, Header] = {}
+    for path in paths:
+        with suppress(WeightsError, ResourceError):
+            out[path] = open_checkpoint(path)
+    return out
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    weight_map = read_json(index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise WeightsError(f"{where} has no weight_map")
-    table = cast("dict[str, Any]", weight_map)
+        raise WeightsError(f"{index} has no weight_map")
+    return cast("dict[str, Any]", weight_map)
+
+
+def _shards(where: Path) -> Header:
+    table = _weight_map(where)
     shards = sorted({str(shard) for shard in table.values()})
     outside = [s for s in shards if Path(s).is_absolute() or Path(s).name != s or s in ("", ".", "..")]
     if outside:
@@ -219,7 +284,7 @@ def check_layout(module: nn.Module, header: Header, layout: Layout, *, dtype: to
                 problems.append(f"{part} has shape {entry.shape}, expected {want}")
             elif not entry.dtype.is_floating_point or (dtype is None and entry.dtype.itemsize == 1):
                 advice = "" if dtype or not entry.dtype.is_floating_point else ": say in which dtype to load it"
-                problems.append(f"{part} is {entry.dtype}{advice}")
+                problems.append(f"{part} is {entry.kind}{advice}")
     problems += [f"{name} is not expected" for name in header.tensors if name not in used]
     if problems:
         what = type(module).__name__

@@ -7,10 +7,12 @@ from mrflow.errors import MrflowError
 from mrflow.models.checkpoint import Header, open_checkpoint
 from mrflow.models.fp8 import described
 from mrflow.models.weights import (
+    RELATIVES,
     flux_diffusers,
     flux_names,
     flux_params,
     kind,
+    part,
     vae_names,
     vae_params,
 )
@@ -70,9 +72,11 @@ def network(header: Header) -> list[str]:
     what = kind(header)
     if what is None:
         return adapter(header) or ["network   not known to mrflow"]
+    if what in RELATIVES.values():
+        return [f"network   {what}, which mrflow does not load"]
     lines = [f"network   {what.removeprefix('a ')}"]
     try:
-        plain = described(header)
+        plain = described(part(header, what))
         if what == "a FLUX transformer":
             names = flux_names(plain)
             p = flux_params(plain, names)

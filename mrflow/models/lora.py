@@ -30,6 +30,7 @@ from mrflow.models.checkpoint import Entry, Header, mapped, open_checkpoint, rea
 from mrflow.models.flux import Flux
 from mrflow.models.fp8 import Fp8Linear
 from mrflow.models.layers import SplitLinear
+from mrflow.models.names import bare
 from mrflow.models.weights import flux_diffusers
 from mrflow.models.weights_qwen import Folded, qwen_names
 
@@ -44,10 +45,17 @@ ROLES = (
     (re.compile(r"\.diff_b$"), "diff_b"),
 )
 AXES = {"down": 2, "up": 2, "diff": 2, "bias": 1, "diff_b": 1}
+# How sd-scripts, OneTrainer and LyCORIS begin their names, and what of wrappers is left where dots become underscores.
 PREFIXES = (
-    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_",
-    "lora_transformer_", "lycoris_", "lora_", "unet.",
-)  # fmt: skip
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+    "lora_",
+    "_orig_mod_",
+    "module_",
+    "model_",
+    "diffusion_model_",
+)
 TEXT = ("text_encoder.", "text_encoder_2.", "text_encoders.", "lora_te", "te1.", "te2.", "conditioner.")
 OTHER = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1": "LoHa", "lokr_w": "LoKr", "oft_": "OFT",
@@ -168,7 +176,7 @@ def read_groups(header: Header) -> tuple[dict[str, dict[str, Entry]], dict[str, 
                 if role in group:
                     twice.append(f"{role} of {stem}")
                 group[role] = entry
-                if role in ("down", "up") and not stem.startswith(TEXT):
+                if role in ("down", "up") and not is_text(stem):
                     adapters.setdefault(found.groupdict().get("adapter") or "", name)
                 break
         else:
@@ -181,11 +189,16 @@ def read_groups(header: Header) -> tuple[dict[str, dict[str, Entry]], dict[str, 
         )
     problems = [f"{each} is there twice" for each in twice]
     for stem, group in groups.items():
-        if not stem.startswith(TEXT) and (problem := _malformed(group)):
+        if not is_text(stem) and (problem := _malformed(group)):
             problems.append(f"{stem} {problem}")
     if problems:
         raise WeightsError(f"{header.path} is no sound LoRA: {some(problems)}")
     return groups, extra
+
+
+def is_text(stem: str) -> bool:
+    """Whether a name is a text encoder's, behind whatever wrappers."""
+    return bare(stem, lambda name: name.startswith(TEXT)) is not None
 
 
 def _malformed(group: Mapping[str, Entry]) -> str:
@@ -252,7 +265,7 @@ def flat(name: str) -> str:
 
 def targets(net: nn.Module) -> dict[str, Target]:
     """Every linear of a FLUX or Qwen-Image transformer under every name that it is published by, flattened."""
-    names = flux_diffusers if isinstance(net, Flux) else qwen_names()
+    names = flux_diffusers if isinstance(net, Flux) else qwen_names
     table: dict[str, Target] = {}
     for path, module in net.named_modules():
         size = _size(module)
@@ -305,9 +318,9 @@ def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) 
     problems: list[str] = []
     unknown, text = [each for each in content.extra if each not in beside], list[str]()
     for stem, group in content.groups.items():
-        bare, target = _find(stem, table)
+        module, target = _find(stem, table)
         if target is None:
-            (text if stem.startswith(TEXT) else unknown).append(stem)
+            (text if is_text(stem) else unknown).append(stem)
             continue
         if problem := _misfit(stem, target, group):
             problems.append(problem)
@@ -315,7 +328,7 @@ def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) 
         factor = 1.0
         if "down" in group:
             rank = group["down"].shape[0]
-            factor = _number(group["alpha"]) / rank if "alpha" in group else factors(bare, rank)
+            factor = _number(group["alpha"]) / rank if "alpha" in group else factors(module, rank)
         pieces.append(Piece(stem, target, lora.strength, lora.strength * factor, group))
     problems += _overlaps(pieces)
     path = header.path
@@ -332,15 +345,9 @@ def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) 
 
 
 def _find(stem: str, table: Mapping[str, Target]) -> tuple[str, Target | None]:
-    """The stem without prefixes, and the linear that it names."""
-    if (found := table.get(flat(stem))) is not None:
-        return stem, found
-    for prefix in PREFIXES:
-        if stem.startswith(prefix):
-            bare, found = _find(stem.removeprefix(prefix), table)
-            if found is not None:
-                return bare, found
-    return stem, None
+    """The stem without what wrappers put before it, and the linear that it names."""
+    known = bare(stem, lambda name: flat(name) in table, also=PREFIXES)
+    return (stem, None) if known is None else (known, table[flat(known)])
 
 
 def _misfit(stem: str, target: Target, group: Mapping[str, Entry]) -> str:

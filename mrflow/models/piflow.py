@@ -22,7 +22,7 @@ from mrflow.backbone import Condition
 from mrflow.errors import WeightsError
 from mrflow.files import located
 from mrflow.flow import Velocity
-from mrflow.models.checkpoint import Header, mapped, open_checkpoint, read_json, some
+from mrflow.models.checkpoint import Header, checkpoints_in, mapped, open_checkpoint, read_json, some
 from mrflow.models.flux import Flux
 from mrflow.models.qwen_image import QwenImage
 from mrflow.policies import DX, GM, Policy, PolicyField
@@ -111,7 +111,7 @@ def located_adapter(adapter: PiFlow) -> tuple[Path, str]:
     path = Path(adapter.path).expanduser()
     parts = adapter.path.split("/")
     if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
+        found = checkpoints_in(path)
         if len(found) != 1:
             raise WeightsError(f"{path} should hold one safetensors file; it holds {len(found)}")
         path = found[0]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.models.checkpoint import Header, open_checkpoint, read_json
-from mrflow.models.weights import kind, looks_like, refuse
+from mrflow.models.checkpoint import Header, checkpoints_in, open_checkpoint, read_json, readable
+from mrflow.models.weights import kind, looks_like, part, refuse
 
 if TYPE_CHECKING:
     from mrflow.models.text import TextFiles
@@ -28,7 +28,6 @@ PATTERNS = [
     "tokenizer_2/*",
     "scheduler/*.json",
 ]
-PREFIX = "model.diffusion_model."  # of the transformer in an all-in-one file
 VAE_PREFIXES = ("vae.", "first_stage_model.")
 
 
@@ -141,46 +140,45 @@ def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -
         raise WeightsError(f"{folder} says it holds a {name}, but its transformer is {family.transformer}")
     if vae is None and not (folder / "vae").is_dir():
         raise WeightsError(f"{folder} has no vae folder; say where the autoencoder is: vae=")
-    auto = _of_kind(open_checkpoint(vae or folder / "vae"), family.vae)
+    auto = part(open_checkpoint(vae or folder / "vae"), family.vae)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     words = text or (folder if (folder / "text_encoder").is_dir() or (folder / "text_encoder_2").is_dir() else None)
     settings = read_json(scheduler) if scheduler.is_file() else {}
-    return Files(family, transformer, auto, find_words(words, family), settings)
+    return Files(family, part(transformer, family.transformer), auto, find_words(words, family), settings)
 
 
 def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files:
     """Single files, in a folder or named: each is known by its keys."""
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        headers = {p: open_checkpoint(p) for p in sorted(folder.glob("*.safetensors"))}
+        headers = readable(checkpoints_in(folder))
         found = [h for h in headers.values() if any(looks_like(h, family.transformer) for family in FAMILIES)]
         transformer = _only(found, folder, headers)
     else:
         headers = {}
         transformer = open_checkpoint(path)
-    whole = transformer
-    if any(name.startswith(PREFIX) for name in whole.tensors):
-        transformer = whole.under(PREFIX)
     family = family_of(transformer)
     if vae is not None:
         auto = open_checkpoint(vae)
-    elif inside := next((p for p in VAE_PREFIXES if any(n.startswith(p) for n in whole.tensors)), None):
-        auto = whole.under(inside)
+    elif any(name.startswith(VAE_PREFIXES) for name in transformer.tensors) or looks_like(transformer, family.vae):
+        auto = transformer
     else:
-        near = [headers.get(p) or open_checkpoint(p) for p in _beside(folder, transformer.path)]
-        near = [header for header in near if looks_like(header, family.vae)]
-        if not near:
+        near = readable(_beside(folder, transformer.path)).values()
+        fitting = [header for header in near if looks_like(header, family.vae)]
+        if not fitting:
             raise WeightsError(f"there is no {family.name} autoencoder beside {path}; say where it is: vae=")
-        auto = _only(near, folder, {})
+        auto = _only(fitting, folder, {})
     found_words = text
     if text is None and (folder / "tokenizer").is_dir():
         found_words = folder
-    return Files(family, transformer, _of_kind(auto, family.vae), find_words(found_words, family), {})
+    return Files(
+        family, part(transformer, family.transformer), part(auto, family.vae), find_words(found_words, family), {}
+    )
 
 
 def _beside(folder: Path, path: Path) -> list[Path]:
     """Checkpoints in a folder that may be the autoencoder: small enough, and not the transformer itself."""
-    names = [p for p in sorted(folder.glob("*.safetensors")) if p != path and p.stat().st_size < 1 << 30]
+    names = [p for p in checkpoints_in(folder) if p != path and p.is_file() and p.stat().st_size < 1 << 30]
     return names + [p for p in (folder / "vae",) if p.is_dir()]
 
 
@@ -200,12 +198,6 @@ def family_of(transformer: Header) -> Family:
         if looks_like(transformer, family.transformer):
             return family
     refuse(transformer, " or ".join(family.transformer for family in FAMILIES))
-
-
-def _of_kind(header: Header, wanted: str) -> Header:
-    if not looks_like(header, wanted):
-        refuse(header, wanted)
-    return header
 
 
 def find_words(where: str | Path | None, family: Family) -> "TextFiles | QwenTextFiles | None":

@@ -5,7 +5,7 @@ fixed number, padded, and neither it nor the transformer is given a mask, so the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -19,12 +19,14 @@ from mrflow.models.checkpoint import (
     Source,
     assembled,
     check_layout,
+    checkpoints_in,
     fill,
     open_checkpoint,
     read_json,
+    readable,
 )
 from mrflow.models.fp8 import described
-from mrflow.models.weights import compute_dtype, looks_like, refuse
+from mrflow.models.weights import compute_dtype, looks_like, part
 from mrflow.notes import note
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
@@ -34,8 +36,15 @@ VOCABULARIES = {
     "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
 }
-# Of CLIP's files: a table of positions that follows from its size, and what other pipelines read.
-NOT_READ = ("position_ids", "text_projection.weight", "logit_scale")
+# Of files of whole models, what text does not need: CLIP's vision tower, projections and a table of positions that
+# follows from its size; T5's decoder, head, and the tokenizer that some files carry as bytes.
+NOT_READ = {
+    CLIP: (
+        *("vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
+        *("text_model.embeddings.position_ids", "embeddings.position_ids"),
+    ),
+    T5: ("decoder.", "lm_head.", "spiece_model", "logit_scale"),
+}
 # Settings that shapes do not tell, as published (openai/clip-vit-large-patch14, google/t5-v1_1-xxl).
 CLIP_CONFIG = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2}
 T5_CONFIG = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
@@ -75,19 +84,16 @@ def find_text(where: Path) -> TextFiles:
     if not where.is_dir():
         raise WeightsError(f"text must be a folder with text encoders and tokenizers, got {where}")
     saved = [where / name for name in ("text_encoder", "text_encoder_2")]
-    loose = {p: open_checkpoint(p) for p in sorted(where.glob("*.safetensors")) if not all(s.is_dir() for s in saved)}
+    loose = {} if all(s.is_dir() for s in saved) else readable(checkpoints_in(where))
     found: list[Header | None] = []
     for folder, wanted in zip(saved, (CLIP, T5), strict=True):
         if folder.is_dir() and (any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin"))):
-            header = open_checkpoint(folder)
-            if not looks_like(header, wanted):
-                refuse(header, wanted)
-            found.append(header)
+            found.append(part(open_checkpoint(folder), wanted))
             continue
         files = [h for h in loose.values() if looks_like(h, wanted)]
         if len(files) > 1:
             raise WeightsError(f"{where} holds several of {wanted}: {', '.join(h.path.name for h in files)}")
-        found.append(files[0] if files else None)
+        found.append(part(files[0], wanted) if files else None)
     tokenizers = [where / name for name in VOCABULARIES]
     pickles = ["; there are only pickles" if any(s.glob("*.bin")) else "" for s in saved]
     missing = [f"{s.name} ({w}{p})" for s, w, f, p in zip(saved, (CLIP, T5), found, pickles, strict=True) if f is None]
@@ -102,7 +108,13 @@ def find_text(where: Path) -> TextFiles:
             "with text="
         )
     configs = [read_json(p) if (p := h.path.parent / "config.json").is_file() else {} for h in (clip, t5)]
-    return TextFiles(described(clip.without(*NOT_READ)), described(t5), configs[0], configs[1], *tokenizers)
+    clip, t5 = (described(needed(header, *NOT_READ[kind])) for header, kind in ((clip, CLIP), (t5, T5)))
+    return TextFiles(clip, t5, configs[0].get("text_config") or configs[0], configs[1], *tokenizers)
+
+
+def needed(header: Header, *beginnings: str) -> Header:
+    """A checkpoint without the tensors whose names begin so."""
+    return replace(header, tensors={n: e for n, e in header.tensors.items() if not n.startswith(beginnings)})
 
 
 def prepare_text(

@@ -5,7 +5,7 @@ the template's first 34 tokens dropped. The vision tower and the language-model 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.checkpoint import Header, Layout, Source, check_layout, fill, open_checkpoint, read_json
 from mrflow.models.fp8 import described
-from mrflow.models.text import Tokenizer, check_prompt, shortened, tokenizer_of
-from mrflow.models.weights import compute_dtype, looks_like, refuse
+from mrflow.models.text import Tokenizer, check_prompt, needed, shortened, tokenizer_of
+from mrflow.models.weights import compute_dtype, part
 from mrflow.notes import note
 
 ENCODER = "a Qwen2.5-VL text encoder"
@@ -28,8 +28,9 @@ DROPPED = 34  # tokens of the template before the prompt
 CLOSING = 5  # and after it
 MAX_TOKENS = 1024  # what the encoder may be given beyond the template's beginning
 MAX_STATES = 512  # what the reference's pipelines keep of it unless told otherwise
-UNUSED = ("visual.", "model.visual.", "lm_head.")
-PREFIXES = ("model.language_model.", "model.")  # of the language model, new and old
+UNUSED = ("visual.", "model.visual.", "lm_head.", "language_model.lm_head.")
+# Of the language model, from the newest way to save it to the network alone.
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,8 @@ def find_text_qwen(where: Path) -> QwenTextFiles:
         missing.append("tokenizer (a folder with vocab.json and merges.txt)")
     if missing:
         raise WeightsError(f"{where} lacks {', '.join(missing)} of Qwen-Image's text encoder; say where it is: text=")
-    header = described(open_checkpoint(folder))
-    if not looks_like(header, ENCODER):
-        refuse(header, ENCODER)
-    needed = {name: entry for name, entry in header.tensors.items() if not name.startswith(UNUSED)}
-    return QwenTextFiles(replace(header, tensors=needed), read_json(folder / "config.json"), tokens)
+    header = described(needed(part(open_checkpoint(folder), ENCODER), *UNUSED))
+    return QwenTextFiles(header, read_json(folder / "config.json"), tokens)
 
 
 def prepare_text_qwen(

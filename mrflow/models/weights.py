@@ -10,7 +10,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -32,6 +32,7 @@ from mrflow.models.checkpoint import (
 from mrflow.models.flux import Flux, FluxParams
 from mrflow.models.fp8 import described, store_fp8
 from mrflow.models.layers import SplitLinear
+from mrflow.models.names import PARTS, before
 from mrflow.models.vae_flux import VaeFlux, VaeParams
 
 Names = Callable[[str], tuple[str, ...]]
@@ -92,7 +93,28 @@ VAE_RULES = (
     (r"\.nin_shortcut\.", r".conv_shortcut."),
     (r"coder\.norm_out\.", r"coder.conv_norm_out."),
 )
-# What other checkpoints are known by, for the message that refuses them.
+# Relatives, known before what they descend from, whose marks they have too.
+RELATIVES = {
+    "distilled_guidance_layer.in_proj.weight": "a Chroma transformer",
+    "double_stream_modulation_img.lin.weight": "a FLUX.2 transformer",
+    "double_stream_modulation_img.linear.weight": "a FLUX.2 transformer",
+    "controlnet_x_embedder.weight": "a ControlNet",
+    "controlnet_blocks.0.weight": "a ControlNet",
+    "redux_up.weight": "FLUX.1 Redux's image encoder",
+    "txt_in.text_norm.weight": "a Qwen-Image-2.1 transformer",
+    "time_text_embed.addition_t_embedding.weight": "a Qwen-Image-Layered transformer",
+    "text_fusion.projector.weight": "a Krea-2 transformer",
+    "txtfusion.projector.weight": "a Krea-2 transformer",
+    "double_blocks.0.img_attn_qkv.weight": "a HunyuanVideo transformer",
+    "joint_blocks.0.x_block.attn.qkv.weight": "a Stable Diffusion 3 transformer",
+    "pos_embed.proj.weight": "a Stable Diffusion 3 or PixArt transformer",
+    "all_x_embedder.2-1.weight": "a Z-Image transformer",
+    "noise_refiner.0.attention.qkv.weight": "a Lumina or Z-Image transformer",
+    "patch_embedding.weight": "a Wan transformer",
+    "input_blocks.0.0.weight": "a Stable Diffusion U-Net",
+    "down_blocks.0.resnets.0.conv1.weight": "a Stable Diffusion U-Net",
+}
+# What checkpoints are known by, behind whatever wrappers put before their names.
 MARKS = {
     "double_blocks.0.img_attn.qkv.weight": "a FLUX transformer",
     "single_transformer_blocks.0.norm.linear.weight": "a FLUX transformer",
@@ -101,10 +123,14 @@ MARKS = {
     "decoder.up_blocks.0.resnets.0.conv1.weight": "a FLUX autoencoder",
     "decoder.middle.0.residual.0.gamma": "a Qwen-Image autoencoder",
     "decoder.mid_block.resnets.0.norm1.gamma": "a Qwen-Image autoencoder",
+    "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
     "embeddings.token_embedding.weight": "a CLIP text encoder",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "a T5 encoder",
     "model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
     "model.language_model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
+    "language_model.model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
+    "language_model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
+    "layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
     "conv_first.weight": "a super-resolution net",
 }
 
@@ -155,7 +181,7 @@ def prepare_flux(
     Raises:
         WeightsError: it is no FLUX transformer, or anything in it is missing, left over or of a wrong shape.
     """
-    header = described(where if isinstance(where, Header) else open_checkpoint(where))
+    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), "a FLUX transformer"))
     names = flux_names(header)
     params = flux_params(header, names)
     dtype = dtype or compute_dtype(header)
@@ -222,7 +248,7 @@ def prepare_vae_flux(
     Raises:
         WeightsError: it is no such autoencoder, or anything in it is missing, left over or of a wrong shape.
     """
-    header = described(where if isinstance(where, Header) else open_checkpoint(where))
+    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), "a FLUX autoencoder"))
     names = vae_names(header)
     params = vae_params(header, names)
     with torch.device("meta"):
@@ -284,10 +310,8 @@ def vae_diffusers(levels: int) -> Names:
 
 def flux_names(header: Header) -> Names:
     """The layout of a FLUX transformer, recognised by its keys."""
-    mark = "double_blocks.0.img_attn.qkv.weight"
-    for name in header.tensors:
-        if name.endswith(mark):
-            return bfl(name.removesuffix(mark))
+    if "double_blocks.0.img_attn.qkv.weight" in header.tensors:
+        return bfl("")
     if "single_transformer_blocks.0.norm.linear.weight" in header.tensors:
         return flux_diffusers
     refuse(header, "a FLUX transformer")
@@ -295,10 +319,8 @@ def flux_names(header: Header) -> Names:
 
 def vae_names(header: Header) -> Names:
     """The layout of a FLUX autoencoder, recognised by its keys."""
-    mark = "decoder.up.0.block.0.conv1.weight"
-    for name in header.tensors:
-        if name.endswith(mark):
-            return bfl(name.removesuffix(mark))
+    if "decoder.up.0.block.0.conv1.weight" in header.tensors:
+        return bfl("")
     if "decoder.up_blocks.0.resnets.0.conv1.weight" in header.tensors:
         return vae_diffusers(count(header, vae_diffusers(0), "encoder.down.{}.block.0.conv1.weight"))
     refuse(header, "a FLUX autoencoder")
@@ -452,12 +474,52 @@ def agree(header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -
 
 def kind(header: Header) -> str | None:
     """What a checkpoint is, as far as its keys tell."""
-    return next((what for mark, what in MARKS.items() if any(n.endswith(mark) for n in header.tensors)), None)
+    return _first_of(header, RELATIVES) or _first_of(header, MARKS)
+
+
+def _first_of(header: Header, marks: Mapping[str, str]) -> str | None:
+    return next(
+        (what for mark, what in marks.items() if any(before(n, mark) is not None for n in header.tensors)), None
+    )
 
 
 def looks_like(header: Header, wanted: str) -> bool:
-    """Whether a checkpoint's keys are those of `wanted`, one of the values of `MARKS`."""
-    return any(what == wanted and any(n.endswith(mark) for n in header.tensors) for mark, what in MARKS.items())
+    """Whether a checkpoint's keys are those of `wanted`, one of the values of `MARKS`, and of no relative of it."""
+    relative = "transformer" in wanted and _first_of(header, RELATIVES)
+    return not relative and bool(_first_of(header, {mark: what for mark, what in MARKS.items() if what == wanted}))
+
+
+def part(header: Header, wanted: str) -> Header:
+    """The network `wanted` of a checkpoint by its own names: without wrappers, and without a file's other networks.
+
+    Raises:
+        WeightsError: the checkpoint does not hold it, or holds it twice.
+    """
+    if not looks_like(header, wanted):
+        refuse(header, wanted)
+    marks = sorted((mark for mark, what in MARKS.items() if what == wanted), key=len, reverse=True)
+    found = {name: prefix for mark in reversed(marks) for name in header.tensors
+             if (prefix := before(name, mark)) is not None}  # fmt: skip
+    prefixes = sorted(set(found.values()))
+    if len(prefixes) > 1:
+        raise WeightsError(
+            f"{header.path} holds {wanted} {len(prefixes)} times, behind {', '.join(map(repr, prefixes))}: save one"
+        )
+    (prefix,) = prefixes
+    if not prefix:
+        return header
+    own = {name.removeprefix(prefix): entry for name, entry in header.tensors.items() if name.startswith(prefix)}
+    outer = prefix.partition(".")[0] if prefix.startswith("module.") else ""
+    rest = {
+        name: entry
+        for name, entry in header.tensors.items()
+        if not name.startswith(prefix) and not name.removeprefix(f"{outer}.").startswith(OTHERS)
+    }
+    return replace(header, tensors=own | rest)
+
+
+# What the names of a file's other networks begin with.
+OTHERS = tuple(f"{word}." for word in (*PARTS, "model.diffusion_model", "model_ema"))
 
 
 def refuse(header: Header, wanted: str) -> NoReturn:

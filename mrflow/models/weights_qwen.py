@@ -39,9 +39,8 @@ from mrflow.models.weights import (
     compute_dtype,
     config_of,
     count,
-    looks_like,
     one_part,
-    refuse,
+    part,
     shape,
 )
 from mrflow.notes import note
@@ -67,7 +66,6 @@ BLOCK = ATTENTION | {
 }
 # Same keys, another forward (diffusers config): Qwen-Image-Edit-2511, -Layered.
 OTHER = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
-PREFIXES = ("model.diffusion_model.", "")
 
 
 @dataclass(frozen=True)
@@ -174,11 +172,8 @@ def prepare_qwen(
     Raises:
         WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
     """
-    header = described(where if isinstance(where, Header) else open_checkpoint(where))
-    if not looks_like(header, TRANSFORMER):
-        refuse(header, TRANSFORMER)
-    prefix = next(p for p in PREFIXES if f"{p}txt_norm.weight" in header.tensors)
-    names = qwen_names(prefix)
+    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), TRANSFORMER))
+    names = qwen_names
     params = qwen_params(header, names)
     dtype = dtype or compute_dtype(header)
     unchanged = all(entry.dtype == dtype for entry in header.tensors.values())
@@ -194,20 +189,16 @@ def prepare_qwen(
     return Prepared(net, header, layout, dtype, device)
 
 
-def qwen_names(prefix: str = "") -> Names:
+def qwen_names(name: str) -> tuple[str, ...]:
     """Published names of a native parameter: q, k, v are apart there."""
-
-    def names(name: str) -> tuple[str, ...]:
-        stem, _, leaf = name.rpartition(".")
-        kind, _, rest = stem.partition(".")
-        if kind == "double_blocks":
-            index, _, rest = rest.partition(".")
-            targets = tuple(f"transformer_blocks.{index}.{t}" for t in BLOCK[rest])
-        else:
-            targets = TOP[stem]
-        return tuple(f"{prefix}{t}.{'weight' if leaf == 'scale' else leaf}" for t in targets)
-
-    return names
+    stem, _, leaf = name.rpartition(".")
+    kind, _, rest = stem.partition(".")
+    if kind == "double_blocks":
+        index, _, rest = rest.partition(".")
+        targets = tuple(f"transformer_blocks.{index}.{t}" for t in BLOCK[rest])
+    else:
+        targets = TOP[stem]
+    return tuple(f"{t}.{'weight' if leaf == 'scale' else leaf}" for t in targets)
 
 
 def qwen_layout(net: QwenImage, names: Names) -> Layout:
@@ -295,9 +286,7 @@ def prepare_vae_qwen(
     Raises:
         WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
     """
-    header = described(where if isinstance(where, Header) else open_checkpoint(where))
-    if not looks_like(header, AUTOENCODER):
-        refuse(header, AUTOENCODER)
+    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), AUTOENCODER))
     names = wan if "decoder.middle.0.residual.0.gamma" in header.tensors else same
     params = qwen_vae_params(header, names)
     header = replace(header, tensors={n: e for n, e in header.tensors.items() if ".time_conv." not in n})

@@ -18,11 +18,11 @@ from torch import Tensor
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.checkpoint import mapped, read_header, some
 from mrflow.models.ncnn import read_ncnn
+from mrflow.models.names import plain, shared
 from mrflow.models.sr import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 
 MAX_BYTES = 8 << 30  # far above any published network; a guard against archives that grow when they are read
 WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net", "net_g")
-PREFIXES = ("module.", "netG.", "generator.", "params_ema.", "params.")
 State = dict[str, Tensor]
 
 
@@ -43,8 +43,13 @@ def read_state(path: Path, *, first: str | None = None) -> State:
     if path.suffix == ".safetensors":
         header = read_header(path)
         files: dict[Path, torch.UntypedStorage] = {}
-        return _stripped({name: mapped(entry, files) for name, entry in header.tensors.items()})
-    return _stripped(_unwrapped(_unpickled(path), path, first))
+        state = {name: mapped(entry, files) for name, entry in header.tensors.items()}
+    else:
+        state = _unwrapped(_unpickled(path), path, first)
+    try:
+        return unwrapped(plain(state))
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
 
 
 def _unpickled(path: Path) -> object:
@@ -94,10 +99,21 @@ def _unwrapped(loaded: object, path: Path, first: str | None) -> State:
     raise WeightsError(f"{path} holds {type(loaded).__name__}, not named tensors: save its state_dict")
 
 
-def _stripped(state: State) -> State:
-    for prefix in PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+def unwrapped(state: State) -> State:
+    """A network's tensors without the words of wrappers that all names begin with, as far as it takes to know it.
+
+    Of a network that is none of `sr.py`'s only words are taken off that no network uses itself.
+    """
+    names = state
+    while recognised(renamed(names)) is None:
+        word = shared(names)
+        if not word:
+            break
+        names = {name.removeprefix(word): tensor for name, tensor in names.items()}
+    else:
+        return names
+    while (word := shared(state)) in ("module.", "netG.", "generator.", "params_ema.", "params."):
+        state = {name.removeprefix(word): tensor for name, tensor in state.items()}
     return state
 
 
