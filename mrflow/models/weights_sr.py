@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.checkpoint import mapped, read_header, some
-from mrflow.models.ncnn import read_ncnn
 from mrflow.models.names import plain, shared
+from mrflow.models.ncnn import read_ncnn
 from mrflow.models.sr import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 
 MAX_BYTES = 8 << 30  # far above any published network; a guard against archives that grow when they are read
