@@ -80,7 +80,7 @@ def parse_table(data: bytes) -> dict[str, Any]:
 
 
 def beneath(folder: Path, name: str) -> Path | None:
-    """The regular file `name` of a folder, or None where there is none, or where it or a link leads out of it."""
+    """The regular file `name` of a folder; None where there is none, or where it or a link leads out of the folder."""
     try:
         path = (folder / name).resolve(strict=True)
         return path if path.is_file() and path.is_relative_to(folder.resolve()) else None

@@ -1,11 +1,13 @@
 """The verbs for many pictures: sweep, report, tune. Thin; nothing heavy is imported before it is needed."""
 
 import json
+import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,9 @@ def sweep(
     batch: Annotated[int, typer.Option("--batch", help="Pictures of one chain made together.")] = 4,
     shard: Annotated[str, typer.Option("--shard", help="i/n: this process makes every n-th prompt and draw.")] = "0/1",
     retry: Annotated[bool, typer.Option("--retry", help="Make failed rows again.")] = False,
+    row_timeout: Annotated[
+        float | None, typer.Option("--row-timeout", help="Seconds that a row may take before it fails (default: none).")
+    ] = None,
     dry: Annotated[bool, typer.Option("--plan", help="Plan every chain, count rows and work, make nothing.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
@@ -51,6 +56,9 @@ def sweep(
     from mrflow.cli import console
 
     with console() as err:
+        from mrflow.sweep.limits import RETRY
+        from mrflow.sweep.local import check_run, run_sweep
+
         asked = load_sweep(file)
         name = model or asked.model
         folder = out or Path(f"{file.stem.partition(':')[0]}-sweep")
@@ -61,33 +69,43 @@ def sweep(
             return
         if engine not in ("local", "ray"):
             raise PlanError(f"--engine takes local or ray, got {engine!r}")
+        check_run(batch, part, row_timeout)
         load = partial(load_model, name, device, dtype, offload, storage, vae, text, compile=False)
-        with stopping(err) as (stop, code), bar(err) as show:
-            if engine == "ray":
+        backbone = load() if engine == "local" else None
+        with stopping() as (stop, code), bar(err) as show:
+            if backbone is None:
                 from mrflow.sweep.cluster import Pool, package, run_on_ray
 
                 own = sys.modules[file.stem.partition(".py:")[0].partition(":")[0]]
                 package().cloudpickle.register_pickle_by_value(own)  # workers have no such file
                 pool = Pool(workers, gpus=gpus, address=address)
                 done = run_on_ray(
-                    asked, load, folder, pool, batch=batch, shard=part, retry=retry, on_progress=show, stop=stop
-                )
+                    asked, load, folder, pool, batch=batch, shard=part, retry=retry, row_timeout=row_timeout,
+                    on_progress=show, stop=stop,
+                )  # fmt: skip
             else:
-                from mrflow.sweep.local import run_sweep
-
                 done = run_sweep(
-                    asked, load(), folder, batch=batch, shard=part, retry=retry, on_progress=show, stop=stop
-                )
+                    asked, backbone, folder, batch=batch, shard=part, retry=retry, row_timeout=row_timeout,
+                    on_progress=show, stop=stop,
+                )  # fmt: skip
         err.print(f"{done.made} rows made, {done.before} were there, {done.failed} failed, {done.left} left: {folder}")
+        for text in done.errors:
+            err.print(f"  {text}")
         if as_json:
             typer.echo(json.dumps(done.__dict__))
         else:
             typer.echo(folder)
-        if done.stopped and done.left:
+        if done.stopped:
             err.print("stopped after the batch that was being made; the same command goes on")
             raise SystemExit(code[0])
+        if done.left:
+            err.print(f"other processes are making {done.left} rows, or died with them; run the same command again")
+            raise SystemExit(RETRY)
         if done.failed:
             err.print(f"failed rows are in {folder}/rows with their errors; --retry makes them again")
+        if done.unmeasured:
+            err.print(f"{done.unmeasured} rows lack a metric that failed; the same command measures them again")
+        if done.failed or done.unmeasured:
             raise SystemExit(4)
 
 
@@ -138,26 +156,45 @@ def plan_sweep(asked: "Sweep", name: str) -> list[str]:
 
 
 @contextmanager
-def stopping(err: "Console") -> Generator[tuple[threading.Event, list[int]]]:
-    """The first SIGINT or SIGTERM asks to stop after the batch that is being made, the second stops at once."""
+def stopping() -> Generator[tuple[threading.Event, list[int]]]:
+    """The first SIGINT or SIGTERM asks to stop after the batch that is being made, the second stops at once.
+
+    Signals are read by a thread of their own, so that the second ends the process whatever the first one waits for.
+    """
     stop, code = threading.Event(), [130]
-
-    def asked(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise SystemExit(128 + number)
-        code[0] = 128 + number
-        stop.set()
-        sys.stderr.write("\nstopping after this batch; once more stops at once\n")
-
     if threading.current_thread() is not threading.main_thread():
         yield stop, code
         return
-    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def listen() -> None:
+        while number := hear.recv(1)[0:1]:
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if stop.is_set():
+                os._exit(128 + number[0])
+            code[0] = 128 + number[0]
+            stop.set()
+            with suppress(OSError, ValueError):
+                sys.stderr.write("\nstopping after this batch; once more stops at once\n")
+
+    def nothing(number: int, frame: FrameType | None) -> None:
+        """Python passes a signal on to the thread only if it has a handler."""
+
+    say, hear = socket.socketpair()
+    say.setblocking(False)
+    thread = threading.Thread(target=listen, daemon=True, name="mrflow signals")
+    thread.start()
+    before = {number: signal.signal(number, nothing) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = signal.set_wakeup_fd(say.fileno(), warn_on_full_buffer=False)
     try:
         yield stop, code
     finally:
+        signal.set_wakeup_fd(old)
         for number, handler in before.items():
             signal.signal(number, handler)
+        say.close()
+        thread.join(1)
+        hear.close()
 
 
 @contextmanager

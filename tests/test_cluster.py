@@ -24,8 +24,8 @@ from tests.test_sweep import small
 
 def load():
     import time
-    from mrflow.sweep import maker, store
-    store.BEAT = 0.3
+    from mrflow.sweep import leases, maker
+    leases.BEAT = 0.3
     make = maker.Maker._made
     def slow(self, label, group):
         time.sleep({pause})

@@ -33,13 +33,14 @@ from mrflow.sweep import (
     Ssim,
     Store,
     Stray,
+    leases,
     local,
     maker,
     read,
     run_sweep,
     seed_of,
-    store,
 )
+from mrflow.sweep.leases import Claim
 from tests.test_cli import call, here  # noqa: F401
 
 LOW, SIZE = (16, 16), (32, 32)
@@ -218,9 +219,9 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
 import mrflow as mf
-from mrflow.sweep import run_sweep, maker, store
+from mrflow.sweep import leases, maker, run_sweep
 from tests.test_sweep import small
-store.BEAT = 0.2
+leases.BEAT = 0.2
 make = maker.Maker._made
 def slow(self, label, group):
     time.sleep({pause})
@@ -354,7 +355,8 @@ def test_a_row_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
     folder = Store(tmp_path)
     folder.open(local.manifest(sweep, model))
     key = maker.Maker(sweep, model, folder).key("s", (sweep.prompts[0], 0))
-    dead = {"host": os.uname().nodename, "pid": 2**22 + 7, "boot": store.boot(), "tries": 2}
+    dead = {"host": os.uname().nodename, "pid": 2**22 + 7, "boot": leases.boot(), "space": leases._space(), "tries": 2}
+    dead |= {"deaths": 2, "doing": "alone"}
     (tmp_path / "leases" / f"{key}.json").write_text(json.dumps(dead))
     done = run_sweep(sweep, model, tmp_path)
     assert (done.made, done.failed) == (1, 1)
@@ -368,9 +370,11 @@ def test_a_stage_made_in_another_batch_costs_what_it_took(tmp_path: Path) -> Non
     folder = Store(tmp_path)
     folder.open(local.manifest(sweep, model))
     key = maker.Maker(sweep, model, folder).key("a", (sweep.prompts[0], 0))
-    dead = {"host": os.uname().nodename, "pid": 2**22 + 7, "boot": store.boot(), "tries": 0}
+    dead = {"host": os.uname().nodename, "pid": 2**22 + 7, "boot": leases.boot(), "space": leases._space()}
+    dead |= {"doing": "together"}
     (tmp_path / "leases" / f"{key}.json").write_text(json.dumps(dead))
-    assert run_sweep(sweep, model, tmp_path, batch=2).made == 4
+    with folder.holding():
+        assert len(maker.Maker(sweep, model, folder).make([(prompt, 0) for prompt in sweep.prompts])) == 4
     rows = read(tmp_path)
     assert {r.nfe for r in rows} == {3}
     sampled = {r.chain: sum(s.stages[0]["seconds"] for s in rows if s.chain == r.chain) for r in rows}
@@ -414,23 +418,24 @@ def test_leases(tmp_path: Path) -> None:
     """One holder; a dead process, or an old heartbeat of another host, is taken over; a live one is not."""
     a, b = Store(tmp_path), Store(tmp_path)
     a.open({"chains": {}})
-    assert a.claim("k") == 0 and b.claim("k") is None
+    assert a.claim("k") == Claim("k") and b.claim("k") is None
     a.release(["k"])
-    assert b.claim("k") == 0
+    assert b.claim("k") == Claim("k")
     b.release(["k"])
     path = tmp_path / "leases" / "k.json"
-    elsewhere = {"host": "elsewhere", "pid": 1, "boot": "x", "tries": 0}
+    elsewhere = {"token": "theirs", "host": "elsewhere", "pid": 1, "boot": "x", "doing": "alone"}
     path.write_text(json.dumps(elsewhere))
     assert a.claim("k") is None
-    old = time.time() - 10 * store.STALE
+    old = time.time() - 10 * leases.STALE
     os.utime(path, (old, old))
-    assert a.claim("k") == 1
+    assert a.claim("k", calm=True) is None and a.claim("k") == Claim("k", tries=1, deaths=1)
     a.release(["k"])
     path.write_text("not whole")
     assert a.claim("k") is None
     os.utime(path, (old, old))
-    assert a.claim("k") == 1
+    assert a.claim("k") == Claim("k")  # nobody had begun it
     a.release(["k"])
+    assert not path.exists()
 
 
 def test_what_a_power_cut_leaves_is_not_taken_for_a_row(tmp_path: Path) -> None:
@@ -572,7 +577,7 @@ def test_what_killed_processes_left_is_swept_up_when_it_is_old(tmp_path: Path) -
     old = [place / f"{TEMPORARY}x.png.abc", tmp_path / "leases" / f"{TEMPORARY}k.json.abc"]
     for file in old:
         file.write_text("")
-        os.utime(file, (time.time() - 20 * store.STALE,) * 2)
+        os.utime(file, (time.time() - 20 * leases.STALE,) * 2)
     fresh = place / f"{TEMPORARY}y.png.abc"
     fresh.write_text("")
     run_sweep(mf.Sweep({"s": paper()}, ["a"]), mf.toy(), tmp_path)

@@ -19,13 +19,13 @@ from mrflow.sweep.metrics import Sharpness as Sharpness
 from mrflow.sweep.metrics import Spectrum as Spectrum
 from mrflow.sweep.metrics import Ssim as Ssim
 from mrflow.sweep.metrics import Stray as Stray
+from mrflow.sweep.rows import Row as Row
 from mrflow.sweep.statistics import Comparison as Comparison
 from mrflow.sweep.statistics import Interval as Interval
 from mrflow.sweep.statistics import compare as compare
 from mrflow.sweep.statistics import interval as interval
 from mrflow.sweep.statistics import pareto as pareto
 from mrflow.sweep.statistics import values as values
-from mrflow.sweep.store import Row as Row
 from mrflow.sweep.store import Store as Store
 from mrflow.sweep.store import read as read
 from mrflow.sweep.tune import Space as Space

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mrflow.errors import PlanError, ResourceError
-from mrflow.sweep.local import Progress, Summary, check_run, manifest
+from mrflow.errors import DeviceLostError, PlanError, ResourceError
+from mrflow.sweep import leases
+from mrflow.sweep.limits import RETRY
+from mrflow.sweep.local import Progress, Summary, Tally, check_run, manifest
 from mrflow.sweep.maker import Maker, Pair
-from mrflow.sweep.store import BEAT, Store
+from mrflow.sweep.store import MAX_TRIES, Store
 
 if TYPE_CHECKING:
     import threading
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.sweep.grid import Sweep
 
-ROUNDS = 4  # how often what is still missing is handed out again
+ROUNDS = MAX_TRIES + 2  # how often at least what is still missing is handed out: a row may take workers down with it
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,44 @@ def package() -> Any:  # noqa: ANN401
 class Worker:
     """One actor: loads a model once, then makes rows."""
 
-    def __init__(self, sweep: "Sweep", load: "Callable[[], Backbone]", folder: str) -> None:
-        self.maker = Maker(sweep, load(), Store(folder))
+    def __init__(
+        self, sweep: "Sweep", load: "Callable[[], Backbone]", folder: str, row_timeout: float | None = None
+    ) -> None:
+        self.maker = Maker(sweep, load(), Store(folder), row_timeout=row_timeout)
 
     def begin(self) -> None:
         """Make the folder ready."""
         self.maker.store.open(manifest(self.maker.sweep, self.maker.model))
 
-    def missing(self, pairs: Sequence[Pair], *, retry: bool) -> list[int]:
-        """How many rows each pair lacks."""
-        return [sum(1 for _ in self.maker.missing([pair], retry=retry)) for pair in pairs]
+    def survey(self, pairs: Sequence[Pair], *, retry: bool) -> tuple[list[int], dict[str, str]]:
+        """How many rows each pair lacks, and which failed ones are among them: what `make` has to be given."""
+        return self.maker.survey(pairs, retry=retry), self.maker.again
 
-    def make(self, pairs: Sequence[Pair], *, retry: bool) -> list[tuple[str, bool]]:
+    def lacking(self, pairs: Sequence[Pair]) -> list[int]:
+        """How many rows each pair lacks now."""
+        return self.maker.lacking(pairs)
+
+    def make(self, pairs: Sequence[Pair], again: dict[str, str], *, calm: bool) -> list[tuple[str, bool]]:
         """Make their rows: the chain and whether there is a picture, for each that was made."""
-        with self.maker.store.holding():
-            return [(row.chain, row.done) for row in self.maker.make(pairs, retry=retry)]
+        self.maker.again = again
+        try:
+            with self.maker.store.holding():
+                return [(row.chain, row.done) for row in self.maker.make(pairs, calm=calm)]
+        except DeviceLostError:
+            os._exit(RETRY)  # Ray starts another process in its place
 
-    def refresh(self, pairs: Sequence[Pair]) -> int:
-        """Labels, tags and metrics as they are now."""
-        return self.maker.refresh(pairs)
+    def finish(self, pairs: Sequence[Pair], before: int, *, stopped: bool) -> Summary:
+        """Labels, tags and metrics as they are now, and what has become of all rows; `before` were there."""
+        if not stopped:
+            self.maker.refresh(pairs)
+        tally, left = Tally(), 0
+        for row in self.maker.rows(pairs):
+            if row is None:
+                left += 1
+            else:
+                tally.add(row)
+        tally.made -= before
+        return tally.summary(before, left, str(self.maker.store.folder), stopped=stopped)
 
 
 def run_on_ray(
@@ -89,6 +110,7 @@ def run_on_ray(
     batch: int = 4,
     shard: tuple[int, int] = (0, 1),
     retry: bool = False,
+    row_timeout: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: "threading.Event | None" = None,
 ) -> Summary:
@@ -98,7 +120,7 @@ def run_on_ray(
         PlanError: ray is not installed, or a chain, the batch or the shard cannot work.
         ResourceError: the folder cannot be written, or no worker could be started.
     """
-    check_run(batch, shard)
+    check_run(batch, shard, row_timeout)
     ray = package()
     where = str(Path(folder).absolute())
     here = not ray.is_initialized()
@@ -108,7 +130,7 @@ def run_on_ray(
             address=pool.address, include_dashboard=False if pool.address is None else None, log_to_driver=False, **own
         )
     try:
-        return _run(ray, sweep, load, where, pool, batch, shard, retry, on_progress, stop)
+        return _run(ray, sweep, load, where, pool, batch, shard, retry, row_timeout, on_progress, stop)
     finally:
         if here:
             ray.shutdown()
@@ -123,12 +145,13 @@ def _run(
     batch: int,
     shard: tuple[int, int],
     retry: bool,  # noqa: FBT001
+    row_timeout: float | None,
     on_progress: Callable[[Progress], None] | None,
     stop: "threading.Event | None",
 ) -> Summary:
     kind = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=3)(Worker)
     given = ray.put(sweep)
-    workers = [kind.remote(given, load, folder) for _ in range(pool.workers)]
+    workers = [kind.remote(given, load, folder, row_timeout) for _ in range(pool.workers)]
     first = workers[0]
     try:
         ray.get(first.begin.remote())
@@ -138,24 +161,24 @@ def _run(
         raise ResourceError(f"no worker could be started: {error}") from None
     pairs = sweep.pairs[shard[0] :: shard[1]]
     total = len(pairs) * len(sweep.chains)
-    lacking: list[int] = ray.get(first.missing.remote(pairs, retry=retry))
+    lacking, again = ray.get(first.survey.remote(pairs, retry=retry))
     before, made, failed = total - sum(lacking), 0, 0
-    wanted = sum(lacking)
-    began = time.monotonic()
-    again = retry
-    for round_ in range(ROUNDS):
-        open_ = [pair for pair, n in zip(pairs, lacking, strict=True) if n]
-        if not open_ or (stop is not None and stop.is_set()):
-            break
-        if round_:
-            time.sleep(BEAT)  # what a dead worker held is held a moment longer
+    began = moved = time.monotonic()
+    rounds = 0
+
+    def stopped() -> bool:
+        return stop is not None and stop.is_set()
+
+    while (open_ := [pair for pair, n in zip(pairs, lacking, strict=True) if n]) and not stopped():
+        if rounds:
+            time.sleep(leases.BEAT)  # what a dead worker held is held a moment longer
         queue = deque(open_[i : i + batch] for i in range(0, len(open_), batch))
         busy: dict[Any, Any] = {}
         idle = list(workers)
-        while (queue and not (stop is not None and stop.is_set())) or busy:
-            while queue and idle and not (stop is not None and stop.is_set()):
+        while (queue and not stopped()) or busy:
+            while queue and idle and not stopped():
                 worker = idle.pop()
-                busy[worker.make.remote(queue.popleft(), retry=again)] = worker
+                busy[worker.make.remote(queue.popleft(), again, calm=not rounds)] = worker
             ready, _ = ray.wait(list(busy), timeout=1.0)
             for task in ready:
                 idle.append(busy.pop(task))
@@ -170,12 +193,13 @@ def _run(
                 for label, done in rows:
                     made, failed = made + done, failed + (not done)
                     if on_progress is not None:
-                        share = (made + failed) / max(1, wanted)
-                        left = (time.monotonic() - began) * (1 / share - 1) if share else None
-                        on_progress(Progress(before + made + failed, failed, total, left, label))
-        again = False  # what failed again has been tried
-        lacking = ray.get(first.missing.remote(pairs, retry=False))
-    stopped = stop is not None and stop.is_set()
-    if not stopped:
-        ray.get(first.refresh.remote(pairs))
-    return Summary(made, before, failed, sum(lacking), stopped, folder)
+                        left = (time.monotonic() - began) * ((total - before) / (made + failed) - 1)
+                        on_progress(Progress(before + made + failed, failed, total, max(0.0, left), label))
+        rounds += 1
+        now: list[int] = ray.get(first.lacking.remote(pairs))
+        moved = time.monotonic() if sum(now) < sum(lacking) else moved
+        lacking = now
+        if rounds >= ROUNDS and time.monotonic() - moved > leases.STALE + 2 * leases.BEAT:
+            break  # a process elsewhere holds them, and lives
+    done: Summary = ray.get(first.finish.remote(pairs, before, stopped=stopped()))
+    return done

@@ -3,14 +3,15 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.sweep.grid import Sweep, fingerprints, versions
 from mrflow.sweep.maker import Maker
-from mrflow.sweep.store import Row, Store
+from mrflow.sweep.rows import Row
+from mrflow.sweep.store import Store
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep did: rows made now, there before, failed, and left to others (or to the next time)."""
+    """What a sweep did: rows made now, there before, failed, and left to others (or to the next time).
+
+    `unmeasured` counts rows whose picture is there but which lack a metric that failed; `errors` are the first few
+    texts of failed rows and metrics.
+    """
 
     made: int
     before: int
@@ -34,6 +39,8 @@ class Summary:
     left: int
     stopped: bool
     folder: str
+    unmeasured: int = 0
+    errors: tuple[str, ...] = ()
 
 
 def run_sweep(
@@ -44,51 +51,82 @@ def run_sweep(
     batch: int = 4,
     shard: tuple[int, int] = (0, 1),
     retry: bool = False,
+    row_timeout: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Summary:
     """Make every row of a sweep that is not there yet; call it again after any interruption, it goes on.
 
-    `shard` (i, n) takes every n-th pair of prompt and draw from the i-th on; `retry` makes failed rows again; `stop`
-    ends it after the batch that is being made.
+    `shard` (i, n) takes every n-th pair of prompt and draw from the i-th on; `retry` makes failed rows again, those
+    whose process died are made again anyway; `row_timeout` is how many seconds a row may take; `stop` ends it after the
+    batch that is being made. Rows that a process died with come last, each alone.
 
     Raises:
         PlanError: a chain cannot work with this model, the batch or the shard make no sense; before anything is made.
-        ResourceError: the folder cannot be written, or the disk is full: what is there stays, call it again.
+        ResourceError: the folder cannot be written, or the disk is full. DeviceLostError: the device failed. In both
+        cases what is there stays, call it again.
     """
-    check_run(batch, shard)
+    check_run(batch, shard, row_timeout)
     index, count = shard
     store = Store(folder)
-    maker = Maker(sweep, model, store)
+    maker = Maker(sweep, model, store, row_timeout=row_timeout)
     store.open(manifest(sweep, model))
     pairs = sweep.pairs[index::count]
-    todo = {pair: sum(1 for _ in maker.missing([pair], retry=retry)) for pair in pairs}
     total = len(pairs) * len(sweep.chains)
-    before = total - sum(todo.values())
-    wanted = [pair for pair in pairs if todo[pair]]
-    made = failed = 0
-    began = time.monotonic()
-
-    def seen(row: Row) -> None:
-        nonlocal made, failed
-        made, failed = made + row.done, failed + (not row.done)
-        if on_progress is not None:
-            share = (made + failed) / max(1, sum(todo.values()))
-            left = (time.monotonic() - began) * (1 / share - 1) if share else None
-            on_progress(Progress(before + made + failed, failed, total, left, row.chain))
-
+    tally = Tally()
     with store.holding():
-        for start in range(0, len(wanted), batch):
-            if stop is not None and stop.is_set():
-                break
-            maker.make(wanted[start : start + batch], retry=retry, on_row=seen)
-        maker.refresh(pairs)
-    left = sum(1 for _ in maker.missing(pairs))
-    return Summary(made, before, failed, left, bool(stop is not None and stop.is_set()), str(folder))
+        wanted = [(pair, n) for pair, n in zip(pairs, maker.survey(pairs, retry=retry), strict=True) if n]
+        before = total - sum(n for _, n in wanted)
+        open_ = [pair for pair, _ in wanted]
+        began = time.monotonic()
+
+        def seen(row: Row) -> None:
+            tally.add(row)
+            if on_progress is not None:
+                made = tally.made + tally.failed
+                left = (time.monotonic() - began) * ((total - before) / made - 1)
+                on_progress(Progress(before + made, tally.failed, total, left, row.chain))
+
+        for calm in (True, False):
+            for start in range(0, len(open_), batch):
+                if stop is not None and stop.is_set():
+                    break
+                maker.make(open_[start : start + batch], calm=calm, on_row=seen)
+            open_ = [pair for pair, n in zip(open_, maker.lacking(open_), strict=True) if n]
+        stopped = stop is not None and stop.is_set()
+        if not stopped:
+            maker.refresh()
+        left = sum(maker.lacking(open_))
+    return tally.summary(before, left, str(folder), stopped=stopped)
 
 
-def check_run(batch: int, shard: tuple[int, int]) -> None:
-    """Refuse a batch or a shard that makes no sense."""
+@dataclass
+class Tally:
+    """Rows as they come."""
+
+    made: int = 0
+    failed: int = 0
+    unmeasured: int = 0
+    errors: dict[str, None] = field(default_factory=dict[str, None])
+
+    def add(self, row: Row) -> None:
+        """Count one."""
+        self.made += row.done
+        self.failed += not row.done
+        self.unmeasured += bool(row.unmeasured)
+        for text in (row.error, *row.unmeasured.values()):
+            if text and len(self.errors) < 3:
+                self.errors.setdefault(f"{row.chain}: {text}")
+
+    def summary(self, before: int, left: int, folder: str, *, stopped: bool) -> Summary:
+        """All of it."""
+        return Summary(self.made, before, self.failed, left, stopped, folder, self.unmeasured, tuple(self.errors))
+
+
+def check_run(batch: int, shard: tuple[int, int], row_timeout: float | None) -> None:
+    """Refuse a batch, a shard or a time limit that makes no sense."""
+    if row_timeout is not None and not 0 < row_timeout < float("inf"):
+        raise PlanError(f"row_timeout must be a number of seconds above 0, got {row_timeout!r}")
     if isinstance(batch, bool) or batch < 1:
         raise PlanError(f"batch must be a whole number above 0, got {batch!r}")
     if not 0 <= shard[0] < shard[1]:

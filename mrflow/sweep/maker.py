@@ -3,7 +3,8 @@
 `Maker.make` needs nothing of the process around it: every engine calls it in its workers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
@@ -15,19 +16,24 @@ from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition
 from mrflow.cache import StageCache
-from mrflow.errors import MrflowError, ResourceError, is_out_of_memory
+from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_device_lost, is_out_of_memory
+from mrflow.files import beneath
 from mrflow.io import make_record, png, to_images
 from mrflow.runner import Result, run
 from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels
 from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions
+from mrflow.sweep.leases import Claim, LeaseLostError
+from mrflow.sweep.limits import RowTimeoutError, time_limit
 from mrflow.sweep.metrics import Measured, Metric, named
-from mrflow.sweep.store import MAX_TRIES, Row, Store
+from mrflow.sweep.rows import Cause, Row, digest_of
+from mrflow.sweep.store import MAX_TRIES, Store
 
 if TYPE_CHECKING:
     from mrflow.stage import AnyChain
 
 Pair = tuple[Prompt, int]  # and the number of the draw
+Held = tuple[Pair, Claim]
 CACHE_BYTES = 1 << 30
 
 
@@ -54,8 +60,12 @@ class Remembered:
 class Maker:
     """Makes rows with one model into one folder."""
 
-    def __init__(self, sweep: Sweep, model: Backbone, store: Store, *, warm: bool = True) -> None:
-        self.sweep, self.store = sweep, store
+    def __init__(
+        self, sweep: Sweep, model: Backbone, store: Store, *, warm: bool = True, row_timeout: float | None = None
+    ) -> None:
+        self.sweep, self.store, self.row_timeout = sweep, store, row_timeout
+        self.again: dict[str, str] = {}
+        self._stale: dict[str, tuple[str, Pair]] = {}
         self.model = cast(Backbone, Remembered(model))
         self.prints = {label: fingerprints(chain) for label, chain in sweep.chains.items()}
         self.plans = sweep.plans(model.info)
@@ -74,139 +84,236 @@ class Maker:
         info, seed = self.model.info, seed_of(prompt.text, draw)
         return row_key(self.prints[label][-1], info.name, info.version, prompt.text, self.negative, seed, self.made_by)
 
-    def missing(self, pairs: Sequence[Pair], *, retry: bool = False) -> Iterator[tuple[str, Pair]]:
-        """Rows that are not there, or (with `retry`) failed."""
+    def survey(self, pairs: Sequence[Pair], *, retry: bool = False) -> list[int]:
+        """How many rows each pair lacks; each row is read once.
+
+        What failed because a process died, and with `retry` all that failed, is to be made again: `again` holds when
+        those rows were written, so that each is tried once more and not for ever.
+        """
+        out: list[int] = []
+        for pair in pairs:
+            lacking = 0
+            for label in self.labels:
+                key = self.key(label, pair)
+                row = self.store.get(key)
+                if row is not None and not row.done and (retry or row.cause == "death"):
+                    self.again[key] = row.time
+                lacking += self._wanted(key, row)
+                if row is not None and self._outdated(row, label, pair):
+                    self._stale[key] = (label, pair)
+            out.append(lacking)
+        return out
+
+    def lacking(self, pairs: Sequence[Pair]) -> list[int]:
+        """How many rows each pair lacks now."""
+        return [sum(1 for _ in self._missing([pair])) for pair in pairs]
+
+    def rows(self, pairs: Sequence[Pair]) -> Iterator[Row | None]:
+        """What has become of every row: None where it is still to be made."""
         for pair in pairs:
             for label in self.labels:
-                row = self.store.get(self.key(label, pair))
-                if row is None or (retry and not row.done):
-                    yield label, pair
+                key = self.key(label, pair)
+                row = self.store.get(key)
+                yield None if self._wanted(key, row) else row
 
-    def refresh(self, pairs: Sequence[Pair]) -> int:
+    def _missing(self, pairs: Sequence[Pair], labels: Sequence[str] | None = None) -> Iterator[tuple[Pair, str]]:
+        for pair in pairs:
+            for label in self.labels if labels is None else labels:
+                key = self.key(label, pair)
+                if self._wanted(key, self.store.get(key)):
+                    yield pair, key
+
+    def _wanted(self, key: str, row: Row | None) -> bool:
+        return row is None or (not row.done and self.again.get(key) == row.time)
+
+    def _outdated(self, row: Row, label: str, pair: Pair) -> bool:
+        return row.done and (
+            row.chain != label or dict(row.tags) != dict(pair[0].tags) or bool(self._unmeasured(row, label))
+        )
+
+    def _unmeasured(self, row: Row, label: str) -> list[Metric]:
+        """Metrics that a row may still get from its picture; those that need latents only come with new rows."""
+        return [m for m in self.sweep.metrics if not m.needs_latents and repr(m) not in row.measured]
+
+    def refresh(self, pairs: Sequence[Pair] = ()) -> int:
         """Give rows that are there the labels, tags and metrics that the sweep has now; how many changed.
 
-        New metrics are computed on the saved pictures; those that need latents only come with new rows.
+        Looks at what `survey` and `make` found to be behind, and at `pairs`. New metrics are computed on the saved
+        pictures; those that need latents only come with new rows.
         """
+        behind = self._stale | {self.key(label, pair): (label, pair) for pair in pairs for label in self.labels}
+        self._stale = {}
         changed = 0
-        asked = [m for m in self.sweep.metrics if not m.needs_latents]
-        for pair in pairs:
-            for label in self.labels:
-                row = self.store.get(self.key(label, pair))
-                if row is None or not row.done or row.picture is None:
-                    continue
-                prompt, _ = pair
-                new = [m for m in asked if repr(m) not in row.measured]
-                if row.chain == label and dict(row.tags) == dict(prompt.tags) and not new:
-                    continue
-                metrics = dict(row.metrics)
-                if new:
-                    with Image.open(self.store.folder / row.picture) as image:
-                        pixels = _pixels(image)
-                    reference = self._reference(label, pair) if self.needs_reference else None
-                    metrics |= self._numbers(
-                        new, Measured(pixels, prompt.text, row.seed, prompt.tags, self.model, reference)
-                    )
-                measured = sorted({*row.measured, *(repr(m) for m in new)})
-                self.store.commit(replace(row, chain=label, tags=dict(prompt.tags), metrics=metrics, measured=measured))
+        for key, (label, pair) in behind.items():
+            row = self.store.get(key)
+            if row is None or not self._outdated(row, label, pair):
+                continue
+            prompt, _ = pair
+            new = self._unmeasured(row, label)
+            pixels = self._picture(row) if new else None
+            metrics, measured, unmeasured = dict(row.metrics), set(row.measured), dict(row.unmeasured)
+            if pixels is not None:
+                reference = self._reference(label, pair) if self.needs_reference else None
+                looked = Measured(pixels, prompt.text, row.seed, prompt.tags, self.model, reference)
+                found, names, unmeasured = self._numbers(new, looked, label)
+                metrics, measured = metrics | found, measured | names
+            now = replace(
+                row, chain=label, tags=dict(prompt.tags), metrics=metrics, measured=sorted(measured),
+                unmeasured=unmeasured,
+            )  # fmt: skip
+            if now != row:
+                self.store.commit(now)
                 changed += 1
         return changed
 
-    def _numbers(self, metrics: Sequence[Metric], measured: Measured) -> dict[str, float]:
-        out: dict[str, float] = {}
+    def _numbers(
+        self, metrics: Sequence[Metric], measured: Measured, label: str
+    ) -> tuple[dict[str, float], set[str], dict[str, str]]:
+        """Numbers, the metrics that gave them, and what kept others from it; one that lacks its reference waits."""
+        out, names, errors = dict[str, float](), set[str](), dict[str, str]()
         for metric in metrics:
-            found = metric(measured)
-            out |= {name: float(value) for name, value in found.items() if np.isfinite(value)}
-        return out
+            if metric.needs_reference and measured.reference is None and label != self.sweep.reference:
+                continue
+            try:
+                found = metric(measured)
+                out |= {name: float(value) for name, value in found.items() if np.isfinite(value)}
+                names.add(repr(metric))
+            except Exception as error:
+                if is_device_lost(error):
+                    raise
+                errors[repr(metric)] = _say(error)
+        return out, names, errors
 
     def make(
-        self, pairs: Sequence[Pair], *, retry: bool = False, on_row: Callable[[Row], None] | None = None
+        self, pairs: Sequence[Pair], *, calm: bool = False, on_row: Callable[[Row], None] | None = None
     ) -> list[Row]:
         """Make what is missing of these pairs, chain by chain, a batch each; committed as it comes.
 
+        With `calm`, rows that a process died with are left for later.
+
         Raises:
-            ResourceError: the folder does not take a row. Rows that fail otherwise are committed as failed.
+            ResourceError: the folder does not take a row. DeviceLostError: nothing can be computed any more. Rows that
+            fail otherwise are committed as failed.
         """
         rows: list[Row] = []
         for label in self.labels:
-            todo: list[tuple[Pair, str, int]] = []
-            for _, pair in (found for found in self.missing(pairs, retry=retry) if found[0] == label):
-                key = self.key(label, pair)
-                tries = self.store.claim(key)
-                if tries is not None:
-                    todo.append((pair, key, tries))
+            todo: list[Held] = []
+            for pair, key in self._missing(pairs, [label]):
+                claim = self.store.claim(key, calm=calm, wanted=lambda row, key=key: self._wanted(key, row))  # type: ignore[misc]
+                if claim is not None:
+                    todo.append((pair, claim))
             try:
                 for row in self._batch(label, todo):
-                    self.store.commit(row)
+                    try:
+                        self.store.commit(row)
+                    except LeaseLostError:
+                        continue
                     rows.append(row)
+                    if row.done and len(row.measured) < len(self.sweep.metrics):
+                        self._stale[row.key] = (label, next(p for p, c in todo if c.key == row.key))
                     if on_row is not None:
                         on_row(row)
+            except DeviceLostError:
+                self.store.leases.abandon()
+                raise
             finally:
-                self.store.release([key for _, key, _ in todo])
+                self.store.release([claim.key for _, claim in todo])
         return rows
 
-    def _batch(self, label: str, todo: Sequence[tuple[Pair, str, int]]) -> Iterator[Row]:
-        poison = [each for each in todo if each[2] >= MAX_TRIES]
-        for pair, key, tries in poison:
-            yield self._failed(label, pair, key, f"the process died {tries} times while this row was made", tries)
-        todo = [each for each in todo if each[2] < MAX_TRIES]
-        if not todo:
-            return
-        # A row that took its process down is made alone, so that it takes no other with it.
-        calm = [each for each in todo if each[2] == 0]
-        for group in ([calm] if calm else []) + [[each] for each in todo if each[2]]:
-            try:
-                yield from self._made(label, group)
-                continue
-            except ResourceError as error:
-                if not is_out_of_memory(error) and "memory" not in str(error):
-                    raise
-                reason: BaseException = error
-            except Exception as error:
-                reason = error
-            if len(group) == 1:
-                (pair, key, tries) = group[0]
-                yield self._failed(label, pair, key, _say(reason), tries + 1)
-                continue
-            for each in group:  # one by one: only the row that fails is lost
-                try:
-                    yield from self._made(label, [each])
-                except Exception as error:
-                    if isinstance(error, ResourceError) and "memory" not in str(error):
-                        raise
-                    yield self._failed(label, each[0], each[1], _say(error), each[2] + 1)
+    def _batch(self, label: str, todo: Sequence[Held]) -> Iterator[Row]:
+        for pair, claim in todo:
+            if claim.deaths >= MAX_TRIES:
+                said = f"the process died {claim.deaths} times while this row was made"
+                yield self._failed(label, pair, claim, said, "death")
+        todo = [each for each in todo if each[1].deaths < MAX_TRIES]
+        # A row that a process died with is made alone, so that it takes no other with it.
+        calm = [each for each in todo if not each[1].suspect]
+        for group in ([calm] if calm else []) + [[each] for each in todo if each[1].suspect]:
+            made, reason = self._tried(label, group)
+            yield from made
+            if reason is not None and len(group) == 1:
+                yield self._failed(label, *group[0], *reason)
+            elif reason is not None:
+                for each in group:  # one by one: only the row that fails is lost
+                    made, alone = self._tried(label, [each])
+                    yield from made
+                    if alone is not None:
+                        yield self._failed(label, *each, *alone)
 
-    def _made(self, label: str, group: Sequence[tuple[Pair, str, int]]) -> list[Row]:
-        chain, pairs = self.sweep.chains[label], tuple(pair for pair, _, _ in group)
-        self._warm_up(label, chain, len(pairs))
+    def _tried(self, label: str, group: Sequence[Held]) -> tuple[list[Row], tuple[str, Cause] | None]:
+        """The rows of a group, or why they could not be made.
+
+        Raises:
+            DeviceLostError: the device is gone. ResourceError: the folder does not take files.
+        """
+        try:
+            return self._made(label, group), None
+        except RowTimeoutError:
+            return [], (f"it took longer than {self.row_timeout:g} s (--row-timeout)", "timeout")
+        except Exception as error:
+            if is_device_lost(error):
+                raise DeviceLostError(
+                    f"the device is lost, which takes a new process: {_say(error)}. Nothing was written off; run the "
+                    "same command again"
+                ) from error
+            if isinstance(error, ResourceError) and not (is_out_of_memory(error) or "memory" in str(error)):
+                raise
+            return [], (_say(error), "error")
+
+    def _made(self, label: str, group: Sequence[Held]) -> list[Row]:
+        chain, pairs = self.sweep.chains[label], tuple(pair for pair, _ in group)
+        with self._limited(label, group):
+            self._warm_up(label, chain, len(pairs))
+        self.store.leases.doing([c.key for _, c in group], "alone" if len(group) == 1 else "together")
         keep = self.needs_latents or self.sweep.pictures == "stages"
-        result = run(
-            chain,
-            self.model,
-            [prompt.text for prompt, _ in pairs],
-            seed=[seed_of(prompt.text, draw) for prompt, draw in pairs],
-            negative=self.negative,
-            keep=keep,
-            cache=self._cache,
-        )
-        took = self._true_cost(label, pairs, result)
-        images = result.images
         rows: list[Row] = []
-        for i, (pair, key, tries) in enumerate(group):
-            picture = self.store.write_picture(self.store.picture_path(key), png(images[i], make_record(result, i)))
-            rows.append(self._row(label, pair, key, tries, result, i, images[i], took, picture))
+        with self._limited(label, group):
+            result = run(
+                chain,
+                self.model,
+                [prompt.text for prompt, _ in pairs],
+                seed=[seed_of(prompt.text, draw) for prompt, draw in pairs],
+                negative=self.negative,
+                keep=keep,
+                cache=self._cache,
+            )
+            took = self._true_cost(label, pairs, result)
+            images = result.images
+            for i, (pair, claim) in enumerate(group):
+                data = png(images[i], make_record(result, i))
+                try:
+                    picture = self.store.write_picture(self.store.picture_path(claim.key), data)
+                    rows.append(self._row(label, pair, claim, result, i, images[i], took, picture, data))
+                except LeaseLostError:
+                    continue
         return rows
+
+    @contextmanager
+    def _limited(self, label: str, group: Sequence[Held]) -> Generator[None]:
+        """Within the time that rows may take."""
+
+        def stuck() -> None:
+            """What cannot be interrupted ends with its process: alone it is written off, else it is made alone next."""
+            if len(group) == 1:
+                said = f"it hung for longer than {self.row_timeout:g} s (--row-timeout) and could not be interrupted"
+                self.store.commit(self._failed(label, *group[0], said, "timeout"))
+                self.store.release([group[0][1].key])
+            self.store.leases.abandon()
+
+        with time_limit(None if self.row_timeout is None else self.row_timeout * len(group), stuck):
+            yield
 
     def _row(
         self,
         label: str,
         pair: Pair,
-        key: str,
-        tries: int,
+        claim: Claim,
         result: Result,
         item: int,
         image: Image.Image,
         took: Sequence[tuple[float, int, float]],
         picture: str,
+        data: bytes,
     ) -> Row:
         prompt, draw = pair
         batch = len(result.seeds)
@@ -230,8 +337,9 @@ class Maker:
             self._reference(label, pair) if self.needs_reference else None,
             self._latents(result, item) if self.needs_latents else None,
         )
+        metrics, names, unmeasured = self._numbers(self.sweep.metrics, measured, label)
         return Row(
-            key=key,
+            key=claim.key,
             status="done",
             chain=label,
             model=self.model.info.name,
@@ -241,26 +349,29 @@ class Maker:
             seed=result.seeds[item],
             draw=draw,
             tags=dict(prompt.tags),
-            tries=tries + 1,
+            tries=claim.tries + 1,
             seconds=(result.condition_seconds + sum(t[0] for t in took)) / batch,
             nfe=sum(t[1] for t in took),
             flops=sum(t[2] for t in took) / batch,
             peak_bytes=result.peak_bytes,
             stages=stages,
-            metrics=self._numbers(self.sweep.metrics, measured),
-            measured=sorted(repr(m) for m in self.sweep.metrics),
+            metrics=metrics,
+            measured=sorted(names),
+            unmeasured=unmeasured,
             picture=picture,
-            stage_pictures=self._stage_pictures(result, item, key) if self.sweep.pictures == "stages" else (),
+            picture_bytes=len(data),
+            picture_sha256=digest_of(data),
+            stage_pictures=self._stage_pictures(result, item, claim.key) if self.sweep.pictures == "stages" else (),
             versions=self.made_by,
             device=str(self.model.device),
             batch=batch,
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            time=datetime.now(UTC).isoformat(timespec="microseconds"),
         )
 
-    def _failed(self, label: str, pair: Pair, key: str, error: str, tries: int) -> Row:
+    def _failed(self, label: str, pair: Pair, claim: Claim, error: str, cause: Cause) -> Row:
         prompt, draw = pair
         return Row(
-            key=key,
+            key=claim.key,
             status="failed",
             chain=label,
             model=self.model.info.name,
@@ -271,10 +382,11 @@ class Maker:
             draw=draw,
             tags=dict(prompt.tags),
             error=error,
-            tries=tries,
+            cause=cause,
+            tries=claim.tries + (cause != "death"),
             versions=self.made_by,
             device=str(self.model.device),
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            time=datetime.now(UTC).isoformat(timespec="microseconds"),
         )
 
     def _true_cost(self, label: str, pairs: tuple[Pair, ...], result: Result) -> list[tuple[float, int, float]]:
@@ -301,10 +413,15 @@ class Maker:
     def _reference(self, label: str, pair: Pair) -> Tensor | None:
         if label == self.sweep.reference:
             return None
-        path = self.store.picture_path(self.key(self.sweep.reference, pair))
-        if not path.is_file():
+        row = self.store.get(self.key(self.sweep.reference, pair))
+        return None if row is None else self._picture(row)
+
+    def _picture(self, row: Row) -> Tensor | None:
+        """A row's picture as it was saved; None where there is none."""
+        path = None if row.picture is None else beneath(self.store.folder, row.picture)
+        if path is None:
             return None
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             return _pixels(image)
 
     def _latents(self, result: Result, item: int) -> Tensor | None:

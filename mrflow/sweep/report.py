@@ -19,8 +19,9 @@ import numpy as np
 from mrflow.errors import PlanError
 from mrflow.io import write_bytes
 from mrflow.sweep.grid import row_key, seed_of
+from mrflow.sweep.rows import Row
 from mrflow.sweep.statistics import Comparison, Interval, compare, grouped, interval, number, pareto, values
-from mrflow.sweep.store import Row, Store, read
+from mrflow.sweep.store import Store, read
 
 log = logging.getLogger(__name__)
 

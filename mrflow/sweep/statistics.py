@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrflow.errors import PlanError
-from mrflow.sweep.store import Row
+from mrflow.sweep.rows import Row
 
 Verdict = Literal["higher", "lower", "no difference shown"]
 CHUNK = 4_000_000  # indices drawn at once, to bound memory

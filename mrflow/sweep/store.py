@@ -2,78 +2,33 @@
 
     sweep.json            the chains, as plain data, and what tells their rows from those of older settings
     rows/ab/<key>.json    one file a row; that it is there, whole, is the only truth about what is done
-    pictures/ab/<key>.png written and on disk before its row
-    leases/<key>.json     who is making a row now: host, process, boot, tries; its modification time is the heartbeat
+    pictures/ab/<key>.png written and on disk before its row, which holds its size and SHA-256
+    leases/<key>.json     who is making a row now (`mrflow.sweep.leases`)
+    index.json            pictures whose SHA-256 was compared, by size, time and inode; may be removed at any time
 
-A key is the content of what a row depends on, so changed settings make new rows and leave old ones. A lease whose
-process is gone (same host), or whose heartbeat is old by the file system's own clock, is taken over. Files that are
-being written begin with `files.TEMPORARY`; but for leases, only those are ever removed.
+A key is the content of what a row depends on, so changed settings make new rows and leave old ones. A row counts while
+its picture is whole. Files that are being written begin with `files.TEMPORARY`; but for leases, only those are ever
+removed. Whatever lies in the folder may come from anywhere, and is checked before it is used.
 """
 
 import json
 import os
-import socket
 import stat
-import threading
-import uuid
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from mrflow.errors import PlanError, ResourceError
-from mrflow.files import TEMPORARY, temporary_beside
+from mrflow.files import TEMPORARY, parse_table, read_regular, temporary_beside
 from mrflow.io import write_bytes
+from mrflow.sweep.leases import Claim, LeaseLostError, Leases, clock, is_old_temporary, publish
+from mrflow.sweep.rows import FORMAT, MAX_BYTES, Row, digest_of, read_row
 
-FORMAT = 1
 ROOMS = ("rows", "pictures", "leases")
-BEAT, STALE = 5.0, 60.0  # seconds between heartbeats, and after which a lease is dead
 MAX_TRIES = 3  # how often a row may take its process down with it
-
-
-@dataclass(frozen=True)
-class Row:
-    """One picture of a sweep: what it is, how it was made, what it cost, how it scored.
-
-    `draw` numbers the pictures of a prompt, `seed` is what its noise was drawn from (`mrflow run --seed`).
-    """
-
-    key: str
-    status: str
-    chain: str
-    model: str
-    weights: str
-    prompt: str
-    negative: str
-    seed: int
-    draw: int = 0
-    tags: Mapping[str, str] = field(default_factory=dict[str, str])
-    error: str | None = None
-    tries: int = 1
-    seconds: float = 0.0
-    nfe: int = 0
-    flops: float = 0.0
-    peak_bytes: int = 0
-    stages: Sequence[Mapping[str, Any]] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    measured: Sequence[str] = ()
-    picture: str | None = None
-    stage_pictures: Sequence[Sequence[str]] = ()
-    versions: Mapping[str, str] = field(default_factory=dict[str, str])
-    device: str = ""
-    batch: int = 1
-    time: str = ""
-    format: int = FORMAT
-
-    @property
-    def done(self) -> bool:
-        """Whether there is a picture."""
-        return self.status == "done"
-
-
-_FIELDS = frozenset(f.name for f in fields(Row))
+MAX_INDEX = 1 << 30
 
 
 class Store:
@@ -81,10 +36,10 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._held: set[str] = set()
-        self._lock = threading.Lock()
-        self._beating: threading.Thread | None = None
-        self._closed = threading.Event()
+        self.leases = Leases(self.folder / "leases")
+        self._rows = str(self.folder / "rows")
+        self._index: dict[str, tuple[int, ...]] | None = None
+        self._index_grew = False
 
     def open(self, manifest: Mapping[str, object]) -> None:
         """Make the folder, or go on in it; refuse one that cannot be written, before any work.
@@ -129,12 +84,12 @@ class Store:
         return said
 
     def manifest(self) -> dict[str, Any]:
-        """What sweep.json says; empty where it is not there or not whole."""
+        """What sweep.json says, as far as it is what a sweep writes; empty where it is not there or not whole."""
         try:
-            value: object = json.loads((self.folder / "sweep.json").read_text("utf-8"))
+            table = parse_table(read_regular(self.folder / "sweep.json", most=MAX_BYTES))
         except (OSError, ValueError):
             return {}
-        return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        return {name: value for name, value in table.items() if _MANIFEST.get(name, _anything)(value)}
 
     def row_path(self, key: str) -> Path:
         """Where a row lies."""
@@ -145,116 +100,119 @@ class Store:
         return self.folder / "pictures" / key[:2] / f"{key}{ending}.png"
 
     def get(self, key: str) -> Row | None:
-        """A row, or None where it is not there or not whole."""
-        return read_row(self.row_path(key))
+        """A row, or None where it is not there or not whole, or its picture is not the one it was written with."""
+        row = read_row(f"{self._rows}/{key[:2]}/{key}.json")
+        return None if row is None or not self._whole(row) else row
+
+    def _whole(self, row: Row) -> bool:
+        if row.picture is None:
+            return True
+        path = f"{self.folder}/{row.picture}"
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return False
+        if not stat.S_ISREG(status.st_mode) or status.st_size != (row.picture_bytes or status.st_size):
+            return False
+        if not row.picture_sha256:
+            return status.st_size > 0
+        state = _state(status)
+        if self._known().get(row.key) == state:
+            return True
+        try:
+            same = digest_of(read_regular(path, most=row.picture_bytes)) == row.picture_sha256
+        except (OSError, ValueError):
+            return False
+        if same:
+            self._remember(row.key, state)
+        return same
+
+    def _known(self) -> dict[str, tuple[int, ...]]:
+        if self._index is None:
+            try:
+                said = parse_table(read_regular(self.folder / "index.json", most=MAX_INDEX)).get("pictures")
+            except (OSError, ValueError):
+                said = None
+            pairs = cast("dict[str, Any]", said).items() if isinstance(said, dict) else ()
+            self._index = {key: tuple(value) for key, value in pairs if isinstance(value, list)}  # pyright: ignore
+        return self._index
+
+    def _remember(self, key: str, state: tuple[int, ...]) -> None:
+        self._known()[key] = state
+        self._index_grew = True
+
+    def write_index(self) -> None:
+        """Write down which pictures were found whole, so that the next process need not read them again."""
+        if self._index_grew:
+            with suppress(ResourceError):
+                data = json.dumps({"format": FORMAT, "pictures": self._known()}, separators=(",", ":"))
+                write_bytes(self.folder / "index.json", data.encode())
+                self._index_grew = False
 
     def commit(self, row: Row) -> None:
-        """Write a row; its pictures must be there. It appears whole or not at all.
+        """Write a row; its pictures must be there. It appears whole or not at all, and not over one that is done.
 
         Raises:
             ResourceError: the disk is full or the folder does not take it; nothing is left behind.
+            LeaseLostError: another process has taken the row over.
         """
         path = self.row_path(row.key)
         _ready(path.parent)
         if row.picture is not None:
             _sync((self.folder / row.picture).parent)
-        write_bytes(path, json.dumps(asdict(row), sort_keys=True).encode())
+        data, held = json.dumps(asdict(row), sort_keys=True).encode(), row.key in self.leases
+        draft = temporary_beside(path)
+        write_bytes(draft, data)
+        try:
+            self.leases.check(row.key)
+            if not (held and publish(draft, path)):
+                if held and (old := self.get(row.key)) is not None and old.done:
+                    raise LeaseLostError(row.key)
+                draft.replace(path)
+        except OSError as error:
+            raise ResourceError(f"{path} could not be written: {error.strerror or error}") from None
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
         _sync(path.parent)
 
     def write_picture(self, path: Path, data: bytes) -> str:
-        """Write a picture; its name relative to the folder."""
+        """Write a picture; its name relative to the folder.
+
+        Raises:
+            ResourceError, LeaseLostError: as for `commit`.
+        """
+        key = path.name[:64]
+        self.leases.check(key)
         _ready(path.parent)
         write_bytes(path, data)
-        return str(path.relative_to(self.folder))
+        if path.stem == key:
+            with suppress(OSError):
+                self._remember(key, _state(os.lstat(path)))
+        return path.relative_to(self.folder).as_posix()
 
-    def claim(self, key: str) -> int | None:
-        """Take a row: how often it was begun before, or None where another process has it or it is done."""
-        path = self.folder / "leases" / f"{key}.json"
-        mine: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "boot": boot(), "tries": 0}
-        for _ in range(3):
-            if _create(path, json.dumps(mine)):
-                row = self.get(key)
-                if row is not None and row.done:  # another process made it meanwhile
-                    path.unlink(missing_ok=True)
-                    return None
-                with self._lock:
-                    self._held.add(key)
-                self._beat()
-                return int(mine["tries"])
-            try:
-                text = path.read_text("utf-8")
-            except OSError:
-                continue
-            other = _table(text)
-            if not self._dead(path, other):
-                return None
-            # Only one process can move it away; what was moved must be what was judged.
-            aside = temporary_beside(path)
-            try:
-                os.rename(path, aside)
-            except OSError:
-                continue
-            if aside.read_text("utf-8") != text:
-                with suppress(OSError):
-                    os.link(aside, path)
-                aside.unlink(missing_ok=True)
-                return None
-            aside.unlink(missing_ok=True)
-            mine["tries"] = int(other.get("tries", 0)) + 1
-        return None
+    def claim(
+        self, key: str, *, calm: bool = False, wanted: Callable[[Row | None], bool] = lambda row: not (row and row.done)
+    ) -> Claim | None:
+        """Take a row: None where another process has it or it is not `wanted` as it is now.
+
+        With `calm`, a row that a process died with is not taken either.
+        """
+        return self.leases.claim(key, calm=calm, wanted=lambda: wanted(self.get(key)))
 
     def release(self, keys: Iterable[str]) -> None:
         """Give rows back, done or not."""
-        for key in keys:
-            with self._lock:
-                held = key in self._held
-                self._held.discard(key)
-            if held:
-                (self.folder / "leases" / f"{key}.json").unlink(missing_ok=True)
+        self.leases.release(keys)
 
     @contextmanager
     def holding(self) -> Generator[None]:
-        """Whatever happens inside, leases are given back."""
+        """Whatever happens inside, leases are given back; those that the dead left beside finished rows are removed."""
         try:
             yield
         finally:
-            self._closed.set()
-            self.release(list(self._held))
-            self._closed = threading.Event()
-            self._beating = None
-
-    def _dead(self, path: Path, lease: Mapping[str, Any]) -> bool:
-        if lease.get("host") == socket.gethostname() and lease.get("boot") == boot():
-            pid = lease.get("pid")
-            if not isinstance(pid, int):
-                return True
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:
-                return False
-            return False
-        try:
-            return _clock(path.parent) - path.stat().st_mtime > STALE
-        except OSError:
-            return False
-
-    def _beat(self) -> None:
-        if self._beating is not None and self._beating.is_alive():
-            return
-        closed = self._closed
-
-        def beat() -> None:
-            while not closed.wait(BEAT):
-                with self._lock:
-                    keys = list(self._held)
-                for key in keys:
-                    with suppress(OSError):
-                        os.utime(self.folder / "leases" / f"{key}.json")
-
-        self._beating = threading.Thread(target=beat, daemon=True, name="mrflow leases")
-        self._beating.start()
+            self.leases.close()
+            self.leases.tidy(lambda key: self.get(key) is not None)
+            self.write_index()
 
     def _sweep_up(self) -> None:
         """Remove own temporary files that a killed process left, if nobody has touched them for long.
@@ -263,83 +221,51 @@ class Store:
         the file system that they lie on. Nothing else is ever removed.
         """
         with suppress(OSError):
-            now = _clock(self.folder)
+            now = clock(self.folder)
             for place in (".", "rows/*", "pictures/*", "leases"):
                 for file in self.folder.glob(f"{place}/{TEMPORARY}*"):
                     with suppress(OSError):
-                        status = file.lstat()
-                        if stat.S_ISREG(status.st_mode) and now - status.st_mtime > 10 * STALE:
+                        if is_old_temporary(file, now):
                             file.unlink()
 
 
 def read(folder: str | Path) -> list[Row]:
     """All rows of a sweep's folder, in the order of their keys; files that are not whole are left out.
 
+    A row whose picture has gone or changed is among them: `Store.get` tells.
+
     Raises:
         PlanError: there is no such folder, or it is no sweep's.
     """
     rows = Path(folder) / "rows"
-    if not rows.is_dir():
-        raise PlanError(f"{folder} is no sweep's folder: it has no rows/")
-    found = (read_row(path) for path in sorted(rows.glob("??/*.json")))
+    try:
+        inner = sorted(entry.path for entry in os.scandir(rows) if len(entry.name) == 2 and entry.is_dir())
+        paths = [e.path for each in inner for e in sorted(os.scandir(each), key=lambda e: e.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        raise PlanError(f"{folder} is no sweep's folder: it has no rows/") from None
+    except OSError as error:
+        raise ResourceError(f"{folder} cannot be read: {error.strerror or error}") from None
+    found = (read_row(path) for path in paths if path.endswith(".json"))
     return [row for row in found if row is not None]
 
 
-def read_row(path: Path) -> Row | None:
-    """One row file, or None where it is not there or not whole."""
-    try:
-        table = _table(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return None
-    if table.get("key") != path.stem or table.get("status") not in ("done", "failed"):
-        return None
-    try:
-        return Row(**{k: v for k, v in table.items() if k in _FIELDS})
-    except TypeError:
-        return None
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-@cache
-def boot() -> str:
-    """What tells this start of the machine from others."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return str(uuid.getnode())
-
-
-def _table(text: str) -> dict[str, Any]:
-    try:
-        value: object = json.loads(text)
-    except ValueError:
-        return {}
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-
-
-def _clock(folder: Path) -> float:
-    """The time by the clock of the folder's own file system, in seconds, as modification times have it."""
-    probe = temporary_beside(folder / "clock")
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _create(path: Path, text: str) -> bool:
-    """Write a file that must not be there yet: whole under its name at once."""
-    draft = temporary_beside(path)
-    try:
-        draft.write_text(text, "utf-8")
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise ResourceError(f"{path} could not be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
+def _anything(_: object) -> bool:
     return True
+
+
+def _table_of(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(isinstance(v, kind) for v in cast("Any", value).values())
+
+
+_MANIFEST: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("negative", "model", "weights", "reference"), lambda v: isinstance(v, str)),
+    **dict.fromkeys(("prints", "versions"), _table_of(str)),
+    "chains": _table_of(list),
+}
 
 
 def _ready(folder: Path) -> None:

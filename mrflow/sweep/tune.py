@@ -24,8 +24,9 @@ from mrflow.sweep.grid import Prompt, Sweep
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
 from mrflow.sweep.metrics import Metric
+from mrflow.sweep.rows import Row
 from mrflow.sweep.statistics import Interval, interval, pareto, values
-from mrflow.sweep.store import Row, Store
+from mrflow.sweep.store import Store
 from mrflow.upscaler import Upscaler
 from mrflow.upscalers import Interpolate, Lanczos
 
