@@ -106,8 +106,8 @@ def test_every_type_a_chain_may_hold_has_a_public_name() -> None:
     kinds: list[type] = [mf.Stage, mf.Schedule, mf.Solver, mf.Guidance, mf.Noise, mf.Upscaler, mf.caches.Cache]
     left = list(kinds)
     while left:
-        left += (more := left.pop().__subclasses__())
-        kinds += more
+        more: list[type] = left.pop().__subclasses__()
+        left, kinds = left + more, kinds + more
     own = [c for c in kinds if c.__module__.startswith("mrflow.") and not inspect.isabstract(c) and is_dataclass(c)]
     own += [mf.Level, mf.Lora, mf.PiFlow]
     names = {name_of(c) for c in own}
