@@ -7,7 +7,7 @@ pictures, after a warm-up, the methods taking turns; the range of the ratio is o
 
     python -m experiments.pocket_scores --keep runs/scores      # native 50 at 512 px: hours on a processor; goes on
     python -m experiments.pocket_scores --size 256
-    python -m experiments.pocket_scores --model pocket-1 --world pocket-1
+    python -m experiments.pocket_scores --model pocket-3
 """
 
 import argparse
@@ -99,7 +99,7 @@ def interval(values: list[tuple[str, float]], rng: np.random.Generator) -> tuple
 def main() -> None:
     """Print a Markdown table, and what the timing found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="pocket", help="or an older version, pocket-1")
+    parser.add_argument("--model", default="pocket", help="or a version, pocket-3")
     parser.add_argument("--world", choices=list(WORLDS), default="full", help="of the captions")
     parser.add_argument("--captions", type=int, default=200, help="0: only the speeds")
     parser.add_argument("--batch", type=int, default=20)

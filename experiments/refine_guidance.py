@@ -20,7 +20,7 @@ from mrflow.scenes.score import CATEGORIES
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pocket", help="or an older version, pocket-2")
+    parser.add_argument("--model", default="pocket", help="or a version, pocket-3")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=9)

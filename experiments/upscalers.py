@@ -84,7 +84,7 @@ def mean(rows: list[Row], category: str = "overall") -> float:
 def main() -> None:
     """Print a Markdown table; draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pocket", help="or an older version, pocket-2")
+    parser.add_argument("--model", default="pocket", help="or a version, pocket-3")
     parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--scenes", type=int, default=100, help="for PSNR")
     parser.add_argument("--batch", type=int, default=20)

@@ -51,7 +51,3 @@ steps ends at 0.80, and the second draws flecks.
 """
 POCKET = POCKET_3
 """The student of the newest embedded model, `mrflow.load("pocket")`; it belongs to no model of another width."""
-POCKET_2 = Student(2, Lora(str(_INSIDE / "pocket-2-student.safetensors")), None, Distilled())
-"""That of `mrflow.load("pocket-2")`."""
-POCKET_1 = Student(2, Lora(str(_INSIDE / "pocket-1-student.safetensors")), None, Distilled())
-"""That of `mrflow.load("pocket-1")`."""

@@ -31,9 +31,9 @@ NONE: list[Cache] = [
 SOME: list[Cache] = [
     TeaCache(0.5, coefficients=LINE),
     MagCache(0.2, ratios=RATIOS),
-    DBCache(0.3, front=1, warmup=1),
-    DBCache(0.3, front=1, back=1, warmup=1),
-    DBTaylor(0.3, front=1, warmup=1),
+    DBCache(0.45, front=1, warmup=1),
+    DBCache(0.45, front=1, back=1, warmup=1),
+    DBTaylor(0.45, front=1, warmup=1),
     TaylorSeer(2),
     TaylorSeer(3, order=2, of="velocity"),
 ]
@@ -51,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], mf.Backb
             kind, _, dtype = name.partition(" ")
             chosen = torch.bfloat16 if dtype else torch.float32
             if kind == "pocket":
-                made[name] = mf.load("pocket-2", device="cpu", dtype=chosen)  # caches reuse much there
+                made[name] = mf.load("pocket", device="cpu", dtype=chosen)
             else:
                 folder = tmp_path_factory.mktemp(kind)
                 (write_flux_repo if kind == "flux" else write_qwen_repo)(folder / "r")

@@ -138,7 +138,7 @@ def test_plan_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             ["plan", "--model", "nothing"],
             2,
-            "there is no model 'nothing' to plan; known are pocket, pocket-3, pocket-2, pocket-1, flux1-dev",
+            "there is no model 'nothing' to plan; known are pocket, pocket-3, flux1-dev",
         ),
         (["plan", "none.py:chain"], 2, "there is no Python file none.py in "),
         (["plan", "chain"], 2, "a chain is named file.py:name"),

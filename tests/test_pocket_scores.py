@@ -18,7 +18,7 @@ CHAIN = mf.recipes.native(size=(64, 64), steps=1)
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real, asked = mf.load("pocket-1", device="cpu"), pocket_scores.pictures, list[list[int]]()
+    model, real, asked = mf.load("pocket", device="cpu"), pocket_scores.pictures, list[list[int]]()
     seeds = [[seed_of(caption, 0) for caption in CAPTIONS[i : i + 2]] for i in (0, 2, 4)]
 
     def pictures(*args: Any) -> Any:

@@ -17,6 +17,7 @@ from mrflow.sweep import Sharpness, Store, read, run_sweep, seed_of
 from mrflow.sweep.grid import fingerprints, row_key
 from mrflow.sweep.report import load, page, speedup, summarise, write_csv, write_parquet, write_plots
 from tests.test_cli import call, here  # noqa: F401
+from tests.test_pocket import older
 from tests.test_statistics import row
 from tests.test_sweep import SIZE, Bad, paper
 
@@ -100,14 +101,16 @@ def test_what_is_no_sweep(tmp_path: Path) -> None:
         page(tmp_path)
 
 
-def test_rows_of_another_model_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_another_model_are_left_out(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
     """One folder, filled with two versions of the weights: a table that mixed them would compare nothing."""
     sweep = mf.Sweep({"one": mf.recipes.native(size=SIZE, steps=1)}, ["a", "b"], metrics=[Sharpness()])
-    for name in ("pocket-1", "pocket"):
+    for name in (older(tmp_path_factory.mktemp("weights"), "pocket-0"), "pocket"):
         run_sweep(sweep, mf.load(name, device="cpu"), tmp_path)
     rows, _ = load(tmp_path)
     assert {row.weights for row in rows} == {mf.load("pocket", device="cpu").info.version} and len(rows) == 2
-    assert "2 rows of other weights are left out: pocket-1+" in caplog.text
+    assert "2 rows of other weights are left out: pocket-0+" in caplog.text
 
 
 def test_rows_of_older_settings_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

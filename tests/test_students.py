@@ -5,17 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mrflow as mf
-from mrflow.models.pocket.model import SMALL
+from mrflow.models.checkpoint import read_header
 from mrflow.scenes import FULL, held_out_captions, score_many
 from mrflow.students import (
     HYPER_8,
     HYPER_16,
     LIGHTNING_4,
     LIGHTNING_8,
-    POCKET_1,
-    POCKET_2,
     POCKET_3,
     SCHNELL,
     TURBO_ALPHA,
@@ -23,6 +22,7 @@ from mrflow.students import (
 from tests.parity.test_flux import relative
 from tests.parity.test_official import UP, pipeline, words
 from tests.test_lora import QWEN_LINEARS, qwen_lora
+from tests.test_pocket import older
 from tests.test_qwen import repo as qwen_repo  # noqa: F401  (fixture)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -37,25 +37,31 @@ LEVELS: list[tuple[mf.Student, mf.ModelInfo, int, int | None, list[float]]] = [
     (SCHNELL, mf.SCHNELL, 4096, 2, [1, 0.5]),
     (SCHNELL, mf.SCHNELL, 4096, 1, [1]),
     (POCKET_3, mf.POCKET, 1024, None, [1, 0.6667]),
-    (POCKET_2, SMALL, 256, None, [1, 0.6682]),
 ]
 
 
-def test_the_embedded_students_fit_their_teachers_and_say_so_of_others(caplog: pytest.LogCaptureFixture) -> None:
-    oldest, old, new = (mf.load(name, device="cpu") for name in ("pocket-1", "pocket-2", "pocket"))
-    for model, student in ((oldest, POCKET_1), (old, POCKET_2), (new, POCKET_3)):
-        mf.run(mf.recipes.few(student, size=(64, 64)), model, "a big red circle at the left")
+def test_the_embedded_student_fits_its_teacher_and_says_so_of_others(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    few = mf.recipes.few(POCKET_3, size=(64, 64))
+    mf.run(few, mf.load("pocket", device="cpu"), "a big red circle at the left")
     assert caplog.messages == []
-    mf.run(mf.recipes.few(POCKET_1, size=(64, 64)), old, "a big red circle at the left")
+    other = older(tmp_path, "pocket-0")
+    mf.run(few, mf.load(other, device="cpu"), "a big red circle at the left")
     (said,) = caplog.messages
-    assert said.startswith("pocket-1-student.safetensors was taught by pocket-1+") and "load('pocket-1')" in said
+    assert said.startswith("pocket-3-student.safetensors was taught by pocket-3+") and "load('pocket-3')" in said
     caplog.clear()
-    merged = mf.load("pocket-1", device="cpu", lora=POCKET_2.lora)
-    assert "was taught by pocket-2+" in caplog.text
-    assert merged.info.version.startswith("pocket-1+")
-    with pytest.raises(mf.WeightsError, match="does not fit pocket"):  # of another width
-        mf.run(mf.recipes.few(POCKET_2, size=(64, 64)), new, "a big red circle at the left")
-    assert "was taught by pocket-2+" in caplog.messages[-1]
+    merged = mf.load(other, device="cpu", lora=POCKET_3.lora)
+    assert "was taught by pocket-3+" in caplog.text
+    assert merged.info.version.startswith("pocket-0+")
+
+
+def test_an_adapter_for_another_width_does_not_fit(tmp_path: Path) -> None:
+    header, tensors = read_header(Path(POCKET_3.lora[0].path)), load_file(POCKET_3.lora[0].path)
+    narrow = tmp_path / "narrow.safetensors"
+    save_file({k: t[..., :64].contiguous() for k, t in tensors.items()}, narrow, dict(header.metadata))
+    with pytest.raises(mf.WeightsError, match="does not fit pocket"):
+        mf.load("pocket", device="cpu", lora=mf.Lora(str(narrow)))
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from mrflow.errors import ResourceError
 from mrflow.models.checkpoint import read_header
 from mrflow.models.pocket.model import SHIPPED, SMALL, load_pocket
 from mrflow.scenes.grammar import FULL, POCKET_1, held_out_captions
+from tests.test_pocket import older
 
 TINY = 0.0008
 
@@ -68,7 +69,7 @@ def train(part: str, run: Run) -> dict[str, torch.Tensor]:
         return sr.train(run, part, POCKET_1, 5000, auto, gan=0.4)
     if part == "student":
         lessons = student.Lessons({128: 1000, 256: 1000}, {128: 4, 256: 2}, 5000)
-        return student.train(run, part, POCKET_1, lessons, SHIPPED["pocket-2"])
+        return student.train(run, part, POCKET_1, lessons, SHIPPED["pocket-3"])
     course = recipe.two_sizes(2500, 2500, 0.5)
     return flow.train(run, part, POCKET_1, course, auto, info=SMALL, width=128, head=32)
 
@@ -82,7 +83,7 @@ def train(part: str, run: Run) -> dict[str, torch.Tensor]:
         (["--device", "tpu"], "tpu"),
         (["--workers", "-1"], "--workers -1 is out of range"),
         (["--scale", "0.5"], "was begun with another scale, batch or recipe"),
-        (["--recipe", "pocket-2"], "was begun with another scale, batch or recipe"),
+        (["--recipe", "other"], "was begun with another scale, batch or recipe"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
@@ -91,6 +92,7 @@ def test_what_cannot_be_is_said_before_any_work(
     run = Run(tmp_path, scale=1.0)
     for _ in range(2):  # the same again is fine
         keep_settings(run, repr(recipe.RECIPES["pocket-3"]))
+    monkeypatch.setitem(recipe.RECIPES, "other", replace(recipe.RECIPES["pocket-3"], start=""))
     monkeypatch.setattr("sys.argv", ["train_pocket", "--out", str(tmp_path), *words])
     with pytest.raises(SystemExit):
         recipe.main()
@@ -107,11 +109,16 @@ def test_what_cannot_be_is_said_before_any_work(
         (["--export", "settings.json"], "settings.json"),
         (["--teacher", "no.safetensors"], "no.safetensors"),
         (["--steps", "4800"], "was begun with another scale, batch or recipe"),
-        (["--teacher", str(SHIPPED["pocket-2"])], "was begun with another scale, batch or recipe"),
+        (["--teacher", "OTHER"], "was begun with another scale, batch or recipe"),
     ],
 )
 def test_a_student_of_other_settings_is_not_taken_for_this_one(
-    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What lies in the folder was taught by one teacher, in so many steps."""
     monkeypatch.chdir(tmp_path)
@@ -120,6 +127,8 @@ def test_a_student_of_other_settings_is_not_taken_for_this_one(
     monkeypatch.setattr("sys.argv", ["student", "--out", str(tmp_path), "--export", str(tmp_path / "a.safetensors")])
     student.main()
     assert read_header(tmp_path / "a.safetensors").metadata["trained"] == "2400 steps"
+    if words[-1] == "OTHER":
+        words = [*words[:-1], str(older(tmp_path_factory.mktemp("other"), "pocket-0"))]
     monkeypatch.setattr("sys.argv", ["student", "--out", str(tmp_path), "--export", "b.safetensors", *words])
     with pytest.raises(SystemExit):
         student.main()

@@ -102,8 +102,7 @@ def test_the_command(here: Path) -> None:  # noqa: F811
     Path("t.py").write_text(
         "import mrflow as mf\nfrom mrflow.sweep import SceneScore, Space\n"
         "space = Space(steps=(1, 4), refine_steps=(1, 1))\n"
-        "tune = mf.Tune(['a big red circle at the left'], [SceneScore()], 'score', 0.5, space=space,"
-        " model='pocket-2')\n"
+        "tune = mf.Tune(['a big red circle at the left'], [SceneScore()], 'score', 0.5, space=space)\n"
     )
     code, out, err = call("tune", "t.py", "--trials", "3", "--floor", "0.4")
     assert code == 0, err

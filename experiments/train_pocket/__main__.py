@@ -6,7 +6,6 @@ student is taught by it. Everything is under --out; what is there is not made ag
 goes on where it stopped. train.log keeps what was printed, grids/ what was drawn.
 
     python -m experiments.train_pocket --device cuda --workers 15     # pocket-3: eight minutes on an H200
-    python -m experiments.train_pocket --recipe pocket-2              # about six hours on two processor cores
     python -m experiments.train_pocket --scale 0.001 --out runs/trial
 """
 
@@ -30,7 +29,7 @@ from experiments.train_pocket.loop import Run, finished, keep_settings, log
 from experiments.train_pocket.student import LESSONS, Lessons
 from mrflow.errors import MrflowError
 from mrflow.models import choose_device
-from mrflow.models.pocket.model import HEAD, POCKET, SHIPPED, SMALL, WIDTH
+from mrflow.models.pocket.model import HEAD, POCKET, SHIPPED, WIDTH
 from mrflow.spec import ModelInfo
 
 
@@ -94,17 +93,7 @@ RECIPES = {
         info=POCKET,
         width=WIDTH,
         head=HEAD,
-        start="pocket-2",
-    ),
-    "pocket-2": Recipe(
-        phases=(
-            Phase("pocket-1", 1700, {128: 6000, 256: 2400}, two_sizes(4100, 5100, 0.7), sr=1300, gan=0.6),
-            Phase("full", 2600, {128: 6000, 256: 2400}, two_sizes(7700, 8900, 0.81), sr=2900, gan=1.0),
-        ),
-        lessons=Lessons({128: 4000, 256: 1200}, {128: 48, 256: 12}, 1200, inner=6),
-        info=SMALL,
-        width=128,
-        head=32,
+        start="pocket-3",
     ),
 }
 

@@ -23,8 +23,6 @@ RATIOS: dict[str, tuple[float, ...]] = {
     "flux1-schnell": _FLUX,
     # measured here, 12 steps at the size of the low stage: python -m experiments.caches --calibrate
     "pocket": (1.0, 0.9927, 0.9688, 0.9629, 0.9513, 0.9467, 0.9363, 0.922, 0.8973, 0.8644, 0.8063, 0.6976),
-    "pocket-2": (1.0, 0.9783, 0.9285, 0.935, 0.9292, 0.9198, 0.9, 0.8873, 0.8595, 0.8255, 0.7858, 0.7554),
-    "pocket-1": (1.0, 0.9508, 0.9211, 0.9149, 0.9182, 0.9143, 0.9061, 0.8951, 0.8795, 0.8612, 0.8393, 0.8361),
 }
 """Known ratios by model, one a step."""
 

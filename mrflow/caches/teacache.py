@@ -19,8 +19,6 @@ COEFFICIENTS: dict[str, tuple[float, ...]] = {
     "qwen-image": (-450.0, 280.0, -45.0, 3.2, -0.02),
     # fitted here, 12 steps at the size of the low stage: python -m experiments.caches --calibrate
     "pocket": (27.94, -7.628, 0.5577),
-    "pocket-2": (26.59, -5.74, 0.3507),
-    "pocket-1": (25.11, -5.285, 0.3191),
 }
 """Known polynomials by model, highest power first."""
 
