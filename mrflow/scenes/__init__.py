@@ -1,5 +1,8 @@
 """The procedural world behind the embedded model: a caption grammar, a renderer and an exact scorer."""
 
+from mrflow.scenes.fidelity import fidelity as fidelity
+from mrflow.scenes.fidelity import fidelity_many as fidelity_many
+from mrflow.scenes.fidelity import law_distance as law_distance
 from mrflow.scenes.grammar import FULL as FULL
 from mrflow.scenes.grammar import POCKET_1 as POCKET_1
 from mrflow.scenes.grammar import CaptionError as CaptionError
