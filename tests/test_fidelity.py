@@ -86,8 +86,10 @@ def test_the_fit_finds_tint_and_jitter_of_true_pictures(seed: int, size: int) ->
 def test_true_pictures_are_at_every_optimum(seed: int) -> None:
     scene = sample_scene(FULL, random.Random(seed))
     found = fidelity(pixels(scene), scene.caption)
-    unmoved(found, but=("psnr",))
-    assert found["psnr"] > 43
+    unmoved(found, but=("psnr", "boundary_iou", "edge", "spectrum"))
+    # The renderer draws on a grid of quarters of a pixel, so the nearest that the fit tries differs a little.
+    assert found["psnr"] > 42 and found["boundary_iou"] > 0.92 and found["edge"] < 0.1
+    assert [found[f"spectrum.{i}"] < limit for i, limit in enumerate((0.02, 0.2, 0.4, 0.7), 1)] == [True] * 4
     assert all(0 <= found[f"rank.{name}"] <= 1 for name in ("tint", "cast", "place"))
     assert ("glyph" in found) == (scene.kind == "word") and ("expression" in found) == (scene.kind == "face")
 
@@ -142,8 +144,7 @@ def test_a_thing_of_another_size_displaces_its_edges_by_as_many_pixels(
     found = fidelity(pixels(grown(parse(caption), more)), caption)
     apart = abs(more) * per_radius
     assert found["edge"] == pytest.approx(apart, rel=0.1)
-    slack = 0.22 if caption == SQUARE else 0.09  # its sides lie on whole pixels
-    assert found["boundary_iou"] == pytest.approx((2 * width - apart) / (2 * width + apart), abs=slack)
+    assert found["boundary_iou"] == pytest.approx((2 * width - apart) / (2 * width + apart), abs=0.09)
     assert found["rank.cast"] < 0.02  # the tint is grey as drawn
 
 
@@ -167,8 +168,8 @@ def test_ringing_overshoots_at_corners_and_in_fine_bands(caption: str) -> None:
     assert found.get("corner", 2) > 1.3 and found["edge"] < 0.15
 
 
-@pictures
-@pytest.mark.parametrize("band", [1, 2, 3, 4])
+@pytest.mark.parametrize("caption", [PICTURES[1], WORD, FACE])
+@pytest.mark.parametrize("band", [2, 4])
 def test_noise_in_a_band_shows_in_that_band_by_its_power(caption: str, band: int) -> None:
     picture, ring = pixels(parse(caption)), frequency() * 8
     noise = filtered(np.random.default_rng(0).standard_normal((N, N)), ((ring >= band - 1) & (ring < band)) * 1.0)
