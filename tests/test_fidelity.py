@@ -4,19 +4,23 @@ import math
 import random
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mrflow.backbone import Backbone
 from mrflow.errors import NonFiniteError, PlanError
 from mrflow.scenes import FULL, CaptionError, Scene, fidelity, fidelity_many, law_distance, parse, render, sample_scene
 from mrflow.scenes.fit import Adjustable, Edge, Part, Slot, Values, fit
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
+from mrflow.sweep.aims import aim
+from mrflow.sweep.metrics import BUILT_IN, Fidelity, Measured, aims_of
 
 N = 256
 STAR = "a big red star at the left"
@@ -312,3 +316,16 @@ def test_colours_places_and_phases_of_another_world_are_fitted() -> None:
     assert found.place == pytest.approx(true.place, abs=0.5 / 128)
     assert found.colour == pytest.approx(true.colour, abs=0.01)
     assert found.ground_ == pytest.approx(true.ground_, abs=0.01)
+
+
+def test_as_a_metric_of_a_sweep() -> None:
+    picture = torch.from_numpy(pixels(parse(WORD), 64))
+    made = Measured(picture, WORD, 0, {}, cast("Backbone", None))
+    found = Fidelity()(made)
+    assert found == {f"fit.{name}": value for name, value in fidelity(picture, WORD).items()}
+    assert Fidelity()(replace(made, prompt="a lighthouse")) == Fidelity()(replace(made, pixels=picture[:, :63])) == {}
+    aims = {name: aim(name, aims_of([Fidelity()])) for name in found}
+    assert None not in aims.values()
+    assert aims["fit.spectrum.3"] == "lower" and aims["fit.glyph.right"] == "higher"
+    assert aims["fit.rank.cast"] == "uniform"
+    assert aim("fit", BUILT_IN) is None and aim("lpips", BUILT_IN) == "lower" and aim("mine", {"mine": "one"}) == "one"

@@ -1,5 +1,6 @@
 """The ablation engine: chains x prompts x draws into a folder of rows and pictures, and what they show."""
 
+from mrflow.sweep.aims import Aim as Aim
 from mrflow.sweep.grid import Prompt as Prompt
 from mrflow.sweep.grid import Sweep as Sweep
 from mrflow.sweep.grid import seed_of as seed_of
@@ -8,6 +9,7 @@ from mrflow.sweep.local import Summary as Summary
 from mrflow.sweep.local import run_sweep as run_sweep
 from mrflow.sweep.maker import Maker as Maker
 from mrflow.sweep.metrics import ClipScore as ClipScore
+from mrflow.sweep.metrics import Fidelity as Fidelity
 from mrflow.sweep.metrics import Lpips as Lpips
 from mrflow.sweep.metrics import Measured as Measured
 from mrflow.sweep.metrics import Metric as Metric

@@ -10,6 +10,7 @@ from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.sweep.grid import Sweep, fingerprints, versions
 from mrflow.sweep.maker import Maker
+from mrflow.sweep.metrics import aims_of
 from mrflow.sweep.rows import Row
 from mrflow.sweep.store import Store
 
@@ -146,4 +147,5 @@ def manifest(sweep: Sweep, model: Backbone) -> Mapping[str, object]:
         "seeds": len(sweep.seeds),
         "rows": sweep.rows,
         "reference": sweep.reference,
+        "aims": aims_of(sweep.metrics),
     }

@@ -4,7 +4,7 @@ They see the picture as it is saved (8 bits a channel), so that a sweep which wa
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mrflow import metrics as numbers
 from mrflow.errors import PlanError, WeightsError
+from mrflow.sweep.aims import Aim
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -37,8 +38,12 @@ class Measured:
 
 
 class Metric(ABC):
-    """Numbers for one picture. A number that does not apply is left out, never set to 0."""
+    """Numbers for one picture. A number that does not apply is left out, never set to 0.
 
+    `aims` says which value of each number is good, for reports; parts of a name (`a.b` of `a`) share what it says.
+    """
+
+    aims: ClassVar[Mapping[str, Aim]] = {}
     needs_reference: ClassVar[bool] = False
     needs_latents: ClassVar[bool] = False
 
@@ -55,6 +60,8 @@ class SceneScore(Metric):
     that is not square or has a side below 64.
     """
 
+    aims: ClassVar[Mapping[str, Aim]] = {"score": "higher"}
+
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`score`, `score.alignment`, `score.text` and so on, as far as the caption speaks of them."""
         from mrflow.scenes.grammar import CaptionError
@@ -68,12 +75,47 @@ class SceneScore(Metric):
 
 
 @dataclass(frozen=True)
+class Fidelity(Metric):
+    """How near a picture is to the best exact rendering of its caption (pocket's world), on continuous scales.
+
+    Places, tints and whatever else the caption leaves open are first fitted to the picture (mrflow/scenes/fidelity.py),
+    so that none of it counts as an error. It has no number where `SceneScore` has none.
+    """
+
+    aims: ClassVar[Mapping[str, Aim]] = {
+        "fit.psnr": "higher",
+        "fit.boundary_iou": "higher",
+        "fit.edge": "lower",
+        "fit.corner": "one",
+        "fit.glyph": "higher",
+        "fit.glyph.right": "higher",
+        "fit.expression": "higher",
+        "fit.expression.right": "higher",
+        "fit.spectrum": "lower",
+        "fit.rank": "uniform",
+    }
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`fit.psnr` and so on, by the names of `mrflow.scenes.fidelity.measure`."""
+        from mrflow.scenes.fidelity import fidelity
+        from mrflow.scenes.grammar import CaptionError
+
+        try:
+            found = fidelity(made.pixels, made.prompt)
+        except (CaptionError, PlanError):
+            return {}
+        return {f"fit.{name}": value for name, value in found.items()}
+
+
+@dataclass(frozen=True)
 class Stray(Metric):
     """Per cent of the pixels that no mixture of the caption's colours explains, such as flecks and halos; 0 to 100.
 
     It tells apart pictures that `SceneScore` reads alike (mrflow/scenes/stray.py), and has no number where that has
     none.
     """
+
+    aims: ClassVar[Mapping[str, Aim]] = {"stray": "lower"}
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`stray`; lower is cleaner."""
@@ -93,6 +135,7 @@ class Psnr(Metric):
     It means something only for chains that stay on the reference's path (caches); staged ones compose anew.
     """
 
+    aims: ClassVar[Mapping[str, Aim]] = {"psnr": "higher"}
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -106,6 +149,7 @@ class Psnr(Metric):
 class Ssim(Metric):
     """Structural similarity to the reference chain's picture (Wang et al. 2004); at most 1. As for `Psnr`."""
 
+    aims: ClassVar[Mapping[str, Aim]] = {"ssim": "higher"}
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -119,6 +163,7 @@ class Ssim(Metric):
 class Spectrum(Metric):
     """Power in rings of spatial frequency over the reference's: 1 is as much detail, lower is lost, higher is noise."""
 
+    aims: ClassVar[Mapping[str, Aim]] = {"spectrum": "one"}
     bands: int = 4
     needs_reference: ClassVar[bool] = True
 
@@ -143,6 +188,7 @@ class Sharpness(Metric):
 class RoundTrip(Metric):
     """The autoencoder's round-trip energy of the latents that are refined; 0 and up, lower is nearer to a picture's."""
 
+    aims: ClassVar[Mapping[str, Aim]] = {"round_trip": "lower"}
     needs_latents: ClassVar[bool] = True
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -166,6 +212,7 @@ class ClipScore(Metric):
         WeightsError: there is no such model.
     """
 
+    aims: ClassVar[Mapping[str, Aim]] = {"clip": "higher"}
     folder: str
 
     @cached_property
@@ -204,6 +251,8 @@ class ReadText(Metric):
     `ocr` is your function from a picture (3, h, w) in [0, 1] to text; the wanted text is the prompt's tag `text`.
     """
 
+    aims: ClassVar[Mapping[str, Aim]] = {"text": "higher"}
+
     ocr: Callable[[Tensor], str] = field(compare=False)
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -235,6 +284,8 @@ class Lpips(Metric):
     Raises:
         WeightsError: a file is missing, or lacks a tensor.
     """
+
+    aims: ClassVar[Mapping[str, Aim]] = {"lpips": "lower"}
 
     alexnet: str
     linear: str
@@ -279,6 +330,18 @@ class Lpips(Metric):
             a, b = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
             total += float(torch.nn.functional.conv2d((a - b).square(), weight.float()).mean())
         return {"lpips": total}
+
+
+BUILT_IN: Mapping[str, Aim] = {
+    name: which
+    for kind in (SceneScore, Fidelity, Stray, Psnr, Ssim, Spectrum, RoundTrip, ClipScore, Lpips, ReadText)
+    for name, which in kind.aims.items()
+}
+
+
+def aims_of(metrics: Iterable[Metric]) -> dict[str, Aim]:
+    """What all of them say of their numbers."""
+    return {name: which for metric in metrics for name, which in metric.aims.items()}
 
 
 def named(metrics: Sequence[Metric]) -> tuple[bool, bool]:

@@ -18,7 +18,9 @@ import numpy as np
 
 from mrflow.errors import PlanError
 from mrflow.io import write_bytes
+from mrflow.sweep.aims import COSTS, Aim, aim
 from mrflow.sweep.grid import row_key, seed_of
+from mrflow.sweep.metrics import BUILT_IN
 from mrflow.sweep.rows import Row
 from mrflow.sweep.statistics import Comparison, Interval, compare, grouped, interval, number, pareto, values
 from mrflow.sweep.store import Store, read
@@ -215,6 +217,8 @@ def page(folder: str | Path, *, title: str | None = None, link: bool = False) ->
             "stages": [[name, put(path)] for name, path in row.stage_pictures],
             "size": _size(where / row.picture) if row.picture else None,
         }
+    known = {**COSTS, **BUILT_IN, **cast("dict[str, Aim]", Store(where).manifest().get("aims", {}))}
+    data["aims"] = {name: aim(name, known) for name in (*data["metrics"], *COSTS)}
     data |= {"title": title or where.resolve().name, "items": list(items.values()), "pictures": pictures}
     text = json.dumps(data, ensure_ascii=True, allow_nan=False)
     # "</script>" and "<!--" inside a JSON string would end the element that holds it.

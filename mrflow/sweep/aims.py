@@ -1,0 +1,18 @@
+"""Which value of a number is the good one: what reports and statistics need to say better or worse."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+Aim = Literal["higher", "lower", "one", "uniform"]
+"""More is better, less is better, 1 is best, or values should be spread evenly over [0, 1] (ranks in a known law)."""
+
+COSTS: Mapping[str, Aim] = {"seconds": "lower", "nfe": "lower", "flops": "lower", "peak_bytes": "lower"}
+
+
+def aim(name: str, aims: Mapping[str, Aim]) -> Aim | None:
+    """That of a number, else of the nearest name that it is a part of (`score.text` of `score`); None where none is."""
+    while name:
+        if name in aims:
+            return aims[name]
+        name = name.rpartition(".")[0]
+    return None
