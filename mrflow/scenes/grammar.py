@@ -62,15 +62,19 @@ class CaptionError(MrflowError, ValueError):
     """A sentence that the scene grammar cannot read."""
 
 
+Rgb = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class Object:
-    """One coloured shape; `radius` and the centre are fractions of the side."""
+    """One coloured shape; `radius` and the centre are fractions of the side; `rgb` (None: the colour's own) its tint."""
 
     shape: str
     colour: str
     x: float
     y: float
     radius: float
+    rgb: Rgb | None = None
 
 
 @dataclass(frozen=True)
@@ -85,27 +89,33 @@ class Face:
 
 @dataclass(frozen=True)
 class Word:
-    """Capitals in one row, centred at (0.5, y); `height` and `advance` are fractions of the side."""
+    """Capitals in one row, centred at (x, y); `height` and `advance` are fractions of the side; `rgb` as in `Object`."""
 
     text: str
     colour: str
     y: float
     height: float
     advance: float
+    x: float = 0.5
+    rgb: Rgb | None = None
 
 
 @dataclass(frozen=True)
 class Background:
-    """A pale ground, plain or with a texture of a given period (fraction of the side)."""
+    """A pale ground, plain or with a texture of a given period (fraction of the side).
 
-    tint: tuple[float, float, float] = (0.93, 0.93, 0.93)
+    `phase` moves the texture left and up by so many periods.
+    """
+
+    tint: Rgb = (0.93, 0.93, 0.93)
     texture: str = "plain"
     period: float = 0.125
+    phase: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is in a picture. `kind` is one of object, pair, count, face, word."""
+    """Everything that is in a picture. `kind` is one of object, pair, count, face, word, or one of `hard.KINDS`."""
 
     kind: str
     background: Background
@@ -245,7 +255,7 @@ def parse(caption: str) -> Scene:
     Raises:
         CaptionError: the sentence is not one of the grammar's; the text names the word where reading stopped.
     """
-    words = _Words(caption)
+    words = Words(caption)
     scene = _parse_body(words)
     texture, period = "plain", PERIOD["medium"]
     if words.take_if("on"):
@@ -255,7 +265,7 @@ def parse(caption: str) -> Scene:
     return replace(scene, background=Background(texture=texture, period=period), caption=caption)
 
 
-def _parse_body(words: "_Words") -> Scene:
+def _parse_body(words: "Words") -> Scene:
     ground = Background()
     if words.take_if("the"):
         size = words.take(LETTER_HEIGHT, "a letter size")
@@ -291,7 +301,7 @@ def _parse_body(words: "_Words") -> Scene:
     return Scene("object", ground, (Object(shape, colour, x, y, OBJECT_RADIUS[size]),))
 
 
-class _Words:
+class Words:
     """A cursor over the words of one caption."""
 
     def __init__(self, caption: str) -> None:

@@ -92,28 +92,33 @@ def _ground(background: Background, n: int) -> Image.Image:
     ground = Image.new("RGB", (n, n), _rgb(background.tint))
     if background.texture == "plain":
         return ground
-    phase = ((np.arange(n) + 0.5) / n / background.period) % 1.0
+    across, down = ((((np.arange(n) + 0.5) / n / background.period) + move) % 1.0 for move in background.phase)
     if background.texture == "stripes":
-        mask = np.broadcast_to((phase < 0.5)[None, :], (n, n))
+        mask = np.broadcast_to((across < 0.5)[None, :], (n, n))
     elif background.texture == "checks":
-        mask = (phase < 0.5)[None, :] ^ (phase < 0.5)[:, None]
+        mask = (across < 0.5)[None, :] ^ (down < 0.5)[:, None]
     else:
-        square = ((phase - 0.5) ** 2).astype(np.float32)
-        mask = square[None, :] + square[:, None] < DOT**2
+        square = [((way - 0.5) ** 2).astype(np.float32) for way in (across, down)]
+        mask = square[0][None, :] + square[1][:, None] < DOT**2
     dark = (TEXTURE * background.tint[0], TEXTURE * background.tint[1], TEXTURE * background.tint[2])
     ground.paste(_rgb(dark), mask=Image.fromarray(mask.astype(np.uint8) * 255))
     return ground
 
 
 class _Canvas:
-    def __init__(self, image: Image.Image) -> None:
-        self.draw, self.n = ImageDraw.Draw(image), image.width
+    """Draws on an image that shows a picture n pixels wide from the pixel (left, top) on."""
+
+    def __init__(self, image: Image.Image, n: int, left: int = 0, top: int = 0) -> None:
+        self.draw, self.n, self.left, self.top = ImageDraw.Draw(image), n, left, top
+
+    def pixels(self, points: tuple[Point, ...]) -> list[Point]:
+        return [(x * self.n - self.left, y * self.n - self.top) for x, y in points]
 
     def polygon(self, points: tuple[Point, ...], colour: tuple[int, int, int]) -> None:
-        self.draw.polygon([(x * self.n, y * self.n) for x, y in points], fill=colour)
+        self.draw.polygon(self.pixels(points), fill=colour)
 
     def stroke(self, points: tuple[Point, ...], width: float, colour: tuple[int, int, int]) -> None:
-        pixels = [(x * self.n, y * self.n) for x, y in points]
+        pixels = self.pixels(points)
         self.draw.line(pixels, fill=colour, width=max(1, round(width * self.n)), joint="curve")
         r = width * self.n / 2
         for x, y in (pixels[0], pixels[-1]):
@@ -128,15 +133,20 @@ def _object(canvas: _Canvas, o: Object, ground: tuple[float, float, float]) -> N
     outlines = _shape(o.shape, o.x, o.y, o.radius)
     for i, outline in enumerate(outlines):
         hole = o.shape == "ring" and i == 1
-        canvas.polygon(outline, _rgb(ground if hole else COLOURS[o.colour]))
+        canvas.polygon(outline, _rgb(ground if hole else o.rgb or COLOURS[o.colour]))
 
 
 def _face(canvas: _Canvas, f: Face) -> None:
     r, ink = f.radius, _rgb(INK)
     canvas.polygon(_arc(f.x, f.y, r, r, 0, 360, 64), _rgb(SKIN))
     for side in (-1, 1):
-        canvas.polygon(_arc(f.x + side * 0.38 * r, f.y - 0.28 * r, 0.15 * r, 0.2 * r, 0, 360, 32), ink)
-    if f.expression == "happy":
+        if side == 1 and f.expression == "winking":
+            canvas.stroke(((f.x + 0.2 * r, f.y - 0.28 * r), (f.x + 0.56 * r, f.y - 0.28 * r)), 0.14 * r, ink)
+        else:
+            canvas.polygon(_arc(f.x + side * 0.38 * r, f.y - 0.28 * r, 0.15 * r, 0.2 * r, 0, 360, 32), ink)
+    if f.expression == "calm":
+        canvas.stroke(((f.x - 0.45 * r, f.y + 0.42 * r), (f.x + 0.45 * r, f.y + 0.42 * r)), 0.16 * r, ink)
+    elif f.expression in ("happy", "winking"):
         canvas.stroke(_arc(f.x, f.y + 0.12 * r, 0.5 * r, 0.45 * r, 15, 165), 0.16 * r, ink)
     elif f.expression == "sad":
         canvas.stroke(_arc(f.x, f.y + 0.72 * r, 0.5 * r, 0.42 * r, 195, 345), 0.16 * r, ink)
@@ -146,27 +156,41 @@ def _face(canvas: _Canvas, f: Face) -> None:
 
 def letter_boxes(word: Word) -> list[tuple[float, float, float, float]]:
     """For each letter of `word`: left, top, width, height of its glyph box, as fractions of the side."""
-    width, left = 0.62 * word.advance, 0.5 - 0.5 * len(word.text) * word.advance
+    width, left = 0.62 * word.advance, word.x - 0.5 * len(word.text) * word.advance
     top = word.y - word.height / 2
     return [(left + (i + 0.19) * word.advance, top, width, word.height) for i in range(len(word.text))]
 
 
 def _word(canvas: _Canvas, word: Word) -> None:
-    width = STROKE * min(word.height, 1.1 * word.advance)
+    width, colour = STROKE * min(word.height, 1.1 * word.advance), _rgb(word.rgb or COLOURS[word.colour])
     for letter, (x, y, w, h) in zip(word.text, letter_boxes(word), strict=True):
         for stroke in GLYPHS[letter]:
-            canvas.stroke(tuple((x + w * px, y + h * py) for px, py in stroke), width, _rgb(COLOURS[word.colour]))
+            canvas.stroke(tuple((x + w * px, y + h * py) for px, py in stroke), width, colour)
 
 
 def render(scene: Scene, size: int, *, oversample: int = 4) -> NDArray[np.uint8]:
     """The picture of `scene` as uint8 RGB of shape (size, size, 3), antialiased by box-filtering `oversample` x."""
     n = size * oversample
     image = _ground(scene.background, n)
-    canvas = _Canvas(image)
+    _things(_Canvas(image, n), scene)
+    return np.asarray(image.reduce(oversample))
+
+
+def render_window(scene: Scene, size: int, box: tuple[int, int, int, int], *, oversample: int = 4) -> NDArray[np.uint8]:
+    """The window (left, top, right, bottom) in pixels of `render(scene, size)`, drawn alone, on a plain ground.
+
+    uint8 RGB of shape (bottom - top, right - left, 3). What lies outside the picture is drawn too.
+    """
+    left, top, right, bottom = (oversample * edge for edge in box)
+    image = Image.new("RGB", (right - left, bottom - top), _rgb(scene.background.tint))
+    _things(_Canvas(image, size * oversample, left, top), scene)
+    return np.asarray(image.reduce(oversample))
+
+
+def _things(canvas: _Canvas, scene: Scene) -> None:
     for item in scene.objects:
         _object(canvas, item, scene.background.tint)
     for face in scene.faces:
         _face(canvas, face)
     for word in scene.words:
         _word(canvas, word)
-    return np.asarray(image.reduce(oversample))
