@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -67,9 +66,9 @@ class Course:
 class Trainee(nn.Module):
     """What is trained here."""
 
-    def __init__(self, width: int, head: int) -> None:
+    def __init__(self, width: int, head: int, *, words: int = len(VOCABULARY), length: int = TEXT_LENGTH) -> None:
         super().__init__()
-        self.text = text_encoder(width)
+        self.text = text_encoder(width, words=words, length=length)
         self.flow = Flux(flux_params(width, head))
 
 
@@ -129,8 +128,8 @@ def optimisers(net: Trainee, rate: float) -> Sequence[torch.optim.Optimizer]:
     return Muon(matrices, lr=rate), torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.99))
 
 
-def loss_at(net: Trainee, latents: Tensor, ids: Tensor, shift: Shift) -> Tensor:
-    """Mean squared error of the velocity at random noise levels."""
+def losses_at(net: Trainee, latents: Tensor, ids: Tensor, shift: Shift) -> Tensor:
+    """Mean squared error of each item's velocity at a random noise level: (batch)."""
     b, _, h, w = latents.shape
     tokens, device = (h // 2) * (w // 2), latents.device
     s = torch.sigmoid(torch.randn(b, device=device))
@@ -142,7 +141,7 @@ def loss_at(net: Trainee, latents: Tensor, ids: Tensor, shift: Shift) -> Tensor:
     context, pooled = net.text(ids)
     places = image_ids(h // 2, w // 2, device=device), torch.zeros(ids.shape[1], 3, device=device)
     velocity = net.flow(pack(x), places[0], context, places[1], pooled, sigma, None)
-    return F.mse_loss(velocity.float(), pack(eps - latents))
+    return (velocity.float() - pack(eps - latents)).square().mean((1, 2))
 
 
 def backbone(net: Trainee, autoencoder: State, device: torch.device, info: ModelInfo) -> Pocket:
@@ -151,12 +150,19 @@ def backbone(net: Trainee, autoencoder: State, device: torch.device, info: Model
     return Pocket(text=net.text, flow=net.flow, autoencoder=auto, sr=sr, version="trainee", device=device, info=info)
 
 
-def drawn(net: Trainee, autoencoder: State, device: torch.device, info: ModelInfo, sizes: Iterable[int]) -> Image.Image:
+def drawn(
+    net: Trainee,
+    autoencoder: State,
+    device: torch.device,
+    info: ModelInfo,
+    sizes: Iterable[int],
+    shown: Sequence[str] | None = None,
+) -> Image.Image:
     """What it draws now, 12 guided steps: a row at each size."""
     model = backbone(net, autoencoder, device, info)
     chains = [mf.recipes.native(size=(size, size), steps=12) for size in sizes]
     with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call,unused-ignore]
-        rows = [mf.run(chain, model, SHOWN, seed=0).pixels.cpu() for chain in chains]
+        rows = [mf.run(chain, model, SHOWN if shown is None else shown, seed=0).pixels.cpu() for chain in chains]
     net.train()
     return grid(rows)
 
@@ -210,7 +216,7 @@ def train(
         latents, ids = data[size]
         pick = torch.randint(len(latents), (run.items(course.batch[size]),), device=latents.device)
         with run.autocast():
-            loss = loss_at(net, latents[pick].float().to(device), ids[pick].to(device), info.shift)
+            loss = losses_at(net, latents[pick].float().to(device), ids[pick].to(device), info.shift).mean()
         loop.learn(loss, f"{size} px", len(pick))
     return loop.finish()
 

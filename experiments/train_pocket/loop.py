@@ -28,7 +28,8 @@ class Run:
     """Where and how a recipe is run.
 
     `scale` multiplies every count of steps and pictures (0.001 is a trial), `batch` every batch, `every` is the number
-    of seconds between checkpoints and `grid` that of steps between grids. `pool` are processes that render.
+    of seconds between checkpoints and `grid` that of steps between grids. `pool` are processes that render. A piece of
+    the run ends after so many `minutes`. `bf16` is for processors that multiply matrices of bfloat16 faster.
     """
 
     folder: Path
@@ -38,6 +39,8 @@ class Run:
     every: float = 180.0
     grid: int = 2000
     pool: Executor | None = None
+    minutes: float = math.inf
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is no scale, batch or time.
@@ -49,6 +52,7 @@ class Run:
             ("scale", 0 < self.scale < math.inf),
             ("batch", 0 < self.batch < math.inf),
             ("every", self.every >= 0),
+            ("minutes", self.minutes > 0),
         ):
             if not fine:
                 raise PlanError(f"--{name} {getattr(self, name)} is out of range")
@@ -62,8 +66,9 @@ class Run:
         return max(1, round(self.batch * number))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 on CUDA; float32 on a processor, which gains little from less."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """bfloat16 on CUDA; float32 on a processor, unless `bf16`."""
+        on = self.device.type == "cuda" or self.bf16
+        return torch.autocast(self.device.type, torch.bfloat16) if on else nullcontext()
 
 
 def keep_settings(run: Run, recipe: object) -> None:
@@ -92,6 +97,10 @@ def flat_then_linear(tail: float) -> Callable[[float], float]:
         return 0.02 + 0.98 * min(1.0, (1 - progress) / tail)
 
     return factor
+
+
+class PieceOver(Exception):
+    """The minutes of this piece are over; the same command goes on from its checkpoint."""
 
 
 class Loop:
@@ -146,6 +155,7 @@ class Loop:
 
     def __iter__(self) -> Iterator[int]:
         began, saved = time.monotonic() - self.seconds, time.monotonic()
+        end = time.monotonic() + 60 * self.run.minutes
         while self.step < self.steps:
             scale = min(1.0, (self.step + 1) / self.warmup) * self.factor(self.progress)
             for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
@@ -164,9 +174,12 @@ class Loop:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with self.averaged():
                     write_png(place, self.draw())
-            if time.monotonic() - saved > self.run.every:
+            over = time.monotonic() > end and self.step < self.steps
+            if over or time.monotonic() - saved > self.run.every:
                 self.save()
                 saved = time.monotonic()
+            if over:
+                raise PieceOver(f"{self.name}: {self.step} of {self.steps} steps done")
 
     def learn(self, loss: Tensor, name: str = "loss", items: int = 1) -> None:
         """Take one step down this loss, which `items` pictures gave; `name` is what the log calls it."""

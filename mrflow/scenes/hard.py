@@ -43,15 +43,15 @@ GRIDS = {f"{n}x{n}": n for n in range(4, 9)}
 PERIODS = {f"1/{n}": 1 / n for n in (16, 24, 32, 48, 64)}  # of the side
 WEAVES = ("stripes", "checks")
 CELLS: dict[str, tuple[float, float]] = {
-    f"{down} {across}".strip() or "centre": ((1 + 2 * i) / 6, (1 + 2 * j) / 6)
-    for j, down in enumerate(("top", "", "bottom"))
-    for i, across in enumerate(("left", "", "right"))
+    f"{down} {across}": ((1 + 2 * i) / 6, (1 + 2 * j) / 6)
+    for j, down in enumerate(("top", "middle", "bottom"))
+    for i, across in enumerate(("left", "centre", "right"))
 }
 ADVANCE = 0.125 / 0.13  # of a letter's height, from one letter to the next
 LINE = 1.5  # of a letter's height, from one line to the next
-WORD_LENGTHS = (2, 3, 4)
-MOST_LARGE = 4  # words in a sign of the largest letters
-OBJECT, FOREMOST = 0.10, 0.16  # radius of an object among others, and of one on a texture
+LONGEST, MOST = 4, 8  # letters of a word; words of a sign
+COLUMN = 4  # words in a sign's one column; more are set in two
+OBJECT, FOREMOST = 0.09, 0.16  # radius of an object among others, and of one on a texture
 _SINGULAR = {plural(shape): shape for shape in SHAPES}
 
 
@@ -60,7 +60,8 @@ class HardWorld:
     """What is drawn how often, and how much is left open.
 
     `free` is how far things move from their named places, a fraction of the side, each way; `tint` how far each channel
-    of a colour is from the named one. `plain` is the share of scenes that are of the older world.
+    of a colour is from the named one. A sign's words have `length` letters. `plain` is the share of scenes that are of
+    the older world.
     """
 
     kinds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0) | {"sign": 2.0})
@@ -72,6 +73,7 @@ class HardWorld:
     )
     free: float = 0.07
     tint: float = 0.07
+    length: int = 3
     plain: float = 0.12
 
 
@@ -103,8 +105,8 @@ def caption_of(world: HardWorld, rng: random.Random, kind: str = "") -> str:
         return ", ".join(f"{article(c)} {c} {s} at the {place}" for c, s, place in things)
     if kind == "sign":
         size = _weighted(world.letters, rng)
-        count = rng.randint(3, MOST_LARGE if size == LETTER_SIZES[0] else 8)
-        words = ("".join(rng.choice(LETTERS) for _ in range(rng.choice(WORD_LENGTHS))) for _ in range(count))
+        count = rng.randint(3, COLUMN if size == LETTER_SIZES[0] else MOST)
+        words = ("".join(rng.choices(LETTERS, k=world.length)) for _ in range(count))
         return f"{article(colour)} {colour} sign in {size} letters, {' and '.join(words)}"
     if kind == "faces":
         count = rng.randint(2, 9)
@@ -197,10 +199,8 @@ class _Cursor(grammar.Words):
     def cell(self) -> tuple[float, float]:
         self.take(("at",), "'at'")
         self.take(("the",), "'the'")
-        first = self.take(("top", "bottom", "left", "right", "centre"), "a place")
-        if first in ("top", "bottom") and self.peek() in ("left", "right"):
-            first += " " + self.take(("left", "right"), "a place")
-        return CELLS[first]
+        down = self.take(("top", "middle", "bottom"), "a row")
+        return CELLS[f"{down} {self.take(('left', 'centre', 'right'), 'a column')}"]
 
     def thing(self) -> tuple[str, str]:
         self.take(("a", "an"), "'a'")
@@ -208,7 +208,7 @@ class _Cursor(grammar.Words):
 
     def capitals(self) -> str:
         word = self.peek()
-        if not (1 <= len(word) <= WORD_LENGTHS[-1] and all(c in LETTERS for c in word)):
+        if not (1 <= len(word) <= LONGEST and all(c in LETTERS for c in word)):
             raise self.fail("one to four capitals")
         self.at += 1
         return word
@@ -236,17 +236,17 @@ def _sign(words: _Cursor) -> Scene:
     texts = [words.capitals()]
     while words.take_if("and"):
         texts.append(words.capitals())
-    if len(texts) > 8:
-        raise CaptionError(f"caption {words.caption[:80]!r}: a sign has at most 8 words, not {len(texts)}")
+    if len(texts) > MOST:
+        raise CaptionError(f"caption {words.caption[:80]!r}: a sign has at most {MOST} words, not {len(texts)}")
     return Scene("sign", Background(), words=sign(texts, colour, float(size[:-1]) / 100))
 
 
 def sign(texts: list[str], colour: str, height: float) -> tuple[Word, ...]:
     """Words in one column, or from five on in two, read row by row; each is centred in its column."""
-    columns = 1 if len(texts) <= MOST_LARGE else 2
+    columns = 1 if len(texts) <= COLUMN else 2
     rows = -(-len(texts) // columns)
     advance = ADVANCE * height
-    wide = (WORD_LENGTHS[-1] + 0.5) * advance
+    wide = (LONGEST + 0.5) * advance
     return tuple(
         Word(
             text,
@@ -332,6 +332,7 @@ VOCABULARY = (
     "column",
     "with",
     "and",
+    "middle",
     *(size for size in dict.fromkeys((*LETTER_SIZES, *FACE_SIZES))),
     *COUNTS[len(NUMBERS) :],
     *FEELINGS[len(EXPRESSIONS) :],

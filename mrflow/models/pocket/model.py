@@ -28,6 +28,7 @@ from mrflow.models.pieces import NetPieces, Opening
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
 from mrflow.models.text import check_prompt
 from mrflow.places import Places
+from mrflow.scenes import hard
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
 from mrflow.spec import Architecture, Footprint, LatentSpace, ModelInfo, Shift
 from mrflow.upscaler import Upscaler
@@ -55,6 +56,8 @@ VOCABULARY: tuple[str, ...] = (
     *TEXTURES,
     *LETTERS,
 )
+"""The words of versions 1 to 3; a later version's tokens begin with these."""
+WORDS, LONG_TEXT = (*VOCABULARY, *hard.VOCABULARY), 40  # of pocket-4
 FOOTPRINT = Footprint(
     rest=889_600,
     modulation=6_077_184,
@@ -116,9 +119,9 @@ def flux_params(width: int = WIDTH, head: int = HEAD) -> FluxParams:
     )
 
 
-def text_encoder(width: int = WIDTH) -> TextEncoder:
-    """An untrained text encoder of the model's sizes."""
-    return TextEncoder(vocabulary=len(VOCABULARY), length=TEXT_LENGTH, width=width)
+def text_encoder(width: int = WIDTH, *, words: int = len(VOCABULARY), length: int = TEXT_LENGTH) -> TextEncoder:
+    """An untrained text encoder of the model's sizes, that knows so many of `WORDS` and reads so many tokens."""
+    return TextEncoder(vocabulary=words, length=length, width=width)
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -197,7 +200,8 @@ class Pocket:
         """Encode captions. Words outside the vocabulary are left out, with a warning that names them."""
         for prompt in prompts:
             check_prompt(prompt)
-        ids, lost = tokenise(prompts, VOCABULARY, TEXT_LENGTH)
+        words, length = self._text.tokens.num_embeddings, len(self._text.places)
+        ids, lost = tokenise(prompts, WORDS[:words], length)
         for prompt, words in zip(prompts, lost, strict=True):
             if words:
                 log.warning("pocket does not know %s in %r; %s", ", ".join(map(repr, words[:8])), prompt[:80], ADVICE)
@@ -317,7 +321,35 @@ def facts(header: Header) -> ModelInfo:
         WeightsError: as `params_of`.
     """
     known = BY_WIDTH[params_of(header).hidden]
-    return replace(known, cfg=float(header.metadata.get("cfg", known.cfg)))
+    sizes = {"size": known.size, "low": known.low}
+    for name in sizes:
+        if side := int(header.metadata.get(name, 0)):
+            sizes[name] = (side, side)
+    words, length = text_sizes(header)
+    assert known.architecture is not None and known.footprint is not None
+    more = (words - len(VOCABULARY) + length - TEXT_LENGTH) * known.architecture.context * 4
+    return replace(
+        known,
+        cfg=float(header.metadata.get("cfg", known.cfg)),
+        architecture=replace(known.architecture, text_tokens=length),
+        footprint=replace(known.footprint, text=known.footprint.text + more),
+        **sizes,
+    )
+
+
+def text_sizes(header: Header) -> tuple[int, int]:
+    """How many of `WORDS` a file's text encoder knows, and how many tokens it reads.
+
+    Raises:
+        WeightsError: it has no such encoder, or one of more words than there are.
+    """
+    entries = [header.tensors.get(f"text.{name}") for name in ("tokens.weight", "places")]
+    words, length = (entry.shape[0] if entry is not None and entry.shape else 0 for entry in entries)
+    if not (0 < words <= len(WORDS) and length):
+        raise WeightsError(
+            f"{header.path.name}: a text encoder of {words} words and {length} tokens; pocket has at most {len(WORDS)}"
+        )
+    return words, length
 
 
 def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
@@ -346,7 +378,7 @@ def load_pocket(
         WeightsError: the file is missing, broken, or lacks a tensor.
     """
     header = read_header(path)
-    params = params_of(header)
+    params, (words, length) = params_of(header), text_sizes(header)
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("text", "flow", "autoencoder", "sr")}
     for name, tensor in load_file(path).items():
         part, _, rest = name.partition(".")
@@ -354,7 +386,7 @@ def load_pocket(
             raise WeightsError(f"{path.name}: {name!r} belongs to no part of pocket ({', '.join(parts)})")
         parts[part][rest] = tensor.float()
     with torch.device("meta"):
-        text, flow, autoencoder, sr = text_encoder(params.hidden), Flux(params), Autoencoder(), CompactSR()
+        text, flow, autoencoder, sr = text_encoder(params.hidden, words=words, length=length), Flux(params), Autoencoder(), CompactSR()
     for part, module in zip(parts, (text, flow, autoencoder, sr), strict=True):
         try:
             module.load_state_dict(parts[part], strict=True, assign=True)

@@ -1,0 +1,240 @@
+"""Can a small flow learn a world that one forward cannot draw, on two processor cores?
+
+Trains the flow and the text encoder of pocket-4 from pocket-3's weights; autoencoder and super-resolution net are
+pocket-3's. Scenes are rendered and encoded once, in shards under --out. The run is made in pieces: the same command
+resumes from the last checkpoint, and after the last step it writes NAME.safetensors. `--steps` may be raised later: the
+rate is constant, and falls over the last 30 % of the steps. `--finish` writes the averaged weights of the last checkpoint.
+
+    python -m experiments.train_pocket.hard --minutes 20 --threads 2 --bf16 --compile       # two cores
+    python -m experiments.train_pocket.hard --minutes 8 --device cuda --batch 12 --shards 4
+    python -m experiments.train_pocket.hard --steps 2 --batch 0.05 --shards 0.01 --out runs/trial
+"""
+
+import argparse
+import logging
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from experiments.train_pocket.autoencoder import State, loaded
+from experiments.train_pocket.data import rendered, start_log, unit
+from experiments.train_pocket.export import export
+from experiments.train_pocket.flow import RATE, Trainee, drawn, losses_at, optimisers, plain_attention, prepare
+from experiments.train_pocket.loop import Loop, PieceOver, Run, flat_then_linear, keep_settings, save_whole
+from mrflow.errors import MrflowError
+from mrflow.models import choose_device
+from mrflow.models.pocket.model import HEAD, LONG_TEXT, POCKET, SHIPPED, WIDTH, WORDS, channels_last
+from mrflow.models.pocket.networks import tokenise
+from mrflow.scenes.grammar import Scene, held_out
+from mrflow.scenes.hard import HARD, KINDS, HardWorld, sample
+
+log = logging.getLogger("train_pocket")
+NAMES = (*KINDS, "older")  # all kinds of the older world are one
+SHOWN = (
+    "a red star at the top left, a blue ring at the middle right, a green heart at the bottom left, "
+    "an orange cross at the top right",
+    "a purple sign in 13% letters, CAT and DOG and SUN",
+    "a blue sign in 8% letters, RED and FOX and HAT and PIE and JAM and KEY",
+    "four 20% faces, happy sad winking surprised",
+    "a 5x5 grid of green circles with a red star in row 2 column 4",
+    "1/32 stripes with a black heart at the left",
+    "a big red circle at the left on coarse dots",
+)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the flow sees: shards of so many scenes; for each size the number of shards, the batch, its share of steps."""
+
+    world: HardWorld
+    scenes: int
+    shards: Mapping[int, int]
+    batch: Mapping[int, int]
+    share: Mapping[int, float]
+    rate: float = RATE
+
+
+LESSON = Lesson(HARD, 2000, {128: 12, 256: 8}, {128: 128, 256: 40}, {128: 0.45, 256: 0.55})
+Shard = tuple[Tensor, Tensor, Tensor]
+
+
+def scenes(world: HardWorld, count: int, seed: int) -> list[Scene]:
+    """So many scenes, none of them held out."""
+    rng, out = random.Random(seed), list[Scene]()
+    while len(out) < count:
+        scene = sample(world, rng)
+        if not held_out(scene.caption):
+            out.append(scene)
+    return out
+
+
+@torch.inference_mode()
+def shard(run: Run, lesson: Lesson, autoencoder: State, size: int, index: int) -> Shard:
+    """Latents (half precision), caption ids and kinds of a shard's own scenes, made once."""
+    path = run.folder / "shards" / f"{size}-{index:03d}.pt"
+    if path.exists():
+        saved: Shard = torch.load(path, weights_only=True)
+        return saved
+    found = scenes(lesson.world, max(1, round(run.scale * lesson.scenes)), 1000 * size + index)
+    auto = channels_last(loaded(autoencoder, run.device))
+    latents = list[Tensor]()
+    for i in range(0, len(found), 50):
+        images = unit(rendered(found[i : i + 50], size, run.pool).to(run.device))
+        latents.append(auto.encode(images.contiguous(memory_format=torch.channels_last)).half().cpu().contiguous())
+    ids = tokenise([scene.caption for scene in found], WORDS, LONG_TEXT)[0]
+    kinds = torch.tensor([NAMES.index(scene.kind) if scene.kind in KINDS else len(KINDS) for scene in found])
+    out = torch.cat(latents), ids, kinds
+    save_whole(out, path)
+    log.info("encoded %d pictures at %d px: %s", len(found), size, path.name)
+    return out
+
+
+def cached(run: Run, lesson: Lesson, autoencoder: State) -> dict[int, Shard]:
+    """All shards of each size, put together."""
+    out = dict[int, Shard]()
+    for size, count in lesson.shards.items():
+        parts = [shard(run, lesson, autoencoder, size, i) for i in range(count)]
+        latents, ids, kinds = (torch.cat(column) for column in zip(*parts, strict=True))
+        out[size] = latents, ids, kinds
+    return out
+
+
+def start_from(name: str) -> tuple[Trainee, State, State]:
+    """A pocket-4 with an older version's weights; that version's autoencoder and super-resolution net.
+
+    Rows of the text encoder for new words and later tokens are random, as large as the trained ones.
+    """
+    tensors = {key: t.float() for key, t in load_file(SHIPPED[name]).items()}
+    torch.manual_seed(0)
+    net = Trainee(WIDTH, HEAD, words=len(WORDS), length=LONG_TEXT)
+    own = net.state_dict()
+    for key, value in tensors.items():
+        if key.startswith(("text.", "flow.")):
+            rows = len(own[key]) - len(value)  # more words and tokens than it had
+            more = value.std() * torch.randn(rows, *value.shape[1:]) if rows else value[:0]
+            own[key].copy_(torch.cat((value, more)))
+
+    def part(prefix: str) -> State:
+        return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+    return net, part("autoencoder."), part("sr.")
+
+
+def loop_of(run: Run, lesson: Lesson, net: Trainee, autoencoder: State, steps: int) -> Loop:
+    """The steps of the flow, at the checkpoint if there is one."""
+    sizes, info = tuple(lesson.share), replace(POCKET, size=(256, 256), low=(128, 128))
+    return Loop(
+        "flow",
+        run,
+        dict(net.named_parameters()),
+        optimisers(net, lesson.rate),
+        steps,
+        factor=flat_then_linear(0.3),
+        warmup=200,
+        decay=0.998,
+        draw=lambda: drawn(net, autoencoder, run.device, info, sizes, SHOWN),
+    )
+
+
+def learn(run: Run, lesson: Lesson, net: Trainee, autoencoder: State, steps: int, *, compiled: bool = False) -> Loop:
+    """Train until the steps are done.
+
+    Raises:
+        PieceOver: the minutes are over before; a checkpoint is written.
+    """
+    data, device = cached(run, lesson, autoencoder), run.device
+    net = net.to(device)
+    loop = loop_of(run, lesson, net, autoencoder, steps)
+    if device.type == "cpu" and compiled:
+        net.flow.attention = plain_attention
+        for block in net.flow.stack():
+            block.compile(dynamic=False)
+    else:
+        prepare(net.flow)
+    sizes, shares = tuple(lesson.share), torch.tensor(list(lesson.share.values()))
+    for _ in loop:
+        size = sizes[int(torch.multinomial(shares, 1))]
+        latents, ids, kinds = data[size]
+        pick = torch.randint(len(latents), (run.items(lesson.batch[size]),))
+        with run.autocast():
+            losses = losses_at(net, latents[pick].to(device).float(), ids[pick].to(device), POCKET.shift)
+        loop.learn(losses.mean(), f"{size}", len(pick))
+        for kind, name in enumerate(NAMES):  # what the log says of each kind
+            here = losses.detach()[kinds[pick].to(device) == kind]
+            if len(here):
+                key = f"{size} {name}"
+                loop.running[key] = torch.lerp(loop.running.get(key, here.mean()), here.mean(), 0.02)
+    return loop
+
+
+def write(run: Run, name: str, loop: Loop, autoencoder: State, sr: State) -> Path:
+    """The model's file, of the averaged weights."""
+    path = run.folder / f"{name}.safetensors"
+    flow = {key: value.float().cpu() for key, value in loop.average.items()}
+    facts = {"cfg": "2", "size": "256", "low": "128", "steps": f"{loop.step}", "seen": str(loop.seen)}
+    export(name, flow, autoencoder, sr, path, facts)
+    return path
+
+
+def main() -> None:
+    """Train a piece."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="pocket-4", help="of the version")
+    parser.add_argument("--out", type=Path, default=Path("runs/pocket-4"), help="the folder of everything")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, help="of the processor")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of this piece")
+    parser.add_argument("--steps", type=int, default=12000, help="of all pieces together; may be raised later")
+    parser.add_argument("--batch", type=float, default=1.0, help="times as many pictures in every batch")
+    parser.add_argument("--rate", type=float, default=LESSON.rate, help="highest rate")
+    parser.add_argument("--shards", type=float, default=1.0, help="times as many scenes; may be raised later")
+    parser.add_argument("--every", type=float, default=180.0, help="seconds between checkpoints")
+    parser.add_argument("--grid", type=int, default=1000, help="steps between grids of pictures")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 on a processor that is faster in it")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks on a processor too")
+    parser.add_argument("--finish", action="store_true", help="write the file of the last checkpoint, train no more")
+    args = parser.parse_args()
+    if not re.fullmatch(r"[\w.-]+", args.name):
+        parser.error(f"--name must be letters, digits, dots and dashes, got {args.name!r}")
+    if args.steps < 1 or not args.rate > 0 or not args.shards > 0 or args.grid < 1:
+        parser.error("--steps, --rate, --shards and --grid must be above 0")
+    many = max(1.0, args.shards)
+    lesson = replace(LESSON, shards={size: round(many * n) for size, n in LESSON.shards.items()}, rate=args.rate)
+    try:
+        run = Run(
+            args.out,
+            choose_device(args.device),
+            scale=min(1.0, args.shards),
+            batch=args.batch,
+            every=args.every,
+            grid=args.grid,
+            minutes=args.minutes,
+            bf16=args.bf16,
+        )
+        keep_settings(run, repr(replace(lesson, shards={})))
+    except MrflowError as error:
+        parser.error(str(error))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    start_log(args.out)
+    net, autoencoder, sr = start_from("pocket-3")
+    if args.finish:
+        loop = loop_of(run, lesson, net, autoencoder, args.steps)
+    else:
+        try:
+            loop = learn(run, lesson, net, autoencoder, args.steps, compiled=args.compile)
+        except PieceOver as over:
+            log.info("%s; the same command resumes", over)
+            return
+        loop.save()
+    log.info("made %s", write(run, args.name, loop, autoencoder, sr))
+
+
+if __name__ == "__main__":
+    main()
