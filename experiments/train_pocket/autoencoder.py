@@ -17,6 +17,7 @@ from mrflow.metrics import psnr
 from mrflow.models.pocket.model import channels_last
 from mrflow.models.pocket.networks import Autoencoder
 from mrflow.scenes.grammar import FULL, World
+from mrflow.scenes.hard import HardWorld
 
 State = dict[str, Tensor]
 CROP = 128  # of the side
@@ -49,7 +50,7 @@ def round_trip(net: Autoencoder, x: Tensor) -> Tensor:
     return torch.cat([net.decode(net.encode(part.to(device))).clamp(0, 1).cpu() for part in x.split(20)])
 
 
-def sights(run: Run, world: World, seen: Mapping[int, int]) -> list[Tensor]:
+def sights(run: Run, world: World | HardWorld, seen: Mapping[int, int]) -> list[Tensor]:
     """The pictures of each size that it learns from."""
     images: list[Tensor] = []
     for i, (size, number) in enumerate(seen.items()):
@@ -62,7 +63,7 @@ def sights(run: Run, world: World, seen: Mapping[int, int]) -> list[Tensor]:
 def train(
     run: Run,
     name: str,
-    world: World,
+    world: World | HardWorld,
     steps: int,
     start: State | None = None,
     *,
@@ -70,13 +71,14 @@ def train(
     crops: int = 3,
     noise: float = 0.1,
     equivariance: float = 0.25,
+    rate: float = 1.5e-3,
     images: Sequence[Tensor] | None = None,
 ) -> State:
     """The autoencoder's weights, trained on `world` and a sixth of the full one; from `start`, or from nothing.
 
     A batch holds so many `crops` of 128 pixels of each size in `seen`, the smallest of which is that size itself.
-    `noise` is the deviation of the noise on the latents, `equivariance` the weight of that part of the loss. `images`
-    are the `sights`, where they were made before.
+    `noise` is the deviation of the noise on the latents, `equivariance` the weight of that part of the loss, `rate` the
+    highest rate. `images` are the `sights`, where they were made before.
     """
     if (done := finished(run, name)) is not None:
         return done
@@ -88,7 +90,7 @@ def train(
     if start is not None:
         net.load_state_dict(start)
     net = channels_last(net.to(device))
-    optimiser = torch.optim.AdamW(net.parameters(), lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.99))
+    optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.99))
     held = unit(pictures(world, 6, CROP, 99)[0]).to(device)
 
     def draw() -> Image.Image:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from mrflow.errors import ResourceError
 from mrflow.io import to_images
-from mrflow.scenes.grammar import FULL, POCKET_1, Scene, World, held_out, sample_scene
+from mrflow.scenes.grammar import FULL, POCKET_1, Scene, World, held_out
+from mrflow.scenes.hard import HARD, HardWorld, sample
 from mrflow.scenes.render import render
 
-WORLDS = {"pocket-1": POCKET_1, "full": FULL}
+WORLDS: dict[str, World | HardWorld] = {"pocket-1": POCKET_1, "full": FULL, "hard": HARD}
 
 
 def rendered(scenes: Sequence[Scene], size: int, pool: Executor | None = None) -> Tensor:
@@ -75,7 +76,7 @@ def _render_shared(name: str, shape: tuple[int, ...], first: int, scenes: Sequen
 
 
 def pictures(
-    world: World, count: int, size: int, seed: int, *, held: bool = False, pool: Executor | None = None
+    world: World | HardWorld, count: int, size: int, seed: int, *, held: bool = False, pool: Executor | None = None
 ) -> tuple[Tensor, list[str]]:
     """`count` renders as uint8 (count, 3, size, size), and their captions: none held out, or, if `held`, all.
 
@@ -84,9 +85,9 @@ def pictures(
     rng = random.Random(seed)
     scenes: list[Scene] = []
     for _ in range(count):
-        scene = sample_scene(world, rng)
+        scene = sample(world, rng)
         while held_out(scene.caption) != held:
-            scene = sample_scene(world, rng)
+            scene = sample(world, rng)
         scenes.append(scene)
     return rendered(scenes, size, pool), [scene.caption for scene in scenes]
 

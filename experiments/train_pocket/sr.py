@@ -18,6 +18,7 @@ from experiments.train_pocket.loop import Loop, Run, cosine, finished, log
 from mrflow.metrics import psnr
 from mrflow.models.pocket.networks import CompactSR
 from mrflow.scenes.grammar import World
+from mrflow.scenes.hard import HardWorld
 
 PAIRS = 1500  # at each size
 HELD = 100  # the last of them are for measuring
@@ -54,7 +55,7 @@ def decoded(small: Tensor, autoencoder: State, device: torch.device) -> Tensor:
 def train(
     run: Run,
     name: str,
-    world: World,
+    world: World | HardWorld,
     steps: int,
     autoencoder: State,
     *,
