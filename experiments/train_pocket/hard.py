@@ -2,8 +2,8 @@
 
 Trains the autoencoder, the flow and the text encoder of pocket-4 from pocket-3's weights; the super-resolution net is
 pocket-3's. Scenes are rendered and encoded once, in shards under --out. The run is made in pieces: the same command
-resumes from the last checkpoint, and after the last step it writes NAME.safetensors. `--steps` may be raised later: the
-rate is constant, and falls over the last 30 % of the steps. `--finish` writes the averaged weights of the last checkpoint.
+resumes from the last checkpoint, and after the last step it writes NAME.safetensors. The rate is constant and falls
+over the last 30 % of the steps; `--steps` may be raised later. `--finish` writes the weights of the last checkpoint.
 
     python -m experiments.train_pocket.hard --minutes 20 --threads 2 --bf16 --compile       # two cores
     python -m experiments.train_pocket.hard --minutes 8 --device cuda --batch 12 --shards 4
@@ -51,8 +51,10 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Lesson:
-    """The autoencoder's steps; and what the flow sees: shards of so many scenes, and for each size the number of shards, the
-    batch and its share of the steps."""
+    """The autoencoder's steps; and what the flow sees.
+
+    Shards of so many scenes, and for each size their number, the batch and its share of the steps.
+    """
 
     world: HardWorld
     autoencoder: int

@@ -67,7 +67,7 @@ Rgb = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Object:
-    """One coloured shape; `radius` and the centre are fractions of the side; `rgb` (None: the colour's own) its tint."""
+    """One coloured shape; `radius` and the centre are fractions of the side; `rgb` (None: the colour's) its tint."""
 
     shape: str
     colour: str
@@ -89,7 +89,7 @@ class Face:
 
 @dataclass(frozen=True)
 class Word:
-    """Capitals in one row, centred at (x, y); `height` and `advance` are fractions of the side; `rgb` as in `Object`."""
+    """Capitals in one row, centred at (x, y); `height` and `advance` are fractions of the side; `rgb` as `Object`'s."""
 
     text: str
     colour: str

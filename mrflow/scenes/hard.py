@@ -21,7 +21,6 @@ from mrflow.scenes.grammar import (
     LETTERS,
     NUMBERS,
     SHAPES,
-    SKIN,
     Background,
     CaptionError,
     Face,
@@ -51,7 +50,7 @@ ADVANCE = 0.125 / 0.13  # of a letter's height, from one letter to the next
 LINE = 1.5  # of a letter's height, from one line to the next
 LONGEST, MOST = 4, 8  # letters of a word; words of a sign
 COLUMN = 4  # words in a sign's one column; more are set in two
-OBJECT, FOREMOST = 0.09, 0.16  # radius of an object among others, and of one on a texture
+OBJECT, FOREMOST = 0.09, 0.10  # radius of an object among others, and of one on a texture
 _SINGULAR = {plural(shape): shape for shape in SHAPES}
 
 
@@ -68,9 +67,7 @@ class HardWorld:
     letters: Mapping[str, float] = field(
         default_factory=lambda: dict(zip(LETTER_SIZES, (3.0, 4.0, 2.0, 1.0, 1.0, 1.0), strict=True))
     )
-    faces: Mapping[str, float] = field(
-        default_factory=lambda: dict(zip(FACE_SIZES, (3.0, 3.0, 1.5, 1.0), strict=True))
-    )
+    faces: Mapping[str, float] = field(default_factory=lambda: dict(zip(FACE_SIZES, (3.0, 3.0, 1.5, 1.0), strict=True)))
     free: float = 0.07
     tint: float = 0.07
     length: int = 3

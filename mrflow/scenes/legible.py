@@ -1,8 +1,8 @@
 """Reads what a caption of the hard world names: every letter, face, cell and object against all it might have been.
 
-Where things are, how the ground is tinted and how a texture is moved is fitted first, for no caption names it. Then each
-part is compared with renderings of its alternatives, moved by up to a hundredth of the side, by normalised correlation.
-A part is right if the named alternative fits best, well enough, and strongly enough to be meant.
+Where things are and how the ground is tinted is fitted first, for no caption names it. Then each part is compared
+with renderings of its alternatives, moved by up to a hundredth of the side, by normalised correlation. A part is right
+if the named alternative fits best, well enough, and strongly enough to be meant.
 """
 
 import math
@@ -178,7 +178,9 @@ def _objects(image: Array, scene: Scene) -> list[Part]:
             place, fit = _best(seen, map_(_drawn(replace(alone, objects=(replace(o, shape=shape),)), len(image))), box)
             if fit > best:
                 best, found = fit, replace(o, x=o.x + place[0], y=o.y + place[1])
-        parts.append(Part("binding", _name(o.colour, o.shape), _thing(map_, image, replace(scene, background=plain), found)))
+        parts.append(
+            Part("binding", _name(o.colour, o.shape), _thing(map_, image, replace(scene, background=plain), found))
+        )
     return parts
 
 
@@ -202,15 +204,12 @@ def _texture(image: Array, scene: Scene) -> list[Part]:
     for weave in WEAVES:
         ways = ((1, 0),) if weave == "stripes" else ((1, 1), (1, -1))
         for period in PERIODS.values():
-            # A square wave's fundamental has (4 / pi)^2 / 2 of its power; that of checks, in two directions, the square.
-            turn = [np.exp(-2j * math.pi * at * k / period) for k in (1, -1, 0)]
-            sums = [np.abs(turn[{1: 0, -1: 1, 0: 2}[dy]] @ light @ turn[{1: 0, -1: 1, 0: 2}[dx]]) for dx, dy in ways]
-            whole = (8 / math.pi**2) ** len(ways)
-            fit = sum(2 * float(s) ** 2 / seen for s in sums) / (power * whole)
-            drawn = ((1 - TEXTURE) / 2) ** 2 * whole * seen  # the fundamental's power at full contrast
-            strong = sum(2 * float(s) ** 2 / seen for s in sums) / drawn
-            if fit > best and strong > FAINT**2:
-                best, read = fit, _weave(weave, period)
+            turn = {k: np.exp(-2j * math.pi * at * k / period) for k in (-1, 0, 1)}
+            found = sum(2 * abs(turn[dy] @ light @ turn[dx]) ** 2 / seen for dx, dy in ways)
+            share = (8 / math.pi**2) ** len(ways)  # of a square wave's power in its fundamental; of checks, the square
+            drawn = share * seen * ((1 - TEXTURE) / 2) ** 2
+            if found / (power * share) > best and found > FAINT**2 * drawn:
+                best, read = found / (power * share), _weave(weave, period)
     return [*parts, Part("texture", said, read)]
 
 
@@ -253,12 +252,12 @@ def _plain(image: Array) -> Array:
 def _distance(ground: Background) -> Map:
     """How far each pixel's colour is from the ground's, (h, w, 1): linear in how much of the pixel a thing covers."""
     tint = np.array(ground.tint, np.float32)
-    low = 1.0 if ground.texture == "plain" else TEXTURE
+    plain = ground.texture == "plain"  # else any tone of it is ground: of a fine texture, its lightest is hard to find
 
     def distance(image: Array) -> Array:
-        if low == 1:
+        if plain:
             return length(image - tint)[..., None]
-        along = np.clip(image @ tint / float(tint @ tint), low, 1)
+        along = np.clip(image @ tint / float(tint @ tint), TEXTURE - 0.1, 1 / TEXTURE + 0.1)
         return length((image - along[..., None] * tint).astype(np.float32))[..., None]
 
     return distance

@@ -386,7 +386,12 @@ def load_pocket(
             raise WeightsError(f"{path.name}: {name!r} belongs to no part of pocket ({', '.join(parts)})")
         parts[part][rest] = tensor.float()
     with torch.device("meta"):
-        text, flow, autoencoder, sr = text_encoder(params.hidden, words=words, length=length), Flux(params), Autoencoder(), CompactSR()
+        text, flow, autoencoder, sr = (
+            text_encoder(params.hidden, words=words, length=length),
+            Flux(params),
+            Autoencoder(),
+            CompactSR(),
+        )
     for part, module in zip(parts, (text, flow, autoencoder, sr), strict=True):
         try:
             module.load_state_dict(parts[part], strict=True, assign=True)
