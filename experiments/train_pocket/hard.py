@@ -65,7 +65,7 @@ class Lesson:
     rate: float = RATE
 
 
-LESSON = Lesson(HARD, 600, 2000, {128: 12, 256: 8}, {128: 128, 256: 40}, {128: 0.45, 256: 0.55})
+LESSON = Lesson(HARD, 300, 2000, {128: 12, 256: 8}, {128: 128, 256: 40}, {128: 0.45, 256: 0.55})
 Shard = tuple[Tensor, Tensor, Tensor]
 
 
