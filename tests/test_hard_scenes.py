@@ -95,15 +95,15 @@ def test_what_a_caption_leaves_open_is_large(kind: str) -> None:
     def spread(values: list[float]) -> float:
         return max(values) - min(values)
 
-    things = [(*d.objects, *d.faces, *d.words)[0] for d in draws]
-    plain = (*scene.objects, *scene.faces, *scene.words)[0]
+    things: list[Object | Face | Word] = [(*d.objects, *d.faces, *d.words)[0] for d in draws]
+    plain: Object | Face | Word = (*scene.objects, *scene.faces, *scene.words)[0]
     for axis in ("x", "y"):
         moves = [getattr(thing, axis) - getattr(plain, axis) for thing in things]
         assert 1.7 * HARD.free < spread(moves) and max(map(abs, moves)) <= HARD.free
     assert spread([d.background.tint[0] for d in draws]) > 0.05
     assert spread([d.background.phase[1] for d in draws]) > 0.8
-    if not scene.faces:
-        assert 1.6 * HARD.tint < spread([thing.rgb[1] if thing.rgb else 0.0 for thing in things])
+    tints = [thing.rgb[1] for thing in things if not isinstance(thing, Face) and thing.rgb is not None]
+    assert bool(tints) != bool(scene.faces) and (not tints or 1.6 * HARD.tint < spread(tints))
     for d in draws:
         bare = replace(
             d,
@@ -119,7 +119,8 @@ def test_everything_stays_inside_and_apart() -> None:
     rng = random.Random(3)
     for _ in range(300):
         scene = sample(replace(HARD, plain=0.0), rng)
-        for thing in (*scene.objects, *scene.faces):
+        rounds: list[Object | Face] = [*scene.objects, *scene.faces]
+        for thing in rounds:
             assert thing.radius <= min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) + 0.02
         if scene.kind == "objects":
             gaps = [math.dist((a.x, a.y), (b.x, b.y)) for a in scene.objects for b in scene.objects if a is not b]

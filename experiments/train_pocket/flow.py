@@ -141,7 +141,8 @@ def losses_at(net: Trainee, latents: Tensor, ids: Tensor, shift: Shift) -> Tenso
     context, pooled = net.text(ids)
     places = image_ids(h // 2, w // 2, device=device), torch.zeros(ids.shape[1], 3, device=device)
     velocity = net.flow(pack(x), places[0], context, places[1], pooled, sigma, None)
-    return (velocity.float() - pack(eps - latents)).square().mean((1, 2))
+    losses: Tensor = (velocity.float() - pack(eps - latents)).square().mean((1, 2))
+    return losses
 
 
 def backbone(net: Trainee, autoencoder: State, device: torch.device, info: ModelInfo) -> Pocket:

@@ -1,4 +1,4 @@
-"""The procedural world behind the embedded model: a caption grammar, a renderer and an exact scorer."""
+"""The procedural world behind the embedded model: a caption grammar, a renderer and an exact scorer; and a harder one."""
 
 from mrflow.scenes.fidelity import fidelity as fidelity
 from mrflow.scenes.fidelity import fidelity_many as fidelity_many
@@ -13,6 +13,12 @@ from mrflow.scenes.grammar import held_out_captions as held_out_captions
 from mrflow.scenes.grammar import parse as parse
 from mrflow.scenes.grammar import sample_caption as sample_caption
 from mrflow.scenes.grammar import sample_scene as sample_scene
+from mrflow.scenes.hard import HARD as HARD
+from mrflow.scenes.hard import HardWorld as HardWorld
+from mrflow.scenes.legible import Part as Part
+from mrflow.scenes.legible import hard_score as hard_score
+from mrflow.scenes.legible import hard_score_many as hard_score_many
+from mrflow.scenes.legible import read_parts as read_parts
 from mrflow.scenes.reading import Facts as Facts
 from mrflow.scenes.reading import read as read
 from mrflow.scenes.render import render as render

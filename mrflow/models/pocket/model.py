@@ -321,10 +321,7 @@ def facts(header: Header) -> ModelInfo:
         WeightsError: as `params_of`.
     """
     known = BY_WIDTH[params_of(header).hidden]
-    sizes = {"size": known.size, "low": known.low}
-    for name in sizes:
-        if side := int(header.metadata.get(name, 0)):
-            sizes[name] = (side, side)
+    large, small = (int(header.metadata.get(name, 0)) for name in ("size", "low"))
     words, length = text_sizes(header)
     assert known.architecture is not None and known.footprint is not None
     more = (words - len(VOCABULARY) + length - TEXT_LENGTH) * known.architecture.context * 4
@@ -333,7 +330,8 @@ def facts(header: Header) -> ModelInfo:
         cfg=float(header.metadata.get("cfg", known.cfg)),
         architecture=replace(known.architecture, text_tokens=length),
         footprint=replace(known.footprint, text=known.footprint.text + more),
-        **sizes,
+        size=(large, large) if large else known.size,
+        low=(small, small) if small else known.low,
     )
 
 
