@@ -95,8 +95,11 @@ def test_what_a_caption_leaves_open_is_large(kind: str) -> None:
     def spread(values: list[float]) -> float:
         return max(values) - min(values)
 
-    things: list[Object | Face | Word] = [(*d.objects, *d.faces, *d.words)[0] for d in draws]
-    plain: Object | Face | Word = (*scene.objects, *scene.faces, *scene.words)[0]
+    def first(of: Scene) -> Object | Face | Word:
+        things: list[Object | Face | Word] = [*of.objects, *of.faces, *of.words]
+        return things[0]
+
+    things, plain = [first(d) for d in draws], first(scene)
     for axis in ("x", "y"):
         moves = [getattr(thing, axis) - getattr(plain, axis) for thing in things]
         assert 1.7 * HARD.free < spread(moves) and max(map(abs, moves)) <= HARD.free

@@ -1,4 +1,4 @@
-"""The procedural world behind the embedded model: a caption grammar, a renderer and an exact scorer; and a harder one."""
+"""The procedural worlds behind the embedded model: caption grammars, a renderer, exact readers and scores."""
 
 from mrflow.scenes.fidelity import fidelity as fidelity
 from mrflow.scenes.fidelity import fidelity_many as fidelity_many
