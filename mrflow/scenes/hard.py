@@ -68,6 +68,8 @@ class HardWorld:
         default_factory=lambda: dict(zip(LETTER_SIZES, (3.0, 4.0, 2.0, 1.0, 1.0, 1.0), strict=True))
     )
     faces: Mapping[str, float] = field(default_factory=lambda: dict(zip(FACE_SIZES, (3.0, 3.0, 1.5, 1.0), strict=True)))
+    grids: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(GRIDS, 1.0))
+    periods: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(PERIODS, 1.0))
     free: float = 0.07
     tint: float = 0.07
     length: int = 3
@@ -109,7 +111,7 @@ def caption_of(world: HardWorld, rng: random.Random, kind: str = "") -> str:
         count = rng.randint(2, 9)
         return f"{COUNTS[count - 1]} {_weighted(world.faces, rng)} faces, {' '.join(rng.choices(FEELINGS, k=count))}"
     if kind == "grid":
-        name = rng.choice(tuple(GRIDS))
+        name = _weighted(world.grids, rng)
         other = rng.choice([c for c in COLOURS if c != colour]), rng.choice([s for s in SHAPES if s != shape])
         row, column = (rng.randint(1, GRIDS[name]) for _ in range(2))
         return (
@@ -117,7 +119,7 @@ def caption_of(world: HardWorld, rng: random.Random, kind: str = "") -> str:
             f"in row {row} column {column}"
         )
     if kind == "texture":
-        period, weave, place = rng.choice(tuple(PERIODS)), rng.choice(WEAVES), rng.choice(tuple(grammar.PLACES))
+        period, weave, place = _weighted(world.periods, rng), rng.choice(WEAVES), rng.choice(tuple(grammar.PLACES))
         return f"{period} {weave} with {article(colour)} {colour} {shape} at the {place}"
     raise CaptionError(f"no scene of kind {kind!r}; use one of {', '.join(KINDS)}")
 

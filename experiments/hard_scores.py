@@ -1,0 +1,145 @@
+"""What of the hard world does a model draw, by size of detail, and what do the paths alone keep?
+
+Held-out captions, the same number of each kind and size of detail. Rows that draw nothing: the truth (rendered), the
+truth through the autoencoder, the truth through the staged path (rendered at half the side, autoencoder,
+super-resolution, autoencoder), the mean of many renderings of a caption through the autoencoder (what one forward can
+know), and the truth held against another caption of its kind. Rows that sample: one unguided forward, native, staged.
+Each picture has a seed of its own, the same in all rows. Intervals are 95 % bootstrap over captions.
+
+    python -m experiments.hard_scores --rows truth autoencoder "staged path" mean other     # minutes: no sampling
+    python -m experiments.hard_scores --model runs/pocket-4/pocket-4.safetensors --captions 6 --out runs/hard.json
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import mrflow as mf
+from experiments.pocket_scores import interval, pictures, seeds_of
+from experiments.train_pocket.data import rendered, unit
+from mrflow.io import check_writable, write_bytes
+from mrflow.models.pocket.model import SHIPPED, Pocket, load_pocket
+from mrflow.scenes.hard import FACE_SIZES, GRIDS, HARD, LETTER_SIZES, PERIODS, fill, held_out_captions, parse
+from mrflow.scenes.legible import READ_BY, hard_score
+
+Chain = mf.Chain[mf.Start, mf.Pixels]
+DRAWS = 60  # renderings in a mean
+DOSES = {
+    **{f"letters {size}": ("sign", replace(HARD, letters={size: 1.0})) for size in LETTER_SIZES},
+    **{f"faces {size}": ("faces", replace(HARD, faces={size: 1.0})) for size in FACE_SIZES},
+    **{f"grid {name}": ("grid", replace(HARD, grids={name: 1.0})) for name in GRIDS},
+    **{f"texture {name}": ("texture", replace(HARD, periods={name: 1.0})) for name in PERIODS},
+    "objects": ("objects", HARD),
+}
+PATHS = ("truth", "autoencoder", "staged path", "mean", "other")
+
+
+def captions_of(dose: str, count: int) -> list[str]:
+    """Held-out captions of one kind and size of detail."""
+    kind, world = DOSES[dose]
+    return held_out_captions(world, count, kind=kind)
+
+
+def truths(captions: list[str], side: int, *, draw: int = 0) -> Tensor:
+    """Each caption rendered once, (n, 3, side, side) in [0, 1]: the same draw at every side."""
+    scenes = [fill(parse(c), HARD, random.Random(s + draw)) for c, s in zip(captions, seeds_of(captions), strict=True)]
+    return unit(rendered(scenes, side))
+
+
+def chains(size: int, steps: list[int]) -> dict[str, Chain]:
+    """What samples: guided natively in so many steps, staged in so many and one."""
+    whole, low = (size, size), (size // 2, size // 2)
+    return {
+        "one forward": mf.recipes.native(size=whole, steps=1, guidance=mf.CFG(1.0)),
+        **{f"native {n}": mf.recipes.native(size=whole, steps=n) for n in steps},
+        **{f"staged {n} + 1": mf.recipes.paper(low=low, size=whole, steps=n) for n in steps},
+    }
+
+
+@torch.inference_mode()
+def images_of(row: str, model: Pocket, size: int, captions: list[str], steps: list[int]) -> NDArray[np.float32]:
+    """A row's pictures of the captions, (n, 3, size, size)."""
+
+    def through(x: Tensor) -> Tensor:
+        return torch.cat([model.decode(model.encode(part.to(model.device))).clamp(0, 1).cpu() for part in x.split(8)])
+
+    def enlarged(x: Tensor) -> Tensor:
+        return torch.cat([model.upscaler(part.to(model.device)).clamp(0, 1).cpu() for part in x.split(8)])
+
+    drawn: dict[str, Callable[[], Tensor]] = {
+        "truth": lambda: truths(captions, size),
+        "other": lambda: truths(captions, size),
+        "autoencoder": lambda: through(truths(captions, size)),
+        "staged path": lambda: through(enlarged(through(truths(captions, size // 2)))),
+        "mean": lambda: through(torch.stack([truths(captions, size, draw=i) for i in range(DRAWS)]).mean(0)),
+    }
+    if row in drawn:
+        return drawn[row]().numpy()
+    return pictures(chains(size, steps)[row], model, captions, seeds_of(captions), 8)
+
+
+def main() -> None:
+    """Print a Markdown table: a line a size of detail and category, a column a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=next(iter(SHIPPED.values())), help="a file of pocket's weights")
+    parser.add_argument("--captions", type=int, default=20, help="of each size of detail")
+    parser.add_argument("--size", type=int, default=256, help="of the side; the low stage's is half")
+    parser.add_argument("--steps", type=int, nargs="+", default=[12], help="of native and staged sampling")
+    parser.add_argument("--rows", nargs="+", help="(default: all)")
+    parser.add_argument("--doses", nargs="+", help="sizes of detail, such as 'letters 8%%' (default: all)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, help="a JSON file of all scores")
+    args = parser.parse_args()
+    rows, doses = [*PATHS, *chains(args.size, args.steps)], list(DOSES)
+    for given, known in ((args.rows, rows), (args.doses, doses)):
+        if unknown := set(given or ()) - set(known):
+            parser.error(f"no row or size is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if args.captions < 2 or args.size < 64 or args.size % 32:
+        parser.error("--captions must be at least 2, --size a multiple of 32 from 64 on")
+    if args.out is not None:
+        check_writable(args.out)
+    model = load_pocket(args.model, device=torch.device(args.device))
+    print(f"{model.info.version}, {args.captions} captions a size of detail, {args.size} px\n", flush=True)
+    rows, doses, rng = args.rows or rows, args.doses or doses, np.random.default_rng(0)
+    print(f"| detail | read | {' | '.join(rows)} |\n|{'---|' * (len(rows) + 2)}", flush=True)
+    kept: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for dose in doses:
+        captions = captions_of(dose, args.captions)
+        kept[dose] = {}
+        for row in rows:
+            images = images_of(row, model, args.size, captions, args.steps)
+            against = captions[1:] + captions[:1] if row == "other" else captions
+            kept[dose][row] = [hard_score(image, caption) for image, caption in zip(images, against, strict=True)]
+        print("\n".join(_lines(dose, captions, kept[dose], rng)), flush=True)
+        if args.out is not None:
+            write_bytes(args.out, json.dumps(kept).encode())
+    means = [np.mean([s["overall"] for dose in kept.values() for s in dose[row]]) for row in rows]
+    print(f"| all | overall | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+
+
+def _lines(
+    dose: str, captions: list[str], scores: dict[str, list[dict[str, float]]], rng: np.random.Generator
+) -> list[str]:
+    first = next(iter(scores.values()))[0]
+    lines: list[str] = []
+    for category in (c for c in READ_BY if c in first):
+        cells = [
+            "{:.2f} ({:.2f} to {:.2f})".format(
+                *interval([(c, s[category]) for c, s in zip(captions, row, strict=True)], rng)
+            )
+            for row in scores.values()
+        ]
+        lines.append(f"| {dose} | {category} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
