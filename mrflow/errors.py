@@ -53,6 +53,19 @@ class RecordError(MrflowError, ValueError):
     """A picture carries no record, or one that cannot be replayed."""
 
 
+def named(error: Exception, where: str) -> MrflowError:
+    """What a stage raised as an error that begins with the stage's name: of its own class where that is mrflow's.
+
+    Memory that ran out becomes a ResourceError, whatever else a PromiseError.
+    """
+    if isinstance(error, MrflowError):
+        kind: type[MrflowError] = next(k for k in type(error).__mro__ if k.__module__ == __name__)
+        return kind(f"{where}: {error}")
+    if is_out_of_memory(error):
+        return ResourceError(f"{where}: out of memory; try a smaller size or batch ({str(error) or 'MemoryError'})")
+    return PromiseError(f"{where}: failed with {type(error).__name__}: {error}")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of any kind says that memory ran out, on a GPU or a CPU."""
     import torch

@@ -16,7 +16,7 @@ from torch import Tensor
 from mrflow.adapters import Lora, PiFlow, with_loras, with_policy
 from mrflow.backbone import Announced, Backbone, Condition, takes_levels
 from mrflow.cost import forward_flops
-from mrflow.errors import MrflowError, NonFiniteError, PlanError, PromiseError, PromptError
+from mrflow.errors import NonFiniteError, PlanError, PromiseError, PromptError, named
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
 from mrflow.noise import Noise, PerItem, check_seed
@@ -280,8 +280,8 @@ def run(
     for number, stage in enumerate(stages, 1):
         try:
             stage.check(model)
-        except PlanError as error:
-            raise PlanError(f"stage {number} of {len(stages)}, {short(stage)}: {error}") from None
+        except Exception as error:
+            raise named(error, f"stage {number} of {len(stages)}, {short(stage)}") from error
     negative = model.info.negative if negative is None else negative
     if not isinstance(negative, str):
         raise PlanError(f"the negative prompt must be text, got {negative!r}")
@@ -403,18 +403,16 @@ def _scopes(stages: Sequence[AnyStage]) -> list[str]:
 
 def _apply(stage: AnyStage, state: State[Spec], out: Spec, ctx: Context, where: str) -> Tensor:
     """One stage's work, held against its promise."""
-    before = state.data._version if not state.data.is_inference() else None
+    given = state.data.clone()
     try:
         data = stage.apply(state, out, ctx)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{where}: {error}") from None
-    except MrflowError as error:
-        raise type(error)(f"{where}: {error}") from None
+    except Exception as error:
+        raise named(error, where) from error
     if not isinstance(data, Tensor):
         raise PromiseError(f"{where}: apply must give a tensor, got {type(data).__name__}")
     if tuple(data.shape) != out.shape:
         raise PromiseError(f"{where} promised {out} {out.shape} but made a tensor of shape {tuple(data.shape)}")
-    if before is not None and state.data._version != before:
+    if not torch.equal(state.data, given):
         raise PromiseError(f"{where}: apply changed the tensor it was given; work on a copy")
     if data.dtype != torch.float32:
         raise PromiseError(f"{where}: apply made {data.dtype}; between stages everything is float32")

@@ -72,6 +72,9 @@ class Step:
     denoised: Tensor
 
 
+NOWHERE = "no solver may ask for the field at sigma 0, nor outside (0, 1]"
+
+
 def integrate(
     solver: Solver,
     velocity: Velocity,
@@ -88,7 +91,8 @@ def integrate(
     for another solver. `facts` (a dtype, a model's name) are added to the text of a NonFiniteError.
 
     Raises:
-        PlanError: the levels are not in [0, 1] and falling, `x` holds no floating-point numbers, or noise is missing.
+        PlanError: the levels are not in [0, 1] and falling, `x` holds no floating-point numbers, noise is missing, or
+            the solver asks for the field at sigma 0.
         PromiseError: the velocity or the noise has another shape than `x`.
         NonFiniteError: NaN or infinity after a step.
     """
@@ -103,6 +107,8 @@ def integrate(
     newest: list[Tensor] = []
 
     def checked(x: Tensor, sigma: float) -> Tensor:
+        if not 0 < sigma <= 1:
+            raise PlanError(f"{solver!r} asks for the field at sigma {sigma:g}; {NOWHERE}")
         newest[:] = [_like(x, velocity(x, sigma), "the velocity")]
         return newest[0]
 

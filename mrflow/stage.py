@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get
 
 from torch import Tensor
 
-from mrflow.errors import ChainError, MrflowError, PlanError
+from mrflow.errors import ChainError, MrflowError, PlanError, named
 from mrflow.spec import Latents, ModelInfo, Pixels, Spec, Start, State
 
 if TYPE_CHECKING:
@@ -263,10 +263,8 @@ def plan(chain: Chain[A, B] | Stage[A, B], model: ModelInfo, *, batch: int = 1, 
             if not isinstance(out, stage.gives):
                 raise PlanError(f"its plan gave {out!r}, but it is declared to give {stage.gives.__name__}")
             work = stage.work(spec, out, model)  # type: ignore[arg-type]  # pyright: ignore
-        except PlanError as error:
-            raise PlanError(f"{where}: {error}") from None
-        except MrflowError:
-            raise
+        except MrflowError as error:
+            raise named(error, where) from error
         except Exception as error:
             raise PlanError(f"{where}: its plan failed with {type(error).__name__}: {error}") from error
         rows.append(PlannedStage(type(stage).__name__, spec, out, work))

@@ -1,6 +1,8 @@
 """Running: seeds, batches, events, starts, the stage cache."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mrflow as mf
+from mrflow.solvers import History
 from mrflow.testing import Toy
 
 CHAIN = mf.recipes.paper(low=(32, 32), size=(64, 64), steps=4)
@@ -248,3 +251,118 @@ def test_nested_noise_is_standard_normal_and_the_block_mean_of_the_larger(factor
 def test_nested_noise_of_a_factor_that_makes_no_sense(bad: object) -> None:
     with pytest.raises(mf.PlanError, match="factor must be a whole number from 1 to 16"):
         mf.Nested(bad)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Wild(mf.Stage[mf.Pixels, mf.Pixels]):
+    """A stage of a user's that does what `kind` says."""
+
+    kind: str
+
+    def plan(self, spec: mf.Pixels, model: mf.ModelInfo) -> mf.Pixels:
+        if self.kind == "plan":
+            raise MemoryError("in the plan")
+        return spec
+
+    def check(self, model: mf.Backbone) -> None:
+        if self.kind == "check":
+            raise KeyError("in the check")
+
+    def apply(self, state: mf.State[mf.Pixels], out: mf.Pixels, ctx: mf.Context) -> torch.Tensor:
+        class OwnError(mf.PlanError):
+            def __init__(self, a: int, b: int) -> None:
+                super().__init__(f"{a} and {b}")
+
+        raised: dict[str, Exception] = {
+            "memory": MemoryError(),
+            "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "key": KeyError("gone"),
+            "own": OwnError(1, 2),
+            "deep": RecursionError("too deep"),
+        }
+        if self.kind in raised:
+            raise raised[self.kind]
+        if self.kind == "flip":  # the same numbers, and the same sum
+            return state.data.copy_(state.data.flip(-1)).clone()
+        return state.data.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("memory", mf.ResourceError, "out of memory; try a smaller size or batch"),
+        ("cuda", mf.ResourceError, "out of memory; try a smaller size or batch .CUDA out of memory"),
+        ("key", mf.PromiseError, "failed with KeyError: 'gone'"),
+        ("deep", mf.PromiseError, "failed with RecursionError: too deep"),
+        ("own", mf.PlanError, "1 and 2"),
+        ("plan", mf.PlanError, "its plan failed with MemoryError: in the plan"),
+        ("check", mf.PromiseError, "failed with KeyError: 'in the check'"),
+        ("half", mf.PromiseError, "changed the tensor it was given; work on a copy"),
+        ("flip", mf.PromiseError, "changed the tensor it was given; work on a copy"),
+    ],
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_whatever_a_stage_does_is_an_error_with_its_name_and_number(
+    kind: str, error: type[mf.MrflowError], words: str, keep: bool
+) -> None:
+    chain = mf.recipes.native(size=(32, 32), steps=1) >> Wild(kind)
+    with pytest.raises(
+        error, match=rf"^stage 3 of 3, Wild\(\.\.\.\):? {words}|^stage 3 of 3, Wild\(\.\.\.\): apply {words}"
+    ):
+        mf.run(chain, mf.toy(), "a", keep=keep)
+
+
+@dataclass(frozen=True)
+class Fixed(mf.Schedule):
+    """A schedule that begins where it likes."""
+
+    levels: tuple[float, ...]
+
+    def __call__(self, start: float, tokens: int, model: mf.ModelInfo) -> tuple[float, ...]:
+        return self.levels
+
+
+def test_a_schedule_must_begin_where_the_stage_begins() -> None:
+    info = mf.toy().info
+    with pytest.raises(mf.PlanError, match=r"stage 1 of 1.*begins at sigma 0\.8, but .* noise of level 1;"):
+        mf.plan(mf.Sample(32, 32, Fixed((0.8, 0.4, 0.0))), info)
+    refine = mf.Sample(32, 32) >> mf.Reinject(0.3) >> mf.Refine(Fixed((0.5, 0.2, 0.0)))
+    with pytest.raises(mf.PlanError, match=r"stage 3 of 3.*begins at sigma 0\.5, but .* noise of level 0\.3;"):
+        mf.plan(refine, info)
+    mf.plan(mf.Sample(32, 32) >> mf.Reinject(0.3) >> mf.Refine(Fixed((0.3, 0.2, 0.0))), info)
+
+
+@dataclass(frozen=True)
+class Boaster(mf.Upscaler):
+    """An upscaler that says 2 and makes 3."""
+
+    scale: ClassVar[int] = 2  # type: ignore[misc]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.repeat_interleave(3, -1).repeat_interleave(3, -2)
+
+
+@pytest.mark.parametrize("size", [None, (16, 16), (12, 12)])
+def test_an_upscaler_must_make_the_scale_it_says(size: tuple[int, int] | None) -> None:
+    from mrflow.testing import check_stage
+
+    start = torch.rand(1, 3, 8, 8)
+    with pytest.raises(
+        mf.PromiseError, match=r"Boaster says scale 2, so it must make \(1, 3, 16, 16\) .* \(1, 3, 24, 24\)"
+    ):
+        mf.run(mf.Upscale(Boaster(), size), mf.toy(), "", start=start)
+    with pytest.raises(mf.PromiseError, match="Boaster says scale 2"):
+        check_stage(mf.Upscale(Boaster()))
+
+
+def test_a_solver_is_told_that_there_is_no_field_at_zero() -> None:
+    class Ends(mf.Solver):
+        evals = 2
+
+        def step(
+            self, v: mf.Velocity, x: torch.Tensor, sigma: float, to: float, past: History
+        ) -> tuple[torch.Tensor, History]:
+            return x + (to - sigma) * (v(x, sigma) + v(x, to)) / 2, ()
+
+    with pytest.raises(mf.PlanError, match="asks for the field at sigma 0; no solver may"):
+        mf.plan(mf.Sample(32, 32, mf.Linear(2), solver=Ends()), mf.toy().info)

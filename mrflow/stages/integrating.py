@@ -9,6 +9,7 @@ from mrflow.adapters import Lora, Loras, PiFlow, check_loras, check_policy, with
 from mrflow.caches.base import Cache, check_cache
 from mrflow.caches.cached import check_open
 from mrflow.cost import sampling_work
+from mrflow.errors import PlanError
 from mrflow.guidance import Distilled, Guidance, own_guidance
 from mrflow.noise import Noise
 from mrflow.schedules import Sigmas
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.runner import Context
 
+BEGINNING = 1e-5  # how far apart the levels may lie: rounding of float32
 S = TypeVar("S", bound=Spec)
 
 
@@ -58,6 +60,18 @@ class Integrating(Stage[S, Latents]):
         """
         check_cache(self.cache, model)
         check_policy(self.policy, self.solver, self.guidance, self.cache)
+
+    def check_beginning(self, levels: Sigmas, at: float) -> None:
+        """Refuse a schedule that does not begin at the noise level of what it is given.
+
+        Raises:
+            PlanError: it begins elsewhere; the text gives both levels.
+        """
+        if abs(levels[0] - at) > BEGINNING:
+            raise PlanError(
+                f"the schedule begins at sigma {levels[0]:.6g}, but what it is given holds noise of level {at:.6g}; "
+                "make both the same"
+            )
 
     def work(self, spec: S, out: Latents, model: ModelInfo) -> Work:
         """Forwards: steps x evaluations x guidance passes, without those that a cache leaves out."""

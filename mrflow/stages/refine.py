@@ -51,8 +51,9 @@ class Refine(Integrating[Latents]):
         if spec.sigma == 0:
             raise PlanError("latents are already clean (sigma 0); put Reinject(sigma=...) before Refine()")
         self.check_settings(model)
-        last = self.sigmas(spec, model)[-1]
-        return Latents(spec.batch, spec.height, spec.width, spec.space, last)
+        levels = self.sigmas(spec, model)
+        self.check_beginning(levels, spec.sigma)
+        return Latents(spec.batch, spec.height, spec.width, spec.space, levels[-1])
 
     def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
         """Integrate."""

@@ -57,6 +57,7 @@ class Sample(Integrating[Start]):
         self.check_settings(model)
         scale = model.space.downscale
         levels = self.sigmas(model)
+        self.check_beginning(levels, 1.0)
         return Latents(spec.batch, self.height // scale, self.width // scale, model.space, levels[-1])
 
     def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:

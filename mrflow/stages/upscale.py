@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from mrflow.errors import PlanError
+from mrflow.errors import PlanError, PromiseError
 from mrflow.spec import MAX_SIDE, ModelInfo, Pixels, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.lift import check_rise
@@ -80,8 +80,24 @@ class Upscale(Stage[Pixels, Pixels]):
             raise PlanError(f"{ctx.model.info.name} has no super-resolution net of its own")
         pixels = state.data
         for _ in range(self.passes(state.spec, ctx.model.info)):
-            pixels = upscaler(pixels)
+            pixels = enlarged(upscaler, pixels)
         return resize(pixels, out.height, out.width).clamp(0, 1)
+
+
+def enlarged(upscaler: Upscaler, pixels: Tensor) -> Tensor:
+    """What an upscaler makes of (b, 3, h, w), held against its scale.
+
+    Raises:
+        PromiseError: it made another shape than (b, 3, scale h, scale w).
+    """
+    b, c, h, w = pixels.shape
+    want, made = (b, c, upscaler.scale * h, upscaler.scale * w), upscaler(pixels)
+    if tuple(made.shape) != want:
+        raise PromiseError(
+            f"{type(upscaler).__name__} says scale {upscaler.scale}, so it must make {want} of {tuple(pixels.shape)}, "
+            f"but made {tuple(made.shape)}"
+        )
+    return made
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
