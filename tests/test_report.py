@@ -82,7 +82,7 @@ def test_speedup_is_a_ratio_of_sums_over_what_both_have() -> None:
     b = [replace(row(p, 0, 1.0, chain="b"), seconds=s) for p, s in (("p", 1.0), ("q", 2.0), ("s", 9.0))]
     found = speedup(a, b)
     assert found is not None and found.mean == pytest.approx(12 / 3) and found.pictures == 2
-    assert found.low == pytest.approx(2) and found.high == pytest.approx(8)
+    assert found.low < 4 < found.high and found.units == 2
     assert speedup(a, [row("p", 0, 1.0, status="failed")]) is None
 
 

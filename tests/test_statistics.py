@@ -1,5 +1,6 @@
 """Intervals cover, pairs are paired, and metrics against scipy and closed forms."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.ndimage import gaussian_filter
 
 import mrflow as mf
 from mrflow import metrics
 from mrflow.sweep import ClipScore, Lpips, Measured, ReadText, Row, compare, interval, pareto, seed_of, values
+from mrflow.sweep.significance import clopper_pearson, holm, sign_flip, student
+from mrflow.sweep.statistics import family, paired
+from mrflow.sweep.timing import seconds, speedup
 
 
 def row(prompt: str, draw: int, value: float | None, *, chain: str = "a", status: str = "done", kind: str = "x") -> Row:
@@ -50,7 +55,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
         pytest.approx(x.mean() - half, abs=0.02),
         pytest.approx(x.mean() + half, abs=0.02),
     )
-    assert (found.prompts, found.pictures) == (500, 500)
+    assert (found.units, found.pictures) == (500, 500)
 
 
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=4), min_size=1, max_size=8), st.floats(-3, 3))
@@ -81,7 +86,121 @@ def test_a_difference_is_called_one_only_when_its_interval_says_so() -> None:
     alone = interval({str(i): [v] for i, v in enumerate(values(a, "m").values()) for v in [np.mean(v)]})
     assert alone.low < 0 < alone.high
     assert compare(a, a, "m").verdict == "no difference shown"
-    assert compare(a[:2], b[:2], "m").verdict == "no difference shown"  # one prompt shows nothing about others
+    assert compare(a[:2], b[:2], "m").verdict == "too few prompts"  # one prompt shows nothing about others
+
+
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=9))
+def test_sign_flips_are_those_of_scipy(x: list[float]) -> None:
+    want = stats.permutation_test((np.array(x),), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert sign_flip(x) == pytest.approx(want)
+
+
+def test_drawn_sign_flips_are_near_those_of_all_patterns() -> None:
+    rng = np.random.default_rng(3)
+    for mean in (0.1, 0.5, 1.0):
+        x = list(rng.normal(mean, 1, 14))
+        assert sign_flip(x, flips=5000) == pytest.approx(sign_flip(x, flips=2**14), abs=0.02)
+    assert sign_flip([1.0] * 200) == pytest.approx(1 / 20_001)  # never 0
+    assert sign_flip([0.0] * 30) == 1.0 and sign_flip([0.0, 1.0]) == 1.0
+
+
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
+def test_exact_intervals_are_those_of_scipy(hits: tuple[int, int], level: float) -> None:
+    want = stats.binomtest(*hits).proportion_ci(level, method="exact")
+    assert clopper_pearson(*hits, level) == pytest.approx((want.low, want.high), abs=1e-9)
+
+
+@given(st.integers(1, 200), st.floats(0.5, 0.999))
+def test_students_law_is_that_of_scipy(freedom: int, level: float) -> None:
+    assert student(level, freedom) == pytest.approx(stats.t.ppf((1 + level) / 2, freedom), rel=1e-5)
+
+
+def test_holm() -> None:
+    """The worked order: times 4, 3, 2, 1, and never below one that came before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_where_all_succeed_the_interval_is_exact() -> None:
+    """48 of 48 is not certainty; the bootstrap, which can draw nothing else, says that it is."""
+    all_of = {str(i): [1.0, 1.0] for i in range(48)}
+    exact = interval(all_of, share=True)
+    assert (exact.mean, exact.low, exact.high) == pytest.approx((1.0, 0.025 ** (1 / 48), 1.0))
+    assert interval(all_of).low == 1.0
+    half = interval({str(i): [float(i < 3)] for i in range(10)}, share=True)
+    assert (half.low, half.high) == pytest.approx((0.0667, 0.6525), abs=1e-4)
+    mixed = interval({"a": [1.0, 0.0], "b": [1.0]}, share=True)  # no plain shares: as before
+    assert mixed == interval({"a": [1.0, 0.0], "b": [1.0]})
+    same = paired("score", {str(i): [0.0] for i in range(48)}).difference
+    assert -same.low == same.high == pytest.approx(1 - 0.025 ** (1 / 48))
+    assert paired("sharpness", {str(i): [0.0] for i in range(48)}).difference.high == 0  # no share: nothing is known
+
+
+def null(rng: np.random.Generator, prompts: int) -> dict[str, list[float]]:
+    """Differences between two methods that are alike: most pictures succeed, some fail badly."""
+    a, b = (np.where(rng.random(prompts) < 0.2, rng.exponential(1, prompts), 0.05 * rng.random(prompts)) for _ in "ab")
+    return {str(i): [float(x)] for i, x in enumerate(b - a)}
+
+
+def test_a_table_of_methods_that_are_alike_shows_an_arrow_in_at_most_6_per_cent() -> None:
+    """500 tables of 8 comparisons. Uncorrected tests, and bootstrap intervals of few captions, show far more."""
+    rng, tables = np.random.default_rng(5), 500
+    corrected = alone = 0
+    for _ in range(tables):
+        found = {i: paired("m", null(rng, 24), draws=1) for i in range(8)}
+        alone += any(one.verdict in ("higher", "lower") for one in found.values())
+        corrected += any(one.verdict in ("higher", "lower") for one in family(found).values())
+    assert corrected / tables <= 0.06
+    assert alone / tables > 0.25
+    ends = [interval(null(rng, 7), draws=400) for _ in range(1000)]
+    assert sum(one.low > 0 or one.high < 0 for one in ends) / 1000 > 0.08
+
+
+def test_a_family_still_finds_what_differs() -> None:
+    rng = np.random.default_rng(6)
+    found = {i: paired("m", {k: [v[0] + (i == 3)] for k, v in null(rng, 24).items()}) for i in range(12)}
+    judged = family(found)
+    assert {i for i, one in judged.items() if one.verdict == "higher"} == {3} and judged[3].family == 12
+    assert judged[3].p is not None and judged[3].adjusted == pytest.approx(12 * judged[3].p)
+
+
+def test_few_prompts_get_no_verdict_and_do_not_weaken_others() -> None:
+    many, few = ({str(i): [1.0 + i / 100] for i in range(n)} for n in (20, 19))
+    found = family({"many": paired("m", many), **{f"few {i}": paired("m", few) for i in range(9)}})
+    assert found["many"].verdict == "higher" and found["many"].family == 1
+    assert found["few 0"].verdict == "too few prompts" and found["few 0"].adjusted is None
+
+
+def timed(chain: str, times: list[float], size: int = 4) -> list[Row]:
+    """Rows of timed batches: each row of a batch has its seconds."""
+    return [
+        replace(row(f"{i}.{j}", 0, 1.0, chain=chain), seconds=t, timed=f"{chain}{i}")
+        for i, t in enumerate(times)
+        for j in range(size)
+    ]
+
+
+def test_the_unit_of_a_time_is_its_batch() -> None:
+    """Intervals cover as often as they say; of rows, which repeat the time of their batch, they would be too narrow."""
+    rng, held, naive = np.random.default_rng(2), 0, 0
+    for _ in range(200):
+        rows = timed("a", list(np.exp(rng.normal(0, 0.1, 6))))
+        found, wrong = seconds(rows), seconds([replace(r, timed="") for r in rows])
+        assert found is not None and wrong is not None and (found.units, found.pictures, wrong.units) == (6, 24, 24)
+        true = np.exp(0.005)
+        held, naive = held + (found.low <= true <= found.high), naive + (wrong.low <= true <= wrong.high)
+    assert 0.91 <= held / 200 <= 0.99
+    assert naive / 200 < 0.75
+
+
+def test_a_speed_up_pairs_batches() -> None:
+    slow, fast = timed("a", [8.0, 12.0, 10.0]), timed("b", [4.0, 6.0, 5.0])
+    found = speedup(slow, fast)
+    assert found is not None and (found.mean, found.low, found.high, found.units) == pytest.approx((2, 2, 2, 3))
+    apart = speedup(slow, timed("b", [6.0, 4.0, 5.0]))
+    assert apart is not None and apart.low < 1.5 and apart.mean == pytest.approx(2)
+    other = speedup(slow, timed("b", [5.0], size=12))  # one batch over all of theirs, by name
+    assert other is not None and np.isnan(other.low) and other.units == 1 and str(other) == "1.600"
 
 
 def test_failed_and_missing_rows_are_counted_never_averaged_as_zero() -> None:

@@ -24,12 +24,19 @@ def test_every_study_can_be_planned(name: str) -> None:
 
 
 def rows() -> list[Row]:
-    """Two methods on captions of two kinds; the second is twice as fast, worse on words, and leaves stray paint."""
+    """Two methods on 40 captions of two kinds, timed in tens; the second is fast, bad at words, and stray."""
     out: list[Row] = []
     for chain, seconds, word, stray in (("slow", 2.0, 1.0, 0.0), ("fast", 1.0, 0.5, 2.5)):
-        for i, (kind, value) in enumerate((("word", word), ("face", 1.0)) * 4):
+        for i, (kind, value) in enumerate((("word", word), ("face", 1.0)) * 20):
             metrics = {"score": value, "stray": stray, f"score.{kind}": value}
-            out.append(replace(row(str(i), 0, None, chain=chain, kind=kind), metrics=metrics, seconds=seconds))
+            out.append(
+                replace(
+                    row(str(i), 0, None, chain=chain, kind=kind),
+                    metrics=metrics,
+                    seconds=seconds,
+                    timed=f"{chain}{i // 10}",
+                )
+            )
     return out
 
 
@@ -41,10 +48,20 @@ def cells(lines: list[str]) -> list[list[str]]:
 def test_the_table() -> None:
     heads, slow, fast = cells(studies.table(rows(), "slow"))
     assert heads[4:] == ["minus reference [95 %]", "face", "word", "stray %"]
-    assert slow == ["slow", "1.0", "0", "1.000 [1.000, 1.000]", "", "1.00", "1.00", "0.000"]
-    assert fast[:2] == ["fast", "2.0"] and fast[3].startswith("0.750 [") and fast[4].startswith("-0.250 [-0.4")
+    assert slow == ["slow", "1", "0", "1.000 [0.912, 1.000]", "", "1.00", "1.00", "0.000"]  # of 40 all, exactly
+    assert (
+        fast[:2] == ["fast", "2.0 [2.0, 2.0]"] and fast[3].startswith("0.750 [") and fast[4].startswith("-0.250 [-0.3")
+    )
     assert fast[4].endswith(" ▼")
     assert fast[5:] == ["1.00", "0.50 ▼", "2.500 ▲"]
+    assert "sign-flip tests, 4 in this table, corrected together (Holm, 5 %)" in studies.table(rows(), "slow")[1]
+
+
+def test_few_captions_get_no_verdict_and_make_no_family() -> None:
+    some = [r for r in rows() if int(r.prompt) < 21 or r.tags["kind"] == "word"]
+    *_, fast = cells(studies.table(some, "slow"))
+    assert fast[5:] == ["1.00 †", "0.50 ▼", "2.500 ▲"]
+    assert "sign-flip tests, 3 in this table" in studies.table(some, "slow")[1]
 
 
 def test_the_table_by_a_tag() -> None:

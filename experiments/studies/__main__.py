@@ -6,19 +6,23 @@ The folder is runs/studies/NAME; the plot goes to docs/images/studies with --fig
 """
 
 import argparse
+import math
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
 import mrflow as mf
-from mrflow.sweep import Row, Sweep, compare, interval, run_sweep, values
+from mrflow.sweep import Comparison, Interval, Row, Sweep, compare, family, interval, run_sweep, values
 from mrflow.sweep.local import Progress
-from mrflow.sweep.report import load, speedup, summarise, write_plots, write_report
-from mrflow.sweep.statistics import grouped
+from mrflow.sweep.report import load, summarise, write_plots, write_report
+from mrflow.sweep.statistics import MIN_PROMPTS, grouped
+from mrflow.sweep.timing import speedup
 
 NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "nested_noise", "failures", "rivals")
-SIGNS = {"higher": " ▲", "lower": " ▼", "no difference shown": ""}
+SIGNS = {"higher": " ▲", "lower": " ▼", "no difference shown": "", "too few prompts": " †"}
 
 
 def main() -> None:
@@ -59,50 +63,78 @@ def main() -> None:
 
 
 def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str]:
-    """Markdown: speed, the score with its interval, the paired difference, then the score by category."""
+    """Markdown: speed, the score with its interval, the paired difference, then the score by category.
+
+    All arrows of a table are one family of tests.
+    """
     chains = grouped(rows, lambda r: r.chain)
     base = chains[reference]
-    names = sorted({m for r in rows for m in r.metrics if m.startswith("score.")})
-    extra = [m for m in ("psnr", "ssim") if any(m in r.metrics for r in rows)]
+    names = [] if by else sorted({m for r in rows for m in r.metrics if m.startswith("score.")})
     groups = sorted({r.tags[by] for r in rows if by in r.tags}) if by else []
+    extra = [m for m in ("psnr", "ssim") if any(m in r.metrics for r in rows)]
     shares = [m for m in ("stray",) if any(m in r.metrics for r in rows)]
+    columns: list[tuple[str, str | None]] = [(n, None) for n in names] + [("score", g) for g in groups]
+    columns += [(m, None) for m in shares]
     heads = [*(groups or [n.removeprefix("score.") for n in names]), *(f"{m} %" for m in shares)]
+    found = _family({label: mine for label, mine in chains.items() if label != reference}, base, by, columns)
+    tests = next((c.family for c in found.values()), 0)
+    counts = f"{len({r.prompt for r in base})} captions, {len({r.draw for r in base})} draws of each"
     lines = [
-        f"{len({r.prompt for r in base})} captions, {len({r.draw for r in base})} draws a caption; {rows[0].weights}",
+        f"{counts}; {rows[0].weights}",
+        f"▲ ▼: sign-flip tests, {tests} in this table, corrected together (Holm, 5 %); "
+        f"†: fewer than {MIN_PROMPTS} captions, no verdict",
         "",
     ]
     lines.append(
-        "| method | speed-up | forwards | score [95 %] | minus reference [95 %] | " + " | ".join(heads + extra) + " |"
+        "| method | speed-up [95 %] | forwards | score [95 %] | minus reference [95 %] | "
+        + " | ".join(heads + extra)
+        + " |"
     )
     lines.append("|---" * (5 + len(heads) + len(extra)) + "|")
     for label, mine in chains.items():
-        fast, good = speedup(base, mine, draws=4000), interval(values(mine, "score"), draws=4000)
-        cells = [label, f"{fast.mean:.1f}" if fast else "", str(next((r.nfe for r in mine if r.done), "")), str(good)]
-        if label == reference:
-            cells.append("")
-        else:
-            found = compare(mine, base, "score", draws=4000)
-            d = found.difference
-            cells.append(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{SIGNS[found.verdict]}")
-        for name in names if not groups else []:
-            cells.append(_cell(mine, base, name, same=label == reference))
-        for group in groups:
-            part, other = ([r for r in rs if r.tags.get(by or "") == group] for rs in (mine, base))
-            cells.append(_cell(part, other, "score", same=label == reference))
-        cells += [_cell(mine, base, name, same=label == reference, digits=3) for name in shares]
+        fast, good = speedup(base, mine), interval(values(mine, "score"), draws=4000, share=True)
+        cells = [
+            label,
+            "1" if label == reference else _speed(fast),
+            str(next((r.nfe for r in mine if r.done), "")),
+            str(good),
+        ]
+        cells.append("")
+        if whole := found.get((label, "score", None)):
+            d = whole.difference
+            cells[-1] = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{SIGNS[whole.verdict]}"
+        for metric, group in columns:
+            part = values(_part(mine, by, group), metric)
+            one = found.get((label, metric, group))
+            mean = f"{interval(part, draws=1).mean:.{3 if metric in shares else 2}f}" if part else ""
+            cells.append(mean + (SIGNS[one.verdict] if one and part else ""))
         for name in extra:
-            found_values = values(mine, name)
-            cells.append(str(interval(found_values, draws=4000)) if found_values and label != reference else "")
+            part = values(mine, name)
+            cells.append(str(interval(part, draws=4000)) if part and label != reference else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _cell(mine: list[Row], base: list[Row], metric: str, *, same: bool, digits: int = 2) -> str:
-    found = values(mine, metric)
-    if not found:
+def _family(
+    chains: Mapping[str, list[Row]], base: list[Row], by: str | None, columns: list[tuple[str, str | None]]
+) -> dict[tuple[str, str, str | None], Comparison]:
+    """Every chain against the reference in every column, judged together."""
+    out: dict[tuple[str, str, str | None], Comparison] = {}
+    for label, mine in chains.items():
+        for metric, group in [("score", None), *columns]:
+            with suppress(mf.PlanError):  # nothing in common
+                out[label, metric, group] = compare(_part(mine, by, group), _part(base, by, group), metric, draws=4000)
+    return family(out)
+
+
+def _part(rows: list[Row], by: str | None, group: str | None) -> list[Row]:
+    return rows if by is None or group is None else [r for r in rows if r.tags.get(by) == group]
+
+
+def _speed(fast: Interval | None) -> str:
+    if fast is None:
         return ""
-    mean = interval(found, draws=100).mean
-    return f"{mean:.{digits}f}" + ("" if same else SIGNS[compare(mine, base, metric, draws=4000).verdict])
+    return f"{fast.mean:.1f}" + ("" if math.isnan(fast.low) else f" [{fast.low:.1f}, {fast.high:.1f}]")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from mrflow.sweep import Row, interval, values
-from mrflow.sweep.report import speedup
-from mrflow.sweep.statistics import grouped
+from mrflow.sweep.statistics import grouped, is_share
+from mrflow.sweep.timing import speedup
 
 FLOOR, CLEAN = 0.8, 0.02  # of the plots; what lies below is marked at their lower edges
 
@@ -25,11 +25,11 @@ def speed_figure(
     plt.rcParams["svg.hashsalt"] = "mrflow"
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(9, 8), layout="constrained", sharex=True)
     by_chain = grouped(rows, lambda r: r.chain)
-    fast = {label: speedup(by_chain[reference], mine, draws=100) for label, mine in by_chain.items()}
+    fast = {label: speedup(by_chain[reference], mine) for label, mine in by_chain.items()}
     for axes, metric, floor in ((upper, "score", FLOOR), (lower, "stray", CLEAN)):
         lines: dict[str, list[tuple[float, float, float, float]]] = {}
         for label, mine in by_chain.items():
-            sooner, found = fast[label], interval(values(mine, metric), draws=4000)
+            sooner, found = fast[label], interval(values(mine, metric), draws=4000, share=is_share(metric))
             if sooner is not None:
                 lines.setdefault(method(label), []).append((sooner.mean, found.mean, found.low, found.high))
         for (name, points), mark in zip(lines.items(), "osD^vPX*hdp<>H8", strict=False):

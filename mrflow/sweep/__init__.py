@@ -25,6 +25,7 @@ from mrflow.sweep.rows import Row as Row
 from mrflow.sweep.statistics import Comparison as Comparison
 from mrflow.sweep.statistics import Interval as Interval
 from mrflow.sweep.statistics import compare as compare
+from mrflow.sweep.statistics import family as family
 from mrflow.sweep.statistics import interval as interval
 from mrflow.sweep.statistics import pareto as pareto
 from mrflow.sweep.statistics import values as values

@@ -278,12 +278,12 @@ class Maker:
                 cache=self._cache,
             )
             took = self._true_cost(label, pairs, result)
-            images = result.images
+            images, timed = result.images, group[0][1].key
             for i, (pair, claim) in enumerate(group):
                 data = png(images[i], make_record(result, i))
                 try:
                     picture = self.store.write_picture(self.store.picture_path(claim.key), data)
-                    rows.append(self._row(label, pair, claim, result, i, images[i], took, picture, data))
+                    rows.append(self._row(label, pair, claim, result, i, images[i], took, picture, data, timed))
                 except LeaseLostError:
                     continue
         return rows
@@ -314,6 +314,7 @@ class Maker:
         took: Sequence[tuple[float, int, float]],
         picture: str,
         data: bytes,
+        timed: str,
     ) -> Row:
         prompt, draw = pair
         batch = len(result.seeds)
@@ -365,6 +366,7 @@ class Maker:
             versions=self.made_by,
             device=str(self.model.device),
             batch=batch,
+            timed=timed,
             time=datetime.now(UTC).isoformat(timespec="microseconds"),
         )
 

@@ -8,7 +8,9 @@ import base64
 import csv
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -22,15 +24,28 @@ from mrflow.sweep.aims import COSTS, Aim, aim
 from mrflow.sweep.grid import row_key, seed_of
 from mrflow.sweep.metrics import BUILT_IN
 from mrflow.sweep.rows import Row
-from mrflow.sweep.statistics import Comparison, Interval, compare, grouped, interval, number, pareto, values
+from mrflow.sweep.statistics import (
+    MIN_PROMPTS,
+    Comparison,
+    Interval,
+    compare,
+    family,
+    grouped,
+    interval,
+    is_share,
+    number,
+    pareto,
+    values,
+)
 from mrflow.sweep.store import Store, read
+from mrflow.sweep.timing import seconds, speedup
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 200_000_000  # of embedded pictures; browsers become slow beyond
 COLUMNS = (
-    "chain", "prompt", "draw", "seed", "status", "error", "seconds", "nfe", "flops", "peak_bytes", "batch", "device",
-    "model", "weights", "picture", "key",
+    "chain", "prompt", "draw", "seed", "status", "error", "seconds", "nfe", "flops", "peak_bytes", "batch", "timed",
+    "device", "model", "weights", "picture", "key",
 )  # fmt: skip
 
 
@@ -82,42 +97,36 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
     return sorted(names, key=lambda n: (n != "score", "." in n, n))
 
 
-def speedup(reference: Sequence[Row], rows: Sequence[Row], *, draws: int = 10_000, seed: int = 0) -> Interval | None:
-    """Seconds of the reference over seconds of these rows, over prompts and draws that both have.
-
-    The ratio of sums, not the mean of ratios: how much sooner the whole set would be there. Bootstrap over prompts.
-    """
-    theirs = {(r.prompt, r.draw): r.seconds for r in reference if r.done and r.seconds > 0}
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.done and row.seconds > 0 and (row.prompt, row.draw) in theirs:
-            pairs.setdefault(row.prompt, []).append((theirs[row.prompt, row.draw], row.seconds))
-    if not pairs:
-        return None
-    sums = np.array([np.sum(v, axis=0) for v in pairs.values()])
-    pick = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
-    drawn = sums[pick].sum(1)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    total = sums.sum(0)
-    return Interval(float(total[0] / total[1]), float(low), float(high), len(sums), sum(map(len, pairs.values())))
-
-
 def summarise(rows: Sequence[Row], reference: str, *, draws: int = 4000) -> dict[str, Any]:
-    """All numbers of the page, without pictures."""
+    """All numbers of the page, without pictures.
+
+    Comparisons of the table of methods, over all metrics, are one family; those of a tag's table are one each.
+    """
     by_chain = grouped(rows, lambda r: r.chain)
     metrics = metrics_of(rows)
     tags = sorted({tag for row in rows for tag in row.tags})
     base = by_chain.get(reference, [])
+    parts = {
+        (label, tag): grouped((r for r in mine if tag in r.tags), lambda r, t=tag: r.tags[t])  # type: ignore[misc]
+        for label, mine in by_chain.items()
+        for tag in tags
+    }
+    others = {label: mine for label, mine in by_chain.items() if label != reference}
+    whole, whole_size = _family({(label, ""): mine for label, mine in others.items()}, base, metrics, draws)
+    by_tag = {
+        tag: _family({(label, v): p for label in others for v, p in parts[label, tag].items()}, base, metrics, draws)
+        for tag in tags
+    }
     chains: list[dict[str, Any]] = []
     for label, mine in by_chain.items():
         done = [r for r in mine if r.done]
-        groups: dict[str, Any] = {}
-        for tag in tags:
-            parts = grouped((r for r in mine if tag in r.tags), lambda r, t=tag: r.tags[t])  # type: ignore[misc]
-            groups[tag] = {
-                value: {"metrics": _means(part, metrics, draws), "compare": _against(part, base, metrics, draws)}
-                for value, part in parts.items()
+        groups: dict[str, Any] = {
+            tag: {
+                value: {"metrics": _means(part, metrics, draws), "compare": by_tag[tag][0].get((label, value), {})}
+                for value, part in parts[label, tag].items()
             }
+            for tag in tags
+        }
         chains.append(
             {
                 "label": label,
@@ -126,10 +135,10 @@ def summarise(rows: Sequence[Row], reference: str, *, draws: int = 4000) -> dict
                 "nfe": done[0].nfe if done else None,
                 "flops": done[0].flops if done else None,
                 "peak": max((r.peak_bytes for r in done), default=0) or None,
-                "seconds": _mean(done, "seconds", draws),
-                "speedup": _plain(speedup(base, mine, draws=draws)) if base else None,
+                "seconds": _plain(seconds(done)),
+                "speedup": _plain(speedup(base, mine)) if base else None,
                 "metrics": _means(mine, metrics, draws),
-                "compare": _against(mine, base, metrics, draws) if label != reference else {},
+                "compare": whole.get((label, ""), {}),
                 "groups": groups,
             }
         )
@@ -140,6 +149,8 @@ def summarise(rows: Sequence[Row], reference: str, *, draws: int = 4000) -> dict
         "reference": reference,
         "metrics": metrics,
         "tags": tags,
+        "families": {"": whole_size, **{tag: size for tag, (_, size) in by_tag.items()}},
+        "enough": MIN_PROMPTS,
         "chains": chains,
         "done": sum(r.done for r in rows),
         "failed": sum(not r.done for r in rows),
@@ -147,12 +158,14 @@ def summarise(rows: Sequence[Row], reference: str, *, draws: int = 4000) -> dict
 
 
 def _plain(found: Interval | None) -> dict[str, Any] | None:
-    return None if found is None else dict(found.__dict__)
+    if found is None:
+        return None
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.__dict__.items()}
 
 
 def _mean(rows: Sequence[Row], metric: str, draws: int) -> dict[str, Any] | None:
     found = values(rows, metric)
-    return _plain(interval(found, draws=draws)) if found else None
+    return _plain(interval(found, draws=draws, share=is_share(metric))) if found else None
 
 
 def _means(rows: Sequence[Row], metrics: Sequence[str], draws: int) -> dict[str, Any]:
@@ -160,16 +173,26 @@ def _means(rows: Sequence[Row], metrics: Sequence[str], draws: int) -> dict[str,
     return {metric: value for metric, value in found.items() if value is not None}
 
 
-def _against(rows: Sequence[Row], base: Sequence[Row], metrics: Sequence[str], draws: int) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for metric in metrics:
-        try:
-            found: Comparison = compare(rows, base, metric, draws=draws)
-        except PlanError:  # nothing in common
-            continue
-        verdict = found.verdict if found.verdict != "no difference shown" else "none"
-        out[metric] = {**found.difference.__dict__, "verdict": verdict}
-    return out
+Place = tuple[str, str]  # a chain's label and a tag's value
+VERDICTS = {"higher": "higher", "lower": "lower", "no difference shown": "none", "too few prompts": "few"}
+
+
+def _family(
+    parts: Mapping[Place, Sequence[Row]], base: Sequence[Row], metrics: Sequence[str], draws: int
+) -> tuple[dict[Place, dict[str, Any]], int]:
+    """Parts of chains against the same part of the reference, metric by metric; and how many tests that made."""
+    found: dict[tuple[Place, str], Comparison] = {}
+    for place, rows in parts.items():
+        for metric in metrics:
+            with suppress(PlanError):  # nothing in common
+                found[place, metric] = compare(rows, base, metric, draws=draws)
+    out: dict[Place, dict[str, Any]] = {}
+    size = 0
+    for (place, metric), one in family(found).items():
+        facts = {"verdict": VERDICTS[one.verdict], "p": one.adjusted}
+        out.setdefault(place, {})[metric] = {**(_plain(one.difference) or {}), **facts}
+        size = one.family
+    return out, size
 
 
 def page(folder: str | Path, *, title: str | None = None, link: bool = False) -> str:
@@ -326,7 +349,7 @@ def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (label, (fast, good)) in enumerate(points.items()):
         x, y = fast["mean"], good["mean"]
-        reach = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (fast, good)]
+        reach = [_reach(v) for v in (fast, good)]
         axes.errorbar(
             x, y, xerr=np.abs(reach[0]), yerr=np.abs(reach[1]), fmt="osD^vP*X"[i // 10 % 8], label=label, markersize=5,
             capsize=0, elinewidth=1,
@@ -360,6 +383,13 @@ def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = 
         out += _saved(figure, stem.with_name(f"{stem.name}-categories"))
         pyplot.close(figure)
     return out
+
+
+def _reach(found: Mapping[str, Any]) -> list[list[float]]:
+    """How far an interval goes below and above its mean, for a plot; nowhere where there is none."""
+    if found["low"] is None:
+        return [[0.0], [0.0]]
+    return [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
 
 
 def _saved(figure: Any, stem: Path) -> list[Path]:  # noqa: ANN401

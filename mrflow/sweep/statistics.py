@@ -1,54 +1,79 @@
-"""Means with intervals, and differences that are called so only when their interval says so.
+"""Means with intervals, and differences that are called so only where a test over the whole table says so.
 
 The unit is the prompt: pictures of one prompt are alike, so prompts are resampled and their pictures stay together.
+Verdicts come from sign-flip tests over prompts, corrected for all comparisons of a table (Holm); the intervals beside
+them are of one comparison each. Times have units of their own: `mrflow.sweep.timing`.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mrflow.errors import PlanError
 from mrflow.sweep.rows import Row
+from mrflow.sweep.significance import clopper_pearson, holm, sign_flip
 
-Verdict = Literal["higher", "lower", "no difference shown"]
+Verdict = Literal["higher", "lower", "no difference shown", "too few prompts"]
+K = TypeVar("K", bound=Hashable)
+MIN_PROMPTS = 20  # below, a comparison gets no verdict
+SHARES = ("score", "text")  # metrics, with their parts (score.faces), that are shares of what could succeed
 CHUNK = 4_000_000  # indices drawn at once, to bound memory
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and the middle `level` of its bootstrap distribution over prompts."""
+    """A mean and its interval; `units` are the prompts (of times: the timed batches) that it was made from.
+
+    The ends are NaN where there is no interval.
+    """
 
     mean: float
     low: float
     high: float
-    prompts: int
+    units: int
     pictures: int
 
     def __str__(self) -> str:
+        if np.isnan(self.low):
+            return f"{self.mean:.3f}"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """a - b over the prompts and draws that both have. `missing` counts pictures that only one of them has."""
+    """a - b over the prompts and draws that both have. `missing` counts pictures that only one of them has.
+
+    `p` is of the sign-flip test, None below `MIN_PROMPTS` prompts; `adjusted` is it by Holm's correction over the
+    `family` comparisons that are read together, and alone decides the verdict.
+    """
 
     metric: str
     difference: Interval
+    p: float | None
     verdict: Verdict
-    missing: int
-    groups: Mapping[str, "Comparison"]
+    missing: int = 0
+    groups: Mapping[str, "Comparison"] = field(default_factory=dict[str, "Comparison"])
+    adjusted: float | None = None
+    family: int = 1
 
 
 def interval(
-    values: Mapping[str, Sequence[float]], *, level: float = 0.95, draws: int = 10_000, seed: int = 0
+    values: Mapping[str, Sequence[float]],
+    *,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+    share: bool = False,
 ) -> Interval:
     """The mean over all pictures and its interval; `values` are those of each prompt's pictures.
 
-    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): prompts are drawn with replacement.
+    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): prompts are drawn with replacement. Where each prompt
+    succeeds or fails as a whole (`share`, values of 0 and 1), the exact interval of Clopper and Pearson: with all 48 of
+    48 the bootstrap would say that nothing else can be. For scores in [0, 1] it is an outer bound.
 
     Raises:
         PlanError: there are no values, or the level or the draws make no sense.
@@ -59,6 +84,10 @@ def interval(
     if not groups:
         raise PlanError("there is no value to average")
     sums, sizes = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups], dtype=np.float64)
+    each = sums / sizes
+    if share and len({*sizes}) == 1 and np.isin(each, (0, 1)).all():
+        ends = clopper_pearson(int(each.sum()), len(groups), level)
+        return Interval(float(each.mean()), *ends, len(groups), int(sizes.sum()))
     rng, means = np.random.default_rng(seed), np.empty(draws)
     step = max(1, CHUNK // len(groups))
     for start in range(0, draws, step):
@@ -100,6 +129,8 @@ def compare(
 ) -> Comparison:
     """How much higher `metric` is in a than in b, paired by prompt and draw; `by` is a tag to split it by.
 
+    The whole and its groups are one family; `family` makes one of several comparisons.
+
     Raises:
         PlanError: no prompt and draw has the metric in both.
     """
@@ -113,28 +144,67 @@ def compare(
     if not shared:
         raise PlanError(f"no prompt and draw has {metric!r} in both")
 
-    def one(keys: Sequence[tuple[str, int]]) -> tuple[Interval, Verdict]:
+    def one(keys: Sequence[tuple[str, int]]) -> Comparison:
         differences: dict[str, list[float]] = defaultdict(list)
         for key in keys:
             differences[key[0]].append(mine[key][0] - theirs[key][0])
-        found = interval(differences, level=level, draws=draws, seed=seed)
-        # With one prompt the interval is a point, which shows nothing about others.
-        shown = found.prompts > 1
-        verdict: Verdict = "no difference shown"
-        if shown and found.low > 0:
-            verdict = "higher"
-        elif shown and found.high < 0:
-            verdict = "lower"
-        return found, verdict
+        return paired(metric, differences, level=level, draws=draws, seed=seed)
 
-    groups: dict[str, Comparison] = {}
-    if by is not None:
-        names = sorted({mine[key][1] for key in shared})
-        for name in names:
-            found, verdict = one([key for key in shared if mine[key][1] == name])
-            groups[name] = Comparison(metric, found, verdict, 0, {})
-    found, verdict = one(shared)
-    return Comparison(metric, found, verdict, len(mine) + len(theirs) - 2 * len(shared), groups)
+    names = sorted({mine[key][1] for key in shared}) if by is not None else []
+    groups = {name: one([key for key in shared if mine[key][1] == name]) for name in names}
+    whole = replace(one(shared), missing=len(mine) + len(theirs) - 2 * len(shared), groups=groups)
+    return family({"": whole}, level=level)[""]
+
+
+def paired(
+    metric: str,
+    differences: Mapping[str, Sequence[float]],
+    *,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+    share: bool | None = None,
+) -> Comparison:
+    """A comparison from the differences of each prompt's pictures; `share` as in `interval`, by the metric's name.
+
+    Raises:
+        PlanError: there is no difference.
+    """
+    share = is_share(metric) if share is None else share
+    found = interval(differences, level=level, draws=draws, seed=seed)
+    sums = [sum(d) for d in differences.values()]
+    if share and not any(map(any, differences.values())):
+        most = clopper_pearson(0, found.units, level)[1]  # of the prompts that may yet differ, by at most 1
+        found = replace(found, low=-most, high=most)
+    p = sign_flip(sums) if found.units >= MIN_PROMPTS else None
+    return family({"": Comparison(metric, found, p, "too few prompts")}, level=level)[""]
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of what could succeed, in [0, 1]."""
+    return metric.split(".")[0] in SHARES
+
+
+def family(found: Mapping[K, Comparison], *, level: float = 0.95) -> dict[K, Comparison]:
+    """The same comparisons with the verdicts that hold for all of them together, such as for all cells of a table.
+
+    Holm's correction over every comparison and its groups: the chance that any difference is called one where there is
+    none is at most 1 - `level`. What has too few prompts gets no verdict and does not count.
+    """
+    flat = [(key, group, one) for key, c in found.items() for group, one in ((None, c), *c.groups.items())]
+    tested = [(key, group, one.p) for key, group, one in flat if one.p is not None]
+    adjusted = {(key, g): p for (key, g, _), p in zip(tested, holm([p for *_, p in tested]), strict=True)}
+
+    def judged(key: K, group: str | None, one: Comparison) -> Comparison:
+        p, verdict = adjusted.get((key, group)), one.verdict
+        if p is not None:
+            verdict = "no difference shown" if p > 1 - level else "higher" if one.difference.mean > 0 else "lower"
+        return replace(one, adjusted=p, verdict=verdict, family=len(tested))
+
+    return {
+        key: replace(judged(key, None, c), groups={name: judged(key, name, g) for name, g in c.groups.items()})
+        for key, c in found.items()
+    }
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:

@@ -272,7 +272,7 @@ def _optuna() -> Any:  # noqa: ANN401
 
 
 def _hopeless(found: Interval, asked: Tune) -> bool:
-    if found.prompts < 4:
+    if found.units < 4:
         return False
     return found.high < asked.floor if asked.higher else found.low > asked.floor
 
