@@ -1,11 +1,11 @@
 """Adapters of a transformer's weights as values: named in a chain or when a model is loaded, read when used."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
+from mrflow._checks import check_whole, is_number, require
 from mrflow.errors import PlanError
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(self.path))
-        s = self.strength
-        if isinstance(s, bool) or not isinstance(s, int | float) or not (math.isfinite(s) and abs(s) <= 100):
-            raise PlanError(f"strength must be a number from -100 to 100, got {s!r}")
+        require(is_number(self.strength, -100, 100), "strength", "a number from -100 to 100", self.strength)
 
     def recorded(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
@@ -63,10 +61,8 @@ class PiFlow:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(self.path))
         t = self.temperature
-        if not (t is None or t == "auto" or (isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t <= 1)):
-            raise PlanError(f"temperature must be from 0 to 1, 'auto' or None, got {t!r}")
-        if isinstance(self.substeps, bool) or not isinstance(self.substeps, int) or not 1 <= self.substeps <= 4096:
-            raise PlanError(f"substeps must be a whole number from 1 to 4096, got {self.substeps!r}")
+        require(t is None or t == "auto" or is_number(t, 0, 1), "temperature", "from 0 to 1, 'auto' or None", t)
+        check_whole("substeps", self.substeps, 1, 4096)
 
     def recorded(self) -> dict[str, object]:
         """The fields that go into a record: no folder names but the adapter's own."""

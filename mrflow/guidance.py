@@ -3,7 +3,6 @@
 Each branch has a field of its own, so a cache that lives in a field never mixes the conditional and the unconditional.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from mrflow._checks import check_number
 from mrflow.backbone import Backbone, Condition
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.flow import Velocity
@@ -48,7 +48,7 @@ class Distilled(Guidance):
 
     def __post_init__(self) -> None:
         if self.value is not None:
-            _check_scale("guidance", self.value)
+            check_number("guidance", self.value, 0)
 
     @property
     def passes(self) -> int:
@@ -74,7 +74,7 @@ class CFG(Guidance):
     packed: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_scale("scale", self.scale)
+        check_number("scale", self.scale, 0)
 
     @property
     def passes(self) -> int:
@@ -103,7 +103,7 @@ class RescaledCFG(Guidance):
     packed: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_scale("scale", self.scale)
+        check_number("scale", self.scale, 0)
 
     @property
     def passes(self) -> int:
@@ -134,8 +134,7 @@ class Interval(Guidance):
 
     def __post_init__(self) -> None:
         for name, value in (("low", self.low), ("high", self.high)):
-            if isinstance(value, bool) or not math.isfinite(value):
-                raise PlanError(f"{name} must be a finite number, got {value!r}")
+            check_number(name, value)
         if not 0.0 <= self.low < self.high <= 1.0:
             raise PlanError(f"an interval must lie in 0 <= low < high <= 1, got low {self.low!r}, high {self.high!r}")
 
@@ -198,11 +197,6 @@ def _branches(
         return apart[0](x, sigma), apart[1](x, sigma)
 
     return both
-
-
-def _check_scale(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise PlanError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
 def own_guidance(model: ModelInfo) -> Guidance:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from mrflow._checks import is_whole
 from mrflow.errors import PlanError, RecordError, ResourceError
 from mrflow.files import parse_table, read_regular, temporary_beside
 from mrflow.images import MAX_FILE, MAX_TEXT, SIGNATURE, chunks, png_text
@@ -242,7 +243,7 @@ def check_record(record: dict[str, object]) -> None:
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+    return is_whole(value, 0, 2**64 - 1)
 
 
 def recorded_model(record: dict[str, object]) -> str:

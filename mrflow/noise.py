@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mrflow._checks import check_whole, is_whole
 from mrflow.errors import PlanError
 
 MAX_SEED = 2**63 - 1
@@ -78,8 +79,7 @@ class Nested(Noise):
     inner: Noise = field(default=PerItem(), kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or not 1 <= self.factor <= 16:
-            raise PlanError(f"factor must be a whole number from 1 to 16, got {self.factor!r}")
+        check_whole("factor", self.factor, 1, 16)
 
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], *, scope: str, draw: int) -> Tensor:
         k = self.factor
@@ -89,6 +89,6 @@ class Nested(Noise):
 
 def check_seed(seed: object) -> int:
     """A seed that a generator takes, or PlanError."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MAX_SEED:
+    if not is_whole(seed, 0, MAX_SEED - 1):
         raise PlanError(f"a seed must be a whole number from 0 to {MAX_SEED - 1}, got {seed!r}")
     return seed

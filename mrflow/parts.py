@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from mrflow._checks import check_whole
 from mrflow.errors import PlanError
 from mrflow.schedules import Schedule, Sigmas
 from mrflow.spec import Latents, ModelInfo
@@ -25,8 +26,8 @@ class Part(Schedule):
 
     def __post_init__(self) -> None:
         for name, value in (("first", self.first), ("last", self.last)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise PlanError(f"{name} must be a whole number of steps from 0, got {value!r}")
+            if value is not None:
+                check_whole(name, value, 0, wanted="a whole number of steps from 0")
         if self.last is not None and self.last <= self.first:
             raise PlanError(f"a part needs at least one step, got first {self.first}, last {self.last}")
 
@@ -58,8 +59,7 @@ class Level:
     size: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 0:
-            raise PlanError(f"step must be a whole number from 0, got {self.step!r}")
+        check_whole("step", self.step, 0, wanted="a whole number from 0")
 
     def of(self, spec: Latents, model: ModelInfo) -> float:
         """The level, for latents of this size."""

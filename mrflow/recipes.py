@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from mrflow._checks import is_whole, require
 from mrflow.adapters import Loras, PiFlow
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -371,8 +372,8 @@ def ralu(
 def counts(what: str, given: Sequence[int], number: int) -> tuple[int, ...]:
     """Whole numbers above 0, as many as asked for, or PlanError."""
     each = tuple(given)
-    if len(each) != number or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in each):
-        raise PlanError(f"{what} must be {number} whole numbers above 0, got {given!r}")
+    right = len(each) == number and all(is_whole(n, 1) for n in each)
+    require(right, what, f"{number} whole numbers above 0", given)
     return each
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
+from mrflow._checks import check_number, check_whole, require
 from mrflow.errors import PlanError
 from mrflow.quantiles import beta_grid
 from mrflow.spec import ModelInfo, Shift
@@ -25,8 +26,8 @@ def shift(s: float, mu: float) -> float:
 
     Adds mu to the logit of s, so shifts compose by adding their mu.
     """
-    _within("a noise level", s, 0.0, 1.0)
-    _finite("mu", mu)
+    check_number("a noise level", s, 0.0, 1.0)
+    check_number("mu", mu)
     if s in (0.0, 1.0):
         return float(s)
     if mu >= 0:
@@ -41,7 +42,7 @@ def unshift(s: float, mu: float) -> float:
 
 def shift_static(s: float, k: float) -> float:
     """The static shift k s / (1 + (k - 1) s): the exponential one with mu = ln k (arXiv 2403.03206, eq. 23)."""
-    _within("a noise level", s, 0.0, 1.0)
+    check_number("a noise level", s, 0.0, 1.0)
     _above("a shift factor", k, 0.0)
     return float(s) if s in (0.0, 1.0) else k * s / (k * s + 1.0 - s)
 
@@ -71,7 +72,7 @@ def stretch(sigmas: Sequence[float], terminal: float) -> Sigmas:
 def cut(sigmas: Sequence[float], stop: float) -> Sigmas:
     """The schedule ended early: its levels above `stop`, then `stop`."""
     levels = check_sigmas(sigmas)
-    _finite("stop", stop)
+    check_number("stop", stop)
     if not levels[-1] <= stop < levels[0]:
         raise PlanError(f"stop must be from {levels[-1]:g} to below {levels[0]:g} (this schedule), got {stop!r}")
     return (*(s for s in levels if s > stop), float(stop))
@@ -86,7 +87,7 @@ def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
     if len(sigmas) < 2:
         raise PlanError(f"a schedule needs at least two noise levels, got {tuple(sigmas)!r}; one step is (1.0, 0.0)")
     for i, s in enumerate(sigmas):
-        _within(f"noise level {i + 1} of {len(sigmas)}", s, 0.0, 1.0)
+        check_number(f"noise level {i + 1} of {len(sigmas)}", s, 0.0, 1.0)
     levels = tuple(float(s) for s in sigmas)
     for i in range(1, len(levels)):
         if not levels[i] < levels[i - 1]:
@@ -95,12 +96,6 @@ def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
                 f"after {levels[i - 1]!r}"
             )
     return levels
-
-
-def check_count(what: str, value: object) -> None:
-    """Refuse what is not a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PlanError(f"{what} must be a whole number of at least 1, got {value!r}")
 
 
 class Schedule(ABC):
@@ -184,7 +179,7 @@ class DirectSigma(Schedule):
     def __post_init__(self) -> None:
         _check_steps(self.steps)
         if self.mu is not None:
-            _within("mu", self.mu, -20.0, 20.0)
+            check_number("mu", self.mu, -20.0, 20.0)
 
     @staticmethod
     def comfyui(steps: int) -> "DirectSigma":
@@ -211,7 +206,7 @@ class Karras(Schedule):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        _within("rho", self.rho, 1.0, 100.0)
+        check_number("rho", self.rho, 1.0, 100.0)
         if self.low is not None:
             _between("low", self.low, 0.0, 1.0)
 
@@ -238,8 +233,8 @@ class Beta(Schedule):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        _within("alpha", self.alpha, 0.25, 100.0)
-        _within("beta", self.beta, 0.25, 100.0)
+        check_number("alpha", self.alpha, 0.25, 100.0)
+        check_number("beta", self.beta, 0.25, 100.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         return _scale(beta_grid(self.steps, float(self.alpha), float(self.beta)), start)
@@ -258,8 +253,8 @@ class LogitNormal(Schedule):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        _within("mean", self.mean, -5.0, 5.0)
-        _within("std", self.std, 0.01, 8.0)
+        check_number("mean", self.mean, -5.0, 5.0)
+        check_number("std", self.std, 0.01, 8.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         normal, n = NormalDist(), self.steps
@@ -298,8 +293,8 @@ class FlowMap(Schedule):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        _within("shift", self.shift, 0.001, 1000.0)
-        _within("final_step", self.final_step, 0.001, 1.0)
+        check_number("shift", self.shift, 0.001, 1000.0)
+        check_number("final_step", self.final_step, 0.001, 1.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         whole = self.steps - 1 + self.final_step
@@ -312,7 +307,7 @@ def _even(steps: int) -> Sigmas:
 
 
 def _shifted(steps: int, tokens: int, curve: Shift) -> Sigmas:
-    check_count("tokens", tokens)
+    check_whole("tokens", tokens, 1)
     mu = curve.mu(tokens, steps=steps)
     bend = shift if curve.kind == "exponential" else shift_linear
     grid = _even(steps)
@@ -335,34 +330,19 @@ def _scale(unit: Iterable[float], start: float) -> Sigmas:
 
 
 def _check_start(start: float) -> None:
-    _finite("start", start)
-    if not 0.0 < start <= 1.0:
-        raise PlanError(f"start must be above 0 and at most 1, got {start!r}")
+    check_number("start", start)
+    require(0.0 < start <= 1.0, "start", "above 0 and at most 1", start)
 
 
 def _check_steps(steps: object) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-        raise PlanError(f"steps must be a whole number from 1 to {MAX_STEPS}, got {steps!r}")
-
-
-def _finite(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise PlanError(f"{what} must be a finite number, got {value!r}")
-
-
-def _within(what: str, value: float, low: float, high: float) -> None:
-    _finite(what, value)
-    if not low <= value <= high:
-        raise PlanError(f"{what} must be from {low:g} to {high:g}, got {value!r}")
+    check_whole("steps", steps, 1, MAX_STEPS)
 
 
 def _between(what: str, value: float, low: float, high: float) -> None:
-    _finite(what, value)
-    if not low < value < high:
-        raise PlanError(f"{what} must be above {low:g} and below {high:g}, got {value!r}")
+    check_number(what, value)
+    require(low < value < high, what, f"above {low:g} and below {high:g}", value)
 
 
 def _above(what: str, value: float, low: float) -> None:
-    _finite(what, value)
-    if not value > low:
-        raise PlanError(f"{what} must be above {low:g}, got {value!r}")
+    check_number(what, value)
+    require(value > low, what, f"above {low:g}", value)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mrflow import flow
+from mrflow._checks import check_number, check_whole
 from mrflow.errors import NonFiniteError, PlanError, PromiseError
 from mrflow.flow import Velocity
-from mrflow.schedules import Sigmas, check_count, check_sigmas, shift
+from mrflow.schedules import Sigmas, check_sigmas, shift
 
 History = tuple[tuple[float, Tensor], ...]
 """What a solver remembers: (sigma, tensor), newest last; the velocity there, unless the solver says otherwise."""
@@ -42,7 +43,7 @@ class Solver(ABC):
 
     def evals_for(self, steps: int, *, to_zero: bool = True) -> int:
         """Exact number of evaluations of this many steps, of a schedule that ends at 0 or (cut) above it."""
-        check_count("steps", steps)
+        check_whole("steps", steps, 1)
         whole = steps if to_zero else steps + 1
         return len(self.points([(whole - i) / whole for i in range(steps + 1)]))
 
@@ -252,8 +253,7 @@ class StochasticEuler(StochasticSolver):
     churn: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.churn, bool) or not 0.0 <= self.churn <= 50.0:
-            raise PlanError(f"churn must be from 0 to 50, got {self.churn!r}")
+        check_number("churn", self.churn, 0.0, 50.0)
 
     def step(
         self, v: Velocity, x: Tensor, sigma: float, to: float, past: History, *, noise: Tensor | None = None

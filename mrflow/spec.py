@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from torch import Tensor
 
+from mrflow._checks import check_whole, is_number, is_whole, require
 from mrflow.errors import PlanError
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ class Shift:
     @staticmethod
     def fixed(factor: float) -> "Shift":
         """The static shift s -> f s / (1 + (f - 1) s), whatever the resolution."""
-        if not (math.isfinite(factor) and factor > 0):
-            raise PlanError(f"a shift factor must be above 0, got {factor!r}")
+        require(is_number(factor) and factor > 0, "a shift factor", "above 0", factor)
         return Shift(math.log(factor), math.log(factor))
 
 
@@ -251,8 +251,7 @@ def check_size(height: int, width: int, space: LatentSpace) -> None:
         PlanError: a side is not a whole number, below one token, above MAX_SIDE, or not a multiple of a token.
     """
     for name, side in (("height", height), ("width", width)):
-        if isinstance(side, bool) or not isinstance(side, int):
-            raise PlanError(f"{name} must be a whole number of pixels, got {side!r}")
+        require(is_whole(side), name, "a whole number of pixels", side)
         if not space.multiple <= side <= MAX_SIDE:
             raise PlanError(f"{name} must be from {space.multiple} to {MAX_SIDE} pixels, got {side}")
     m = space.multiple
@@ -271,8 +270,7 @@ def size(aspect: str | float, *, megapixels: float = 1.0, multiple: int = 32) ->
         PlanError: the aspect, the area or the multiple make no sense.
     """
     ratio = _ratio(aspect)
-    if isinstance(multiple, bool) or not isinstance(multiple, int) or not 1 <= multiple <= 1024:
-        raise PlanError(f"multiple must be a whole number from 1 to 1024, got {multiple!r}")
+    check_whole("multiple", multiple, 1, 1024)
     if not (isinstance(megapixels, int | float) and 0 < megapixels <= MAX_SIDE**2 / 2**20):
         raise PlanError(f"megapixels must be above 0 to {MAX_SIDE**2 // 2**20}, got {megapixels!r}")
     area = megapixels * 2**20

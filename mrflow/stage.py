@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get
 
 from torch import Tensor
 
+from mrflow._checks import check_whole
 from mrflow.errors import ChainError, MrflowError, PlanError, named
 from mrflow.spec import Latents, ModelInfo, Pixels, Spec, Start, State
 
@@ -246,8 +247,7 @@ def plan(chain: Chain[A, B] | Stage[A, B], model: ModelInfo, *, batch: int = 1, 
     Raises:
         PlanError: a stage cannot do what it is asked; the text names the stage and what would work.
     """
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise PlanError(f"batch must be a whole number above 0, got {batch!r}")
+    check_whole("batch", batch, 1, wanted="a whole number above 0")
     stages = chain.stages if isinstance(chain, Chain) else Chain[A, B]((chain,)).stages
     spec: Spec = Start(batch) if start is None else start
     if not isinstance(spec, stages[0].takes):

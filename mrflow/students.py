@@ -7,9 +7,10 @@ MrFlow with the student in its low-resolution stage. A student of your own is on
 from dataclasses import dataclass
 from pathlib import Path
 
+from mrflow._checks import check_whole
 from mrflow.adapters import Lora, Loras, check_loras
 from mrflow.guidance import Distilled, Guidance
-from mrflow.schedules import Schedule, Shifted, check_count
+from mrflow.schedules import Schedule, Shifted
 from mrflow.spec import Shift
 
 
@@ -23,7 +24,7 @@ class Student:
     guidance: Guidance | None = None
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps)
+        check_whole("steps", self.steps, 1)
         object.__setattr__(self, "lora", check_loras(self.lora))
 
     def schedule(self, steps: int | None = None) -> Schedule:

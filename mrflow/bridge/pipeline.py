@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mrflow._checks import check_whole
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.noise import MAX_SEED
@@ -68,8 +69,7 @@ class ChainPipeline:
         Raises:
             PlanError: what is asked for is not what the chain does, or cannot be; before any work.
         """
-        if isinstance(num_images_per_prompt, bool) or num_images_per_prompt < 1:
-            raise PlanError(f"num_images_per_prompt must be a whole number above 0, got {num_images_per_prompt!r}")
+        check_whole("num_images_per_prompt", num_images_per_prompt, 1, wanted="a whole number above 0")
         if output_type not in ("pil", "pt", "np", "latent"):
             raise PlanError(f"output_type must be 'pil', 'pt', 'np' or 'latent', got {output_type!r}")
         if odd := sorted(set(callback_on_step_end_tensor_inputs) - {"latents"}):

@@ -253,16 +253,6 @@ def between(points: Sequence[tuple[float, float]], x: float) -> float:
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
-def check_threshold(value: object) -> None:
-    """Refuse what is no finite number of at least 0.
-
-    Raises:
-        PlanError: naming it.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise PlanError(f"threshold must be a finite number of at least 0, got {value!r}")
-
-
 def difference(new: Tensor, old: Tensor) -> float:
     """mean |new - old| / mean |old|, in float32; NaN where both are zero, which no threshold holds back."""
     new, old = new.float(), old.float()

@@ -6,8 +6,8 @@ from math import ceil
 
 from torch import Tensor
 
-from mrflow.caches.base import Cache, Look, Rule, between, check_threshold, difference
-from mrflow.caches.extrapolate import check_whole
+from mrflow._checks import check_number, check_whole
+from mrflow.caches.base import Cache, Look, Rule, between, difference
 from mrflow.spec import ModelInfo
 
 # Share of evaluations after the warm-up that are computed, by threshold: from the speed-ups that cache-dit publishes
@@ -70,7 +70,7 @@ def check_similar(
     Raises:
         PlanError: naming the setting.
     """
-    check_threshold(threshold)
+    check_number("threshold", threshold, 0)
     for name, value, least in (("front", front, 1), ("back", back, 0), ("warmup", warmup, 0), ("every", every, 1)):
         check_whole(name, value, least)
     for name, bound in (("limit", limit), ("most", most)):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import factorial
 from typing import Literal, get_args
 
+from mrflow._checks import check_whole
 from mrflow.errors import PlanError
 
 Series = Literal["newton", "taylor"]
@@ -60,13 +61,3 @@ def taylor(steps: Sequence[int], at: int) -> tuple[float, ...]:
         past = factors
     x = at - steps[-1]
     return tuple(sum(d[i] * x**n / factorial(n) for n, d in enumerate(past)) for i in range(count))
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is not a whole number of at least `least`.
-
-    Raises:
-        PlanError: naming the setting.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PlanError(f"{name} must be a whole number of at least {least}, got {value!r}")

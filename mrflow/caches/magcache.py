@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mrflow._checks import check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Look, Rule, check_threshold, measured
-from mrflow.caches.extrapolate import check_whole
+from mrflow.caches.base import Cache, Look, Rule, measured
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.schedules import Schedule, Shifted
@@ -44,10 +44,9 @@ class MagCache(Cache):
     ratios: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold)
+        check_number("threshold", self.threshold, 0)
         check_whole("limit", self.limit, 0)
-        if not 0 <= self.retention <= 1:
-            raise PlanError(f"retention must be a share of the steps from 0 to 1, got {self.retention!r}")
+        require(is_number(self.retention, 0, 1), "retention", "a share of the steps from 0 to 1", self.retention)
         if self.ratios is not None and not (self.ratios and all(r > 0 and math.isfinite(r) for r in self.ratios)):
             raise PlanError(f"ratios must be finite numbers above 0, one a step, got {self.ratios!r}")
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from mrflow._checks import check_whole
 from mrflow.caches.base import Cache, Feature, Look, Rule
-from mrflow.caches.extrapolate import Extrapolation, Series, check_whole
+from mrflow.caches.extrapolate import Extrapolation, Series
 from mrflow.errors import PlanError
 from mrflow.spec import ModelInfo
 

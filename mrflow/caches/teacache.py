@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mrflow._checks import check_number
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Look, Rule, between, check_threshold, difference, measured
+from mrflow.caches.base import Cache, Look, Rule, between, difference, measured
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.schedules import Schedule, Shifted
@@ -39,7 +40,7 @@ class TeaCache(Cache):
     coefficients: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold)
+        check_number("threshold", self.threshold, 0)
         if self.coefficients is not None and not self.coefficients:
             raise PlanError("coefficients must be at least one number, the highest power first")
 

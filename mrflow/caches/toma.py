@@ -10,9 +10,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from mrflow._checks import check_whole, is_number, require
 from mrflow.caches.base import Cache, Clock, Look, Pieces, Rule
 from mrflow.cost import forward_flops
-from mrflow.errors import PlanError
 from mrflow.models.fields import Step
 from mrflow.models.layers import Merge, Merged, Rope
 from mrflow.notes import count
@@ -41,13 +41,10 @@ class ToMA(Cache):
     sharpness: float = 1000.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not 0 <= self.ratio < 1:
-            raise PlanError(f"ratio must be from 0 to below 1, got {self.ratio!r}")
+        require(is_number(self.ratio) and 0 <= self.ratio < 1, "ratio", "from 0 to below 1", self.ratio)
         for name, value, least in (("tile", self.tile, 1), ("every", self.every, 1), ("skip", self.skip, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PlanError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if not (math.isfinite(self.sharpness) and self.sharpness > 0):
-            raise PlanError(f"sharpness must be above 0, got {self.sharpness!r}")
+            check_whole(name, value, least)
+        require(is_number(self.sharpness) and self.sharpness > 0, "sharpness", "above 0", self.sharpness)
 
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """Every evaluation is computed."""

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mrflow._checks import is_number
 from mrflow.adapters import Lora
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.files import located
@@ -405,7 +406,7 @@ def _factors(header: Header) -> Callable[[str, int], float]:
     alphas, ranks = (_patterns(settings.get(f"{kind}_pattern"), kind, path) for kind in ("alpha", "rank"))
 
     def number(kind: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             raise WeightsError(f"{path} gives {kind} {value!r}, which is no number")
         return float(value)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mrflow._checks import is_whole, require
 from mrflow.errors import PlanError
 
 Offload = Literal["none", "phase", "block"]
@@ -39,8 +40,8 @@ class Ways:
     def __post_init__(self) -> None:
         if self.compile and self.offload == "block":
             raise PlanError("compile=True needs blocks that stay in place; use offload='none' or 'phase' with it")
-        if self.tile is not None and (isinstance(self.tile, bool) or self.tile < 16 or self.tile % 8):
-            raise PlanError(f"tile must be a multiple of 8 latent cells, at least 16, got {self.tile!r}")
+        right = self.tile is None or (is_whole(self.tile, 16) and self.tile % 8 == 0)
+        require(right, "tile", "a multiple of 8 latent cells, at least 16", self.tile)
 
 
 class Ledger:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mrflow._checks import is_whole
 from mrflow.errors import PlanError, PromptError, WeightsError
 from mrflow.models.checkpoint import (
     Header,
@@ -189,7 +190,7 @@ class ClipT5:
         Raises:
             PlanError: length is not from 1 to 512. PromptError: a prompt is no text.
         """
-        if isinstance(length, bool) or not 1 <= length <= T5_TOKENS:
+        if not is_whole(length, 1, T5_TOKENS):
             raise PlanError(f"T5 reads from 1 to {T5_TOKENS} tokens, got {length!r}")
         for prompt in prompts:
             check_prompt(prompt)

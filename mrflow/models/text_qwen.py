@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mrflow._checks import is_whole
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.checkpoint import Header, Layout, Source, check_layout, fill, open_checkpoint, read_json
 from mrflow.models.fp8 import described
@@ -110,7 +111,7 @@ class QwenText:
         Raises:
             PlanError: length is not from 1 to 1024. PromptError: a prompt is no text.
         """
-        if isinstance(length, bool) or not 1 <= length <= MAX_TOKENS:
+        if not is_whole(length, 1, MAX_TOKENS):
             raise PlanError(f"the text encoder reads from 1 to {MAX_TOKENS} tokens, got {length!r}")
         for prompt in prompts:
             check_prompt(prompt)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from mrflow.errors import PlanError
+from mrflow._checks import check_whole
 from mrflow.spec import ModelInfo, Pixels, State
 from mrflow.stage import Stage
 
@@ -24,8 +24,7 @@ class Crop(Stage[Pixels, Pixels]):
     def plan(self, spec: Pixels, model: ModelInfo) -> Pixels:
         """Pixels of that size."""
         for name, side, have in (("height", self.height, spec.height), ("width", self.width, spec.width)):
-            if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= have:
-                raise PlanError(f"{name} must be a whole number of pixels from 1 to the picture's {have}, got {side!r}")
+            check_whole(name, side, 1, have, wanted=f"a whole number of pixels from 1 to the picture's {have}")
         return Pixels(spec.batch, self.height, self.width)
 
     def apply(self, state: State[Pixels], out: Pixels, ctx: "Context") -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mrflow._checks import is_number, require
 from mrflow.errors import PlanError
 from mrflow.noise import Noise, PerItem
 from mrflow.schedules import shift_static
@@ -84,8 +85,7 @@ class Spectrum:
 
     def __post_init__(self) -> None:
         for name, value in (("amplitude", self.amplitude), ("beta", self.beta)):
-            if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-                raise PlanError(f"{name} must be above 0, got {value!r}")
+            require(is_number(value) and value > 0, name, "above 0", value)
 
     def leave(self, frequency: float, delta: float) -> float:
         """The noise level below which a stage that holds frequencies up to this one should not go on.

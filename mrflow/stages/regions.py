@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mrflow._checks import is_number, is_whole, require
 from mrflow.cost import decode_flops, forward_flops
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
@@ -59,16 +60,15 @@ class SampleRegions(Stage[Start, Latents]):
     noise: Noise = field(default=PerItem(), kw_only=True)
 
     def __post_init__(self) -> None:
-        if len(self.steps) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.steps):
-            raise PlanError(f"steps must be three whole numbers above 0, got {self.steps!r}")
-        if len(self.ends) != 2 or not 0 < self.ends[0] < self.ends[1] < 1:
-            raise PlanError(f"ends must be two rising times between 0 and 1, got {self.ends!r}")
-        if len(self.shifts) != 3 or any(not (math.isfinite(h) and h > 0) for h in self.shifts):
-            raise PlanError(f"shifts must be three factors above 0, got {self.shifts!r}")
-        if not (math.isfinite(self.z) and self.z >= 2):
+        right = len(self.steps) == 3 and all(is_whole(n, 1) for n in self.steps)
+        require(right, "steps", "three whole numbers above 0", self.steps)
+        right = len(self.ends) == 2 and 0 < self.ends[0] < self.ends[1] < 1
+        require(right, "ends", "two rising times between 0 and 1", self.ends)
+        right = len(self.shifts) == 3 and all(is_number(h) and h > 0 for h in self.shifts)
+        require(right, "shifts", "three factors above 0", self.shifts)
+        if not is_number(self.z, 2):
             raise PlanError(f"z must be at least 2, got {self.z!r}: below, no noise makes four copies white")
-        if not 0 < self.share < 1:
-            raise PlanError(f"share must be between 0 and 1, got {self.share!r}")
+        require(is_number(self.share) and 0 < self.share < 1, "share", "between 0 and 1", self.share)
 
     def sigmas(self) -> tuple[Sigmas, Sigmas, Sigmas]:
         """The noise levels of each stage."""

@@ -1,11 +1,11 @@
 """Clean latents to noisy ones."""
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from mrflow._checks import is_number, require
 from mrflow.errors import PlanError
 from mrflow.flow import renoise
 from mrflow.noise import Noise, PerItem
@@ -33,8 +33,7 @@ class Reinject(Stage[Latents, Latents]):
         """The same latents at `sigma`."""
         check_space(spec, model)
         sigma = self.sigma.of(spec, model) if isinstance(self.sigma, Level) else self.sigma
-        if not (math.isfinite(sigma) and 0 < sigma <= 1):
-            raise PlanError(f"sigma must be above 0 and at most 1, got {sigma!r}")
+        require(is_number(sigma) and 0 < sigma <= 1, "sigma", "above 0 and at most 1", sigma)
         if spec.sigma != 0:
             raise PlanError(f"latents already hold noise (sigma {spec.sigma:g}); put Refine() before Reinject()")
         return replace(spec, sigma=float(sigma))

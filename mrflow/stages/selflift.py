@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mrflow._checks import is_number, require
 from mrflow.cost import decode_flops, encode_flops
 from mrflow.errors import PlanError
 from mrflow.spec import Latents, ModelInfo, State
@@ -37,8 +38,7 @@ class SelfLift(Stage[Latents, Latents]):
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not 0 < self.share <= 1:
-            raise PlanError(f"share must be above 0 and at most 1, got {self.share!r}")
+        require(is_number(self.share) and 0 < self.share <= 1, "share", "above 0 and at most 1", self.share)
         if not 0 <= self.low <= self.high <= 1:
             raise PlanError(f"weights must be in 0 <= low <= high <= 1, got {self.low!r} and {self.high!r}")
 

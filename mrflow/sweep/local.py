@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mrflow._checks import check_whole
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.sweep.grid import Sweep, fingerprints, versions
@@ -128,8 +129,7 @@ def check_run(batch: int, shard: tuple[int, int], row_timeout: float | None) -> 
     """Refuse a batch, a shard or a time limit that makes no sense."""
     if row_timeout is not None and not 0 < row_timeout < float("inf"):
         raise PlanError(f"row_timeout must be a number of seconds above 0, got {row_timeout!r}")
-    if isinstance(batch, bool) or batch < 1:
-        raise PlanError(f"batch must be a whole number above 0, got {batch!r}")
+    check_whole("batch", batch, 1, wanted="a whole number above 0")
     if not 0 <= shard[0] < shard[1]:
         raise PlanError(f"a shard (i, n) needs 0 <= i < n, got {shard}")
 

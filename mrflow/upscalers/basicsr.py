@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 
+from mrflow._checks import check_whole, is_whole
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.files import located
-from mrflow.upscalers.base import check_factor
 from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
 from mrflow.upscalers.torchvision_shim import shimmed
 
@@ -42,7 +42,7 @@ class BasicSR(Network):
     def __post_init__(self) -> None:
         check_settings(self.tile, self.dtype)
         if self.multiple is not None:
-            check_factor(self.multiple, name="multiple", most=1024)
+            check_whole("an upscaler's multiple", self.multiple, 1, 1024)
         where, found = located(self.options, self.options_sha256)
         object.__setattr__(self, "options", str(where))
         object.__setattr__(self, "options_sha256", found)
@@ -123,7 +123,7 @@ def _opened(options: str, weights: str, options_sha256: str, weights_sha256: str
     settings = dict(cast("dict[str, Any]", table["network_g"]))
     kind = str(settings.pop("type"))
     scale = table.get("scale", settings.get("scale", settings.get("upscale", settings.get("upscale_factor"))))
-    if isinstance(scale, bool) or not isinstance(scale, int) or not 1 <= scale <= 16:
+    if not is_whole(scale, 1, 16):
         raise PlanError(f"{options} must give the scale, a whole number from 1 to 16, got {scale!r}")
     basicsr_package()
     from basicsr.utils.registry import ARCH_REGISTRY  # type: ignore  # pyright: ignore

@@ -1,11 +1,11 @@
 """Upscalers made of upscalers: each is one frozen dataclass, as one of your own would be."""
 
-import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from mrflow._checks import check_number, check_whole
 from mrflow.errors import PlanError
 from mrflow.upscaler import Upscaler
 
@@ -23,7 +23,7 @@ class Blend(Upscaler):
             raise PlanError(
                 f"two upscalers to blend must have one scale, got {self.first.scale} and {self.second.scale}"
             )
-        check_between("amount", self.amount, 0.0, 1.0)
+        check_number("amount", self.amount, 0.0, 1.0)
 
     @property
     def scale(self) -> int:
@@ -49,9 +49,8 @@ class Sharpen(Upscaler):
     radius: int = 1
 
     def __post_init__(self) -> None:
-        check_between("amount", self.amount, 0.0, 10.0)
-        if isinstance(self.radius, bool) or not isinstance(self.radius, int) or not 1 <= self.radius <= 64:
-            raise PlanError(f"radius must be a whole number of pixels from 1 to 64, got {self.radius!r}")
+        check_number("amount", self.amount, 0.0, 10.0)
+        check_whole("radius", self.radius, 1, 64, wanted="a whole number of pixels from 1 to 64")
 
     @property
     def scale(self) -> int:
@@ -116,9 +115,3 @@ class EightBit(Upscaler):
         """Round, enlarge, cut off; clamped."""
         y = self.inner((pixels.clamp(0, 1) * 255).round() / 255)
         return (y.clamp(0, 1) * 255).floor() / 255
-
-
-def check_between(name: str, value: object, low: float, high: float) -> None:
-    """Refuse a number outside [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isnan(value):
-        raise PlanError(f"{name} must be from {low:g} to {high:g}, got {value!r}")

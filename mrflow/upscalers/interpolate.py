@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mrflow._checks import check_whole
 from mrflow.errors import PlanError
 from mrflow.upscaler import Upscaler
-from mrflow.upscalers.base import check_factor
 
 Filter = Literal["nearest", "bilinear", "bicubic"]
 
@@ -22,7 +22,7 @@ class Interpolate(Upscaler):
     filter: Filter = "bicubic"
 
     def __post_init__(self) -> None:
-        check_factor(self.factor)
+        check_whole("an upscaler's factor", self.factor, 1, 16)
         check_filter(self.filter)
 
     @property
@@ -51,7 +51,7 @@ class Lanczos(Upscaler):
     factor: int = 2
 
     def __post_init__(self) -> None:
-        check_factor(self.factor)
+        check_whole("an upscaler's factor", self.factor, 1, 16)
 
     @property
     def scale(self) -> int:

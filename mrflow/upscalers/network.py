@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mrflow._checks import is_whole, require
 from mrflow.errors import NonFiniteError, PlanError, ResourceError, WeightsError, is_out_of_memory
 from mrflow.notes import note
 from mrflow.tiling import tiled
@@ -253,7 +254,6 @@ def free_memory(device: torch.device) -> int | None:
 
 def check_settings(tile: object, dtype: object) -> None:
     """Refuse a tile or a precision that cannot work."""
-    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 16):
-        raise PlanError(f"tile must be a whole number of pixels from 16, or None, got {tile!r}")
+    require(tile is None or is_whole(tile, 16), "tile", "a whole number of pixels from 16, or None", tile)
     if dtype is not None and dtype not in PRECISIONS:
         raise PlanError(f"dtype must be one of {', '.join(PRECISIONS)}, or None, got {dtype!r}")

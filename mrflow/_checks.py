@@ -1,0 +1,52 @@
+"""Argument checks, once: a value is what it should be, or PlanError says what that is and what was given."""
+
+import math
+from typing import TypeGuard
+
+from mrflow.errors import PlanError
+
+
+def is_whole(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[int]:
+    """Whether it is an int from `low` to `high`; True and False are no numbers."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[float]:
+    """Whether it is a finite number from `low` to `high`; True and False are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and low <= value <= high
+
+
+def require(right: bool, name: str, wanted: str, value: object) -> None:  # noqa: FBT001
+    """Refuse what is not right.
+
+    Raises:
+        PlanError: "name must be wanted, got value".
+    """
+    if not right:
+        raise PlanError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_whole(name: str, value: object, low: int, high: int | None = None, *, wanted: str = "") -> None:
+    """Refuse what is no whole number from `low` to `high`; `wanted` says so in better words.
+
+    Raises:
+        PlanError: naming it.
+    """
+    usual = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+    require(is_whole(value, low, math.inf if high is None else high), name, wanted or usual, value)
+
+
+def check_number(name: str, value: object, low: float | None = None, high: float | None = None) -> None:
+    """Refuse what is no finite number from `low` to `high`.
+
+    Raises:
+        PlanError: naming it.
+    """
+    if low is None or high is not None:
+        require(is_number(value), name, "a finite number", value)
+    else:
+        require(is_number(value, low), name, f"a finite number of at least {low:g}", value)
+    if low is not None and high is not None:
+        require(is_number(value, low, high), name, f"from {low:g} to {high:g}", value)

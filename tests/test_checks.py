@@ -1,0 +1,56 @@
+"""Argument checks: what passes, what is refused, and in which words."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+import mrflow as mf
+from mrflow._checks import check_number, check_whole, is_number, is_whole, require
+
+PACKAGE = Path(mf.__file__).parent
+
+
+@pytest.mark.parametrize("value", [True, False, None, "3", 1.0, math.nan, [1]])
+def test_what_is_no_whole_number(value: object) -> None:
+    assert not is_whole(value)
+    with pytest.raises(mf.PlanError, match=re.escape(f"steps must be a whole number from 1 to 9, got {value!r}")):
+        check_whole("steps", value, 1, 9)
+
+
+@pytest.mark.parametrize("value", [True, None, "3", math.nan, math.inf, -math.inf, 1j])
+def test_what_is_no_number(value: object) -> None:
+    assert not is_number(value)
+    with pytest.raises(mf.PlanError, match=re.escape(f"churn must be a finite number, got {value!r}")):
+        check_number("churn", value, 0, 50)
+
+
+def test_ends_belong_to_a_range_and_the_words_name_them() -> None:
+    for value in (1, 9):
+        check_whole("n", value, 1, 9)
+        check_number("x", value, 1.0, 9.0)
+        check_number("x", value, 1)
+    for call, words in (
+        (lambda: check_whole("n", 0, 1), "n must be a whole number of at least 1, got 0"),
+        (lambda: check_whole("n", 10, 1, 9), "n must be a whole number from 1 to 9, got 10"),
+        (
+            lambda: check_whole("n", -1, 0, wanted="a whole number of steps from 0"),
+            "a whole number of steps from 0, got -1",
+        ),
+        (lambda: check_number("x", 0.5, 1), "x must be a finite number of at least 1, got 0.5"),
+        (lambda: check_number("x", 9.5, 1.0, 9.0), "x must be from 1 to 9, got 9.5"),
+        (lambda: require(False, "x", "even", 3), "x must be even, got 3"),
+    ):
+        with pytest.raises(mf.PlanError, match=words):
+            call()  # type: ignore[no-untyped-call]
+
+
+def test_no_module_checks_whole_numbers_by_itself() -> None:
+    texts = {p: p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py")}
+    own = {
+        p.name
+        for p, text in texts.items()
+        if re.search(r"isinstance\([\w.]+, bool\) or|not isinstance\([\w.]+, bool\)", text)
+    }
+    assert own == {"_checks.py"}
