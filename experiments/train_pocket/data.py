@@ -19,10 +19,10 @@ from torch import Tensor
 from mrflow.errors import ResourceError
 from mrflow.io import to_images
 from mrflow.scenes.grammar import FULL, POCKET_1, Scene, World, held_out
-from mrflow.scenes.hard import HARD, HardWorld, sample
+from mrflow.scenes.hard import HardWorld, sample
 from mrflow.scenes.render import render
 
-WORLDS: dict[str, World | HardWorld] = {"pocket-1": POCKET_1, "full": FULL, "hard": HARD}
+WORLDS = {"pocket-1": POCKET_1, "full": FULL}
 
 
 def rendered(scenes: Sequence[Scene], size: int, pool: Executor | None = None) -> Tensor:

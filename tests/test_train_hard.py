@@ -1,0 +1,146 @@
+"""The hard world's recipe in little: pieces end where one run would have, and what comes out loads."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mrflow as mf
+from experiments import hard_scores
+from experiments.train_pocket import hard as recipe
+from experiments.train_pocket.data import pictures
+from experiments.train_pocket.loop import Loop, PieceOver, Run, cosine, finished, keep_settings
+from mrflow.errors import PlanError, WeightsError
+from mrflow.models.pocket.model import LONG_TEXT, SHIPPED, TEXT_LENGTH, VOCABULARY, WORDS, load_pocket
+from mrflow.scenes.grammar import held_out
+from mrflow.scenes.hard import HARD, KINDS, parse
+
+LITTLE = replace(recipe.LESSON, autoencoder=2, scenes=6, shards={128: 2, 256: 1}, batch={128: 4, 256: 2})
+WHOLE = ["--steps", "3", "--batch", "0.03", "--shards", "0.003", "--every", "0"]
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr("sys.argv", ["hard", *words])
+    monkeypatch.setattr(recipe, "start_log", lambda folder: None)
+    recipe.main()
+
+
+@pytest.mark.slow
+def test_pieces_end_where_one_run_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "LESSON", LITTLE)
+    monkeypatch.setattr(recipe, "SHOWN", recipe.SHOWN[:1])
+    run_main(monkeypatch, *WHOLE, "--out", str(tmp_path / "whole"))
+    file = tmp_path / "cut" / "pocket-4.safetensors"
+    for _ in range(3):  # each piece ends after one step
+        assert not file.exists()
+        run_main(monkeypatch, *WHOLE, "--out", str(tmp_path / "cut"), "--minutes", "1e-9")
+    assert file.exists()
+    whole, cut = (load_file(tmp_path / name / "pocket-4.safetensors") for name in ("whole", "cut"))
+    assert set(whole) == set(cut) and all(torch.equal(whole[key], cut[key]) for key in whole)
+    start = load_file(SHIPPED["pocket-3"])
+    assert not torch.equal(cut["flow.img_in.weight"], start["flow.img_in.weight"])
+    model = load_pocket(tmp_path / "cut" / "pocket-4.safetensors")
+    assert model.info.size == (256, 256) and model.info.low == (128, 128)
+    assert model.info.architecture is not None and model.info.architecture.text_tokens == LONG_TEXT
+    chain = mf.recipes.paper(low=(64, 64), size=(128, 128), steps=1)
+    assert mf.run(chain, model, recipe.SHOWN[0]).pixels.shape == (1, 3, 128, 128)
+
+
+@pytest.mark.slow
+def test_the_last_checkpoint_can_be_written_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "LESSON", LITTLE)
+    for _ in range(3):
+        run_main(monkeypatch, *WHOLE, "--out", str(tmp_path), "--minutes", "1e-9")
+    run_main(monkeypatch, *WHOLE, "--out", str(tmp_path), "--finish")
+    average = torch.load(tmp_path / "flow.pt", weights_only=True)["average"]
+    written = load_file(tmp_path / "pocket-4.safetensors")
+    assert torch.equal(written["text.places"], average["text.places"].half())
+    auto = finished(Run(tmp_path), "autoencoder")
+    assert auto is not None and torch.equal(written["autoencoder.std"], auto["std"].half())
+
+
+def test_it_begins_with_what_the_older_version_knows() -> None:
+    net, auto, sr = recipe.start_from("pocket-3")
+    old, own = load_file(SHIPPED["pocket-3"]), net.state_dict()
+    assert all(torch.equal(own[key], value.float()) for key, value in old.items() if key.startswith("flow."))
+    assert torch.equal(own["text.tokens.weight"][: len(VOCABULARY)], old["text.tokens.weight"].float())
+    assert own["text.tokens.weight"].shape[0] == len(WORDS) and len(own["text.places"]) == LONG_TEXT > TEXT_LENGTH
+    more = own["text.tokens.weight"][len(VOCABULARY) :]
+    assert float(more.std()) == pytest.approx(float(old["text.tokens.weight"].float().std()), rel=0.1)
+    assert {"mean", "std"} < {*auto} and "head.weight" in sr
+
+
+def test_shards_hold_no_caption_that_is_held_out_and_differ() -> None:
+    first, second = (recipe.scenes(HARD, 150, seed) for seed in (1, 2))
+    assert not any(held_out(scene.caption) for scene in (*first, *second)) and first != second
+    assert {scene.kind for scene in first} >= {*KINDS}
+    assert all(held_out(caption) for caption in pictures(HARD, 12, 64, 3, held=True)[1])
+    for shown in recipe.SHOWN:
+        parse(shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "0"], "--steps, --rate, --shards and --grid must be above 0"),
+        (["--rate", "nan"], "--steps, --rate, --shards and --grid must be above 0"),
+        (["--minutes", "0"], "--minutes 0.0 is out of range"),
+        (["--name", "a/b"], "--name must be letters"),
+        (["--rate", "1e-3"], "was begun with another scale, batch or recipe"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_settings(Run(tmp_path), repr(replace(recipe.LESSON, shards={})))
+    keep_settings(Run(tmp_path), repr(replace(recipe.LESSON, shards={})))  # the same again is fine
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--out", str(tmp_path), *words)
+    assert said in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_a_file_of_more_words_than_there_are_is_refused(tmp_path: Path) -> None:
+    tensors = load_file(SHIPPED["pocket-3"])
+    tensors["text.tokens.weight"] = torch.zeros(len(WORDS) + 1, 192)
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=rf"a text encoder of {len(WORDS) + 1} words and 12 tokens; pocket has at m"):
+        load_pocket(tmp_path / "a.safetensors")
+
+
+def test_the_loop_counts_minutes(tmp_path: Path) -> None:
+    x = torch.nn.Parameter(torch.zeros(()))
+    for steps in (1, 2, 3):
+        loop = Loop("x", Run(tmp_path, minutes=1e-9), {"x": x}, [torch.optim.SGD([x], lr=1.0)], 3, factor=cosine)
+        if steps == 3:
+            for _ in loop:  # the last step is done, so nothing is over
+                loop.learn(x)
+            break
+        with pytest.raises(PieceOver, match=f"x: {steps} of 3 steps done"):
+            for _ in loop:
+                loop.learn(x)
+    with pytest.raises(PlanError, match="--minutes -1 is out of range"):
+        Run(tmp_path, minutes=-1)
+
+
+def test_scores_by_size_of_detail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The truth reads, the mean of a caption's pictures does not, and neither does another caption."""
+    words = ["--captions", "2", "--doses", "letters 8%", "objects", "--out", str(tmp_path / "a.json")]
+    monkeypatch.setattr(hard_scores, "DRAWS", 12)
+    monkeypatch.setattr(
+        "sys.argv", ["hard_scores", *words, "--rows", "truth", "autoencoder", "staged path", "mean", "other"]
+    )
+    hard_scores.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    values = {line.split(" | ")[0]: [float(cell.split()[0]) for cell in line.split(" | ")[2:]] for line in lines[1:3]}
+    for truth, autoencoder, _, mean, other in values.values():
+        assert truth == 1 and autoencoder > 0.9 and mean < 0.3 and other < 0.2
+    assert values["| letters 8%"][2] < 0.7 < values["| objects"][2]
+    monkeypatch.setattr("sys.argv", ["hard_scores", "--rows", "dreams"])
+    with pytest.raises(SystemExit):
+        hard_scores.main()
+    assert "no row or size is called dreams; there are truth" in capsys.readouterr().err
