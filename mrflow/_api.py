@@ -12,6 +12,7 @@ from mrflow.adapters import Lora as Lora
 from mrflow.adapters import PiFlow as PiFlow
 from mrflow.backbone import Backbone as Backbone
 from mrflow.backbone import Condition as Condition
+from mrflow.backbone import FieldOptions as FieldOptions
 from mrflow.bridge import from_diffusers as from_diffusers
 from mrflow.bridge import to_diffusers as to_diffusers
 from mrflow.cache import StageCache as StageCache
@@ -77,6 +78,7 @@ from mrflow.solvers import integrate as integrate
 from mrflow.spec import FLUX as FLUX
 from mrflow.spec import QWEN as QWEN
 from mrflow.spec import SCHNELL as SCHNELL
+from mrflow.spec import Capabilities as Capabilities
 from mrflow.spec import Latents as Latents
 from mrflow.spec import LatentSpace as LatentSpace
 from mrflow.spec import ModelInfo as ModelInfo

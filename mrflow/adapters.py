@@ -3,14 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
+from typing import Literal, cast
 
 from mrflow._checks import check_whole, is_number, require
 from mrflow.errors import PlanError
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
-    from mrflow.models.piflow import Policies
 
 
 @dataclass(frozen=True)
@@ -78,15 +74,6 @@ class PiFlow:
         }
 
 
-@runtime_checkable
-class Adaptable(Protocol):
-    """A model that can be given adapters."""
-
-    def adapted(self, loras: Sequence[Lora]) -> "Backbone":
-        """The same model with these adapters on top; the weights themselves do not change."""
-        ...
-
-
 Loras = Lora | tuple[Lora, ...] | None
 
 
@@ -97,57 +84,3 @@ def check_loras(given: object) -> tuple[Lora, ...]:
         if not isinstance(item, Lora):
             raise PlanError(f'lora takes Lora("file.safetensors", strength), or several, got {item!r}')
     return tuple(cast("Sequence[Lora]", items))
-
-
-def with_loras(model: "Backbone", loras: Sequence[Lora]) -> "Backbone":
-    """The model with these adapters; the model itself where there are none.
-
-    Raises:
-        PlanError: the model takes no adapters. WeightsError: one does not fit it.
-    """
-    if not loras:
-        return model
-    if not isinstance(model, Adaptable):
-        raise PlanError(f"{model.info.name} takes no LoRA; a backbone of your own has adapted(loras) for that")
-    return model.adapted(loras)
-
-
-@runtime_checkable
-class Directed(Protocol):
-    """A model that can be given a pi-Flow adapter."""
-
-    def policies(self, adapter: PiFlow, loras: Sequence[Lora] = ()) -> "Policies":
-        """The same model with the adapter, whose field gives policies."""
-        ...
-
-
-def with_policy(model: "Backbone", adapter: PiFlow, loras: Sequence[Lora]) -> "Policies":
-    """The model with a pi-Flow adapter.
-
-    Raises:
-        PlanError: the model takes none. WeightsError: it does not fit.
-    """
-    if not isinstance(model, Directed):
-        raise PlanError(f"{model.info.name} takes no pi-Flow adapter; load FLUX.1 or Qwen-Image, without a cache")
-    return model.policies(adapter, loras)
-
-
-def check_policy(policy: PiFlow | None, solver: object, guidance: object, cache: object) -> None:
-    """Refuse what a policy leaves no room for.
-
-    Raises:
-        PlanError: another solver than Euler, classifier-free guidance or a cache beside a policy.
-    """
-    from mrflow.guidance import Distilled
-    from mrflow.solvers import Euler
-
-    if policy is None:
-        return
-    if not isinstance(policy, PiFlow):
-        raise PlanError(f"policy takes PiFlow(path), got {policy!r}")
-    if solver != Euler():
-        raise PlanError(f"a policy is followed by small Euler steps; leave out solver={solver!r}")
-    if not (guidance is None or isinstance(guidance, Distilled)):
-        raise PlanError(f"a policy holds its teacher's guidance and is asked once; leave out guidance={guidance!r}")
-    if cache is not None:
-        raise PlanError("a policy asks the network too seldom for a cache to leave anything out")

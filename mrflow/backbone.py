@@ -1,20 +1,22 @@
-"""The seam between stages and models: four methods, and the condition that goes between them.
+"""The seam between stages and models: what a backbone does, the condition it is given, and how its field is asked for.
 
-`Backbone` is a protocol: a wrapper (a cache, a bridge, a mock) needs no base class.
+`Backbone` is a protocol: a model, a bridge or a mock needs no base class. `Wrapper` is one for what stands around
+another backbone and changes a little of it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from mrflow.adapters import Lora, PiFlow
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
-from mrflow.spec import ModelInfo
+from mrflow.spec import Cache, Capabilities, ModelInfo
 from mrflow.upscaler import Upscaler
 
 
@@ -80,6 +82,61 @@ class Condition:
                 raise PlanError(f"the {what} condition holds NaN or infinity in {name!r}; encode the prompt again")
 
 
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Rows and columns (n, 2) of n tokens on a grid of height x width tokens, counted from 0; halves are between.
+
+    A field that is given positions takes its n tokens as latents of one row: (batch, channels, patch, patch n).
+    """
+
+    at: Float[Tensor, "n 2"]
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class FieldOptions:
+    """What an integration knows when it asks for a field. A model is only asked for what its `Capabilities` say.
+
+    `guidance` is the value of a distilled guidance embedding (None: the model's own). `sigmas` are the noise levels of
+    all evaluations, in their order, so that what depends on them alone can be made once; empty: not known. `positions`
+    says where tokens lie that are on no grid. `cache` leaves evaluations out, `loras` are on in this field alone,
+    `policy` has the network give a policy instead of a velocity (the field is then a `PolicyField`). `beside` are
+    conditions that are run together with the first: the field takes latents (b, c, h, w) and gives velocities
+    (b (1 + n), c, h, w), one condition's items behind another's.
+
+    Raises:
+        PlanError: a cache or a policy beside what it cannot be beside.
+    """
+
+    guidance: float | None = None
+    sigmas: tuple[float, ...] = ()
+    positions: Positions | None = None
+    cache: Cache | None = None
+    loras: tuple[Lora, ...] = ()
+    policy: PiFlow | None = None
+    beside: tuple[Condition, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and self.beside:
+            raise PlanError(
+                "a cache remembers each branch apart; ask for a field each, not for several conditions at once"
+            )
+        if self.policy is not None and (self.cache is not None or self.beside or self.positions is not None):
+            raise PlanError("a policy's field takes no cache, positions or other conditions")
+
+    @property
+    def needs(self) -> Capabilities:
+        """What a model must be able to do for it."""
+        return Capabilities(
+            positions=self.positions is not None,
+            cache=self.cache is not None,
+            lora=bool(self.loras),
+            policy=self.policy is not None,
+            together=bool(self.beside),
+        )
+
+
 @runtime_checkable
 class Backbone(Protocol):
     """A model as the stages see it. Its latents are float32 of shape (batch, channels, height, width)."""
@@ -103,11 +160,16 @@ class Backbone(Protocol):
         """Encode prompts, one item each."""
         ...
 
-    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
-        """A fresh velocity field (x, sigma) -> d x / d sigma for one integration; what it remembers dies with it.
+    def check(self, options: FieldOptions) -> None:
+        """Refuse options that cannot be served, before prompts are encoded: `info.require(options.needs)` at the least.
 
-        `guidance` is the value of a distilled guidance embedding; None is the model's own.
+        Raises:
+            PlanError: the model cannot. WeightsError: an adapter is missing or does not fit.
         """
+        ...
+
+    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
+        """A fresh velocity field (x, sigma) -> d x / d sigma for one integration; what it remembers dies with it."""
         ...
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -119,22 +181,43 @@ class Backbone(Protocol):
         ...
 
 
-def takes_levels(model: object) -> bool:
-    """Whether a model's `field` wants to know, as `levels=`, which noise levels it will be asked for."""
-    return getattr(model, "takes_levels", False) is True
+class Wrapper:
+    """A backbone around another, which does everything; override what is to differ."""
 
+    def __init__(self, model: Backbone) -> None:
+        self.model = model
 
-class Announced:
-    """A model whose fields are told which levels they will be asked for; all else is the model's own."""
+    @property
+    def info(self) -> ModelInfo:
+        """The model's facts."""
+        return self.model.info
 
-    def __init__(self, model: Backbone, levels: Sequence[float]) -> None:
-        self._model, self._levels = model, tuple(levels)
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
 
-    def __getattr__(self, name: str) -> object:
-        value = getattr(self._model, name)
-        return partial(value, levels=self._levels) if name == "together" else value
+    @property
+    def upscaler(self) -> Upscaler | None:
+        """The model's own."""
+        return self.model.upscaler
 
-    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
-        """The model's field, told the levels."""
-        field = cast("Callable[..., Velocity]", self._model.field)
-        return field(cond, guidance=guidance, levels=self._levels)
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """As the model encodes them."""
+        return self.model.condition(prompts)
+
+    def check(self, options: FieldOptions) -> None:
+        """As the model does."""
+        self.model.check(options)
+
+    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
+        """The model's field."""
+        return self.model.field(cond, options)
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """As the model does."""
+        return self.model.encode(pixels, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As the model does."""
+        return self.model.decode(latents)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from mrflow.errors import PlanError
 from mrflow.guidance import own_guidance
-from mrflow.spec import Latents, ModelInfo, Pixels, check_size
+from mrflow.spec import Cache, Latents, ModelInfo, Pixels, check_size
 from mrflow.stage import AnyChain, Plan, Work, human, plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mrflow.adapters import Lora
-    from mrflow.caches.base import Cache
     from mrflow.guidance import Guidance
     from mrflow.models.memory import Offload
     from mrflow.schedules import Sigmas
@@ -60,7 +59,7 @@ def sampling_work(
     sigmas: "Sigmas",
     solver: "Solver",
     guidance: "Guidance | None",
-    cache: "Cache | None" = None,
+    cache: Cache | None = None,
     lora: "Sequence[Lora]" = (),
 ) -> Work:
     """The forwards of one integration: what the solver evaluates, times the passes of the guidance there.
@@ -80,9 +79,8 @@ def sampling_work(
     if cache is None:
         nfe = chosen.evals(points)
         return Work(nfe=nfe, flops=nfe * whole, negative=chosen.passes > 1)
-    from mrflow.caches.base import forecast
 
-    parts = [forecast(cache, model, points, branch) for branch in chosen.branches(points)]
+    parts = [cache.forecast(model, points, branch) for branch in chosen.branches(points)]
     return Work(
         nfe=sum(part.computed for part in parts),
         flops=sum(part.forwards for part in parts) * whole * cache.share(model, out.tokens),

@@ -5,14 +5,14 @@ Each branch has a field of its own, so a cache that lives in a field never mixes
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
 from mrflow._checks import check_number
-from mrflow.backbone import Backbone, Condition
+from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.flow import Velocity
 from mrflow.notes import note
@@ -28,8 +28,10 @@ class Guidance(ABC):
         """The most passes of the network that one evaluation of the field takes; above 1 a negative is needed."""
 
     @abstractmethod
-    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
-        """A fresh guided velocity field for one integration."""
+    def field(
+        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
+    ) -> Velocity:
+        """A fresh guided velocity field for one integration; each field of `model` is asked for with `options`."""
 
     def evals(self, points: Sequence[float]) -> int:
         """Exact passes of the network for evaluations at these noise levels (a solver's `points`)."""
@@ -54,13 +56,15 @@ class Distilled(Guidance):
     def passes(self) -> int:
         return 1
 
-    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
+    def field(
+        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
+    ) -> Velocity:
         if self.value is not None and model.info.guidance is None:
             raise PlanError(
                 f"{model.info.name} has no guidance embedding, so Distilled({self.value:g}) would change nothing; "
                 "use Distilled() or CFG(scale)"
             )
-        return model.field(cond, guidance=self.value)
+        return model.field(cond, replace(options, guidance=self.value))
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,12 @@ class CFG(Guidance):
     def passes(self) -> int:
         return 1 if self.scale == 1.0 else 2
 
-    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
+    def field(
+        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
+    ) -> Velocity:
         if self.scale == 1.0:
-            return model.field(cond)
-        branches = _branches(model, cond, negative, self, packed=self.packed)
+            return model.field(cond, options)
+        branches = _branches(model, cond, negative, options, self, packed=self.packed)
 
         def guided(x: Tensor, sigma: float) -> Tensor:
             return _mix(*branches(x, sigma), self.scale)
@@ -109,10 +115,12 @@ class RescaledCFG(Guidance):
     def passes(self) -> int:
         return 1 if self.scale == 1.0 else 2
 
-    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
+    def field(
+        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
+    ) -> Velocity:
         if self.scale == 1.0:
-            return model.field(cond)
-        branches = _branches(model, cond, negative, self, packed=self.packed)
+            return model.field(cond, options)
+        branches = _branches(model, cond, negative, options, self, packed=self.packed)
         patch = model.info.space.patch
 
         def guided(x: Tensor, sigma: float) -> Tensor:
@@ -142,8 +150,10 @@ class Interval(Guidance):
     def passes(self) -> int:
         return self.inner.passes
 
-    def field(self, model: Backbone, cond: Condition, negative: Condition | None) -> Velocity:
-        inside, outside = self.inner.field(model, cond, negative), model.field(cond)
+    def field(
+        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
+    ) -> Velocity:
+        inside, outside = self.inner.field(model, cond, negative, options), model.field(cond, options)
 
         def guided(x: Tensor, sigma: float) -> Tensor:
             return inside(x, sigma) if self._holds(sigma) else outside(x, sigma)
@@ -172,28 +182,35 @@ def _mix(c: Tensor, u: Tensor, scale: float) -> Tensor:
 
 
 def _branches(
-    model: Backbone, cond: Condition, negative: Condition | None, guidance: Guidance, *, packed: bool
+    model: Backbone,
+    cond: Condition,
+    negative: Condition | None,
+    options: FieldOptions,
+    guidance: Guidance,
+    *,
+    packed: bool,
 ) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-    """Both velocities: from one pass where the model can (`together`) and memory allows, else from a field each."""
+    """Both velocities: from one pass where the model can and memory allows, else from a field each."""
     if negative is None:
         raise PlanError(f"{guidance!r} needs a negative; encode one (the empty prompt will do), or use scale 1")
     other = negative.repeat(cond.batch)
-    together: Callable[..., Callable[[Tensor, float], tuple[Tensor, Tensor]]] | None
-    together = getattr(model, "together", None) if packed else None
-    joint = None if together is None else together((cond, other))
-    apart: list[Velocity] = [] if joint is not None else [model.field(cond), model.field(other)]
+    packed = packed and model.info.capabilities.together and options.cache is None
+    joint = model.field(cond, replace(options, beside=(other,))) if packed else None
+    apart: list[Velocity] = []
+    if joint is None:
+        apart.extend((model.field(cond, options), model.field(other, options)))
 
     def both(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         if joint is not None and not apart:
             try:
-                c, u = joint(x, sigma)
+                c, u = joint(x, sigma).chunk(2)
                 return c, u
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
             note("both branches of the guidance do not fit into memory at once; they take turns from here on")
         if not apart:
-            apart.extend((model.field(cond), model.field(other)))
+            apart.extend((model.field(cond, options), model.field(other, options)))
         return apart[0](x, sigma), apart[1](x, sigma)
 
     return both

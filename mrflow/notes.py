@@ -18,12 +18,12 @@ _notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 class Tally:
     """Forwards that were asked for, pictures times branches times evaluations, and what was computed of them.
 
-    `caches` names those that decided; `flops` is the whole work in floating-point operations.
+    `caches` names those that decided; `forwards` holds the work as (whole forwards of one picture, its image tokens).
     """
 
     asked: int = 0
     computed: int = 0
-    flops: float = 0.0
+    forwards: list[tuple[float, int]] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -52,14 +52,17 @@ def collected() -> Generator[list[str]]:
         _notes.reset(token)
 
 
-def count(cache: str | None, asked: int, computed: int, flops: float) -> None:
-    """Add forwards to the tally of what is running; `cache` is the name of the one that decided, if any."""
+def count(cache: str | None, asked: int, computed: int, forwards: float, *, tokens: int) -> None:
+    """Add forwards to the tally of what is running; `cache` is the name of the one that decided, if any.
+
+    `forwards` is the work, in whole forwards of one picture of so many image tokens.
+    """
     tally = _tally.get()
     if tally is None:
         return
     tally.asked += asked
     tally.computed += computed
-    tally.flops += flops
+    tally.forwards.append((forwards, tokens))
     if cache is not None and cache not in tally.caches:
         tally.caches.append(cache)
 

@@ -6,7 +6,6 @@ sigma, a clean latent's distribution given (x, sigma) is what a policy describes
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -35,8 +34,22 @@ class Policy(Protocol):
         ...
 
 
-PolicyField = Callable[[Tensor, float], Policy]
-"""(x, sigma) -> the policy that holds from there on."""
+@runtime_checkable
+class PolicyField(Protocol):
+    """A field whose network gives policies: what a model's `field` is when its options name a pi-Flow adapter."""
+
+    @property
+    def shift(self) -> float:
+        """The static shift between a policy's time and the noise level."""
+        ...
+
+    def policy(self, x: Tensor, sigma: float) -> Policy:
+        """Ask the network: the policy that holds from (x, sigma) on."""
+        ...
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """The velocity where the network is asked."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,21 +8,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mrflow.adapters import Lora, PiFlow, with_loras, with_policy
-from mrflow.backbone import Announced, Backbone, Condition, takes_levels
+from mrflow.adapters import Lora, PiFlow
+from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.cost import forward_flops
 from mrflow.errors import NonFiniteError, PlanError, PromiseError, PromptError, named
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
 from mrflow.noise import Noise, PerItem, check_seed
 from mrflow.notes import collected, count, tallied
-from mrflow.places import Placed, Places
-from mrflow.policies import GM, automatic, follow
+from mrflow.policies import GM, PolicyField, automatic, follow
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
 from mrflow.spec import Pixels, Spec, Start, State
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mrflow.cache import StageCache
-    from mrflow.caches.base import Cache
 
 log = logging.getLogger(__name__)
 MAX_PROMPT = 1_000_000
@@ -100,28 +98,19 @@ class Context:
         sigmas: Sigmas,
         *,
         source: Noise = PerItem(),
-        cache: "Cache | None" = None,
-        lora: Sequence[Lora] = (),
-        places: Places | None = None,
+        options: FieldOptions = FieldOptions(),
         watch: Callable[[Step], None] | None = None,
     ) -> Tensor:
-        """Integrate the model's guided field from x along `sigmas`, with the cache and adapters that are given.
+        """Integrate the model's guided field from x along `sigmas`; `watch` is told of each step.
 
-        `places` says where tokens lie that are no grid; `watch` is told of each step.
+        `options` says what the field is to have: a cache, adapters, positions. Its sigmas are those the solver asks at.
         """
         draws = iter(range(1, 1 + len(sigmas)))
-        levels = solver.points(sigmas)
-        model = with_loras(self.model, lora)
-        if cache is not None:
-            model = cast("Backbone", cache(model))
-        if model.info.cache is None:
-            evals, patch = guidance.evals(levels) * len(x), model.info.space.patch
-            tokens = (x.shape[-2] // patch) * (x.shape[-1] // patch)
-            count(None, evals, evals, evals * forward_flops(model.info, tokens))
-        if places is not None:
-            model = cast("Backbone", Placed(model, places))
-        if takes_levels(model):
-            model = cast("Backbone", Announced(model, levels))
+        options = replace(options, sigmas=tuple(solver.points(sigmas)))
+        info = self.model.info
+        if options.cache is None and info.cache is None:
+            evals, patch = guidance.evals(options.sigmas) * len(x), info.space.patch
+            count(None, evals, evals, evals, tokens=(x.shape[-2] // patch) * (x.shape[-1] // patch))
 
         def told(step: Step) -> None:
             for listener in (self.on_step, watch):
@@ -130,7 +119,7 @@ class Context:
 
         return integrate(
             solver,
-            guidance.field(model, self.cond, self.negative),
+            guidance.field(self.model, self.cond, self.negative, options),
             x,
             sigmas,
             on_step=told if self.on_step or watch else None,
@@ -148,16 +137,18 @@ class Context:
         lora: Sequence[Lora] = (),
     ) -> Tensor:
         """Ask the network for a policy at each level but the last, and follow it to the next one."""
-        model = with_policy(self.model, adapter, lora)
         value = guidance.value if isinstance(guidance, Distilled) else None
         steps = len(sigmas) - 1
         heat = automatic(steps) if adapter.temperature == "auto" else adapter.temperature
-        field = model.field(self.cond, guidance=value, levels=tuple(sigmas[:-1]))
+        options = FieldOptions(guidance=value, sigmas=tuple(sigmas[:-1]), loras=tuple(lora), policy=adapter)
+        field = self.model.field(self.cond, options)
+        if not isinstance(field, PolicyField):
+            raise PlanError(f"{self.model.info.name} gave a velocity where it was asked for pi-Flow's policies")
         for index, (sigma, to) in enumerate(pairwise(sigmas), 1):
-            policy = field(x, sigma)
+            policy = field.policy(x, sigma)
             if heat is not None and index < steps and isinstance(policy, GM):
                 policy = policy.tempered(heat)
-            x = follow(policy, x, sigma, to, shift=model.shift, total=adapter.substeps)
+            x = follow(policy, x, sigma, to, shift=field.shift, total=adapter.substeps)
             if not finite(x):
                 raise NonFiniteError(f"NaN or infinity after step {index} of {steps} ({self.model.info.name})")
             if self.on_step is not None:
@@ -315,7 +306,8 @@ def run(
                     data = _apply(stage, State(row.spec, data), row.out, inner, where)
                 _synchronise(model.device)
                 if tally.caches:
-                    work = Work(math.ceil(tally.computed / len(prompts)), tally.flops)
+                    flops = sum(forwards * forward_flops(model.info, tokens) for forwards, tokens in tally.forwards)
+                    work = Work(math.ceil(tally.computed / len(prompts)), flops)
                     notes.append(str(tally))
                 for text in notes:
                     _emit(on_event, Noted(index, text))

@@ -6,16 +6,16 @@ change numbers live here.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from mrflow._checks import check_whole, is_number, is_whole, require
 from mrflow.errors import PlanError
-
-if TYPE_CHECKING:
-    from mrflow.caches.base import Cache
+from mrflow.flow import Velocity
+from mrflow.pieces import StepFactory
 
 MAX_SIDE = 32768
 
@@ -129,6 +129,67 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class Capabilities:
+    """What a model's field can be asked for beside its velocity. What a chain needs of the rest, `plan` refuses.
+
+    `positions`: tokens that lie on no grid. `cache`: its network can be taken apart. `lora`: adapters that are on in
+    one stage. `policy`: pi-Flow adapters. `together`: several conditions in one pass. `lora_advice` is what to do
+    instead where adapters are put on in another way.
+    """
+
+    positions: bool = False
+    cache: bool = False
+    lora: bool = False
+    policy: bool = False
+    together: bool = False
+    lora_advice: str = "a backbone of your own says Capabilities(lora=True) and serves options.loras"
+
+
+EVERYTHING = Capabilities(positions=True, cache=True, lora=True, policy=True, together=True)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a cache will compute of `asked` evaluations of one branch; a cached one still computes `kept` of the blocks.
+
+    `exact` is false where the picture decides.
+    """
+
+    asked: int
+    computed: int
+    kept: float
+    exact: bool
+
+    @property
+    def forwards(self) -> float:
+        """The work in whole forwards."""
+        return self.computed + (self.asked - self.computed) * self.kept
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """A way to leave out evaluations, as models and plans see it; `mrflow.caches.Cache` is the base class."""
+
+    def check(self, info: "ModelInfo") -> None:
+        """Raise PlanError where this model cannot be cached so."""
+        ...
+
+    def field(
+        self, open_field: Callable[[StepFactory], Velocity], sigmas: Sequence[float], info: "ModelInfo"
+    ) -> Velocity:
+        """A model's field with a fresh memory; `open_field` opens it around a step, `sigmas` are its evaluations'."""
+        ...
+
+    def forecast(self, info: "ModelInfo", sigmas: Sequence[float], branch: Sequence[float]) -> Forecast:
+        """What it will do with a branch that is asked at the levels `branch` of an integration over `sigmas`."""
+        ...
+
+    def share(self, info: "ModelInfo", tokens: int) -> float:
+        """What a computed evaluation costs, as a part of one without the cache."""
+        ...
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Facts about a model, without weights.
 
@@ -139,7 +200,7 @@ class ModelInfo:
     recipe uses when none is named (None: there is none), `upscale_flops` its operations per pixel that comes in.
     `encode` and `decode` are operations of the autoencoder as (linear, quadratic) in the pixels of the picture.
     `version` tells one set of weights from another. `footprint` is what it needs of memory: as loaded, or in bfloat16.
-    `cache` is the cache that all its fields have, if any.
+    `capabilities` is what its fields can be asked for, `cache` the cache that all of them have, if any.
     """
 
     name: str
@@ -158,7 +219,32 @@ class ModelInfo:
     decode: tuple[float, float] = (0.0, 0.0)
     version: str = ""
     footprint: Footprint | None = None
-    cache: "Cache | None" = None
+    capabilities: Capabilities = Capabilities()
+    cache: Cache | None = None
+
+    def require(self, needs: Capabilities) -> None:
+        """Refuse what a chain needs and this model cannot.
+
+        Raises:
+            PlanError: naming the first of it, and what to do.
+        """
+        can = self.capabilities
+        if needs.positions and not can.positions:
+            raise PlanError(
+                f"{self.name} draws on whole grids only; a backbone of your own says Capabilities(positions=True) and "
+                "serves options.positions"
+            )
+        if needs.cache and not can.cache:
+            raise PlanError(
+                f"{self.name} cannot be cached: its network cannot be taken apart; a backbone of your own says "
+                "Capabilities(cache=True) and hands its pieces to options.cache"
+            )
+        if needs.lora and not can.lora:
+            raise PlanError(f"{self.name} takes no LoRA; {can.lora_advice}")
+        if needs.policy and not can.policy:
+            raise PlanError(f"{self.name} takes no pi-Flow adapter; load FLUX.1 or Qwen-Image, without a cache")
+        if needs.together and not can.together:
+            raise PlanError(f"{self.name} takes one condition at a time; ask for a field each")
 
     def tokens(self, height: int, width: int) -> int:
         """Image tokens of a picture of this many pixels."""
@@ -336,6 +422,7 @@ FLUX = ModelInfo(
     encode=_FLUX_ENCODE,
     decode=_FLUX_DECODE,
     footprint=_FLUX_FOOTPRINT,
+    capabilities=EVERYTHING,
 )
 SCHNELL = ModelInfo(
     "flux1-schnell",
@@ -347,6 +434,7 @@ SCHNELL = ModelInfo(
     encode=_FLUX_ENCODE,
     decode=_FLUX_DECODE,
     footprint=replace(_FLUX_FOOTPRINT, rest=2 * 35_014_720),
+    capabilities=EVERYTHING,
 )
 # Qwen-Image in bfloat16: parameters x 2. Text: Qwen2.5-VL's language model, without vision tower and head.
 _QWEN_FOOTPRINT = Footprint(
@@ -376,4 +464,5 @@ QWEN = ModelInfo(
     encode=_QWEN_ENCODE,
     decode=_QWEN_DECODE,
     footprint=_QWEN_FOOTPRINT,
+    capabilities=EVERYTHING,
 )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrflow.backbone import Condition
+from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.runner import run
@@ -96,8 +96,17 @@ class Toy:
         means = colours[:, :, None, None].expand(2, 3, height, width).reshape(2, -1)
         return Mixture(means, self.std)
 
-    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
+    def check(self, options: FieldOptions) -> None:
+        """A closed form has nothing to take apart or to adapt.
+
+        Raises:
+            PlanError: options need more than a velocity.
+        """
+        self.info.require(options.needs)
+
+    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
         """The exact velocity."""
+        self.check(options)
         colours = cond["colours"]
 
         def velocity(x: Tensor, sigma: float) -> Tensor:

@@ -264,7 +264,7 @@ def test_wrong_arguments_are_refused(pipes: Pipes) -> None:
     for name in ("schnell", "qwen", "sd3", "klein", "z-image"):
         with pytest.raises(PlanError, match="has no guidance embedding"):
             one = from_diffusers(pipes(name))
-            one.field(one.condition(["a cat"]), guidance=3.0)
+            one.field(one.condition(["a cat"]), mf.FieldOptions(guidance=3.0))
 
 
 def test_a_switched_on_cache_starts_afresh_each_time(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.caches import Cache, DBCache, DBTaylor, Look, MagCache, TaylorSeer, TeaCache, forecast
+from mrflow.caches import Cache, DBCache, DBTaylor, Look, MagCache, TaylorSeer, TeaCache
 from mrflow.caches.base import Clock, between, difference
 from mrflow.caches.calibrate import fit
 from mrflow.caches.extrapolate import Series
@@ -280,7 +280,7 @@ def test_magcache_is_a_list_of_steps(ratios: list[float], threshold: float, limi
     _, computed = drive(cache, Numbers(lambda i, t: 1.0), len(ratios))
     assert computed == naive_magcache(ratios, threshold, limit, int(retention * len(ratios) + 0.5))
     levels = [1 - i / len(ratios) for i in range(len(ratios))]
-    told = forecast(cache, FLUX, levels, levels)
+    told = cache.forecast(FLUX, levels, levels)
     assert (told.computed, told.exact) == (sum(computed), True)
 
 
@@ -349,7 +349,7 @@ def test_estimates_fall_with_the_threshold_and_limits_hold() -> None:
     levels = [1 - i / 50 for i in range(50)]
 
     def count(cache: Cache, info: mf.ModelInfo = FLUX) -> float:
-        told = forecast(cache, info, levels, levels)
+        told = cache.forecast(info, levels, levels)
         assert 1 <= told.computed <= 50
         return told.forwards
 
@@ -365,6 +365,6 @@ def test_estimates_fall_with_the_threshold_and_limits_hold() -> None:
     assert 50 / count(DBCache(0.24, front=1, warmup=4, limit=6)) == pytest.approx(3.94, rel=0.1)
     assert 50 / count(DBTaylor(0.8, front=1, warmup=8, every=2, limit=8)) == pytest.approx(5.72, rel=0.15)
     assert count(DBTaylor(1.0, front=1, warmup=8, limit=0)) == 50
-    assert forecast(DBCache(0.0), QWEN, levels, levels).exact
+    assert DBCache(0.0).forecast(QWEN, levels, levels).exact
     series: tuple[Series, ...] = ("newton", "taylor")
     assert {count(TaylorSeer(series=s)) for s in series} == {10}

@@ -189,7 +189,7 @@ def test_branches_of_a_guidance_are_kept_apart(models: Callable[[str], mf.Backbo
 
 
 def fields(model: Cached, conds: Sequence[mf.Condition], levels: Sequence[float]) -> list[mf.Velocity]:
-    return [model.field(cond, levels=levels) for cond in conds]
+    return [model.field(cond, mf.FieldOptions(sigmas=tuple(levels))) for cond in conds]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -202,7 +202,7 @@ def test_a_picture_does_not_depend_on_its_batch(
     model = models(name)
     prompts = [*PROMPTS["pocket" if name == "pocket" else "large"], ""]
     ran: list[tuple[int, int]] = []
-    monkeypatch.setattr(memory, "count", lambda cache, asked, computed, flops: ran.append((asked, computed)))
+    monkeypatch.setattr(memory, "count", lambda cache, asked, computed, forwards, tokens: ran.append((asked, computed)))
     stage = sample(cache, guidance=mf.Distilled())
     whole = made(stage, model, prompts)
     together, alone = sum(c for _, c in ran), 0

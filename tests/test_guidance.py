@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import mrflow as mf
 from mrflow.backbone import Backbone, Condition
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
@@ -22,7 +24,7 @@ class Mock:
     """A backbone whose velocity is W x + sigma, W drawn from the condition's number; it writes down every call."""
 
     def __init__(self, info: ModelInfo = QWEN) -> None:
-        self._info = info
+        self._info = replace(info, capabilities=mf.Capabilities())
         self.calls: list[tuple[float, float]] = []
         self.guidance: list[float | None] = []
 
@@ -41,8 +43,11 @@ class Mock:
     def condition(self, prompts: Sequence[str]) -> Condition:
         return Condition({"number": torch.tensor([[float(len(p))] for p in prompts])})
 
-    def field(self, cond: Condition, *, guidance: float | None = None) -> Velocity:
-        self.guidance.append(guidance)
+    def check(self, options: mf.FieldOptions) -> None:
+        raise NotImplementedError
+
+    def field(self, cond: Condition, options: mf.FieldOptions = mf.FieldOptions()) -> Velocity:
+        self.guidance.append(options.guidance)
         number = cond["number"]
 
         def velocity(x: Tensor, sigma: float) -> Tensor:

@@ -279,7 +279,7 @@ def test_heads_give_the_policy_of_their_outputs(family: str, kind: str, tmp_path
         return out.view(1, 3, 4, 3, channels, 2, 2).permute(0, 3, 4, 1, 5, 2, 6).reshape(1, 3, channels, 6, 8)
 
     with torch.inference_mode():
-        policy: Any = model.policies(mf.PiFlow(str(folder))).field(cond)(x, 0.7)
+        policy: Any = model.field(cond, mf.FieldOptions(policy=mf.PiFlow(str(folder)))).policy(x, 0.7)
     if kind == "gm":
         assert isinstance(policy, GM)
         assert relative(policy.means, spread("proj_out_means", 16)) < 1e-4
@@ -326,9 +326,9 @@ def test_a_policy_follows_by_hand(tmp_path: Path, qwen_repo: Path) -> None:  # n
     got = mf.run(mf.Sample(32, 32, mf.FlowMap(3), policy=pi), model, seed=2, **more).data
     x = mf.PerItem()([2], (1, 16, 4, 4), scope="Sample/0", draw=0)
     with torch.inference_mode():
-        field = model.policies(pi).field(more["condition"])
+        field = model.field(more["condition"], mf.FieldOptions(policy=pi))
         for i, (sigma, to) in enumerate(pairwise(levels)):
-            policy = field(x, sigma)
+            policy = field.policy(x, sigma)
             policy = policy.tempered(0.2) if i < 2 else policy
             x = follow(policy, x, sigma, to, shift=3.2)
     torch.testing.assert_close(got, x)

@@ -22,8 +22,8 @@ class Counting(Toy):
 
     calls = 0
 
-    def field(self, cond: mf.Condition, *, guidance: float | None = None) -> mf.Velocity:
-        inner = super().field(cond, guidance=guidance)
+    def field(self, cond: mf.Condition, options: mf.FieldOptions = mf.FieldOptions()) -> mf.Velocity:
+        inner = super().field(cond, options)
 
         def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
             self.calls += 1
@@ -176,7 +176,7 @@ def test_conditions_must_agree_in_batch() -> None:
 
 def test_nan_at_step_k_names_stage_and_step() -> None:
     class Breaks(Toy):
-        def field(self, cond: mf.Condition, *, guidance: float | None = None) -> mf.Velocity:
+        def field(self, cond: mf.Condition, options: mf.FieldOptions = mf.FieldOptions()) -> mf.Velocity:
             inner = super().field(cond)
             return lambda x, sigma: inner(x, sigma) * (float("nan") if sigma < 0.6 else 1.0)
 

@@ -163,8 +163,8 @@ def test_a_shared_stage_is_paid_once(tmp_path: Path) -> None:
     model, calls = mf.toy(), [0]
     field = model.field
 
-    def counted(cond: Any, *, guidance: float | None = None) -> Any:
-        inner = field(cond, guidance=guidance)
+    def counted(cond: Any, options: mf.FieldOptions = mf.FieldOptions()) -> Any:
+        inner = field(cond, options)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             calls[0] += 1

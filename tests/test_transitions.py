@@ -14,8 +14,8 @@ from scipy.fft import dctn, idctn
 from torch import Tensor
 
 import mrflow as mf
+from mrflow.backbone import Positions
 from mrflow.errors import PlanError
-from mrflow.places import Places
 from mrflow.recipes import speed_steps
 from mrflow.schedules import shift_static
 from mrflow.stages.grow import Spectrum, dct_matrix, grown
@@ -208,8 +208,8 @@ def test_ralus_distance_and_fit() -> None:
         assert distance(steps, ends, *fitted(steps, ends), shift=3.0) < found + 4e-4
 
 
-def test_a_field_over_places_is_the_field_over_the_grid(tmp_path: Path, qwen_repo: Path) -> None:  # noqa: F811
-    """Tokens that happen to form a grid, given as a row with their places, in any order."""
+def test_a_field_over_positions_is_the_field_over_the_grid(tmp_path: Path, qwen_repo: Path) -> None:  # noqa: F811
+    """Tokens that happen to form a grid, given as a row with their positions, in any order."""
     pipeline(tmp_path, guidance=True)
     flux, qwen, pocket = (mf.load(w, device="cpu") for w in (tmp_path, qwen_repo, "pocket"))
     conds = (mf.Condition(words(1)), qwen.condition(["a cat"]), pocket.condition(["a big red circle"]))
@@ -221,8 +221,7 @@ def test_a_field_over_places_is_the_field_over_the_grid(tmp_path: Path, qwen_rep
         row = unpack(pack(x)[:, order], 1, 12)
         with torch.inference_mode():
             want = model.field(cond)(x, 0.6)
-            placed: Any = model.field(cond, places=Places(at[order], 3, 4))  # type: ignore[call-arg]
-            got = placed(row, 0.6)
+            got = model.field(cond, mf.FieldOptions(positions=Positions(at[order], 3, 4)))(row, 0.6)
         assert relative(pack(got), pack(want)[:, order]) < 1e-5
 
 

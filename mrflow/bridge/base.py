@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from itertools import count
 from typing import Any, ClassVar, TypeAlias
@@ -12,15 +13,15 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mrflow.adapters import Lora
-from mrflow.backbone import Backbone, Condition
-from mrflow.bridge.blocks import Family, Opening, opened
+from mrflow.backbone import Condition, FieldOptions
+from mrflow.bridge.blocks import Family, opened
 from mrflow.bridge.version import Watch, version_of
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.models.base import encoded_once
 from mrflow.notes import note
-from mrflow.spec import ModelInfo
+from mrflow.pieces import StepFactory
+from mrflow.spec import Capabilities, ModelInfo
 from mrflow.upscaler import Upscaler
 
 Pipeline: TypeAlias = Any
@@ -33,18 +34,25 @@ _FIELDS = count()
 STEPPING_CACHES = ("PyramidAttentionBroadcastConfig", "FasterCacheConfig")
 
 
+BRIDGED = Capabilities(
+    cache=True,
+    lora_advice="it is a diffusers pipeline: load the LoRA into it, pipe.load_lora_weights(...), or load the model "
+    "with mrflow.load",
+)
+
+
 class Bridged(ABC):
     """A diffusers pipeline as a backbone. It holds the pipeline, copies nothing, and changes nothing in it.
 
     Parts are called as the pipeline calls them, so that hooks, quantisation, attention processors and adapters work. A
-    subclass adds one family: `condition`, `field`, `encode`, `decode` and facts.
+    subclass adds one family: `condition`, `opened`, `encode`, `decode` and facts.
     """
 
     accepts: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
     family: ClassVar[Family]
-    takes_step: ClassVar[bool] = True
+    can: ClassVar[Capabilities] = BRIDGED
 
     def __init__(
         self,
@@ -61,11 +69,11 @@ class Bridged(ABC):
         for name, what in (("transformer", "a transformer"), ("vae", "a VAE"), ("scheduler", "a scheduler")):
             if getattr(pipe, name, None) is None:
                 raise PlanError(f"{type(pipe).__name__} was made without {what}; load it whole, or set pipe.{name}")
-        self.check()
+        self.check_parts()
         self.facts()
 
     @abstractmethod
-    def check(self) -> None:
+    def check_parts(self) -> None:
         """Raise PlanError for a transformer or autoencoder that is not of this family."""
 
     @abstractmethod
@@ -77,30 +85,31 @@ class Bridged(ABC):
         """Named tensors for prompts, from the pipeline's own text encoders."""
 
     @abstractmethod
-    def field(
-        self,
-        cond: Condition,
-        *,
-        guidance: float | None = None,
-        levels: Sequence[float] | None = None,
-        step: Opening | None = None,
-    ) -> Velocity:
+    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow. `step` is given the blocks and gives the step that is taken in their place."""
 
-    def network(self, step: Opening | None) -> Callable[..., Any]:
+    def network(self, step: StepFactory | None) -> Callable[..., Any]:
         """The transformer's forward, with a cache's step in the place of its blocks where one is given."""
         return self.pipe.transformer if step is None else opened(self.pipe.transformer, self.family, step)
 
-    def adapted(self, loras: Sequence[Lora]) -> Backbone:
-        """Adapters are the pipeline's business.
+    def check(self, options: FieldOptions) -> None:
+        """Refuse what the pipeline cannot do; adapters are its own business.
 
         Raises:
-            PlanError: always.
+            PlanError: naming the first of it.
         """
-        raise PlanError(
-            f"{self.info.name} is a diffusers pipeline: load a LoRA into it, pipe.load_lora_weights(...), or load the "
-            "model with mrflow.load"
-        )
+        self.info.require(options.needs)
+
+    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
+        """The velocity of the flow.
+
+        Raises:
+            PlanError: the pipeline cannot do what is asked.
+        """
+        self.check(options)
+        if options.cache is not None:
+            return options.cache.field(partial(self.opened, cond, options), options.sigmas, self.info)
+        return self.opened(cond, options, None)
 
     @abstractmethod
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -121,7 +130,7 @@ class Bridged(ABC):
         if info is None or seen != now:
             with outside_inference():
                 version = f"diffusers-{version_of(parts, *self.identity())}/{self.dtype_name}"
-            info = replace(self.facts(), version=version)
+            info = replace(self.facts(), version=version, capabilities=self.can)
             self._known = (now, info)
         return info
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from mrflow.bridge.version import unwrapped
 from mrflow.errors import PlanError
-from mrflow.models.fields import Step
 from mrflow.models.lora import grafted
+from mrflow.pieces import Step, StepFactory
 
 Call = Mapping[str, Any]
-Opening = Callable[["BridgedPieces"], Step]
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,6 @@ class BridgedPieces:
                 after, img = block(hidden_states=img, encoder_hidden_states=txt, **given)
                 txt = txt if after is None else after
         return img, txt
-
-    def merged(self, *args: object) -> tuple[Tensor, Tensor]:
-        """Not here.
-
-        Raises:
-            PlanError: always; the blocks are diffusers' own.
-        """
-        raise PlanError("token merging works inside mrflow's own blocks; load FLUX.1 or Qwen-Image with mrflow.load")
 
     def head(self, img: Tensor, table: Tensor) -> Tensor:
         """The rest of the forward comes behind."""
@@ -162,7 +153,7 @@ class Opened:
         return hook.post_forward(self.inner, type(self.inner).forward(self.copy, *args, **kwargs))
 
 
-def opened(net: Any, family: Family, opening: Opening) -> Opened:  # noqa: ANN401
+def opened(net: Any, family: Family, factory: StepFactory) -> Opened:  # noqa: ANN401
     """A transformer's forward with a step in the place of its blocks. `net` is left as it is.
 
     Raises:
@@ -175,7 +166,7 @@ def opened(net: Any, family: Family, opening: Opening) -> Opened:  # noqa: ANN40
             "that off to use a cache of mrflow's"
         )
     pieces = BridgedPieces(inner, family)
-    step = opening(pieces)
+    step = factory(pieces)
     first, *later = family.lists
     if family.joined and later:
         held = Held(pieces, first)

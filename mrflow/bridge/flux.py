@@ -1,22 +1,21 @@
 """FLUX.1 pipelines as backbones: dev, schnell and their fine-tunes, with or without a ControlNet."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition
-from mrflow.bridge.base import KLBridged, Pipeline, check_batch, checked, has_hooks, home, plain, thousandths
+from mrflow.backbone import Condition, FieldOptions
+from mrflow.bridge.base import BRIDGED, KLBridged, Pipeline, check_batch, checked, has_hooks, home, plain, thousandths
 from mrflow.bridge.blocks import FLUX as FAMILY
-from mrflow.bridge.blocks import Opening
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity, finite
 from mrflow.models.flux import image_ids
-from mrflow.places import Places
+from mrflow.pieces import StepFactory
 from mrflow.spec import FLUX, SCHNELL, Architecture, LatentSpace, ModelInfo
 from mrflow.stages.upscale import resize
 from mrflow.tokens import pack, unpack
@@ -55,7 +54,7 @@ class BridgedFlux(KLBridged):
 
     accepts = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline")
     family = FAMILY
-    takes_places = True
+    can = replace(BRIDGED, positions=True)
     words = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     networks = ("transformer", "vae", "text_encoder", "text_encoder_2", "controlnet")
 
@@ -71,7 +70,7 @@ class BridgedFlux(KLBridged):
         self.control = control
         super().__init__(pipe, guidance=guidance, text_tokens=text_tokens, upscaler=upscaler)
 
-    def check(self) -> None:
+    def check_parts(self) -> None:
         """Tokens of the autoencoder's latents in and out; a control where there is a ControlNet, and nowhere else."""
         config, latent = self.pipe.transformer.config, 4 * self.pipe.vae.config.latent_channels
         out = config.out_channels or config.in_channels
@@ -130,25 +129,17 @@ class BridgedFlux(KLBridged):
         )
         return {"context": context, "pooled": pooled}
 
-    def field(
-        self,
-        cond: Condition,
-        *,
-        guidance: float | None = None,
-        levels: Sequence[float] | None = None,
-        step: Opening | None = None,
-        places: Places | None = None,
-    ) -> Velocity:
+    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity, with the guidance embedding where the model has one."""
         net, config = self.network(step), self.pipe.transformer.config
         info, device = self.info, self.device
         checked(info, cond, {"context": config.joint_attention_dim, "pooled": config.pooled_projection_dim})
-        if guidance is not None and not config.guidance_embeds:
+        if options.guidance is not None and not config.guidance_embeds:
             raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
-        if self.control is not None and (step is not None or places is not None):
+        if self.control is not None and (step is not None or options.positions is not None):
             raise PlanError("a ControlNet adds to every block of a whole grid: no cache and no regions beside control=")
         context, pooled = (plain(cond[name]).to(device) for name in ("context", "pooled"))
-        dtype, value = context.dtype, info.guidance if guidance is None else guidance
+        dtype, value = context.dtype, info.guidance if options.guidance is None else options.guidance
         strength = None if value is None else torch.full((cond.batch,), value, dtype=torch.float32, device=device)
         text_ids = torch.zeros(context.shape[1], 3, device=device, dtype=dtype)
         branch, control = self.branch(), self._controlled()
@@ -158,8 +149,8 @@ class BridgedFlux(KLBridged):
             check_batch(x, cond.batch)
             h, w = x.shape[2] // 2, x.shape[3] // 2
             ids = image_ids(h, w, device=device)
-            if places is not None:
-                ids[:, 1:] = places.at.to(ids)
+            if options.positions is not None:
+                ids[:, 1:] = options.positions.at.to(ids)
             with self.working(moved=moved):
                 given: dict[str, Any] = {
                     "hidden_states": pack(plain(x)).to(device, dtype),

@@ -1,19 +1,19 @@
 """FLUX.2 Klein pipelines as backbones, base and distilled."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from mrflow.backbone import Condition
-from mrflow.bridge.base import Bridged, check_batch, checked, decoded, has_hooks, plain, posterior, thousandths
-from mrflow.bridge.blocks import FLUX2, Opening
+from mrflow.backbone import Condition, FieldOptions
+from mrflow.bridge.base import BRIDGED, Bridged, check_batch, checked, decoded, has_hooks, plain, posterior, thousandths
+from mrflow.bridge.blocks import FLUX2
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.places import Places
+from mrflow.pieces import StepFactory
 from mrflow.spec import FLUX, Architecture, ByStep, LatentSpace, ModelInfo, Shift
 
 # mu as a line in the tokens, for many steps and for ten (diffusers `compute_empirical_mu`).
@@ -29,9 +29,9 @@ class BridgedFlux2(Bridged):
 
     accepts = ("Flux2KleinPipeline",)
     family = FLUX2
-    takes_places = True
+    can = replace(BRIDGED, positions=True)
 
-    def check(self) -> None:
+    def check_parts(self) -> None:
         """Patches of the autoencoder's latents in and out, no guidance embedding."""
         config, latent = self.pipe.transformer.config, 4 * self.pipe.vae.config.latent_channels
         out = config.out_channels or config.in_channels
@@ -76,19 +76,11 @@ class BridgedFlux2(Bridged):
         context, _ = self.pipe.encode_prompt(prompt=prompts, device=self.device, max_sequence_length=limit)
         return {"context": context}
 
-    def field(
-        self,
-        cond: Condition,
-        *,
-        guidance: float | None = None,
-        levels: Sequence[float] | None = None,
-        step: Opening | None = None,
-        places: Places | None = None,
-    ) -> Velocity:
+    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of one branch."""
         net, info, device = self.network(step), self.info, self.device
         checked(info, cond, {"context": self.pipe.transformer.config.joint_attention_dim})
-        if guidance is not None:
+        if options.guidance is not None:
             raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
         context = plain(cond["context"]).to(device)
         branch, moved = self.branch(), has_hooks(self.pipe.transformer)
@@ -98,9 +90,9 @@ class BridgedFlux2(Bridged):
             check_batch(x, cond.batch)
             h, w = x.shape[2:]
             ids = positions(h, w, 1, cond.batch, device)
-            if places is not None:
+            if options.positions is not None:
                 ids = ids.float()
-                ids[..., 1:3] = places.at.to(ids)
+                ids[..., 1:3] = options.positions.at.to(ids)
             with self.working(moved=moved), branch():
                 out: Tensor = net(
                     hidden_states=rearrange(plain(x), "b c h w -> b (h w) c").to(device, self.pipe.transformer.dtype),

@@ -1,18 +1,17 @@
 """Qwen-Image pipelines as backbones."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition
+from mrflow.backbone import Condition, FieldOptions
 from mrflow.bridge.base import Bridged, check_batch, checked, decoded, has_hooks, plain, posterior, thousandths
 from mrflow.bridge.blocks import QWEN as FAMILY
-from mrflow.bridge.blocks import Opening
 from mrflow.bridge.facts import parameters, shift_of
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.pieces import StepFactory
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.tokens import pack, unpack
 
@@ -26,7 +25,7 @@ class BridgedQwen(Bridged):
     accepts = ("QwenImagePipeline", "QwenImageImg2ImgPipeline")
     family = FAMILY
 
-    def check(self) -> None:
+    def check_parts(self) -> None:
         """The text-to-image transformer, without the switches of Edit and Layered."""
         config, latent = self.pipe.transformer.config, 4 * self.pipe.vae.config.z_dim
         if odd := [flag for flag in FLAGS if config.get(flag)]:
@@ -69,19 +68,12 @@ class BridgedQwen(Bridged):
         whole = context.new_ones(context.shape[:2], dtype=torch.long)
         return {"context": context, "mask": whole if mask is None else mask}
 
-    def field(
-        self,
-        cond: Condition,
-        *,
-        guidance: float | None = None,
-        levels: Sequence[float] | None = None,
-        step: Opening | None = None,
-    ) -> Velocity:
+    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of one branch; padding is masked where a batch's texts differ in length."""
         net, info, device = self.network(step), self.info, self.device
         own = self.pipe.transformer
         checked(info, cond, {"context": own.config.joint_attention_dim})
-        if guidance is not None:
+        if options.guidance is not None:
             raise PlanError(f"{info.name} has no guidance embedding; use RescaledCFG(scale)")
         context, mask = plain(cond["context"]).to(device), cond.tensors.get("mask")
         if mask is not None:

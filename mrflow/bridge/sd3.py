@@ -1,17 +1,19 @@
 """Stable Diffusion 3 and 3.5 pipelines as backbones."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition
-from mrflow.bridge.base import KLBridged, check_batch, checked, has_hooks, plain, thousandths
-from mrflow.bridge.blocks import SD3, Opening
+from mrflow.backbone import Condition, FieldOptions
+from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, checked, has_hooks, plain, thousandths
+from mrflow.bridge.blocks import SD3
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.fields import side_by_side
+from mrflow.models.transformer_model import repeated, side_by_side
+from mrflow.pieces import StepFactory
 from mrflow.spec import FLUX, Architecture, LatentSpace, ModelInfo
 
 
@@ -20,10 +22,11 @@ class BridgedSD3(KLBridged):
 
     accepts = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
     family = SD3
+    can = replace(BRIDGED, together=True)
     words = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     networks = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
-    def check(self) -> None:
+    def check_parts(self) -> None:
         """Latents of the autoencoder in and out."""
         config, latent = self.pipe.transformer.config, self.pipe.vae.config.latent_channels
         if (config.in_channels, config.out_channels) != (latent, latent):
@@ -75,19 +78,19 @@ class BridgedSD3(KLBridged):
         )
         return {"context": context, "pooled": pooled}
 
-    def field(
-        self,
-        cond: Condition,
-        *,
-        guidance: float | None = None,
-        levels: Sequence[float] | None = None,
-        step: Opening | None = None,
-    ) -> Velocity:
-        """The velocity of one branch."""
+    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+        """The velocity; conditions of equal shapes are a larger batch, as in the pipeline, others take turns."""
+        if options.beside:
+            conds = (cond, *options.beside)
+            if len({str([(name, t.shape) for name, t in sorted(c.tensors.items())]) for c in conds}) > 1:
+                fields = [self.opened(c, replace(options, beside=()), step) for c in conds]
+                return lambda x, sigma: torch.cat([f(x, sigma) for f in fields])
+            joined = self.opened(side_by_side(cond, options.beside), replace(options, beside=()), step)
+            return repeated(joined, len(conds))
         net, info, device = self.network(step), self.info, self.device
         own = self.pipe.transformer
         checked(info, cond, {"context": own.config.joint_attention_dim, "pooled": own.config.pooled_projection_dim})
-        if guidance is not None:
+        if options.guidance is not None:
             raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
         context, pooled = (plain(cond[name]).to(device) for name in ("context", "pooled"))
         branch, moved, patch = self.branch(), has_hooks(own), own.config.patch_size
@@ -109,10 +112,3 @@ class BridgedSD3(KLBridged):
                 return out.float().to(x.device)
 
         return velocity
-
-    def together(self, conds: Sequence[Condition]) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
-        """The velocities for several conditions from one pass over a larger batch, as the pipeline does."""
-        if len({str([(name, t.shape) for name, t in sorted(c.tensors.items())]) for c in conds}) > 1:
-            fields = [self.field(c) for c in conds]
-            return lambda x, sigma: tuple(f(x, sigma) for f in fields)
-        return side_by_side(conds, self.field)

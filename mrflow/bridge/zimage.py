@@ -1,18 +1,20 @@
 """Z-Image pipelines as backbones, Turbo first of all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition
-from mrflow.bridge.base import KLBridged, check_batch, checked, has_hooks, plain, thousandths
-from mrflow.bridge.blocks import Z_IMAGE, Opened, Opening
+from mrflow.backbone import Condition, FieldOptions
+from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, checked, has_hooks, plain, thousandths
+from mrflow.bridge.blocks import Z_IMAGE, Opened
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.bridge.flux2 import chat
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.fields import side_by_side
+from mrflow.models.transformer_model import repeated, side_by_side
+from mrflow.pieces import StepFactory
 from mrflow.spec import FLUX, Architecture, LatentSpace, ModelInfo
 
 GATED = 4.0  # its gated MLP of three matrices of 8/3 widths counts as two of four
@@ -27,8 +29,9 @@ class BridgedZImage(KLBridged):
 
     accepts = ("ZImagePipeline", "ZImageImg2ImgPipeline")
     family = Z_IMAGE
+    can = replace(BRIDGED, together=True)
 
-    def check(self) -> None:
+    def check_parts(self) -> None:
         """Patches of 2 x 2, no picture as a condition."""
         config, latent = self.pipe.transformer.config, self.pipe.vae.config.latent_channels
         if config.in_channels != latent or 2 not in config.all_patch_size or 1 not in config.all_f_patch_size:
@@ -72,18 +75,14 @@ class BridgedZImage(KLBridged):
         mask = torch.arange(context.shape[1], device=self.device) < lengths[:, None]
         return {"context": context, "mask": mask.long()}
 
-    def field(
-        self,
-        cond: Condition,
-        *,
-        guidance: float | None = None,
-        levels: Sequence[float] | None = None,
-        step: Opening | None = None,
-    ) -> Velocity:
-        """The velocity of one branch."""
+    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+        """The velocity; conditions beside are a larger batch, as in the pipeline."""
+        if conds := options.beside:
+            joined = self.opened(self._side_by_side((cond, *conds)), replace(options, beside=()), step)
+            return repeated(joined, 1 + len(conds))
         net, info, device = self.network(step), self.info, self.device
         own = self.pipe.transformer
-        if guidance is not None:
+        if options.guidance is not None:
             raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
         texts = self._texts(checked(info, cond, {"context": own.config.cap_feat_dim, "mask": 0}))
         branch, moved = self.branch(), has_hooks(own)
@@ -100,8 +99,8 @@ class BridgedZImage(KLBridged):
 
         return velocity
 
-    def together(self, conds: Sequence[Condition]) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
-        """The velocities for several conditions from one pass over a larger batch, as the pipeline does."""
+    def _side_by_side(self, conds: Sequence[Condition]) -> Condition:
+        """Conditions as one over a larger batch, as the pipeline has them: texts as wide as the longest."""
         longest = max(checked(self.info, c, {"context": 0, "mask": 0})["context"].shape[1] for c in conds)
 
         def wide(cond: Condition) -> Condition:
@@ -109,7 +108,8 @@ class BridgedZImage(KLBridged):
             pads = {name: t.new_zeros(cond.batch, rest, *t.shape[2:]) for name, t in cond.tensors.items()}
             return Condition({name: torch.cat((t, pads[name]), 1) for name, t in cond.tensors.items()})
 
-        return side_by_side([wide(cond) for cond in conds], self.field)
+        first, *others = map(wide, conds)
+        return side_by_side(first, others)
 
     def _texts(self, cond: Condition) -> list[Tensor]:
         """Each item's own states."""

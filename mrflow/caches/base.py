@@ -10,63 +10,23 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import Tensor
 
 from mrflow.caches.extrapolate import Extrapolation
 from mrflow.errors import PlanError
-from mrflow.spec import ModelInfo
+from mrflow.flow import Velocity
+from mrflow.pieces import Pieces, Step, StepFactory
+from mrflow.spec import Capabilities, Forecast, ModelInfo
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.caches.cached import Cached
-    from mrflow.models.fields import Step
-    from mrflow.models.layers import Merge
 
 Feature = Literal["change", "output", "velocity"]
 """What is kept: what the skipped blocks add, the image stream after them, or the velocity behind the whole network."""
-
-
-@runtime_checkable
-class Pieces(Protocol):
-    """A transformer's evaluation taken apart. Streams are (items, tokens, width); `table` holds the modulations."""
-
-    @property
-    def count(self) -> int:
-        """Blocks."""
-        ...
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The image stream of packed latents."""
-        ...
-
-    def probe(self, img: Tensor, table: Tensor) -> Tensor:
-        """The embedded image as the first block's modulated norm sees it."""
-        ...
-
-    def run(
-        self, img: Tensor, txt: Tensor, cos: Tensor, sin: Tensor, table: Tensor, start: int, stop: int
-    ) -> tuple[Tensor, Tensor]:
-        """Both streams after the blocks from `start` to before `stop`."""
-        ...
-
-    def merged(
-        self,
-        img: Tensor,
-        txt: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        table: Tensor,
-        merge: "Callable[[str, int], Merge | None]",
-    ) -> tuple[Tensor, Tensor]:
-        """Both streams after all blocks, of which the n-th of a kind ("double", "single") merges as `merge` says."""
-        ...
-
-    def head(self, img: Tensor, table: Tensor) -> Tensor:
-        """The velocity's tokens."""
-        ...
 
 
 class Unseen(Exception):
@@ -115,24 +75,6 @@ Rule = Callable[[Look], bool]
 """Whether an evaluation is computed. Called once for each, in order; what it remembers is its own."""
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What a cache will compute of `asked` evaluations of one branch; a cached one still computes `kept` of the blocks.
-
-    `exact` is false where the picture decides.
-    """
-
-    asked: int
-    computed: int
-    kept: float
-    exact: bool
-
-    @property
-    def forwards(self) -> float:
-        """The work in whole forwards."""
-        return self.computed + (self.asked - self.computed) * self.kept
-
-
 class Cache(ABC):
     """A way to leave out evaluations. Write your own: a frozen dataclass with `rule`, and the rest where it differs."""
 
@@ -163,7 +105,40 @@ class Cache(ABC):
         """What a computed evaluation costs, as a part of one without the cache."""
         return 1.0
 
-    def opened(self, pieces: Pieces, clock: "Clock", info: ModelInfo) -> "Step":
+    def field(
+        self, open_field: Callable[[StepFactory], Velocity], sigmas: Sequence[float], info: ModelInfo
+    ) -> Velocity:
+        """A model's field with a fresh memory: what `open_field` gives for this cache's step."""
+        clock, patch = Clock(sigmas), info.space.patch
+        inner = open_field(partial(self.opened, clock=clock, info=info))
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            clock.tick(sigma)
+            clock.grid = (x.shape[-2] // patch, x.shape[-1] // patch)
+            return inner(x, sigma)
+
+        return velocity
+
+    def forecast(self, info: ModelInfo, sigmas: Sequence[float], branch: Sequence[float]) -> Forecast:
+        """What it will do with a branch that is asked at the levels `branch` of an integration over `sigmas`.
+
+        Found by asking the rule, so it cannot differ from a run; where the rule must see the picture, by the estimate.
+        """
+        a = info.architecture
+        blocks = a.double_blocks + a.single_blocks if a else 0
+        start, stop = self.span(blocks)
+        kept = 1 - max(0, stop - start) / blocks if blocks else 0.0
+        asked, computed = len(branch), 0
+        rule, clock = self.rule(info, sigmas), Clock(sigmas)
+        try:
+            for index, sigma in enumerate(branch):
+                clock.tick(sigma)
+                computed += rule(Look(index, clock.place, clock.total, sigma)) or index == 0
+        except Unseen:
+            return Forecast(asked, min(asked, max(1, self.estimate(asked))), kept, exact=False)
+        return Forecast(asked, computed, kept, exact=True)
+
+    def opened(self, pieces: Pieces, clock: "Clock", info: ModelInfo) -> Step:
         """The step that one field takes; what it remembers dies with it."""
         from mrflow.caches.memory import Memory
 
@@ -181,26 +156,6 @@ class Cache(ABC):
         from mrflow.caches.cached import Cached
 
         return Cached(model, self)
-
-
-def forecast(cache: Cache, info: ModelInfo, levels: Sequence[float], branch: Sequence[float]) -> Forecast:
-    """What a cache will do with a branch that is asked at the levels `branch` of an integration over `levels`.
-
-    Found by asking the rule, so it cannot differ from a run; where the rule must see the picture, by its estimate.
-    """
-    a = info.architecture
-    blocks = a.double_blocks + a.single_blocks if a else 0
-    start, stop = cache.span(blocks)
-    kept = 1 - max(0, stop - start) / blocks if blocks else 0.0
-    asked, computed = len(branch), 0
-    rule, clock = cache.rule(info, levels), Clock(levels)
-    try:
-        for index, sigma in enumerate(branch):
-            clock.tick(sigma)
-            computed += rule(Look(index, clock.place, clock.total, sigma)) or index == 0
-    except Unseen:
-        return Forecast(asked, min(asked, max(1, cache.estimate(asked))), kept, exact=False)
-    return Forecast(asked, computed, kept, exact=True)
 
 
 class Clock:
@@ -231,6 +186,7 @@ def check_cache(cache: object, info: ModelInfo) -> None:
         raise PlanError(f"cache must be a Cache such as TeaCache(0.25), got {cache!r}{hint}")
     if info.cache is not None:
         raise PlanError(f"{info.name} is cached already, by {info.cache!r}; give the stage a model without a cache")
+    info.require(Capabilities(cache=True))
     cache.check(info)
 
 

@@ -1,25 +1,21 @@
 """What caches are fitted to: how a model's features change from one evaluation to the next."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from mrflow.backbone import Backbone, Condition
-from mrflow.caches.base import Pieces, difference
-from mrflow.caches.cached import check_open
+from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
+from mrflow.caches.base import Cache, Clock, Rule, difference
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance
+from mrflow.pieces import Pieces, Step
 from mrflow.runner import run
 from mrflow.schedules import Schedule
-from mrflow.spec import ModelInfo
+from mrflow.spec import Capabilities, ModelInfo
 from mrflow.stages.sample import Sample
-from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Change:
 Track = list[Change]
 
 
-class Witness:
+class RecordingStep:
     """A step that computes everything and writes down how it changed."""
 
     def __init__(self, pieces: Pieces, *, tracks: list[Track]) -> None:
@@ -60,47 +56,37 @@ class Witness:
         return velocity
 
 
-class Watched:
+class Recording(Cache):
+    """A cache that leaves nothing out and writes down how each branch changed."""
+
+    def __init__(self, tracks: list[Track]) -> None:
+        self.tracks = tracks
+
+    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+        """Everything is computed."""
+        return lambda look: True
+
+    def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+        """The step that writes down."""
+        return RecordingStep(pieces, tracks=self.tracks)
+
+
+class RecordingModel(Wrapper):
     """A model whose fields write down how they change; all else is the model's own."""
 
-    takes_levels = True
-
     def __init__(self, model: Backbone, tracks: list[Track]) -> None:
-        self._model, self._tracks = model, tracks
+        super().__init__(model)
+        self._cache = Recording(tracks)
 
     @property
     def info(self) -> ModelInfo:
-        """The model's facts."""
-        return self._model.info
+        """The model's facts; each branch has a track of its own, so none are run together."""
+        info = self.model.info
+        return replace(info, capabilities=replace(info.capabilities, together=False))
 
-    @property
-    def device(self) -> torch.device:
-        """Where it lives."""
-        return self._model.device
-
-    @property
-    def upscaler(self) -> Upscaler | None:
-        """Its own."""
-        return self._model.upscaler
-
-    def condition(self, prompts: Sequence[str]) -> Condition:
-        """As the model encodes them."""
-        return self._model.condition(prompts)
-
-    def field(
-        self, cond: Condition, *, guidance: float | None = None, levels: Sequence[float] | None = None
-    ) -> Velocity:
+    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
         """The model's field, watched."""
-        field = cast("Callable[..., Velocity]", self._model.field)
-        return field(cond, guidance=guidance, levels=levels, step=partial(Witness, tracks=self._tracks))
-
-    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """As the model does."""
-        return self._model.encode(pixels, noise)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """As the model does."""
-        return self._model.decode(latents)
+        return self.model.field(cond, replace(options, cache=self._cache))
 
 
 def observe(
@@ -117,13 +103,13 @@ def observe(
     Raises:
         PlanError: the model cannot be taken apart, or there are no prompts.
     """
-    check_open(model)
+    model.info.require(Capabilities(cache=True))
     if not prompts:
         raise PlanError("calibration needs at least one prompt; a dozen different ones are better")
     tracks: list[Track] = []
     stage = Sample(*(size or model.info.low), schedule, guidance=guidance)
     for prompt in prompts:
-        run(stage, cast("Backbone", Watched(model, tracks)), prompt, seed=seed)
+        run(stage, RecordingModel(model, tracks), prompt, seed=seed)
     return tracks
 
 

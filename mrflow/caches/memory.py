@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mrflow.caches.base import Cache, Clock, Look, Pieces, Rule
-from mrflow.cost import forward_flops
+from mrflow.caches.base import Cache, Clock, Look, Rule
 from mrflow.notes import count
+from mrflow.pieces import Pieces
 from mrflow.spec import ModelInfo
 
 Streams = tuple[Tensor, ...]
@@ -145,4 +145,4 @@ class Memory:
         blocks, span = self.pieces.count, self.stop - self.start
         kept = 0.0 if self.feature == "velocity" else 1 - span / blocks
         forwards = sum(due) + kept * (len(due) - sum(due))
-        count(type(self.cache).__name__, len(due), sum(due), forwards * forward_flops(self.info, tokens))
+        count(type(self.cache).__name__, len(due), sum(due), forwards, tokens=tokens)

@@ -1,9 +1,10 @@
 """ToMA (arXiv 2509.10918): image tokens that are alike are merged before a block's work and parted after it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -11,12 +12,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrflow._checks import check_whole, is_number, require
-from mrflow.caches.base import Cache, Clock, Look, Pieces, Rule
+from mrflow.caches.base import Cache, Clock, Look, Rule
 from mrflow.cost import forward_flops
-from mrflow.models.fields import Step
+from mrflow.errors import PlanError
 from mrflow.models.layers import Merge, Merged, Rope
 from mrflow.notes import count
+from mrflow.pieces import Pieces, Step
 from mrflow.spec import ModelInfo
+
+
+@runtime_checkable
+class MergingPieces(Pieces, Protocol):
+    """Pieces whose blocks can merge image tokens."""
+
+    def merged(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        table: Tensor,
+        merge: Callable[[str, int], Merge | None],
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams after all blocks, of which the n-th of a kind ("double", "single") merges as `merge` says."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,14 +92,22 @@ class ToMA(Cache):
         return tokens // per_tile * math.floor(per_tile * self.ratio)
 
     def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
-        """The step that merges."""
+        """The step that merges.
+
+        Raises:
+            PlanError: the blocks cannot merge.
+        """
+        if not isinstance(pieces, MergingPieces):
+            raise PlanError(
+                "token merging works inside mrflow's own blocks; load FLUX.1 or Qwen-Image with mrflow.load"
+            )
         return _Step(self, pieces, clock, info)
 
 
 class _Step:
     """One field's step."""
 
-    def __init__(self, toma: ToMA, pieces: Pieces, clock: Clock, info: ModelInfo) -> None:
+    def __init__(self, toma: ToMA, pieces: MergingPieces, clock: Clock, info: ModelInfo) -> None:
         self.toma, self.pieces, self.clock, self.info, self.index = toma, pieces, clock, info, 0
 
     def __call__(
@@ -97,8 +124,7 @@ class _Step:
         else:
             img, _ = p.run(img, text, cos, sin, table, 0, p.count)
         self.index += 1
-        flops = len(tokens) * forward_flops(self.info, size) * self.toma.share(self.info, size)
-        count("ToMA", len(tokens), len(tokens), flops)
+        count("ToMA", len(tokens), len(tokens), len(tokens) * self.toma.share(self.info, size), tokens=size)
         return p.head(img, table)
 
     def _merge(self, found: dict[str, Merged], rope: Rope, kind: str, number: int) -> Merge | None:

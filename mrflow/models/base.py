@@ -2,22 +2,25 @@
 
 import copy
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from mrflow.adapters import Lora, PiFlow
+from mrflow.backbone import Condition
 from mrflow.errors import PlanError, WeightsError, is_out_of_memory
 from mrflow.models.flux import Flux
 from mrflow.models.graphs import Graphed
 from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
 from mrflow.models.pieces import NetPieces
 from mrflow.models.qwen_image import QwenImage
+from mrflow.models.transformer_model import TransformerModel
 from mrflow.notes import note
 from mrflow.spec import Footprint, ModelInfo, Shift
 from mrflow.tiling import tiled
@@ -67,12 +70,8 @@ Text = TypeVar("Text")
 Model = TypeVar("Model", bound="LatentModel")
 
 
-class LatentModel:
-    """A transformer, an autoencoder and perhaps text encoders. A model of its own adds `condition` and `field`."""
-
-    takes_levels: ClassVar[bool] = True
-    takes_step: ClassVar[bool] = True
-    takes_places: ClassVar[bool] = True
+class LatentModel(TransformerModel):
+    """A transformer, an autoencoder and perhaps text encoders. A family adds `condition` and `opened`."""
 
     def __init__(
         self,
@@ -137,7 +136,11 @@ class LatentModel:
             self._adapted[key] = other
             return other
 
-    def policies(self, adapter: PiFlow, loras: Sequence[Lora] = ()) -> "Policies":
+    @abstractmethod
+    def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
+        """What every modulation starts from at a level: (b, width)."""
+
+    def policies(self, adapter: PiFlow, loras: Sequence[Lora]) -> "Policies":
         """The same model with a pi-Flow adapter, and perhaps LoRAs, on top; the last one that was asked for is kept.
 
         Raises:
@@ -160,7 +163,6 @@ class LatentModel:
             whole = lora.adapted(net, wrapped, dtype=net.dtype, device=self._device)
             mark = f"+piflow-{digest[:12]}{lora.mark_of(loras)}"
             other = self._variant(lora.grafted(whole, head.modules), mark)
-            assert isinstance(other, piflow.Steered)
             made = piflow.Policies(other, head)
             self._policies.clear()
             self._policies[key] = made

@@ -3,30 +3,19 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition
+from mrflow.backbone import Positions
 from mrflow.errors import PlanError
-from mrflow.flow import Velocity
 from mrflow.models.flux import Flux, image_ids
 from mrflow.models.layers import Rope
-from mrflow.models.qwen_image import QwenImage, packed_attention, positions
-from mrflow.places import Places
+from mrflow.models.qwen_image import QwenImage, packed_attention
+from mrflow.models.qwen_image import positions as grid_positions
+from mrflow.pieces import Step
 from mrflow.tokens import pack, unpack
-
-
-@runtime_checkable
-class Step(Protocol):
-    """Image tokens, the text stream, rotations and modulations to the velocity's tokens."""
-
-    def __call__(
-        self, tokens: Tensor, text: Tensor, cos: Tensor, sin: Tensor, table: Tensor, /, *, key: object = None
-    ) -> Tensor:
-        """`key` tells apart what shapes do not, for what is recorded per shape."""
-        ...
 
 
 def step(
@@ -63,8 +52,8 @@ class FluxField:
 
     Embedded text and rotations are made at the first call and die with the field. So are the modulations of `levels`,
     the sigmas it will be asked for; of another level when it is met. `levels=None` makes them anew in every call.
-    `using` is entered while the network works, so that its weights can be brought where they are needed. `places` says
-    where tokens lie that are no grid.
+    `using` is entered while the network works, so that its weights can be brought where they are needed. `positions`
+    says where tokens lie that are no grid.
     """
 
     def __init__(
@@ -77,9 +66,9 @@ class FluxField:
         levels: Sequence[float] | None = (),
         step: Step,
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
-        places: Places | None = None,
+        positions: Positions | None = None,
     ) -> None:
-        self.places = places
+        self.positions = positions
         self.flow, self.context, self.pooled, self.guidance = flow, context, pooled, guidance
         self.step, self.using = step, using
         self.table = Tables(self._tables, levels)
@@ -95,8 +84,8 @@ class FluxField:
             h, w = x.shape[2] // 2, x.shape[3] // 2
             if (h, w) not in self.ropes:
                 ids = image_ids(h, w, device=x.device)
-                if self.places is not None:
-                    ids[:, 1:] = self.places.at.to(ids)
+                if self.positions is not None:
+                    ids[:, 1:] = self.positions.at.to(ids)
                 self.ropes[h, w] = self.flow.rope(ids, ids.new_zeros(self.context.shape[1], 3))
             if self.text is None:
                 self.text = self.flow.embed_text(self.context)
@@ -106,18 +95,6 @@ class FluxField:
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:
         sigmas = [torch.full((len(self.pooled),), level, device=self.pooled.device) for level in levels]
         return self.flow.tables(sigmas, self.guidance, self.pooled)
-
-
-def side_by_side(
-    conds: Sequence[Condition], field: Callable[[Condition], Velocity]
-) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
-    """Fields for several conditions of equal shapes as one field over a larger batch."""
-    joined = field(Condition({name: torch.cat([c[name] for c in conds]) for name in conds[0].tensors}))
-
-    def velocities(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
-        return joined(x.repeat(len(conds), 1, 1, 1), sigma).chunk(len(conds))
-
-    return velocities
 
 
 def qwen_step(
@@ -137,7 +114,7 @@ class QwenField:
 
     `branches` holds, for each branch of a guidance, the states (tokens, width) of each item. Items whose texts are
     equally long are a batch; otherwise all lie in one sequence, and attention stays within each: no padding, no mask.
-    Modulations depend on the level alone: one row serves all items. `places` as for `FluxField`.
+    Modulations depend on the level alone: one row serves all items. `positions` as for `FluxField`.
     """
 
     def __init__(
@@ -149,9 +126,9 @@ class QwenField:
         step: Step,
         tables: Callable[[Sequence[float]], list[Tensor]],
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
-        places: Places | None = None,
+        positions: Positions | None = None,
     ) -> None:
-        self.net, self.branches, self.places = net, branches, places
+        self.net, self.branches, self.positions = net, branches, positions
         self.step, self.table, self.using = step, Tables(tables, levels), using
         items = [item for branch in branches for item in branch]
         # Equal lengths side by side, so that attention may treat them as a batch.
@@ -166,8 +143,8 @@ class QwenField:
         """Whether all texts are equally long."""
         return len(set(self.lengths)) == 1
 
-    def __call__(self, x: Tensor, sigma: float) -> tuple[Tensor, ...]:
-        """Latents (b, c, h, w) at a level to the velocity of each branch, float32."""
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """Latents (b, c, h, w) at a level to the velocities (branches b, c, h, w), float32, branch by branch."""
         if x.shape[0] != len(self.branches[0]):
             raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(self.branches[0])}")
         h, w = x.shape[2] // 2, x.shape[3] // 2
@@ -185,8 +162,7 @@ class QwenField:
             out = self.step(tokens, self.text, *self.ropes[h, w], table, key=key).float()
         back = torch.empty(len(self.order), dtype=torch.long)
         back[torch.tensor(self.order)] = torch.arange(len(self.order))
-        velocities = unpack(out.view(len(self.order), h * w, -1)[back.to(out.device)], h, w)
-        return velocities.chunk(len(self.branches))
+        return unpack(out.view(len(self.order), h * w, -1)[back.to(out.device)], h, w)
 
     def _embedded(self) -> Tensor:
         """The text streams, a batch or one behind the other."""
@@ -208,10 +184,10 @@ class QwenField:
 
     def _positions(self, h: int, w: int) -> Tensor:
         """Positions of the longest text, then of one image: a grid, or tokens at their places on one."""
-        text, places = max(self.lengths), self.places
-        if places is None:
-            return positions(h, w, text)
-        grid = positions(places.height, places.width, text)
-        image = grid[text].repeat(len(places.at), 1)  # the first cell, from which places count
-        image[:, 1:] += places.at.to(image)
+        text, given = max(self.lengths), self.positions
+        if given is None:
+            return grid_positions(h, w, text)
+        grid = grid_positions(given.height, given.width, text)
+        image = grid[text].repeat(len(given.at), 1)  # the first cell, from which positions count
+        image[:, 1:] += given.at.to(image)
         return torch.cat((grid[:text], image))

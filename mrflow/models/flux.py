@@ -158,7 +158,7 @@ class Flux(nn.Module):
         self, sigmas: Sequence[Float[Tensor, " b"]], guidance: Float[Tensor, " b"] | None, pooled: Float[Tensor, "b p"]
     ) -> list[Float[Tensor, "b m d"]]:
         """`modulate` at several levels: modulations depend on nothing else, so a chain can have them made before."""
-        vectors = [self.steering(sigma, guidance, pooled) for sigma in sigmas]
+        vectors = [self.conditioning_vector(sigma, guidance, pooled) for sigma in sigmas]
         return tables(self.modulators(), vectors, self.params.hidden, scale_first=self.final_layer.scale_first)
 
     def stack(self) -> list[nn.Module]:
@@ -174,7 +174,7 @@ class Flux(nn.Module):
             yield single.modulation.lin
         yield self.final_layer.adaLN_modulation[1]
 
-    def steering(
+    def conditioning_vector(
         self, sigma: Float[Tensor, " b"], guidance: Float[Tensor, " b"] | None, pooled: Float[Tensor, "b p"]
     ) -> Float[Tensor, "b d"]:
         """SiLU of the sum of the embeddings of level, guidance and pooled text: what every modulation starts from.

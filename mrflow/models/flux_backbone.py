@@ -1,6 +1,6 @@
 """FLUX.1 as a backbone: text encoders, transformer and autoencoder behind the methods that stages use."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition
+from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.base import DIRECT, LatentModel, count, encoded_once, footprint, shift_of
-from mrflow.models.fields import FluxField, side_by_side, step
+from mrflow.models.fields import FluxField, step
 from mrflow.models.flux import Flux
 from mrflow.models.memory import Ways
-from mrflow.models.pieces import Opening
+from mrflow.models.transformer_model import repeated, side_by_side
 from mrflow.models.vae_flux import VaeFlux
-from mrflow.places import Places
+from mrflow.pieces import StepFactory
 from mrflow.spec import FLUX, SCHNELL, Architecture, LatentSpace, ModelInfo
 from mrflow.upscaler import Upscaler
 
@@ -67,37 +67,29 @@ class Flux1(LatentModel):
 
         return Condition(encoded_once(prompts, encode))
 
-    def field(
-        self,
-        cond: Condition,
-        *,
-        guidance: float | None = None,
-        levels: Sequence[float] | None = None,
-        step: Opening | None = None,
-        places: Places | None = None,
-    ) -> Velocity:
-        """The velocity of the flow; with `levels`, the sigmas it will be asked for, their modulations come first.
-
-        `step` is given the network's pieces and gives the step that is taken in the model's own place.
-        """
+    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+        """The velocity of the flow; conditions beside are a larger batch."""
         p = self._flow.params
-        if guidance is not None and not p.guidance:
+        if options.guidance is not None and not p.guidance:
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale)")
+        if options.beside:
+            cond = side_by_side(cond, options.beside)
         context, pooled = self._checked(cond)
-        value = self._info.guidance if guidance is None else guidance
+        value = self._info.guidance if options.guidance is None else options.guidance
         strength = None if value is None else torch.full((cond.batch,), value, device=self._device)
-        announced = (levels or ()) if self._ways.fold else None
-        own = self._step if step is None else step(self._pieces)
-        using = partial(self._residency.using, "main")
-        return FluxField(self._flow, context, pooled, strength, levels=announced, step=own, using=using, places=places)
+        field = FluxField(
+            self._flow,
+            context,
+            pooled,
+            strength,
+            levels=options.sigmas if self._ways.fold else None,
+            step=self._step if step is None else step(self._pieces),
+            using=partial(self._residency.using, "main"),
+            positions=options.positions,
+        )
+        return repeated(field, 1 + len(options.beside))
 
-    def together(
-        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None, places: Places | None = None
-    ) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
-        """The velocities for several conditions at once, from one pass over a larger batch."""
-        return side_by_side(conds, partial(self.field, levels=levels, places=places))
-
-    def steering(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
+    def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
         """What every modulation starts from at a level: (b, width)."""
         _, pooled = self._checked(cond)
         value = self._info.guidance if guidance is None else guidance
@@ -106,7 +98,7 @@ class Flux1(LatentModel):
         )
         assert level is not None
         with self._residency.using("main"):
-            return self._flow.steering(level, strength, pooled)
+            return self._flow.conditioning_vector(level, strength, pooled)
 
     def _checked(self, cond: Condition) -> tuple[Tensor, Tensor]:
         """The condition's tensors on the device, if they are of this model's sizes."""

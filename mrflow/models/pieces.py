@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mrflow.models.fields import Step
 from mrflow.models.flux import Flux
 from mrflow.models.graphs import Graphed
 from mrflow.models.layers import Merge, Rope, modulated
@@ -63,10 +62,6 @@ class NetPieces:
     def head(self, img: Tensor, table: Tensor) -> Tensor:
         """The velocity's tokens."""
         return self.net.head(img, table)
-
-
-Opening = Callable[[NetPieces], Step]
-"""What `field(..., step=)` takes: given a network's pieces, the step to use, which may remember what it likes."""
 
 
 def joint(

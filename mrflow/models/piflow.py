@@ -9,7 +9,7 @@ shift, segment and mode; the published values stand in for what it leaves out.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -18,14 +18,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mrflow.adapters import Lora, PiFlow
-from mrflow.backbone import Condition
+from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import WeightsError
 from mrflow.files import located
 from mrflow.flow import Velocity
 from mrflow.models.checkpoint import Header, checkpoints_in, mapped, open_checkpoint, read_json, some
 from mrflow.models.flux import Flux
 from mrflow.models.qwen_image import QwenImage
-from mrflow.policies import DX, GM, Policy, PolicyField
+from mrflow.models.transformer_model import PolicyModel
+from mrflow.policies import DX, GM, Policy
 
 PATCH = 2  # latent cells a side of a token
 SHIFT, SEGMENT = 3.2, 1 / 3.5  # of the published adapters: 4 evaluations, the last half as long
@@ -53,52 +54,67 @@ class Head:
 
 
 @runtime_checkable
-class Steered(Protocol):
+class Asked(Protocol):
     """A model whose field gives a policy's numbers."""
 
-    def field(self, cond: Condition, *, guidance: float | None = None, levels: Any = None) -> Velocity:  # noqa: ANN401
+    def field(self, cond: Condition, options: FieldOptions = ...) -> Velocity:
         """The outputs (b, channels of the head, h, w) for latents at a level."""
         ...
 
-    def steering(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
+    def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
         """SiLU of the embedded level (b, width)."""
         ...
 
 
 @dataclass(frozen=True)
-class Policies:
-    """A model with an adapter: `field` asks the network once and gives the policy that holds from there on."""
+class Policies(PolicyModel):
+    """A model with an adapter: its network is asked once, and gives the policy that holds from there on."""
 
-    model: Steered
+    model: Asked
     head: Head
+
+    def field(self, cond: Condition, options: FieldOptions) -> "HeadField":
+        """A fresh field for one integration, asked at the sigmas of the options."""
+        inner = self.model.field(cond, replace(options, loras=(), policy=None))
+        return HeadField(self, cond, options.guidance, inner)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadField:
+    """A field through an adapter's head."""
+
+    asked: Policies
+    cond: Condition
+    guidance: float | None
+    inner: Velocity
 
     @property
     def shift(self) -> float:
         """The static shift between a policy's time and the noise level."""
-        return self.head.shift
+        return self.asked.head.shift
 
-    def field(self, cond: Condition, *, guidance: float | None = None, levels: tuple[float, ...] = ()) -> PolicyField:
-        """A fresh field for one integration; `levels` are those at which it will be asked."""
-        inner, head = self.model.field(cond, guidance=guidance, levels=levels), self.head
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """The velocity where the network is asked."""
+        return self.policy(x, sigma)(x, sigma)
 
-        def policy(x: Tensor, sigma: float) -> Policy:
-            out = inner(x, sigma).float()
-            if not head.mixture:
-                outputs = rearrange(out, "b (n c) h w -> b n c h w", n=head.count)
-                return DX(outputs, x, sigma, head.shift, head.segment, head.polynomial)
-            channels = head.count * x.shape[1]
-            means = rearrange(out[:, :channels], "b (k c) h w -> b k c h w", k=head.count)
-            logweights = out[:, channels:, None].log_softmax(1)
-            return GM(means, logweights, self._logstd(cond, sigma, guidance), x, sigma)
+    def policy(self, x: Tensor, sigma: float) -> Policy:
+        """The policy that holds from (x, sigma) on."""
+        out, head = self.inner(x, sigma).float(), self.asked.head
+        if not head.mixture:
+            outputs = rearrange(out, "b (n c) h w -> b n c h w", n=head.count)
+            return DX(outputs, x, sigma, head.shift, head.segment, head.polynomial)
+        channels = head.count * x.shape[1]
+        means = rearrange(out[:, :channels], "b (k c) h w -> b k c h w", k=head.count)
+        logweights = out[:, channels:, None].log_softmax(1)
+        return GM(means, logweights, self._logstd(sigma), x, sigma)
 
-        return policy
-
-    def _logstd(self, cond: Condition, sigma: float, guidance: float | None) -> Tensor:
+    def _logstd(self, sigma: float) -> Tensor:
         """(b, 1, 1, 1, 1)."""
-        if not isinstance(self.head.deviation, nn.Module):
-            return torch.full((cond.batch, 1, 1, 1, 1), self.head.deviation, device=cond["context"].device)
-        vector = self.model.steering(cond, sigma, guidance=guidance)
-        found: Tensor = self.head.deviation(vector)
+        cond, deviation = self.cond, self.asked.head.deviation
+        if not isinstance(deviation, nn.Module):
+            return torch.full((cond.batch, 1, 1, 1, 1), deviation, device=cond["context"].device)
+        vector = self.asked.model.conditioning_vector(cond, sigma, guidance=self.guidance)
+        found: Tensor = deviation(vector)
         return found.float().view(-1, 1, 1, 1, 1)
 
 

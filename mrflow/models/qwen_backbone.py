@@ -1,6 +1,6 @@
 """Qwen-Image as a backbone: text encoder, transformer and autoencoder behind the methods that stages use."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition
+from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.base import DIRECT, LatentModel, encoded_once, footprint, shift_of
 from mrflow.models.fields import QwenField, Tables, qwen_step
 from mrflow.models.memory import Ways
-from mrflow.models.pieces import Opening
 from mrflow.models.qwen_image import QwenImage
 from mrflow.models.vae_qwen import VaeQwen
 from mrflow.models.weights_qwen import Folded
-from mrflow.places import Places
+from mrflow.pieces import StepFactory
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.upscaler import Upscaler
 
@@ -82,28 +81,27 @@ class Qwen(LatentModel):
 
         return Condition(encoded_once(prompts, encode))
 
-    def field(
-        self,
-        cond: Condition,
-        *,
-        guidance: float | None = None,
-        levels: Sequence[float] | None = None,
-        step: Opening | None = None,
-        places: Places | None = None,
-    ) -> Velocity:
-        """The velocity of the flow; with `levels`, the sigmas it will be asked for, their modulations come first.
+    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+        """The velocity of the flow: all conditions in one pass, linears over all tokens, attention by item.
 
-        `step` is given the network's pieces and gives the step that is taken in the model's own place: one for all
-        items, or one each where their texts differ in length, which a step of its own could not tell apart.
+        With a `step`: one for all items, or one each where their texts differ in length, which it could not tell apart.
         """
-        if guidance is not None:
+        if options.guidance is not None:
             raise PlanError(f"{self._info.name} has no guidance embedding; use RescaledCFG(scale)")
+        sigmas = options.sigmas if self._ways.fold else None
         if step is None:
-            velocities = self.together((cond,), levels=levels, places=places)
-            return lambda x, sigma: velocities(x, sigma)[0]
+            return QwenField(
+                self._flow,
+                [self._states(each) for each in (cond, *options.beside)],
+                levels=sigmas,
+                step=self._step,
+                tables=self._tables,
+                using=partial(self._residency.using, "main"),
+                positions=options.positions,
+            )
         items = self._states(cond)
         alike = len({len(item) for item in items}) == 1
-        tables = Tables(self._tables, (levels or ()) if self._ways.fold else None)
+        tables = Tables(self._tables, sigmas)
         fields = [
             QwenField(
                 self._flow,
@@ -112,7 +110,7 @@ class Qwen(LatentModel):
                 step=step(self._pieces),
                 tables=lambda wanted: [tables(sigma) for sigma in wanted],
                 using=partial(self._residency.using, "main"),
-                places=places,
+                positions=options.positions,
             )
             for group in ([items] if alike else [[item] for item in items])
         ]
@@ -121,28 +119,14 @@ class Qwen(LatentModel):
             if x.shape[0] != len(items):
                 raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(items)}")
             parts = x.split(len(x) // len(fields))
-            return torch.cat([field(part, sigma)[0] for field, part in zip(fields, parts, strict=True)])
+            return torch.cat([field(part, sigma) for field, part in zip(fields, parts, strict=True)])
 
         return velocity
 
-    def together(
-        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None, places: Places | None = None
-    ) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
-        """The velocities for several conditions at once, from one pass: linears over all tokens, attention by item."""
-        return QwenField(
-            self._flow,
-            [self._states(cond) for cond in conds],
-            levels=(levels or ()) if self._ways.fold else None,
-            step=self._step,
-            tables=self._tables,
-            using=partial(self._residency.using, "main"),
-            places=places,
-        )
-
-    def steering(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
+    def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
         """What every modulation starts from at a level: (b, width), alike for all items."""
         with self._residency.using("main"):
-            vector = self._flow.steering(torch.full((1,), sigma, device=self._device))
+            vector = self._flow.conditioning_vector(torch.full((1,), sigma, device=self._device))
         return vector.expand(cond.batch, -1)
 
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:

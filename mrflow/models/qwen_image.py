@@ -156,7 +156,7 @@ class QwenImage(nn.Module):
 
     def tables(self, sigmas: Sequence[Float[Tensor, " b"]]) -> list[Float[Tensor, "b m d"]]:
         """Every modulation vector at several levels; they depend on nothing else, so all prompts share them."""
-        vectors = [self.steering(sigma) for sigma in sigmas]
+        vectors = [self.conditioning_vector(sigma) for sigma in sigmas]
         return tables(self.modulators(), vectors, self.params.hidden, scale_first=self.final_layer.scale_first)
 
     def stack(self) -> list[nn.Module]:
@@ -170,7 +170,7 @@ class QwenImage(nn.Module):
             yield block.txt_mod.lin
         yield self.final_layer.adaLN_modulation[1]
 
-    def steering(self, sigma: Float[Tensor, " b"], embedder: Embedder | None = None) -> Float[Tensor, "b d"]:
+    def conditioning_vector(self, sigma: Float[Tensor, " b"], embedder: Embedder | None = None) -> Float[Tensor, "b d"]:
         """SiLU of the embedded level: what every modulation starts from.
 
         As in the reference, 1000 sigma is rounded to the working dtype and divided by 1000 in it; the sinusoid is that

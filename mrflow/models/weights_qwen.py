@@ -112,7 +112,7 @@ class Prepared:
         with torch.inference_mode():
             here = next(net.time_in.parameters()).device == device  # a copy, elsewhere in memory, may round differently
             embedder = net.time_in if here else copy.deepcopy(net.time_in).to(device)
-            vectors = [net.steering(torch.full((1,), level, device=device), embedder) for level in levels]
+            vectors = [net.conditioning_vector(torch.full((1,), level, device=device), embedder) for level in levels]
             first = net.final_layer.scale_first
             made = tables((linear(name) for name in linears), vectors, net.params.hidden, scale_first=first)
         out = {level: table.cpu() for level, table in zip(levels, made, strict=True)}

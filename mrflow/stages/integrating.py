@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from mrflow.adapters import Lora, Loras, PiFlow, check_loras, check_policy, with_loras, with_policy
+from mrflow.adapters import Lora, Loras, PiFlow, check_loras
+from mrflow.backbone import FieldOptions
 from mrflow.caches.base import Cache, check_cache
-from mrflow.caches.cached import check_open
 from mrflow.cost import sampling_work
 from mrflow.errors import PlanError
 from mrflow.guidance import Distilled, Guidance, own_guidance
 from mrflow.noise import Noise
 from mrflow.schedules import Sigmas
-from mrflow.solvers import Solver
+from mrflow.solvers import Euler, Solver
 from mrflow.spec import Latents, ModelInfo, Spec
 from mrflow.stage import Stage, Work
 
@@ -52,14 +52,20 @@ class Integrating(Stage[S, Latents]):
         """The adapters that are on in this stage."""
         return check_loras(self.lora)
 
+    @property
+    def options(self) -> FieldOptions:
+        """What this stage asks of the model's field."""
+        return FieldOptions(cache=self.cache, loras=self.adapters, policy=self.policy)
+
     def check_settings(self, model: ModelInfo) -> None:
         """Refuse settings that cannot be for this model.
 
         Raises:
-            PlanError: the cache or the policy cannot be, alone or beside the others.
+            PlanError: the model cannot do what they need, or they cannot be beside each other.
         """
         check_cache(self.cache, model)
         check_policy(self.policy, self.solver, self.guidance, self.cache)
+        model.require(self.options.needs)
 
     def check_beginning(self, levels: Sigmas, at: float) -> None:
         """Refuse a schedule that does not begin at the noise level of what it is given.
@@ -83,17 +89,30 @@ class Integrating(Stage[S, Latents]):
         return self.solver.points(self.visited(spec, model))
 
     def check(self, model: "Backbone") -> None:
-        """A cache needs a model that can be taken apart, an adapter one that it fits."""
-        if self.policy is not None:
-            with_policy(model, self.policy, self.adapters)
-            return
-        with_loras(model, self.adapters)
-        if self.cache is not None:
-            check_open(model)
+        """An adapter must fit the model."""
+        model.check(self.options)
 
     def integrated(self, x: Tensor, levels: Sigmas, ctx: "Context") -> Tensor:
         """From the first of the levels to the last."""
         if self.policy is not None:
             return ctx.follow(self.policy, x, levels, guidance=self.guidance, lora=self.adapters)
         guidance = self.guidance or own_guidance(ctx.model.info)
-        return ctx.integrate(self.solver, guidance, x, levels, source=self.noise, cache=self.cache, lora=self.adapters)
+        return ctx.integrate(self.solver, guidance, x, levels, source=self.noise, options=self.options)
+
+
+def check_policy(policy: object, solver: Solver, guidance: Guidance | None, cache: object) -> None:
+    """Refuse what a policy leaves no room for.
+
+    Raises:
+        PlanError: another solver than Euler, classifier-free guidance or a cache beside a policy.
+    """
+    if policy is None:
+        return
+    if not isinstance(policy, PiFlow):
+        raise PlanError(f"policy takes PiFlow(path), got {policy!r}")
+    if solver != Euler():
+        raise PlanError(f"a policy is followed by small Euler steps; leave out solver={solver!r}")
+    if not (guidance is None or isinstance(guidance, Distilled)):
+        raise PlanError(f"a policy holds its teacher's guidance and is asked once; leave out guidance={guidance!r}")
+    if cache is not None:
+        raise PlanError("a policy asks the network too seldom for a cache to leave anything out")

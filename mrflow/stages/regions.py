@@ -14,19 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrflow._checks import is_number, is_whole, require
+from mrflow.backbone import FieldOptions, Positions
 from mrflow.cost import decode_flops, forward_flops
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
 from mrflow.noise import Noise, PerItem
-from mrflow.places import Places, check_places
 from mrflow.schedules import Sigmas, shift_static
 from mrflow.solvers import Euler, Step
-from mrflow.spec import Latents, ModelInfo, Start, State, check_size
+from mrflow.spec import Capabilities, Latents, ModelInfo, Start, State, check_size
 from mrflow.stage import Stage, Work
 from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
     from mrflow.runner import Context
 
 Three = tuple[float, float, float]
@@ -94,6 +93,7 @@ class SampleRegions(Stage[Start, Latents]):
 
     def plan(self, spec: Start, model: ModelInfo) -> Latents:
         """Clean latents of the picture's size."""
+        model.require(Capabilities(positions=True))
         check_size(self.height, self.width, model.space)
         if self.height % (2 * model.space.multiple) or self.width % (2 * model.space.multiple):
             raise PlanError(f"half of {self.height}x{self.width} is not a whole number of tokens")
@@ -109,10 +109,6 @@ class SampleRegions(Stage[Start, Latents]):
             nfe, flops = nfe + evals, flops + evals * forward_flops(model, tokens)
         flops += decode_flops(model, self.height // 2, self.width // 2)
         return Work(nfe, spec.batch * flops, negative=guidance.passes > 1)
-
-    def check(self, model: "Backbone") -> None:
-        """The model must be able to draw on tokens that are no grid."""
-        check_places(model)
 
     def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
         """Three integrations and two transitions."""
@@ -155,8 +151,8 @@ class SampleRegions(Stage[Start, Latents]):
         out: list[Tensor] = []
         for i in range(len(tokens)):
             row = unpack(tokens[i : i + 1], 1, tokens.shape[1], patch=patch)
-            places = Places(at[i], h, w)
-            out.append(pack(ctx.only(i).integrate(Euler(), guidance, row, sigmas, places=places), patch=patch))
+            options = FieldOptions(positions=Positions(at[i], h, w))
+            out.append(pack(ctx.only(i).integrate(Euler(), guidance, row, sigmas, options=options), patch=patch))
         return torch.cat(out)
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mrflow.backbone import Backbone, Condition
+from mrflow.backbone import Backbone, Condition, Wrapper
 from mrflow.cache import StageCache
 from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_device_lost, is_out_of_memory
 from mrflow.files import beneath
@@ -37,15 +37,13 @@ Held = tuple[Pair, Claim]
 CACHE_BYTES = 1 << 30
 
 
-class Remembered:
+class Remembering(Wrapper):
     """A model that encodes the same prompts once."""
 
     def __init__(self, model: Backbone, *, most: int = 64) -> None:
-        self._model, self._most = model, most
+        super().__init__(model)
+        self._most = most
         self._known: dict[tuple[str, ...], Condition] = {}
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._model, name)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """The model's own, from memory where these were asked for before."""
@@ -53,7 +51,7 @@ class Remembered:
         if key not in self._known:
             while len(self._known) >= self._most:
                 del self._known[next(iter(self._known))]
-            self._known[key] = self._model.condition(prompts)
+            self._known[key] = self.model.condition(prompts)
         return self._known[key]
 
 
@@ -66,7 +64,7 @@ class Maker:
         self.sweep, self.store, self.row_timeout = sweep, store, row_timeout
         self.again: dict[str, str] = {}
         self._stale: dict[str, tuple[str, Pair]] = {}
-        self.model = cast(Backbone, Remembered(model))
+        self.model = Remembering(model)
         self.prints = {label: fingerprints(chain) for label, chain in sweep.chains.items()}
         self.plans = sweep.plans(model.info)
         self.negative = sweep.negative_for(model.info)

@@ -16,7 +16,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.caches import Cache, DBCache, Extrapolation, Look, MagCache, Rule, TaylorSeer, TeaCache, memory
 from mrflow.caches.base import Feature
-from mrflow.caches.calibrate import Track, Watched
+from mrflow.caches.calibrate import RecordingModel, Track
 from mrflow.caches.magcache import RATIOS
 from mrflow.caches.teacache import COEFFICIENTS
 from tests.parity.test_flux import relative
@@ -91,7 +91,7 @@ class Pair:
         """The same by us: a stage with a cache."""
         ran: list[bool] = []
 
-        def seen(name: str | None, asked: int, computed: int, flops: float) -> None:
+        def seen(name: str | None, asked: int, computed: int, forwards: float, *, tokens: int) -> None:
             ran.append(bool(computed))
 
         monkeypatch.setattr(memory, "count", seen)
@@ -258,7 +258,7 @@ def test_ratios_are_measured_as_theirs(pair: Pair, capsys: pytest.CaptureFixture
     pair.theirs(MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
     want = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("[1.0")]
     tracks: list[Track] = []
-    watched: Any = Watched(pair.model, tracks)
+    watched = RecordingModel(pair.model, tracks)
     mf.run(mf.Sample(64, 64, mf.Shifted(STEPS), noise=mf.Stream(0)), watched, "a cat", seed=SEED)
     got = [[1.0, *(step.ratio for step in track)] for track in tracks]
     assert len(want) == len(got) == (1 if pair.kind == "flux" else 2)

@@ -6,7 +6,7 @@ transformer, autoencoder and x2 super-resolution net. The model card is beside i
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mrflow.adapters import Lora
-from mrflow.backbone import Condition
+from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.checkpoint import Header, read_header
-from mrflow.models.fields import FluxField, side_by_side
+from mrflow.models.fields import FluxField
 from mrflow.models.fields import step as flux_step
 from mrflow.models.flux import Flux, FluxParams
-from mrflow.models.pieces import NetPieces, Opening
+from mrflow.models.pieces import NetPieces
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
 from mrflow.models.text import check_prompt
-from mrflow.places import Places
+from mrflow.models.transformer_model import TransformerModel, repeated, side_by_side
+from mrflow.pieces import StepFactory
 from mrflow.scenes import hard
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
-from mrflow.spec import Architecture, Footprint, LatentSpace, ModelInfo, Shift
+from mrflow.spec import EVERYTHING, Architecture, Footprint, LatentSpace, ModelInfo, Shift
 from mrflow.upscaler import Upscaler
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ POCKET = ModelInfo(
     encode=(32_704, 0),
     decode=(51_136, 0),
     footprint=FOOTPRINT,
+    capabilities=replace(EVERYTHING, policy=False),
 )
 SMALL = replace(
     POCKET,
@@ -157,7 +159,7 @@ class PocketSR(Upscaler):
         return out
 
 
-class Pocket:
+class Pocket(TransformerModel):
     """The embedded model as a backbone. Build it with `mrflow.load("pocket")`."""
 
     def __init__(
@@ -235,37 +237,23 @@ class Pocket:
         other._info = replace(self._info, version=self._info.version + mark)
         return other
 
-    takes_levels = True
-
-    takes_step = True
-
-    takes_places = True
-
-    def field(
-        self,
-        cond: Condition,
-        *,
-        guidance: float | None = None,
-        levels: Sequence[float] | None = None,
-        step: Opening | None = None,
-        places: Places | None = None,
-    ) -> Velocity:
-        """The velocity of the flow for these captions; `levels` are the sigmas it will be asked for.
-
-        `step` is given the network's pieces and gives the step that is taken in the model's own place.
-        """
-        if guidance is not None:
+    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+        """The velocity of the flow for these captions; conditions beside are a larger batch."""
+        if options.guidance is not None:
             raise PlanError("pocket has no guidance embedding; use CFG(scale)")
+        if options.beside:
+            cond = side_by_side(cond, options.beside)
         own = partial(flux_step, self._flow) if step is None else step(NetPieces(self._flow))
-        return FluxField(
-            self._flow, cond["context"], cond["pooled"], None, levels=levels or (), step=own, places=places
+        field = FluxField(
+            self._flow,
+            cond["context"],
+            cond["pooled"],
+            None,
+            levels=options.sigmas,
+            step=own,
+            positions=options.positions,
         )
-
-    def together(
-        self, conds: Sequence[Condition], *, levels: Sequence[float] | None = None, places: Places | None = None
-    ) -> Callable[[Tensor, float], tuple[Tensor, ...]]:
-        """The velocities for several conditions at once, from one pass over a larger batch."""
-        return side_by_side(conds, partial(self.field, levels=levels, places=places))
+        return repeated(field, 1 + len(options.beside))
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it."""
