@@ -17,7 +17,7 @@ from mrflow.models.pocket.model import LONG_TEXT, SHIPPED, TEXT_LENGTH, VOCABULA
 from mrflow.scenes.grammar import held_out
 from mrflow.scenes.hard import HARD, KINDS, parse
 
-LITTLE = replace(recipe.LESSON, autoencoder=2, scenes=6, shards={128: 2, 256: 1}, batch={128: 4, 256: 2})
+LITTLE = replace(recipe.LESSON, autoencoder=2, sr=2, scenes=6, shards={128: 2, 256: 1}, batch={128: 4, 256: 2})
 WHOLE = ["--steps", "3", "--batch", "0.03", "--shards", "0.003", "--every", "0"]
 
 
@@ -33,7 +33,7 @@ def test_pieces_end_where_one_run_would_have(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(recipe, "SHOWN", recipe.SHOWN[:1])
     run_main(monkeypatch, *WHOLE, "--out", str(tmp_path / "whole"))
     file = tmp_path / "cut" / "pocket-4.safetensors"
-    for _ in range(3):  # each piece ends after one step
+    for _ in range(3):  # each piece ends after one step of the flow
         assert not file.exists()
         run_main(monkeypatch, *WHOLE, "--out", str(tmp_path / "cut"), "--minutes", "1e-9")
     assert file.exists()

@@ -1,9 +1,10 @@
 """Can a small flow learn a world that one forward cannot draw, on two processor cores?
 
-Trains the autoencoder, the flow and the text encoder of pocket-4 from pocket-3's weights; the super-resolution net is
-pocket-3's. Scenes are rendered and encoded once, in shards under --out. The run is made in pieces: the same command
-resumes from the last checkpoint, and after the last step it writes NAME.safetensors. The rate is constant and falls
-over the last 30 % of the steps; `--steps` may be raised later. `--finish` writes the weights of the last checkpoint.
+Trains the autoencoder, the flow with the text encoder, and the super-resolution net of pocket-4, in this order, from
+pocket-3's weights. Scenes are rendered and encoded once, in shards under --out. The run is made in pieces: the same
+command resumes from the last checkpoint, and after the last step it writes NAME.safetensors. The flow's rate is constant
+and falls over the last 30 % of the steps; `--steps` may be raised later. `--finish` writes the weights of the last
+checkpoint.
 
     python -m experiments.train_pocket.hard --minutes 20 --threads 2 --bf16 --compile       # two cores
     python -m experiments.train_pocket.hard --minutes 8 --device cuda --batch 12 --shards 4
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from experiments.train_pocket import autoencoder
+from experiments.train_pocket import autoencoder, sr
 from experiments.train_pocket.autoencoder import State, loaded
 from experiments.train_pocket.data import rendered, start_log, unit
 from experiments.train_pocket.export import export
@@ -51,13 +52,14 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Lesson:
-    """The autoencoder's steps; and what the flow sees.
+    """The steps of the autoencoder and of the super-resolution net; and what the flow sees.
 
     Shards of so many scenes, and for each size their number, the batch and its share of the steps.
     """
 
     world: HardWorld
     autoencoder: int
+    sr: int
     scenes: int
     shards: Mapping[int, int]
     batch: Mapping[int, int]
@@ -65,7 +67,7 @@ class Lesson:
     rate: float = RATE
 
 
-LESSON = Lesson(HARD, 300, 2000, {128: 12, 256: 8}, {128: 128, 256: 40}, {128: 0.45, 256: 0.55})
+LESSON = Lesson(HARD, 300, 600, 2000, {128: 12, 256: 8}, {128: 128, 256: 40}, {128: 0.45, 256: 0.55})
 Shard = tuple[Tensor, Tensor, Tensor]
 
 
@@ -138,6 +140,12 @@ def encoder(run: Run, lesson: Lesson, start: State) -> State:
     return autoencoder.train(run, net, lesson.world, steps, start, seen=seen, crops=8, rate=7e-4)
 
 
+def enlarger(run: Run, lesson: Lesson, auto: State, start: State) -> State:
+    """The super-resolution net, trained on from a start, on what this autoencoder decodes."""
+    low = min(lesson.share)
+    return sr.train(run, "sr", lesson.world, lesson.sr, auto, sizes=(low,), pairs=800, start=start)
+
+
 def loop_of(run: Run, lesson: Lesson, net: Trainee, auto: State, steps: int) -> Loop:
     """The steps of the flow, at the checkpoint if there is one."""
     sizes, info = tuple(lesson.share), replace(POCKET, size=(256, 256), low=(128, 128))
@@ -185,12 +193,12 @@ def learn(run: Run, lesson: Lesson, net: Trainee, auto: State, steps: int, *, co
     return loop
 
 
-def write(run: Run, name: str, loop: Loop, auto: State, sr: State) -> Path:
+def write(run: Run, name: str, loop: Loop, auto: State, larger: State) -> Path:
     """The model's file, of the averaged weights."""
     path = run.folder / f"{name}.safetensors"
     flow = {key: value.float().cpu() for key, value in loop.average.items()}
     facts = {"cfg": "2", "size": "256", "low": "128", "steps": f"{loop.step}", "seen": str(loop.seen)}
-    export(name, flow, auto, sr, path, facts)
+    export(name, flow, auto, larger, path, facts)
     return path
 
 
@@ -235,19 +243,20 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     start_log(args.out)
-    net, auto, sr = start_from("pocket-3")
+    net, auto, larger = start_from("pocket-3")
     if args.finish:
-        auto = finished(run, "autoencoder") or auto
+        auto, larger = finished(run, "autoencoder") or auto, finished(run, "sr") or larger
         loop = loop_of(run, lesson, net, auto, args.steps)
     else:
         try:
             auto = encoder(run, lesson, auto)
             loop = learn(run, lesson, net, auto, args.steps, compiled=args.compile)
+            loop.save()
+            larger = enlarger(run, lesson, auto, larger)
         except PieceOver as over:
             log.info("%s; the same command resumes", over)
             return
-        loop.save()
-    log.info("made %s", write(run, args.name, loop, auto, sr))
+    log.info("made %s", write(run, args.name, loop, auto, larger))
 
 
 if __name__ == "__main__":
