@@ -2,7 +2,7 @@
 
 Trains the autoencoder, the flow with the text encoder, and the super-resolution net of pocket-4, in this order, from
 pocket-3's weights. Scenes are rendered and encoded once, in shards under --out. The run is made in pieces: the same
-command resumes from the last checkpoint, and after the last step it writes NAME.safetensors. The flow's rate is constant
+command resumes from the last checkpoint, and after the last step it writes NAME.safetensors. The rate is constant
 and falls over the last 30 % of the steps; `--steps` may be raised later. `--finish` writes the weights of the last
 checkpoint.
 
