@@ -169,6 +169,8 @@ def scored(
     categories = [*sorted({c for each in first for c in each} - {"overall"}), "overall"]
 
     def cell(values: list[tuple[str, float]], form: str) -> str:
+        if not values:  # no other caption of this kind among so few
+            return "-"
         mean, low_end, high_end = interval(values, rng)
         return f"{mean:{form}} ({low_end:{form}} to {high_end:{form}})"
 

@@ -63,6 +63,7 @@ from mrflow.schedules import Linear as Linear
 from mrflow.schedules import LogitNormal as LogitNormal
 from mrflow.schedules import Schedule as Schedule
 from mrflow.schedules import Shifted as Shifted
+from mrflow.schedules import WithShift as WithShift
 from mrflow.solvers import AB2 as AB2
 from mrflow.solvers import AB3 as AB3
 from mrflow.solvers import RK4 as RK4

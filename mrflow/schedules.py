@@ -222,29 +222,40 @@ class Karras(Schedule):
 
 @dataclass(frozen=True)
 class Beta(Schedule):
-    """Quantiles of the beta distribution at 1 - i / steps (Lee et al. 2024, arXiv 2407.12173; ComfyUI "beta").
+    """Quantiles of the beta distribution at 1 - i / steps, without a shift (Lee et al. 2024, arXiv 2407.12173).
 
-    alpha = beta = 1 is `Linear`; below 1, steps gather at both ends.
+    alpha = beta = 1 is `Linear`; below 1, steps gather at both ends. ComfyUI's "beta" takes these quantiles of the
+    model's shifted table, which is `WithShift(Beta(steps))` up to the table's rounding. diffusers' `use_beta_sigmas`
+    takes those at 1 - i / (steps - 1) of the way from `low`, the last level before 0 of the shifted schedule, to 1:
+    `Beta(steps, low=Shifted(steps)(1.0, tokens, model)[-2])`. `low` does nothing in one step.
     """
 
     steps: int
     alpha: float = field(default=0.6, kw_only=True)
     beta: float = field(default=0.6, kw_only=True)
+    low: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
         check_number("alpha", self.alpha, 0.25, 100.0)
         check_number("beta", self.beta, 0.25, 100.0)
+        if self.low is not None:
+            _between("low", self.low, 0.0, 1.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        if self.low is not None and self.steps > 1:
+            low, grid = self.low, beta_grid(self.steps - 1, float(self.alpha), float(self.beta))
+            return _scale((*(low + q * (1.0 - low) for q in grid), 0.0), start)
         return _scale(beta_grid(self.steps, float(self.alpha), float(self.beta)), start)
 
 
 @dataclass(frozen=True)
 class LogitNormal(Schedule):
-    """Quantiles at 1 - i / steps of the logit-normal density that flow models are trained with.
+    """Quantiles at 1 - i / steps of the logit-normal density that flow models are trained with, without a shift.
 
-    sigmoid(mean + std z), z the normal quantile (arXiv 2403.03206, eq. 19): steps lie where training looked.
+    sigmoid(mean + std z), z the normal quantile (arXiv 2403.03206, eq. 19): steps lie where training looked. Where
+    training or sampling shifted its levels as well, that is `WithShift(LogitNormal(steps))`; a shift by mu is the same
+    as mu added to `mean`.
     """
 
     steps: int
@@ -264,7 +275,7 @@ class LogitNormal(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """The cosine schedule in flow form: tan(a) / (1 + tan(a)), a = pi/2 (1 - i / steps).
+    """The cosine schedule in flow form, without a shift: tan(a) / (1 + tan(a)), a = pi/2 (1 - i / steps).
 
     The "CosMap" of arXiv 2403.03206, eq. 21: its signal-to-noise ratio is that of alpha = cos, sigma = sin.
     """
@@ -277,6 +288,30 @@ class Cosine(Schedule):
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         angles = (math.pi / 2 * s for s in _even(self.steps)[1:-1])
         return _scale((1.0, *(math.sin(a) / (math.sin(a) + math.cos(a)) for a in angles), 0.0), start)
+
+
+@dataclass(frozen=True)
+class WithShift(Schedule):
+    """Another schedule's levels bent by a resolution-dependent shift; None is the model's own curve.
+
+    start stretch(shift(s, mu(tokens)), terminal) of every level s that `inner` has from 1: `WithShift(Linear(n))` is
+    `Shifted(n)`, but for a curve's `last`, which is of even grids alone.
+    """
+
+    inner: Schedule
+    shift: Shift | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Schedule):
+            raise PlanError(f"WithShift bends a schedule, such as WithShift(Beta(12)), got {self.inner!r}")
+        if self.shift is not None and not isinstance(self.shift, Shift):
+            raise PlanError(
+                f"a shift is a Shift, such as Shift.fixed(3.0), or None for the model's own, got {self.shift!r}"
+            )
+
+    def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
+        grid = self.inner(1.0, tokens, model)
+        return _scale(_bent(grid, tokens, model.shift if self.shift is None else self.shift), start)
 
 
 @dataclass(frozen=True)
@@ -307,12 +342,16 @@ def _even(steps: int) -> Sigmas:
 
 
 def _shifted(steps: int, tokens: int, curve: Shift) -> Sigmas:
-    check_whole("tokens", tokens, 1)
-    mu = curve.mu(tokens, steps=steps)
-    bend = shift if curve.kind == "exponential" else shift_linear
     grid = _even(steps)
     if curve.last is not None and steps > 1:
         grid = (*(1.0 - (1.0 - curve.last) * (i / (steps - 1)) for i in range(steps - 1)), curve.last, 0.0)
+    return _bent(grid, tokens, curve)
+
+
+def _bent(grid: Sigmas, tokens: int, curve: Shift) -> Sigmas:
+    check_whole("tokens", tokens, 1)
+    mu = curve.mu(tokens, steps=len(grid) - 1)
+    bend = shift if curve.kind == "exponential" else shift_linear
     levels = tuple(bend(s, mu) for s in grid)
     return levels if curve.terminal is None else stretch(levels, curve.terminal)
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -226,10 +227,12 @@ class AB3(Solver):
 class DPMpp2M(Solver):
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, alg. 2) in flow form; its history holds clean estimates.
 
-    x' = (to / sigma) x + (1 - to / sigma) D, D = D_i + h / (2 h_last) (D_i - D_last), with steps h measured in lambda =
-    log((1 - sigma) / sigma). In the limits D is D_i: after sigma 1 (h_last infinite) and to 0 (h infinite, where the
-    extrapolation diverges), as in the first step. Exact where the clean estimate does not change. Order 2; all the way
-    to 0 the error falls as log(n) / n^2, since the last steps do not shrink in lambda.
+    x' = (to / sigma) x + (1 - to / sigma) D, D = D_i + h / (2 h_last) (D_i - D_last), with steps h measured in the half
+    log-SNR lambda = log((1 - sigma) / sigma), as diffusers' flow `DPMSolverMultistepScheduler` does; k-diffusion's
+    `sample_dpmpp_2m` measures them in -log(sigma), which differs on flow levels. In the limits D is D_i: after sigma 1
+    (h_last infinite) and to 0 (h infinite, where the extrapolation diverges), as in the first step. Exact where the
+    clean estimate does not change. Order 2; all the way to 0 the error falls as log(n) / n^2, since the last steps do
+    not shrink in lambda.
     """
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
@@ -247,13 +250,37 @@ class StochasticEuler(StochasticSolver):
     """Euler after a rise of the noise, which keeps the marginal (arXiv 2206.00364, alg. 2, in flow form): order 1.
 
     A step from a level below 1 first raises sigma / (1 - sigma) by the factor exp(`churn` (sigma - to)) with fresh
-    noise: in all exp(churn) from 1 to 0, however many steps there are, so finer schedules converge.
+    noise: in all exp(churn) from 1 to 0, however many steps there are, so finer schedules converge. Too much churn for
+    too few steps leaves too little variance, which looks flat and blurred; `variance` says how much.
     """
 
     churn: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("churn", self.churn, 0.0, 50.0)
+
+    def variance(self, sigmas: Sequence[float]) -> float:
+        """The variance at the last of the levels over the true one, for unit Gaussian data and its exact velocity.
+
+        Closed form: a rise is `flow.raise_noise`; an Euler step from s by h multiplies x by 1 + h (2 s - 1) / m(s),
+        with m(s) = s^2 + (1 - s)^2 the true variance.
+
+        Raises:
+            PlanError: the levels are not in [0, 1] and falling.
+        """
+
+        def true(s: float) -> float:
+            return s * s + (1.0 - s) ** 2
+
+        levels = check_sigmas(sigmas)
+        have = true(levels[0])
+        for sigma, to in pairwise(levels):
+            at = sigma if sigma == 1.0 else shift(sigma, self.churn * (sigma - to))
+            if sigma < 1.0:
+                kept = (1.0 - at) / (1.0 - sigma)
+                have = kept**2 * have + at**2 - (kept * sigma) ** 2
+            have *= (1.0 + (to - at) * (2.0 * at - 1.0) / true(at)) ** 2
+        return have / true(levels[-1])
 
     def step(
         self, v: Velocity, x: Tensor, sigma: float, to: float, past: History, *, noise: Tensor | None = None

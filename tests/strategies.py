@@ -17,6 +17,7 @@ from mrflow.schedules import (
     LogitNormal,
     Schedule,
     Shifted,
+    WithShift,
 )
 from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo, Shift
 
@@ -67,6 +68,7 @@ def schedules(draw: DrawFn, *, steps: SearchStrategy[int] = step_counts) -> tupl
         st.builds(LogitNormal, st.just(n), mean=st.floats(-5, 5), std=st.floats(0.01, 8)),
         st.just(LogitNormal(n)),
         st.just(Cosine(n)),
+        st.just(WithShift(Cosine(n))),
         st.builds(FlowMap, st.just(n), shift=st.floats(0.001, 1000), final_step=st.floats(0.001, 1)),
         st.just(FlowMap(n)),
         st.just(Explicit(tuple((n - i) / n for i in range(n + 1)))),

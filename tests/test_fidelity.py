@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mrflow.backbone import Backbone
 from mrflow.errors import NonFiniteError, PlanError
 from mrflow.scenes import FULL, CaptionError, Scene, fidelity, fidelity_many, law_distance, parse, render, sample_scene
+from mrflow.scenes.fidelity import _displacement, _spectrum  # pyright: ignore[reportPrivateUsage]
 from mrflow.scenes.fit import Adjustable, Edge, Part, Slot, Values, fit
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
@@ -251,6 +252,23 @@ def test_a_picture_without_the_thing_is_far_off_and_still_scored(level: float) -
     found = fidelity(np.full((3, 128, 128), level, np.float32), STAR)
     assert found["psnr"] < 20 and found["boundary_iou"] == 0 and found["edge"] == pytest.approx(4)
     assert abs(found["corner"]) < 0.3 and all(math.isfinite(value) for value in found.values())
+
+
+def test_an_edge_is_matched_by_one_of_its_own_direction() -> None:
+    """A step up at 10.5 against one at 13, and against a step down there."""
+    true, moved = (np.clip(np.arange(24, dtype=np.float32) - at, 0, 1)[None].repeat(24, 0) for at in (10, 12.5))
+    assert _displacement([(moved, true)]) == pytest.approx(2.5, abs=1e-5)
+    assert _displacement([(1 - moved, true)]) == pytest.approx(4)
+
+
+def test_bands_of_the_error_are_those_of_the_whole_transform() -> None:
+    rng = np.random.default_rng(0)
+    image, true = (np.repeat(rng.random((32, 32, 1), np.float32), 3, 2) for _ in range(2))
+    ring = np.floor(frequency(32) * 8).astype(int)
+    ring[0, 0] = 9
+    error, whole = (np.square(np.abs(np.fft.fft2(p[..., 0]))) for p in (image - true, true))
+    want = [math.sqrt(error[ring == i].sum() / whole[ring == i].sum()) for i in range(4)]
+    assert _spectrum(image, true) == pytest.approx(want, rel=1e-3)
 
 
 @dataclass(frozen=True)

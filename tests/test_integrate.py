@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import mrflow as mf
 from mrflow.errors import NonFiniteError, PlanError, PromiseError
 from mrflow.flow import Velocity
 from mrflow.schedules import Linear, cut
@@ -279,3 +280,23 @@ def test_a_solver_of_ones_own() -> None:
     torch.testing.assert_close(got, X - 0.5)
     assert Damped().points((1.0, 0.5, 0.0)) == (1.0, 0.5)
     assert Damped().evals_for(9) == 9
+
+
+@pytest.mark.parametrize(("churn", "steps", "start"), [(0.0, 6, 1.0), (2.0, 8, 1.0), (20.0, 8, 1.0), (10.0, 4, 0.6)])
+def test_the_variance_that_churn_leaves_is_what_a_simulation_finds(churn: float, steps: int, start: float) -> None:
+    torch.manual_seed(0)
+    levels = Linear(steps)(start, 1, FLUX)
+    x = torch.randn(200_000, dtype=torch.float64) * (start**2 + (1 - start) ** 2) ** 0.5
+
+    def velocity(x: Tensor, s: float) -> Tensor:
+        return x * (2 * s - 1) / (s**2 + (1 - s) ** 2)
+
+    out = integrate(StochasticEuler(churn), velocity, x, levels, noise=lambda: torch.randn_like(x))
+    assert float(out.var()) == pytest.approx(StochasticEuler(churn).variance(levels), rel=0.02)
+
+
+@pytest.mark.parametrize(("churn", "said"), [(0.5, False), (20.0, True)])
+def test_too_much_churn_is_noted(churn: float, said: bool) -> None:
+    chain = mf.Sample(64, 64, Linear(8), solver=StochasticEuler(churn)) >> mf.Decode()
+    notes = mf.run(chain, mf.toy(), "x", seed=0).stages[0].notes
+    assert any(f"churn {churn:g} in 8 steps leaves" in text for text in notes) == said

@@ -25,6 +25,7 @@ from mrflow.schedules import (
     LogitNormal,
     Schedule,
     Shifted,
+    WithShift,
     check_sigmas,
     cut,
     shift,
@@ -104,6 +105,55 @@ def test_beta_is_the_quantile_of_scipy(alpha: float, beta: float, steps: int) ->
 def test_logit_normal_is_the_quantile_of_scipy(mean: float, std: float, steps: int) -> None:
     normal = stats.norm.ppf(1.0 - np.arange(steps + 1) / steps, mean, std)
     close(LogitNormal(steps, mean=mean, std=std)(1.0, 1, FLUX), 1 / (1 + np.exp(-normal)), within=1e-11)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 12, 20])
+@pytest.mark.parametrize("mu", [0.0, 1.15, math.log(3.0)])
+def test_shifted_quantiles_are_comfyui_s_beta(steps: int, mu: float) -> None:
+    """ComfyUI `beta_scheduler`: entries of the model's table of shifted levels, at the rounded quantiles; then 0.
+
+    The table of its flux sampling has 10,000 entries, shift((i + 1) / 10,000), which bounds the difference.
+    """
+    size = 10_000
+    table = [shift((i + 1) / size, mu) for i in range(size)]
+    entries = np.rint(stats.beta.ppf(1 - np.linspace(0, 1, steps, endpoint=False), 0.6, 0.6) * (size - 1))
+    want = [*(table[int(i)] for i in entries), 0.0]
+    got = WithShift(Beta(steps), Shift.fixed(math.exp(mu)))(1.0, 1, FLUX)
+    close(got, want, within=1.5 * math.exp(mu) / size)
+    if mu == 1.15 and steps == 12:  # without a shift it is another schedule
+        assert max(abs(a - b) for a, b in zip(Beta(steps)(1.0, 1, FLUX), want, strict=True)) > 0.25
+
+
+@pytest.mark.parametrize("steps", [2, 4, 12, 20])
+@pytest.mark.parametrize("info", [FLUX, QWEN], ids=["flux", "qwen"])
+def test_quantiles_above_the_last_level_are_diffusers_beta_sigmas(steps: int, info: ModelInfo) -> None:
+    """`_convert_to_beta`: low + (1 - low) x quantiles at linspace(1, 0, steps), low the shifted schedule's last."""
+    low = Shifted(steps)(1.0, 4096, info)[-2]
+    want = [low + (1 - low) * float(stats.beta.ppf(1 - q, 0.6, 0.6)) for q in np.linspace(0, 1, steps)]
+    close(Beta(steps, low=low)(1.0, 4096, info), [*want, 0.0], within=1e-11)
+    close(Beta(steps, low=low)(0.5, 4096, info), [0.5 * s for s in [*want, 0.0]], within=1e-11)
+    if steps == 12 and info is FLUX:
+        assert low > 0.2 and Beta(1, low=low)(1.0, 4096, info) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("info", [FLUX, QWEN], ids=["flux", "qwen"])
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_a_shift_bends_any_schedule_as_it_does_the_even_one(steps: int, info: ModelInfo) -> None:
+    for start in (1.0, 0.3):
+        assert WithShift(Linear(steps))(start, 4096, info) == Shifted(steps)(start, 4096, info)
+    bent = WithShift(LogitNormal(steps, mean=0.2), Shift.fixed(math.exp(0.7)))(1.0, 4096, info)
+    close(bent, LogitNormal(steps, mean=0.9)(1.0, 4096, info), within=1e-12)
+    levels = WithShift(Explicit((1.0, 0.5, 0.2, 0.0)))(1.0, 4096, info)
+    assert len(levels) == 4 and levels[1] > 0.5  # both models' shifts rise
+
+
+def test_a_shift_needs_a_schedule_and_a_shift() -> None:
+    with pytest.raises(PlanError, match="bends a schedule"):
+        WithShift(3)  # type: ignore[arg-type]  # pyright: ignore
+    with pytest.raises(PlanError, match="a shift is a Shift"):
+        WithShift(Linear(3), 3.0)  # type: ignore[arg-type]  # pyright: ignore
+    with pytest.raises(PlanError, match="low must be above 0"):
+        Beta(3, low=0.0)
 
 
 def test_cosine_has_the_signal_to_noise_ratio_of_the_cosine_schedule() -> None:

@@ -125,6 +125,10 @@ def test_selflift_mixes_where_the_two_disagree() -> None:
     out = mixed(lat, pix, share=0.5, low=0.5, high=1.0)
     torch.testing.assert_close(out[0, 0], torch.tensor([[0.0, 0.0], [1.5, 4.0]]))
     torch.testing.assert_close(mixed(lat, pix, share=1.0, low=1.0, high=1.0), pix)
+    one = torch.arange(16.0).view(1, 1, 4, 4)  # the only chosen cell disagrees most: it is the highest
+    torch.testing.assert_close(mixed(one * 0, one, share=0.01, low=0.5, high=0.9), (one == 15) * 13.5)
+    even = torch.ones(1, 1, 2, 2)
+    torch.testing.assert_close(mixed(even * 0, even, share=1.0, low=0.5, high=0.9), 0.9 * even)
     torch.testing.assert_close(mixed(lat, pix, share=1.0, low=0.0, high=0.0), lat)
     torch.testing.assert_close(mixed(pix, pix, share=0.4, low=0.5, high=1.0), pix)
 

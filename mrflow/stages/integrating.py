@@ -12,8 +12,9 @@ from mrflow.cost import sampling_work
 from mrflow.errors import PlanError
 from mrflow.guidance import Distilled, Guidance, own_guidance
 from mrflow.noise import Noise
+from mrflow.notes import note
 from mrflow.schedules import Sigmas
-from mrflow.solvers import Euler, Solver
+from mrflow.solvers import Euler, Solver, StochasticEuler
 from mrflow.spec import Latents, ModelInfo, Spec
 from mrflow.stage import Stage, Work
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.runner import Context
 
+ENOUGH = 0.75  # of the variance that Euler without churn leaves; below, a note says so
 BEGINNING = 1e-5  # how far apart the levels may lie: rounding of float32
 S = TypeVar("S", bound=Spec)
 
@@ -93,10 +95,17 @@ class Integrating(Stage[S, Latents]):
         model.check(self.options)
 
     def integrated(self, x: Tensor, levels: Sigmas, ctx: "Context") -> Tensor:
-        """From the first of the levels to the last."""
+        """From the first of the levels to the last; churn that takes much of the variance is noted."""
         if self.policy is not None:
             return ctx.follow(self.policy, x, levels, guidance=self.guidance, lora=self.adapters)
         guidance = self.guidance or own_guidance(ctx.model.info)
+        if isinstance(self.solver, StochasticEuler):
+            kept = self.solver.variance(levels) / StochasticEuler(0.0).variance(levels)
+            if kept < ENOUGH:
+                note(
+                    f"churn {self.solver.churn:g} in {len(levels) - 1} steps leaves {kept:.0%} of the variance that "
+                    "no churn leaves: pictures turn flat and blurred; take less churn or more steps"
+                )
         return ctx.integrate(self.solver, guidance, x, levels, source=self.noise, options=self.options)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -70,12 +71,16 @@ class SelfLift(Stage[Latents, Latents]):
 def mixed(
     lat: Float[Tensor, "b c h w"], pix: Float[Tensor, "b c h w"], *, share: float, low: float, high: float
 ) -> Float[Tensor, "b c h w"]:
-    """lat + w (pix - lat), with w above 0 in the `share` of cells of each item where they disagree most."""
+    """lat + w (pix - lat), with w above 0 in the `share` of cells of each item where they disagree most.
+
+    w rises from `low` to `high` with the disagreement; where all chosen cells disagree alike, as one cell does, it is
+    `high`.
+    """
     difference = pix - lat
     score = difference.abs().mean(1).flatten(1)  # (b, cells)
     count = max(1, round(share * score.shape[1]))
     top, where = score.topk(count, 1)
     least, most = top.min(1, keepdim=True).values, top.max(1, keepdim=True).values
-    span = (most - least).clamp(min=1e-12)
-    weight = score.new_zeros(score.shape).scatter(1, where, low + (high - low) * (top - least) / span)
+    rise = torch.where(most > least, (top - least) / (most - least).clamp(min=1e-12), 1.0)
+    weight = score.new_zeros(score.shape).scatter(1, where, low + (high - low) * rise)
     return lat + weight.view(len(lat), 1, *lat.shape[-2:]) * difference
