@@ -4,6 +4,11 @@ Public names are listed in `mrflow/_api.py`. Each is loaded by itself when it is
 nothing, and `mrflow.Shifted` no network.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.path:  # `python -m mrflow` looks here first: no file here shall hide a module
+    sys.path.append(sys.path.pop(0))
+
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 

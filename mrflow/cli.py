@@ -4,17 +4,18 @@ Long because typer reads every option of every verb from its signature.
 """
 
 import json
-import logging
-import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mrflow.errors import MrflowError, PlanError
+from mrflow.display import console
+from mrflow.errors import PlanError
+from mrflow.notes import printable
 from mrflow.verbs import report, sweep, tune
 from mrflow.words import (
     RECIPES,
@@ -26,6 +27,7 @@ from mrflow.words import (
     load_model,
     own_types,
     refinement,
+    save_free,
     upscaler,
 )
 
@@ -271,7 +273,7 @@ def inspect(
         if as_json and file.suffix != ".safetensors":
             typer.echo(json.dumps(read_record(file), indent=2))
         else:
-            typer.echo("\n".join(inspect_file(file)))
+            typer.echo("\n".join(map(printable, inspect_file(file))))
 
 
 @app.command()
@@ -298,11 +300,12 @@ def replay(
     lora: LoraFiles = None,
 ) -> None:
     """Make a picture again from the record it carries."""
-    from mrflow.io import read_image, read_record, recorded_model, save_result
+    from mrflow.io import read_image, read_record, recorded_model, result_files
     from mrflow.io import replay as again
 
     with console() as err:
-        target = free_path(out, picture.with_stem(f"{picture.stem}-replay"), 1, force)
+        default = picture.with_stem(f"{picture.stem}-replay")
+        target = free_path(out, default, 1, force)
         record = read_record(picture)
         types = own_types(own) if own is not None else ()
         pixels = read_image(start) if start is not None else None
@@ -310,7 +313,7 @@ def replay(
             model or recorded_model(record), device, dtype, offload, storage, vae, text, compile, lora
         )
         result = again(picture, model=backbone, types=types, start=pixels, files=file or ())
-        for path in save_result(result, target):
+        for path in save_free(lambda path: result_files(result, path), target, out, default, 1, force):
             err.print(f"made again in {result.seconds:.2f} s")
             typer.echo(path)
 
@@ -343,7 +346,7 @@ def _draw(
 ) -> None:
     """Check, run, save, report."""
     from mrflow import sheet
-    from mrflow.io import make_record, save_result, slug, write_png
+    from mrflow.io import make_record, png, result_files, slug
     from mrflow.runner import run as execute
     from mrflow.spec import Pixels
     from mrflow.stage import plan as make_plan
@@ -360,7 +363,8 @@ def _draw(
     make_plan(chain, backbone.info, batch=count, start=begin)
     suffixes = [f"-{name}" for name in sheet.stage_names(chain)] if keep else []
     suffixes += ["-compare"] if other is not None else []
-    target = free_path(out, name or Path(f"{slug(prompts[0])}-seed{seed}.png"), count, force, suffixes)
+    default = name or Path(f"{slug(prompts[0])}-seed{seed}.png")
+    target = free_path(out, default, count, force, suffixes)
     if other is not None:
         make_plan(other, backbone.info, batch=count)
         sheet.warm_up((chain, other), backbone, count)
@@ -368,23 +372,25 @@ def _draw(
         result = execute(
             chain, backbone, texts, seed=seeds, negative=negative, start=pixels, keep=keep, on_event=listen
         )
-    paths = save_result(result, target)
+
+    def files(path: Path) -> dict[Path, bytes]:
+        made = result_files(result, path)
+        own = list(made)
+        for stage, images in sheet.stage_pictures(result) if keep else ():
+            made |= {p.with_stem(f"{p.stem}-{stage}"): png(i) for p, i in zip(own, images, strict=True)}
+        return made
+
+    paths = save_free(files, target, out, default, count, force, suffixes)
     err.print(sheet.table(result))
-    if keep:
-        for stage, images in sheet.stage_pictures(result):
-            extra = [path.with_stem(f"{path.stem}-{stage}") for path in paths[:count]]
-            for path, image in zip(extra, images, strict=True):
-                write_png(path, image)
-            paths += extra
     speedup = None
     if other is not None:
         with progress(err) as listen:
             native = execute(other, backbone, texts, seed=seeds, negative=negative, on_event=listen)
         err.print(sheet.table(native))
         speedup = native.seconds / result.seconds
-        path = target.with_stem(f"{target.stem}-compare")
-        write_png(path, sheet.compare(result, native))
-        paths.append(path)
+        side = png(sheet.compare(result, native))
+        beside = target.with_stem(f"{target.stem}-compare")
+        paths += save_free(lambda path: {path: side}, beside, out, beside, 1, force)
         err.print(f"staged {result.seconds:.2f} s, native {native.seconds:.2f} s: {speedup:.1f}x faster")
     if as_json:
         records = [make_record(result, i) for i in range(count)]
@@ -421,33 +427,10 @@ def progress(err: "Console") -> "Generator[Listener]":
         yield listen
 
 
-@contextmanager
-def console() -> "Generator[Console]":
-    """A console on stderr; errors of mrflow end the program with their text and exit code, without a traceback."""
-    from rich.console import Console
-
-    err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-
-    def ended(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, ended)
-    try:
-        yield err
-    except MrflowError as error:
-        err.print(f"error: {error}")
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        err.print("stopped; every file that was named is whole")
-        raise SystemExit(130) from None
-    except MemoryError:
-        err.print("error: out of memory; try a smaller --size or --batch")
-        raise SystemExit(5) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def main() -> None:
     """The entry point."""
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name on disk need not be text
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdout else "backslashreplace")
+    with console():
+        app()

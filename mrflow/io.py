@@ -125,18 +125,29 @@ def batch_paths(path: Path, count: int) -> list[Path]:
 
 
 def save_result(result: "Result", path: Path) -> list[Path]:
-    """Write a result's pictures as PNGs with their records."""
+    """Write a result's pictures as PNGs with their records, over what has these names."""
+    for each, data in (files := result_files(result, path)).items():
+        write_bytes(each, data)
+    return list(files)
+
+
+def result_files(result: "Result", path: Path) -> dict[Path, bytes]:
+    """A result's pictures as PNGs with their records, by the names that they are to have.
+
+    Raises:
+        PlanError: the name is no PNG's. ResourceError: the folder takes no file.
+    """
     if path.suffix.lower() != ".png":
         raise PlanError(f"{path.name} should end in .png: only a PNG keeps every bit and the record")
     paths = batch_paths(path, len(result.seeds))
     check_writable(path)
+    files: dict[Path, bytes] = {}
     for item, (each, image) in enumerate(zip(paths, result.images, strict=True)):
         try:
-            data = png(image, make_record(result, item))
+            files[each] = png(image, make_record(result, item))
         except RecordError as error:
-            data = png(image, {"format": FORMAT, "unreplayable": str(error)[:1000]})
-        write_bytes(each, data)
-    return paths
+            files[each] = png(image, {"format": FORMAT, "unreplayable": str(error)[:1000]})
+    return files
 
 
 def make_record(result: "Result", item: int = 0) -> dict[str, object]:
@@ -247,11 +258,17 @@ def _whole(value: object) -> bool:
 
 
 def recorded_model(record: dict[str, object]) -> str:
-    """What `load` takes for the model that made a picture: for an embedded one, the file of that version."""
+    """The file of the embedded model that made a picture: a record is data from outside, and loads no other.
+
+    Raises:
+        RecordError: the picture was made by a model that does not come with mrflow.
+    """
     from mrflow.models.pocket.model import shipped
 
     name = str(record.get("model", "pocket"))
-    return str(shipped(name, str(record.get("weights"))) or name)
+    if (file := shipped(name, str(record.get("weights")))) is None:
+        raise RecordError(f"the picture was made by {name}, which is not embedded; give it: --model or replay(model=)")
+    return str(file)
 
 
 def describe_record(record: dict[str, object]) -> list[str]:

@@ -5,12 +5,14 @@ adds to what a stage computed.
 """
 
 import logging
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 log = logging.getLogger("mrflow")
+_control = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 
 
@@ -31,6 +33,11 @@ class Tally:
 
 
 _tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
+
+
+def printable(text: str) -> str:
+    """A text with control characters, also those that turn the direction of writing, as escapes; lines stay lines."""
+    return _control.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def note(text: str) -> None:

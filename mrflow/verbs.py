@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mrflow.errors import PlanError
-from mrflow.words import load_file, load_model
+from mrflow.words import load_file, load_model, module_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +76,7 @@ def sweep(
             if backbone is None:
                 from mrflow.sweep.cluster import Pool, package, run_on_ray
 
-                own = sys.modules[file.stem.partition(".py:")[0].partition(":")[0]]
+                own = sys.modules[module_name(Path(str(file).partition(".py:")[0]).with_suffix(".py"))]
                 package().cloudpickle.register_pickle_by_value(own)  # workers have no such file
                 pool = Pool(workers, gpus=gpus, address=address)
                 done = run_on_ray(

@@ -4,11 +4,11 @@ Nothing heavy is imported before it is needed.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from mrflow.errors import MrflowError, PlanError
+from mrflow.errors import MrflowError, PlanError, named
 
 if TYPE_CHECKING:
     from mrflow.adapters import Lora
@@ -262,30 +262,97 @@ def free_path(out: Path | None, default: Path, count: int, force: bool, extras: 
     return path
 
 
-def load_file(file: Path) -> dict[str, object]:
-    """The names that a Python file defines.
+def save_free(
+    files: Callable[[Path], Mapping[Path, bytes]],
+    target: Path,
+    out: Path | None,
+    default: Path,
+    count: int,
+    force: bool,
+    extras: Sequence[str] = (),
+) -> list[Path]:
+    """Write what `files` gives for a name, with `free_path`'s promise held to the end: also against other processes.
+
+    A name that mrflow chose takes the next number where another process has taken it meanwhile.
 
     Raises:
-        PlanError: there is no such file, or it fails; the text names the line.
+        PlanError: the name that was asked for has been taken.
+    """
+    from mrflow.publish import publish, publish_numbered
+
+    if out is None and not force:
+        return publish_numbered(files, target, lambda: free_path(None, default, count, False, extras))
+    publish(named := files(target), force=force)
+    return list(named)
+
+
+def module_name(file: Path) -> str:
+    """What the module of a user's file is called: its stem, unless a module of another file has that name."""
+    from importlib.util import find_spec
+
+    stem, found = file.stem, sys.modules.get(file.stem)
+    if found is not None:
+        origin = getattr(found, "__file__", None)
+        taken = not getattr(found, OURS, False) and (origin is None or Path(origin) != file.absolute())
+    else:
+        try:
+            spec = find_spec(stem)
+        except (ImportError, ValueError, AttributeError):
+            spec = None
+        taken = spec is not None and (spec.origin is None or Path(spec.origin) != file.absolute())
+    return f"file_{stem}" if taken or stem in sys.stdlib_module_names else stem
+
+
+OURS = "__mrflow_loaded__"
+
+
+def load_file(file: Path) -> dict[str, object]:
+    """The names that a Python file defines. It may import the files beside it; no module is replaced by it.
+
+    Raises:
+        PlanError: there is no such file, or it fails. MrflowError: it raised one; the text names file, line, variable.
     """
     import importlib.util
     import traceback
 
     file = file.absolute()
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    name = module_name(file)
+    spec = importlib.util.spec_from_file_location(name, file)
     if not file.is_file() or spec is None or spec.loader is None:
         raise PlanError(f"there is no Python file {file.name} in {file.parent}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
+    setattr(module, OURS, True)
+    sys.modules[name] = module
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # last: a neighbour hides no module that is installed
     try:
         spec.loader.exec_module(module)
-    except MrflowError:
-        raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code in (130, 143):
+            raise
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-        line = f", line {lines[-1]}" if lines else f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise PlanError(f"{file.name}{line}: {type(error).__name__}: {error}") from None
+        number = error.lineno if isinstance(error, SyntaxError) and not lines else lines[-1] if lines else None
+        where = f"{file.name}{'' if number is None else f', line {number}'}{_assigned(file, number)}"
+        if isinstance(error, MrflowError):
+            raise named(error, where) from None
+        raise PlanError(f"{where}: {type(error).__name__}: {error}") from None
     return vars(module)
+
+
+def _assigned(file: Path, number: int | None) -> str:
+    """`, in NAME` for the variable that is assigned in a line of a file."""
+    import ast
+
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return ""
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or number is None:
+            continue
+        if node.lineno <= number <= (node.end_lineno or node.lineno):
+            return f", in {ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)}"
+    return ""
 
 
 def load_chain(where: str) -> "AnyChain":

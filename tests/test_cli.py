@@ -158,7 +158,7 @@ def test_mistakes_end_with_a_word_and_a_code(here: Path, words: list[str], code:
 def test_a_file_that_fails_names_its_line(here: Path) -> None:
     (here / "bad.py").write_text("import mrflow as mf\n\nchain = 1 / 0\n")
     code, _, err = call("run", "bad.py:chain", "a")
-    assert code == 2 and "bad.py, line 3: ZeroDivisionError" in err
+    assert code == 2 and "bad.py, line 3, in chain: ZeroDivisionError" in err
     (here / "other.py").write_text("import mrflow as mf\nsteps = mf.Decode()\n")
     assert "has no 'chain'; its chains are steps" in call("run", "other.py:chain", "a")[2]
 

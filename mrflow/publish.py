@@ -1,0 +1,77 @@
+"""New files under names that nothing has: all of a set, or none."""
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from mrflow.errors import PlanError, ResourceError
+from mrflow.files import temporary_beside
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
+
+
+class TakenError(PlanError):
+    """A name that was free has been given to another file."""
+
+
+def publish(files: Mapping[Path, bytes], *, force: bool = False) -> None:
+    """Write files, whole, under names that nothing has yet; with `force` they replace what is there.
+
+    Raises:
+        TakenError: a name is taken, also by another process since it was chosen; then none of the files is there.
+        ResourceError: the disk is full, or a folder takes no file.
+    """
+    drafts = {path: temporary_beside(path) for path in files}
+    placed: list[Path] = []
+    path = next(iter(files))
+    try:
+        for path, data in files.items():
+            with drafts[path].open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, draft in drafts.items():
+            if force:
+                draft.replace(path)
+            else:
+                _claim(draft, path)
+                placed.append(path)
+    except OSError as error:
+        for own in placed:
+            own.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            raise TakenError(f"{path} exists; choose another --out, or overwrite it with --force") from None
+        raise ResourceError(
+            f"{path} could not be written: {error.strerror or error}; nothing was left behind"
+        ) from None
+    finally:
+        for draft in drafts.values():
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+
+def publish_numbered(
+    files: Callable[[Path], Mapping[Path, bytes]], target: Path, following: Callable[[], Path]
+) -> list[Path]:
+    """Write `files(target)`; where a name has been taken meanwhile, under the name that `following` finds next."""
+    while True:
+        named = files(target)
+        try:
+            publish(named)
+        except TakenError:
+            target = following()
+        else:
+            return list(named)
+
+
+def _claim(draft: Path, path: Path) -> None:
+    """Give a file the name `path`, or FileExistsError; without links the name is claimed first, then filled."""
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        path.open("xb").close()
+        draft.replace(path)
