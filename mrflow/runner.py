@@ -20,7 +20,7 @@ from mrflow.errors import NonFiniteError, PlanError, PromiseError, PromptError, 
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
 from mrflow.noise import Noise, PerItem, check_seed
-from mrflow.notes import collected, count, tallied
+from mrflow.notes import collected, count, note, tallied
 from mrflow.policies import GM, PolicyField, automatic, follow
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
@@ -277,11 +277,18 @@ def run(
     if not isinstance(negative, str):
         raise PlanError(f"the negative prompt must be text, got {negative!r}")
     _check_length("negative prompt", negative)
+    unread = negative != model.info.negative and not planned.work.negative
 
     _reset_peak(model.device)
     with torch.inference_mode():
         began = time.perf_counter()
         with collected() as lost:
+            if unread:
+                note(
+                    f"no stage reads the negative prompt {negative[:60]!r}: {model.info.name} draws without a second "
+                    "branch; guidance=CFG(scale) reads it"
+                )
+                negative = model.info.negative
             cond = model.condition(prompts) if condition is None else condition.repeat(len(prompts))
             cond.check_finite("prompt's")
             other = model.condition([negative]).repeat(len(prompts)) if planned.work.negative else None

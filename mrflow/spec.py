@@ -436,6 +436,19 @@ SCHNELL = ModelInfo(
     footprint=replace(_FLUX_FOOTPRINT, rest=2 * 35_014_720),
     capabilities=EVERYTHING,
 )
+
+
+def flux_facts(*, guidance: bool, curve: Shift | None) -> ModelInfo:
+    """Published facts of the FLUX.1 that a transformer is: dev has a guidance embedding, schnell none and no shift.
+
+    Without an embedding but with a shift that depends on the size it is a dev whose distillation was undone.
+    """
+    if guidance:
+        return FLUX
+    undone = curve is not None and curve.low != curve.high
+    return replace(FLUX, name="flux1-de-distilled", guidance=None) if undone else SCHNELL
+
+
 # Qwen-Image in bfloat16: parameters x 2. Text: Qwen2.5-VL's language model, without vision tower and head.
 _QWEN_FOOTPRINT = Footprint(
     rest=2 * 21_642_816,

@@ -6,20 +6,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mrflow as mf
+from mrflow.bridge.facts import shift_of as bridged_shift
 from mrflow.cost import memory
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.models.describe import describe
 from mrflow.models.flux_backbone import Flux1
+from mrflow.models.scheduler import shift_of
 from mrflow.models.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
+from mrflow.notes import collected
 from tests.live import LiveBytes
 from tests.parity.test_flux import relative
 from tests.parity.test_official import UP, pipeline, words
@@ -60,8 +65,6 @@ def prefixed(single: Path, folder: Path) -> Path:
     """An all-in-one file with the autoencoder in it."""
     flux, vae = load_file(single / "flux1-dev.safetensors"), load_file(single / "ae.safetensors")
     tensors = {f"model.diffusion_model.{k}": v for k, v in flux.items()} | {f"vae.{k}": v for k, v in vae.items()}
-    from safetensors import safe_open
-
     metadata: dict[str, str] = {}
     for name in ("flux1-dev", "ae"):
         with safe_open(single / f"{name}.safetensors", "pt") as f:
@@ -101,6 +104,149 @@ def test_a_repository_keeps_its_own_schedule(repo: Path, tmp_path: Path) -> None
     config.write_text(json.dumps({"use_dynamic_shifting": True}))
     with pytest.raises(WeightsError, match="scheduler_config.json cannot be used"):
         loaded(tmp_path / "r")
+
+
+SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "as published": ({}, ""),
+    "linear": ({"time_shift_type": "linear"}, ""),
+    "dynamic, terminal": ({"shift_terminal": 0.1}, ""),
+    "static": ({"use_dynamic_shifting": False, "shift": 3.0}, ""),
+    "static, terminal": ({"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": 0.1}, ""),
+    "beta": ({"use_beta_sigmas": True}, "has use_beta_sigmas=True, beta-spaced"),
+    "Karras": ({"use_karras_sigmas": True}, "has use_karras_sigmas=True, Karras"),
+    "exponential": ({"use_exponential_sigmas": True}, "has use_exponential_sigmas=True"),
+    "inverted": ({"invert_sigmas": True}, "has invert_sigmas=True"),
+    "stochastic": ({"stochastic_sampling": True}, "has stochastic_sampling=True"),
+    "other steps": ({"num_train_timesteps": 500}, "has num_train_timesteps=500"),
+}
+MULTISTEP = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "UniPC": ("UniPCMultistepScheduler", MULTISTEP | {"flow_shift": 3.0}, ""),
+    "UniPC, dynamic": ("UniPCMultistepScheduler", MULTISTEP | {"use_dynamic_shifting": True}, ""),
+    "DEIS": ("DEISMultistepScheduler", MULTISTEP | {"flow_shift": 2.5}, ""),
+    "UniPC of another kind": ("UniPCMultistepScheduler", {}, "is UniPCMultistepScheduler, whose levels"),
+    "UniPC that does not end": (
+        "UniPCMultistepScheduler",
+        MULTISTEP | {"final_sigmas_type": "sigma_min"},
+        "has final_sigmas_type='sigma_min'",
+    ),
+    "Heun": ("FlowMatchHeunDiscreteScheduler", {}, "is FlowMatchHeunDiscreteScheduler, whose levels"),
+}
+
+
+@pytest.mark.parametrize("case", [*SWITCHES, *OTHERS])
+def test_levels_are_the_schedulers_own_or_refused(case: str, repo: Path, tmp_path: Path) -> None:
+    import diffusers
+    import numpy as np
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    published = json.loads((repo / "scheduler" / "scheduler_config.json").read_text())
+    kind, settings, words = OTHERS[case] if case in OTHERS else ("", published | SWITCHES[case][0], SWITCHES[case][1])
+    scheduler = getattr(diffusers, kind or published["_class_name"]).from_config(settings)
+    scheduler.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    if words:
+        with pytest.raises(WeightsError, match=f"the scheduler of scheduler_config.json {words}"):
+            shift_of(config, "x")
+        with pytest.raises(PlanError, match=f"the pipeline's scheduler {words}"):
+            bridged_shift(scheduler)
+        return
+    steps, tokens = 6, 1024
+    line = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
+    mu = calculate_shift(tokens, *(config.get(name, default) for name, default in line))
+    given = {} if kind.startswith("DEIS") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    if config.get("use_dynamic_shifting") or not kind:
+        given["mu"] = mu
+    if given:
+        scheduler.set_timesteps(**given)
+        want = [float(s) for s in scheduler.sigmas]
+    else:  # takes no levels of others: its own formula
+        want = [2.5 * s / (1 + 1.5 * s) for s in (1 - i / steps for i in range(steps + 1))]
+    for curve in (shift_of(config, "x"), bridged_shift(scheduler)):
+        assert curve is not None
+        assert mf.Shifted(steps)(1.0, tokens, replace(mf.FLUX, shift=curve)) == pytest.approx(want, abs=1e-5)
+
+
+def test_a_switch_is_refused_before_weights_are_read(repo: Path, tmp_path: Path) -> None:
+    shutil.copytree(repo, tmp_path / "r")
+    config = tmp_path / "r" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_karras_sigmas": True}))
+    for asked in (loaded, mf.models.info):
+        with pytest.raises(WeightsError, match="Karras levels: switch it off"):
+            asked(str(tmp_path / "r"))
+
+
+def without_guidance(single: Path, folder: Path) -> Path:
+    """A single file without a guidance embedding, as schnell's and as a de-distilled dev's are."""
+    folder.mkdir()
+    file = single / "flux1-dev.safetensors"
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    state = {k: v for k, v in load_file(file).items() if "guidance_in" not in k}
+    save_file(state, folder / "flux1-dev.safetensors", metadata=metadata)
+    shutil.copy(single / "ae.safetensors", folder)
+    return folder / "flux1-dev.safetensors"
+
+
+def test_what_is_assumed_of_a_flux_without_guidance_is_said(single: Path, tmp_path: Path) -> None:
+    file = without_guidance(single, tmp_path / "x")
+    with collected() as notes:
+        plain = loaded(file).info
+    assert plain.name == "flux1-schnell"
+    assert any("taken for FLUX.1-schnell" in n and "shift=mrflow.FLUX.shift, text_tokens=512" in n for n in notes)
+    with collected() as notes:
+        undone = loaded(file, shift=mf.FLUX.shift).info
+        schnell = loaded(file, shift=1.0, text_tokens=128).info
+    assert not notes
+    assert (undone.name, undone.shift, undone.guidance) == ("flux1-de-distilled", mf.FLUX.shift, None)
+    assert undone.architecture is not None and undone.architecture.text_tokens == 512
+    assert (schnell.name, schnell.shift) == ("flux1-schnell", mf.Shift.fixed(1.0))
+    assert schnell.architecture is not None and schnell.architecture.text_tokens == 128
+    assert len({plain.version, undone.version, schnell.version}) == 3
+    for wrong in ({"shift": "much"}, {"shift": True}, {"text_tokens": 513}, {"text_tokens": 1.5}):
+        with pytest.raises(PlanError, match="must be a"):
+            loaded(file, **wrong)
+    with pytest.raises(PlanError, match="pocket takes no shift"):
+        mf.load("pocket", shift=3.0)
+
+
+@pytest.mark.parametrize(("kind", "latents"), [("AutoencoderKL", 4), ("AutoencoderKLFlux2", 32)])
+def test_another_familys_autoencoder_is_named_by_its_channels(
+    kind: str, latents: int, repo: Path, single: Path, tmp_path: Path
+) -> None:
+    import diffusers
+
+    sizes = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    other = getattr(diffusers, kind)(
+        **sizes, block_out_channels=(32, 32, 64, 64), layers_per_block=1, latent_channels=latents
+    )
+    other.save_pretrained(tmp_path / "folder")
+    (tmp_path / "file").mkdir()
+    alone = tmp_path / "file" / "a_vae.safetensors"
+    shutil.copy(tmp_path / "folder" / "diffusion_pytorch_model.safetensors", alone)
+    words = f"has {latents} latent channels, as .*; the transformer needs 16: say where its own is, vae="
+    for vae in (tmp_path / "folder", alone):
+        for where in (repo, single / "flux1-dev.safetensors"):
+            with pytest.raises(WeightsError, match=words):
+                loaded(where, vae=vae)
+    # Beside the file: passed over where the right one is there too, named where it is the only one.
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    shutil.copy(single / "flux1-dev.safetensors", beside)
+    shutil.copy(alone, beside)
+    with pytest.raises(WeightsError, match=words):
+        loaded(beside / "flux1-dev.safetensors")
+    shutil.copy(single / "ae.safetensors", beside)
+    assert loaded(beside / "flux1-dev.safetensors").info.name == "flux1-dev"
+
+
+@pytest.mark.parametrize("neighbour", [b"", b"\0" * 100, b"PK\x03\x04" + b"x" * 50])
+def test_a_neighbour_that_cannot_be_read_stops_nothing(neighbour: bytes, single: Path, tmp_path: Path) -> None:
+    shutil.copytree(single, tmp_path / "s")
+    (tmp_path / "s" / "download.safetensors").write_bytes(neighbour)
+    (tmp_path / "s" / "._flux1-dev.safetensors").write_bytes(neighbour)
+    assert loaded(tmp_path / "s" / "flux1-dev.safetensors").info.name == "flux1-dev"
+    assert loaded(tmp_path / "s").info.name == "flux1-dev"
 
 
 def hub_cache(repo: Path, folder: Path, name: str) -> None:
@@ -440,6 +586,7 @@ def test_inspect_on_single_files(single: Path, tmp_path: Path) -> None:
 LOADING = """
 import sys, threading, time
 import torch, mrflow as mf
+from mrflow.models.scheduler import shift_of
 from mrflow.models.weights import load_flux
 def anonymous():
     for line in open("/proc/self/status"):

@@ -1,24 +1,13 @@
 """What a pipeline's parts say of themselves: the schedule its scheduler runs, and sizes."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from mrflow.bridge.version import unwrapped
-from mrflow.errors import PlanError
+from mrflow.models.scheduler import FLOW, curve_of
 from mrflow.spec import FLUX, Shift
-
-FLOW = "FlowMatchEulerDiscreteScheduler"
-OTHER_LEVELS = {
-    "use_karras_sigmas": "Karras levels: switch it off and pass schedule=mrflow.Karras(steps)",
-    "use_exponential_sigmas": "exponentially spaced levels: switch it off and pass schedule=mrflow.Explicit(levels)",
-    "use_beta_sigmas": "beta-spaced levels: switch it off and pass schedule=mrflow.Beta(steps)",
-    "stochastic_sampling": "fresh noise in every step: switch it off and pass solver=mrflow.StochasticEuler(churn)",
-    "invert_sigmas": "levels that count from clean to noise, which no bridged family uses",
-}
 
 
 def shift_of(scheduler: Any, *, own_grid: bool = False) -> Shift:  # noqa: ANN401
@@ -30,32 +19,11 @@ def shift_of(scheduler: Any, *, own_grid: bool = False) -> Shift:  # noqa: ANN40
     Raises:
         PlanError: another kind of scheduler, or one set to levels that are not such a curve.
     """
-    config: Mapping[str, Any] = getattr(scheduler, "config", {})
-    name = type(scheduler).__name__
-    if FLOW not in {c.__name__ for c in type(scheduler).__mro__}:
-        raise PlanError(
-            f"the pipeline's scheduler is {name}, whose levels mrflow does not know; give it "
-            f"{FLOW}.from_config(pipe.scheduler.config) (mrflow takes only the levels from it, and steps itself)"
-        )
-    for flag, meaning in OTHER_LEVELS.items():
-        if config.get(flag):
-            raise PlanError(f"the pipeline's scheduler has {flag}=True, {meaning}")
-    terminal = config.get("shift_terminal") or None
+    kind = type(scheduler)
+    name = FLOW if FLOW in {c.__name__ for c in kind.__mro__} else kind.__name__
+    static = float(scheduler.shift) if name == FLOW else None
     last = float(scheduler.sigma_min) if own_grid else None
-    try:
-        if config.get("use_dynamic_shifting"):
-            return Shift(
-                float(config["base_shift"]),
-                float(config["max_shift"]),
-                int(config["base_image_seq_len"]),
-                int(config["max_image_seq_len"]),
-                terminal=terminal,
-                kind=config.get("time_shift_type", "exponential"),
-                last=last,
-            )
-        return replace(Shift.fixed(float(scheduler.shift)), terminal=terminal, last=last)
-    except (KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"the config of the pipeline's scheduler cannot be used: {error!r}") from None
+    return curve_of(getattr(scheduler, "config", {}), "the pipeline's scheduler", name=name, shift=static, last=last)
 
 
 def parameters(module: nn.Module) -> int:

@@ -16,7 +16,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity, finite
 from mrflow.models.flux import image_ids
 from mrflow.pieces import StepFactory
-from mrflow.spec import FLUX, SCHNELL, Architecture, LatentSpace, ModelInfo
+from mrflow.spec import Architecture, LatentSpace, ModelInfo, flux_facts
 from mrflow.stages.upscale import resize
 from mrflow.tokens import pack, unpack
 from mrflow.upscaler import Upscaler
@@ -93,13 +93,14 @@ class BridgedFlux(KLBridged):
         """FLUX.1-dev's or -schnell's facts, told apart by the guidance embedding, with the pipeline's own sizes."""
         encode, decode = vae_flops(self.pipe.vae)
         pipe, config = self.pipe, self.pipe.transformer.config
-        base = FLUX if config.guidance_embeds else SCHNELL
+        curve = shift_of(pipe.scheduler)
+        base = flux_facts(guidance=config.guidance_embeds, curve=curve)
         assert base.architecture is not None
         hidden = config.num_attention_heads * config.attention_head_dim
         return replace(
             base,
             space=LatentSpace("flux1", pipe.vae.config.latent_channels, downscale(pipe.vae)),
-            shift=shift_of(pipe.scheduler),
+            shift=curve,
             guidance=self._guidance if self._guidance is not None else base.guidance,
             architecture=Architecture(
                 hidden,

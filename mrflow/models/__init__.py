@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ from mrflow.backbone import Backbone
 from mrflow.cost import levels
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.models.memory import Offload, Ways, check_offload
-from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo
+from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo, Shift
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
 
@@ -41,6 +41,8 @@ def load(
     tile: int | None = None,
     upscaler: Upscaler | None = None,
     lora: Lora | str | Path | Sequence[Lora | str | Path] | None = None,
+    shift: Shift | float | None = None,
+    text_tokens: int | None = None,
 ) -> Backbone:
     """A model ready to run: "pocket", a hub id (`owner/name`, `owner/name@revision`), a folder or a file.
 
@@ -63,6 +65,9 @@ def load(
         upscaler: what `Upscale()` uses when none is named.
         lora: adapters to merge into the weights, a file or `Lora(file, strength)`, or several. A stage takes them too,
             `Sample(..., lora=...)`, and leaves the weights alone.
+        shift: the model's curve of noise levels, or a static factor; None is what its scheduler's configuration says,
+            or else the published one. Single files have no such configuration.
+        text_tokens: how many text tokens FLUX.1 is given; None is 512, of FLUX.1-schnell 256.
 
     Raises:
         WeightsError: there is no such model, or a file is missing, broken, or not what it should be; all headers are
@@ -82,7 +87,7 @@ def load(
     path = Path(where) if inside is None else inside
     if inside is not None or is_pocket(path):
         given = {"offload": offload != "none", "storage": storage, "vae": vae, "text": text, "compile": compile}
-        given["fold"] = isinstance(fold, Chain)
+        given |= {"fold": isinstance(fold, Chain), "shift": shift is not None, "text_tokens": text_tokens is not None}
         if odd := [name for name, value in given.items() if value]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
         return load_pocket(path, device=chosen, dtype=dtype or torch.float32, loras=loras)
@@ -92,6 +97,7 @@ def load(
             f"{where} is a name for planning (mrflow plan --model {where}); to load it, say where its files are: a hub "
             f"id such as {hub}, a folder or a file"
         )
+    from mrflow.models.scheduler import shift_of
     from mrflow.models.sources import find, fingerprint
     from mrflow.models.weights import compute_dtype
 
@@ -105,6 +111,14 @@ def load(
     kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
     version = "/".join((fingerprint(files.transformer, files.vae), *kept)) + (mark_of(loras) if loras else "")
     chain = fold if isinstance(fold, Chain) else None
+    if isinstance(shift, bool) or not isinstance(shift, Shift | int | float | None):
+        raise PlanError(f"shift must be a Shift or a factor, got {shift!r}")
+    curve = Shift.fixed(float(shift)) if isinstance(shift, int | float) else shift
+    if text_tokens is not None and (type(text_tokens) is not int or not 1 <= text_tokens <= 512):
+        raise PlanError(f"text_tokens must be a whole number from 1 to 512, got {text_tokens!r}")
+    said = {"shift": curve, "text": text_tokens}
+    version += "".join(f"+{name} {value}" for name, value in said.items() if value is not None)
+    files = replace(files, curve=curve or shift_of(files.scheduler, where), text_tokens=text_tokens)
     return load_found(Loading(files, where, version, working, dtype, chosen, storage, ways, upscaler, chain, loras))
 
 
@@ -177,7 +191,7 @@ def load_flux1(loading: Loading) -> Backbone:
         read_text = prepare_text(files.text, dtype=loading.dtype, device=resting)
     vae, flow, text = read_vae(), prepared.read(), None if read_text is None else read_text()
     merge(flow, changed)
-    info = flux1_info(flow, vae, text, files.scheduler, version=loading.version, path=where)
+    info = flux1_info(flow, vae, text, files.curve, files.text_tokens, version=loading.version, path=where)
     return Flux1(flow=flow, vae=vae, text=text, info=info, device=device, ways=loading.ways, upscaler=loading.upscaler)
 
 
@@ -189,6 +203,8 @@ def load_qwen(loading: Loading) -> Backbone:
     from mrflow.models.weights_qwen import prepare_qwen, prepare_vae_qwen
 
     files, where, device, resting = loading.files, loading.where, loading.device, loading.resting
+    if files.text_tokens is not None:
+        raise PlanError("text_tokens= is for FLUX.1; Qwen-Image is given a prompt's own tokens")
     read_vae = prepare_vae_qwen(files.vae, dtype=loading.working, device=resting)
     prepared = prepare_qwen(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
     parameters = count(prepared.net)
@@ -207,12 +223,12 @@ def load_qwen(loading: Loading) -> Backbone:
     if loading.chain is None:
         flow = prepared.read()
     else:
-        asked = levels(loading.chain, qwen_facts(prepared.net, vae, files.scheduler, path=where))
+        asked = levels(loading.chain, qwen_facts(vae, files.curve))
         key = hashlib.sha256(repr((loading.version, asked)).encode()).hexdigest()[:16]
         flow, made = prepared.read_folded(asked, device=device, keep=cache_folder() / f"modulation-{key}.safetensors")
     merge(flow, changed)
     text = None if read_text is None else read_text()
-    info = qwen_info(flow, vae, text, files.scheduler, version=loading.version, path=where, parameters=parameters)
+    info = qwen_info(flow, vae, text, files.curve, version=loading.version, parameters=parameters)
     return Qwen(
         flow=flow,
         vae=vae,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition
-from mrflow.errors import PlanError, WeightsError, is_out_of_memory
+from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.models.flux import Flux
 from mrflow.models.graphs import Graphed
 from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
@@ -22,7 +22,7 @@ from mrflow.models.pieces import NetPieces
 from mrflow.models.qwen_image import QwenImage
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.notes import note
-from mrflow.spec import Footprint, ModelInfo, Shift
+from mrflow.spec import Footprint, ModelInfo
 from mrflow.tiling import tiled
 from mrflow.upscaler import Upscaler
 
@@ -317,23 +317,3 @@ def bytes_of(module: nn.Module, *, without: Container[int] = ()) -> int:
 def count(module: nn.Module) -> int:
     """Parameters."""
     return sum(p.numel() for p in module.parameters())
-
-
-def shift_of(scheduler: Mapping[str, Any], path: object) -> Shift | None:
-    """The timestep shift that a repository's scheduler_config.json states."""
-    if not scheduler:
-        return None
-    terminal = scheduler.get("shift_terminal")
-    try:
-        if scheduler.get("use_dynamic_shifting"):
-            return Shift(
-                float(scheduler["base_shift"]),
-                float(scheduler["max_shift"]),
-                int(scheduler["base_image_seq_len"]),
-                int(scheduler["max_image_seq_len"]),
-                terminal=None if terminal is None else float(terminal),
-                kind=scheduler.get("time_shift_type", "exponential"),
-            )
-        return Shift.fixed(float(scheduler.get("shift", 1.0)))
-    except (KeyError, TypeError, ValueError, PlanError) as error:
-        raise WeightsError(f"{path}: its scheduler_config.json cannot be used: {error}") from None

@@ -1,24 +1,25 @@
 """FLUX.1 as a backbone: text encoders, transformer and autoencoder behind the methods that stages use."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.errors import PlanError, WeightsError
+from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.base import DIRECT, LatentModel, count, encoded_once, footprint, shift_of
+from mrflow.models.base import DIRECT, LatentModel, count, encoded_once, footprint
 from mrflow.models.fields import FluxField, step
 from mrflow.models.flux import Flux
 from mrflow.models.memory import Ways
 from mrflow.models.transformer_model import repeated, side_by_side
 from mrflow.models.vae_flux import VaeFlux
+from mrflow.notes import note
 from mrflow.pieces import StepFactory
-from mrflow.spec import FLUX, SCHNELL, Architecture, LatentSpace, ModelInfo
+from mrflow.spec import Architecture, LatentSpace, ModelInfo, Shift, flux_facts
 from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
@@ -117,24 +118,31 @@ class Flux1(LatentModel):
 
 
 def flux1_info(
-    flow: Flux, vae: VaeFlux, text: "ClipT5 | None", scheduler: Mapping[str, Any], *, version: str, path: object
+    flow: Flux,
+    vae: VaeFlux,
+    text: "ClipT5 | None",
+    curve: Shift | None,
+    text_tokens: int | None,
+    *,
+    version: str,
+    path: object,
 ) -> ModelInfo:
-    """Facts of a loaded model: FLUX.1-dev's or -schnell's, told apart by the guidance embedding, with its own sizes."""
+    """Facts of a loaded model, with its own sizes: `flux_facts` for its curve of levels."""
     p = flow.params
-    base = FLUX if p.guidance else SCHNELL
-    if p.in_channels != 4 * vae.params.latent or p.out_channels != p.in_channels:
-        raise WeightsError(
-            f"{path} takes {p.in_channels} channels a token and gives {p.out_channels}, its autoencoder has "
-            f"{4 * vae.params.latent}: models with an image condition (Fill, Canny, Depth) are not supported"
-        )
+    base = flux_facts(guidance=p.guidance, curve=curve)
     assert base.architecture is not None
-    architecture = Architecture(
-        p.hidden, p.double_blocks, p.single_blocks, p.context, base.architecture.text_tokens, count(flow), p.mlp_ratio
-    )
+    if not p.guidance and curve is None:
+        note(
+            f"{path} has no guidance embedding, and no scheduler configuration says its levels: taken for "
+            "FLUX.1-schnell (shift 1, 256 text tokens). A de-distilled FLUX.1-dev needs shift=mrflow.FLUX.shift, "
+            "text_tokens=512"
+        )
+    tokens = text_tokens or base.architecture.text_tokens
+    architecture = Architecture(p.hidden, p.double_blocks, p.single_blocks, p.context, tokens, count(flow), p.mlp_ratio)
     return replace(
         base,
         space=LatentSpace("flux1", vae.params.latent, vae.params.downscale),
-        shift=shift_of(scheduler, path) or base.shift,
+        shift=curve or base.shift,
         architecture=architecture,
         footprint=footprint(flow, vae, text),
         version=version,

@@ -3,22 +3,22 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.errors import PlanError, WeightsError
+from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.base import DIRECT, LatentModel, encoded_once, footprint, shift_of
+from mrflow.models.base import DIRECT, LatentModel, encoded_once, footprint
 from mrflow.models.fields import QwenField, Tables, qwen_step
 from mrflow.models.memory import Ways
 from mrflow.models.qwen_image import QwenImage
 from mrflow.models.vae_qwen import VaeQwen
 from mrflow.models.weights_qwen import Folded
 from mrflow.pieces import StepFactory
-from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
+from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo, Shift
 from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
@@ -159,26 +159,19 @@ class Qwen(LatentModel):
         return [item[:length] for item, length in zip(context, lengths, strict=True)]
 
 
-def qwen_facts(flow: QwenImage, vae: VaeQwen, scheduler: Mapping[str, Any], *, path: object) -> ModelInfo:
-    """Facts of a model that do not depend on how its weights are kept: Qwen-Image's, with its own sizes."""
-    p = flow.params
-    if p.in_channels != 4 * vae.params.latent or p.out_channels != p.in_channels:
-        raise WeightsError(
-            f"{path} takes {p.in_channels} channels a token and gives {p.out_channels}, its autoencoder has "
-            f"{4 * vae.params.latent}: not a text-to-image model that is supported"
-        )
+def qwen_facts(vae: VaeQwen, curve: Shift | None) -> ModelInfo:
+    """Facts of a model that do not depend on its transformer's weights: Qwen-Image's, with its own sizes."""
     space = LatentSpace("qwen-image", vae.params.latent, vae.params.downscale)
-    return replace(QWEN, space=space, shift=shift_of(scheduler, path) or QWEN.shift)
+    return replace(QWEN, space=space, shift=curve or QWEN.shift)
 
 
 def qwen_info(
     flow: QwenImage,
     vae: VaeQwen,
     text: "QwenText | None",
-    scheduler: Mapping[str, Any],
+    curve: Shift | None,
     *,
     version: str,
-    path: object,
     parameters: int,
 ) -> ModelInfo:
     """All facts of a loaded model."""
@@ -186,7 +179,7 @@ def qwen_info(
     assert QWEN.architecture is not None
     words = QWEN.architecture.text_tokens
     return replace(
-        qwen_facts(flow, vae, scheduler, path=path),
+        qwen_facts(vae, curve),
         architecture=Architecture(p.hidden, p.double_blocks, 0, p.context, words, parameters, p.mlp_ratio),
         footprint=footprint(flow, vae, text, encode_values=ENCODE, decode_values=DECODE),
         version=version,

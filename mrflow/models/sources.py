@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.checkpoint import Header, checkpoints_in, open_checkpoint, read_json, readable
+from mrflow.models.scheduler import shift_of
 from mrflow.models.weights import kind, looks_like, part, refuse
+from mrflow.spec import Shift
 
 if TYPE_CHECKING:
     from mrflow.models.text import TextFiles
@@ -60,6 +62,8 @@ class Files:
     vae: Header
     text: "TextFiles | QwenTextFiles | None"
     scheduler: Mapping[str, Any]
+    curve: Shift | None = None
+    text_tokens: int | None = None
 
 
 def find(where: str | Path, *, vae: str | Path | None = None, text: str | Path | None = None) -> Files:
@@ -77,10 +81,13 @@ def find(where: str | Path, *, vae: str | Path | None = None, text: str | Path |
             raise WeightsError(f"there is no file or folder {where}")
         path = fetch(str(where))
     if path.is_dir() and (path / "transformer").is_dir():
-        return _repository(path, vae, text)
-    if path.is_dir() and (path / "config.json").is_file() and path.parent.joinpath("vae").is_dir() and vae is None:
-        return _repository(path.parent, vae, text)
-    return _loose(path, vae, text)
+        files = _repository(path, vae, text)
+    elif path.is_dir() and (path / "config.json").is_file() and path.parent.joinpath("vae").is_dir() and vae is None:
+        files = _repository(path.parent, vae, text)
+    else:
+        files = _loose(path, vae, text)
+    _fit(files.transformer, files.vae)
+    return files
 
 
 def fetch(repository: str) -> Path:
@@ -144,6 +151,7 @@ def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -
     scheduler = folder / "scheduler" / "scheduler_config.json"
     words = text or (folder if (folder / "text_encoder").is_dir() or (folder / "text_encoder_2").is_dir() else None)
     settings = read_json(scheduler) if scheduler.is_file() else {}
+    shift_of(settings, folder)
     return Files(family, part(transformer, family.transformer), auto, find_words(words, family), settings)
 
 
@@ -165,6 +173,8 @@ def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files
     else:
         near = readable(_beside(folder, transformer.path)).values()
         fitting = [header for header in near if looks_like(header, family.vae)]
+        own = part(transformer, family.transformer)
+        fitting = [h for h in fitting if _latents(part(h, family.vae)) == _tokens(own)[1] // 4] or fitting
         if not fitting:
             raise WeightsError(f"there is no {family.name} autoencoder beside {path}; say where it is: vae=")
         auto = _only(fitting, folder, {})
@@ -190,6 +200,45 @@ def _only(found: Sequence[Header], folder: Path, headers: Mapping[Path, Header])
         wanted = " and no ".join(family.transformer.removeprefix("a ") for family in FAMILIES)
         raise WeightsError(f"{folder} holds no {wanted}; it holds {names}")
     raise WeightsError(f"{folder} holds several, name one: {', '.join(h.path.name for h in found)}")
+
+
+# Native and published names of what takes and gives tokens, and of the decoder's first convolution.
+TAKES, GIVES = ("img_in.weight", "x_embedder.weight"), ("final_layer.linear.weight", "proj_out.weight")
+DECODERS = ("decoder.conv_in.weight", "decoder.conv1.weight")
+
+
+def _sizes(header: Header, names: Sequence[str]) -> tuple[int, ...]:
+    """The shape of the first of these tensors that is there, as a matrix at least; (0, 0) where none is."""
+    shapes = [header.tensors[name].shape for name in names if name in header.tensors]
+    return shapes[0] if shapes and len(shapes[0]) > 1 else (0, 0)
+
+
+def _tokens(transformer: Header) -> tuple[int, int]:
+    """Channels of the tokens that a transformer takes and gives."""
+    return _sizes(transformer, TAKES)[1], _sizes(transformer, GIVES)[0]
+
+
+def _latents(vae: Header) -> int:
+    """Channels of an autoencoder's latents."""
+    return _sizes(vae, DECODERS)[1]
+
+
+def _fit(transformer: Header, vae: Header) -> None:
+    """Refuse an autoencoder whose latents are not what the transformer works on, by their channels."""
+    (takes, gives), latents = _tokens(transformer), _latents(vae)
+    if not (takes and gives and latents):
+        return  # what is missing is named when names are compared
+    if takes != gives:
+        raise WeightsError(
+            f"{transformer.path} takes {takes} channels a token and gives {gives}: models with an image condition "
+            "(Fill, Canny, Depth) are not supported"
+        )
+    if 4 * latents != gives:
+        whose = {4: ", as Stable Diffusion's and SDXL's", 32: ", as FLUX.2's"}.get(latents, "")
+        raise WeightsError(
+            f"the autoencoder {vae.path} has {latents} latent channels{whose}; the transformer needs {gives // 4}: say "
+            "where its own is, vae="
+        )
 
 
 def family_of(transformer: Header) -> Family:

@@ -1,0 +1,78 @@
+"""The curve of noise levels that a diffusers scheduler's configuration states: read, never run."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mrflow.errors import PlanError, WeightsError
+from mrflow.spec import Shift
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+# Solvers that share one table of flow levels (`use_flow_sigmas`); the levels alone are taken from them.
+MULTISTEP = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler", "SASolverScheduler")
+# What FLUX's pipelines take where a configuration, as theirs, has no such settings (diffusers `calculate_shift`).
+LINE = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+OTHER_LEVELS = {
+    "use_karras_sigmas": "Karras levels: switch it off and pass schedule=mrflow.Karras(steps)",
+    "use_exponential_sigmas": "exponentially spaced levels: switch it off and pass schedule=mrflow.Explicit(levels)",
+    "use_beta_sigmas": "beta-spaced levels: switch it off and pass schedule=mrflow.Beta(steps)",
+    "use_lu_lambdas": "levels even in half the log-SNR: switch it off and pass schedule=mrflow.Explicit(levels)",
+    "stochastic_sampling": "fresh noise in every step: switch it off and pass solver=mrflow.StochasticEuler(churn)",
+    "invert_sigmas": "levels that count from clean to noise, which no model here uses",
+}
+
+
+def curve_of(
+    config: Mapping[str, Any], what: str, *, name: str = "", shift: float | None = None, last: float | None = None
+) -> Shift:
+    """The curve of levels of diffusers' `set_timesteps(sigmas=even)` for a configuration.
+
+    `what` begins the errors; `name` is the scheduler's class, by default the one that the configuration states; `shift`
+    overrides the static factor; `last` is where the even grid ends before 0 (`Shift.last`).
+
+    Raises:
+        PlanError: another class, or a switch whose levels are no such curve.
+    """
+    name = name or str(config.get("_class_name") or FLOW)
+    flow = name in MULTISTEP and bool(config.get("use_flow_sigmas"))
+    if name != FLOW and not flow:
+        raise PlanError(
+            f"{what} is {name}, whose levels mrflow does not know; give it {FLOW}.from_config(scheduler.config) "
+            "(mrflow takes only the levels from it, and steps itself)"
+        )
+    for flag, meaning in OTHER_LEVELS.items():
+        if config.get(flag):
+            raise PlanError(f"{what} has {flag}=True, {meaning}")
+    if flow and config.get("final_sigmas_type", "zero") != "zero":
+        raise PlanError(f"{what} has final_sigmas_type={config['final_sigmas_type']!r}; a schedule here ends at 0")
+    if (count := config.get("num_train_timesteps", 1000)) != 1000:
+        raise PlanError(f"{what} has num_train_timesteps={count!r}; the models here were trained on 1000")
+    try:
+        terminal = float(config["shift_terminal"]) if config.get("shift_terminal") else None
+        if config.get("use_dynamic_shifting"):
+            line = LINE | dict(config) if flow else config
+            return Shift(
+                float(line["base_shift"]),
+                float(line["max_shift"]),
+                int(line["base_image_seq_len"]),
+                int(line["max_image_seq_len"]),
+                terminal=terminal,
+                kind=config.get("time_shift_type", "exponential"),
+                last=last,
+            )
+        factor = config.get("flow_shift" if flow else "shift", 1.0) if shift is None else shift
+        return replace(Shift.fixed(float(factor)), terminal=terminal, last=last)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"{what} cannot be used: {error!r}") from None
+
+
+def shift_of(scheduler: Mapping[str, Any], path: object) -> Shift | None:
+    """The curve of levels that a repository's scheduler_config.json states; None where it has none.
+
+    Raises:
+        WeightsError: it states levels that mrflow does not have.
+    """
+    try:
+        return curve_of(scheduler, f"{path}: the scheduler of scheduler_config.json") if scheduler else None
+    except PlanError as error:
+        raise WeightsError(str(error)) from None
