@@ -5,18 +5,25 @@ key, one for each item of a batch. Items are found whatever batch they were made
 """
 
 import hashlib
+import os
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from mrflow.errors import PlanError
+from mrflow.files import read_regular
+from mrflow.flow import finite
+from mrflow.notes import note
+from mrflow.publish import publish
 from mrflow.records import fingerprint
-from mrflow.spec import Spec, Start, State
+from mrflow.spec import Pixels, Spec, Start, State
 from mrflow.stage import A, B, Chain, Plan
 
 if TYPE_CHECKING:
@@ -24,17 +31,26 @@ if TYPE_CHECKING:
 
 
 class StageCache:
-    """Keeps stage results in memory, up to `max_bytes`, and in `folder` where one is given.
+    """Keeps stage results in memory, up to `max_bytes`, and in `folder` where one is given, up to as many again.
 
-    Files are written whole or not at all, so several processes may share a folder; a broken file is made again.
+    Files are written whole or not at all, so several processes may share a folder. Each carries a SHA-256; one that is
+    broken, or that breaks its stage's promise, is made again. The entries used longest ago make room. A folder that
+    takes no files is left out with a note.
+
+    Raises:
+        PlanError: `max_bytes` is no whole number above 0.
     """
 
     def __init__(self, folder: str | Path | None = None, *, max_bytes: int = 1 << 30) -> None:
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+            raise PlanError(f"max_bytes must be a whole number above 0, got {max_bytes!r}")
         self.folder = None if folder is None else Path(folder)
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         self._memory: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes = 0
+        self._room = 0  # bytes that may be written before the folder is looked through
+        self._refused = False
 
     def keys(
         self,
@@ -66,11 +82,14 @@ class StageCache:
         return out
 
     def longest(self, keys: list[list[str]], plan: Plan, device: torch.device) -> tuple[int, Tensor | None]:
-        """How many stages need not run, and what the last of them gave for the whole batch."""
+        """How many stages need not run, and what the last of them gave for the whole batch.
+
+        What is found is held to the promise of its stage; an entry that breaks it counts as missing.
+        """
         for done in range(len(keys), 0, -1):
-            shape = plan.rows[done - 1].out.shape[1:]
+            out = plan.rows[done - 1].out
             items = [self.get(key) for key in keys[done - 1]]
-            found = [item for item in items if item is not None and tuple(item.shape) == shape]
+            found = [item for item in items if item is not None and _keeps(item, out)]
             if len(found) == len(items):
                 self.hits += 1
                 return done, torch.stack(found).to(device)
@@ -78,41 +97,88 @@ class StageCache:
         return 0, None
 
     def get(self, key: str) -> Tensor | None:
-        """One item's result, or None."""
+        """One item's result, or None: where there is none, or its file is not what was written."""
         if key in self._memory:
             self._memory.move_to_end(key)
             return self._memory[key]
         if self.folder is None:
             return None
         try:
-            item = load_file(self._path(key))["data"]
-        except (OSError, SafetensorError, KeyError):
+            found = load(read_regular(self._path(key), most=self.max_bytes + HEADER))
+            item, seal = found["data"], bytes(found["sha256"].tolist())
+        except Exception:  # a broken file, whatever it leads the reader to, is no entry
             return None
+        if seal != _seal(key, item):
+            return None
+        with suppress(OSError):
+            os.utime(self._path(key))  # the latest used goes last
         self._keep(key, item)
         return item
 
     def put(self, keys: Sequence[str], data: Tensor) -> None:
-        """Keep a batch's results."""
-        from mrflow.io import write_bytes
-
+        """Keep a batch's results. Where the folder takes no files, a note says so and nothing more is written."""
         for key, item in zip(keys, data.detach().cpu(), strict=True):
             item = item.contiguous().clone()
             self._keep(key, item)
-            if self.folder is not None:
+            if self.folder is None or self._refused or item.nbytes + HEADER > self.max_bytes:
+                continue
+            seal = torch.tensor(list(_seal(key, item)), dtype=torch.uint8)
+            try:
                 self._path(key).parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(self._path(key), save({"data": item}))
+                publish({self._path(key): save({"data": item, "sha256": seal})}, force=True)
+                self._bound(item.nbytes + HEADER)
+            except OSError as error:  # a ResourceError is one
+                self._refused = True
+                note(f"the stage cache in {self.folder} takes no files and is left out ({error})")
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _keep(self, key: str, item: Tensor) -> None:
-        if key in self._memory:
+        if key in self._memory or item.nbytes > self.max_bytes:
             return
         self._memory[key] = item
         self._bytes += item.nbytes
-        while self._bytes > self.max_bytes and len(self._memory) > 1:
+        while self._bytes > self.max_bytes:
             self._bytes -= self._memory.popitem(last=False)[1].nbytes
+
+    def _bound(self, written: int) -> None:
+        """Remove the entries that were used longest ago while the folder holds more than `max_bytes`."""
+        assert self.folder is not None
+        self._room -= written
+        if self._room >= 0:
+            return
+        entries: list[tuple[int, int, Path]] = []
+        for path in self.folder.glob("[0-9a-f][0-9a-f]/*.safetensors"):
+            if ENTRY.fullmatch(path.stem) and path.parent.name == path.stem[:2]:
+                with suppress(OSError):
+                    stat = path.lstat()
+                    entries.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        self._room = min(self.max_bytes - total, self.max_bytes // 16)  # others may write here too: look again soon
+
+
+HEADER = 1024  # more than a file adds to its numbers
+ENTRY = re.compile("[0-9a-f]{64}")
+
+
+def _seal(key: str, item: Tensor) -> bytes:
+    """SHA-256 of an entry: its key, kind, shape and numbers."""
+    head = repr((key, str(item.dtype), tuple(item.shape))).encode()
+    return hashlib.sha256(head + item.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+
+
+def _keeps(item: Tensor, out: Spec) -> bool:
+    """Whether one item is what its stage promised."""
+    if tuple(item.shape) != out.shape[1:] or item.dtype != torch.float32 or not finite(item):
+        return False
+    return not isinstance(out, Pixels) or (float(item.min()) >= 0 and float(item.max()) <= 1)
 
 
 def _bytes(item: Tensor) -> bytes:
