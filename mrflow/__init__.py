@@ -21,12 +21,12 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 
-def _public() -> dict[str, str]:
+def _public(package: str = "mrflow") -> dict[str, str]:
     """The module that each public name comes from, read from the text of `_api.py` so that none is loaded."""
     import ast
     from pkgutil import get_data
 
-    text = get_data("mrflow", "_api.py") or b""
+    text = get_data(package, "_api.py") or b""
     lines = [line for line in ast.parse(text).body if isinstance(line, ast.ImportFrom)]
     return {alias.name: line.module or "" for line in lines for alias in line.names}
 

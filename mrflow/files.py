@@ -5,13 +5,14 @@ import json
 import math
 import os
 import stat
+import tempfile
 import uuid
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import IO, Any, NoReturn, cast
 
 from mrflow.errors import ResourceError, WeightsError
 
@@ -86,6 +87,55 @@ def beneath(folder: Path, name: str) -> Path | None:
         return path if path.is_file() and path.is_relative_to(folder.resolve()) else None
     except (OSError, ValueError, RuntimeError):
         return None
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output file that could not be written, before any work: no folder is made, nothing is left behind.
+
+    Raises:
+        ResourceError: the folder is missing, is a file, or does not take files.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise ResourceError(f"{path} is a folder; name a file in it, such as {path / 'picture.png'}")
+    if not folder.is_dir():
+        raise ResourceError(f"the folder {folder} does not exist; make it, or choose another with --out")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ResourceError(
+            f"the folder {folder} cannot be written ({error.strerror}); choose another with --out"
+        ) from None
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: see `writing`."""
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: Path) -> Generator[IO[bytes]]:
+    """A file that is there whole or not at all: a temporary one beside it, flushed to disk, then renamed.
+
+    Raises:
+        ResourceError: the disk is full or the folder does not take it; the temporary file is removed.
+    """
+    temporary = temporary_beside(path)
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ResourceError(
+            f"{path} could not be written: {error.strerror or error}; nothing was left behind"
+        ) from None
+    finally:
+        with suppress(OSError):  # it was renamed, or its folder is none
+            temporary.unlink()
 
 
 @contextmanager

@@ -5,14 +5,11 @@ Files appear under their final name only when complete.
 """
 
 import json
-import os
 import re
-import tempfile
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -21,7 +18,10 @@ from torch import Tensor
 
 from mrflow._checks import is_whole
 from mrflow.errors import PlanError, RecordError, ResourceError
-from mrflow.files import parse_table, read_regular, temporary_beside
+from mrflow.files import check_writable as check_writable
+from mrflow.files import parse_table, read_regular
+from mrflow.files import write_bytes as write_bytes
+from mrflow.files import writing as writing
 from mrflow.images import MAX_FILE, MAX_TEXT, SIGNATURE, chunks, png_text
 from mrflow.images import read_image as read_image
 from mrflow.records import decode_chain, encode_chain
@@ -40,55 +40,6 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """PIL pictures of float (b, 3, h, w) in [0, 1], rounded to 8 bits."""
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(item)) for item in array]
-
-
-def check_writable(path: Path) -> None:
-    """Refuse an output file that could not be written, before any work: no folder is made, nothing is left behind.
-
-    Raises:
-        ResourceError: the folder is missing, is a file, or does not take files.
-    """
-    folder = path.parent
-    if path.is_dir():
-        raise ResourceError(f"{path} is a folder; name a file in it, such as {path / 'picture.png'}")
-    if not folder.is_dir():
-        raise ResourceError(f"the folder {folder} does not exist; make it, or choose another with --out")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ResourceError(
-            f"the folder {folder} cannot be written ({error.strerror}); choose another with --out"
-        ) from None
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: see `writing`."""
-    with writing(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def writing(path: Path) -> Generator[IO[bytes]]:
-    """A file that is there whole or not at all: a temporary one beside it, flushed to disk, then renamed.
-
-    Raises:
-        ResourceError: the disk is full or the folder does not take it; the temporary file is removed.
-    """
-    temporary = temporary_beside(path)
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise ResourceError(
-            f"{path} could not be written: {error.strerror or error}; nothing was left behind"
-        ) from None
-    finally:
-        with suppress(OSError):  # it was renamed, or its folder is none
-            temporary.unlink()
 
 
 def write_png(path: Path, image: Image.Image, record: object | None = None) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mrflow._checks import check_whole, is_whole
+from mrflow._checks import check_whole
 from mrflow.errors import PlanError
-
-MAX_SEED = 2**63 - 1
+from mrflow.seeds import MAX_SEED as MAX_SEED
+from mrflow.seeds import check_seed as check_seed
 
 
 class Noise(ABC):
@@ -85,10 +85,3 @@ class Nested(Noise):
         k = self.factor
         large = self.inner(seeds, (*shape[:-2], k * shape[-2], k * shape[-1]), scope=scope, draw=draw)
         return torch.nn.functional.avg_pool2d(large, k).mul_(k)
-
-
-def check_seed(seed: object) -> int:
-    """A seed that a generator takes, or PlanError."""
-    if not is_whole(seed, 0, MAX_SEED - 1):
-        raise PlanError(f"a seed must be a whole number from 0 to {MAX_SEED - 1}, got {seed!r}")
-    return seed

@@ -243,7 +243,7 @@ def report(
 ) -> None:
     """Make one HTML page of a sweep: trade-off, categories, table, pictures side by side, the worst first."""
     from mrflow.cli import console
-    from mrflow.io import check_writable
+    from mrflow.files import check_writable
 
     with console() as err:
         from mrflow.sweep.report import load, summarise, write_csv, write_parquet, write_plots, write_report

@@ -21,7 +21,9 @@ from mrflow.scenes.fit import Adjustable, Edge, Part, Slot, Values, fit
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
 from mrflow.sweep.aims import aim
-from mrflow.sweep.metrics import BUILT_IN, Fidelity, Measured, aims_of
+from mrflow.sweep import metrics
+from mrflow.sweep.aims import BUILT_IN
+from mrflow.sweep.metrics import Fidelity, Measured, Metric, aims_of
 
 N = 256
 STAR = "a big red star at the left"
@@ -346,4 +348,6 @@ def test_as_a_metric_of_a_sweep() -> None:
     assert None not in aims.values()
     assert aims["fit.spectrum.3"] == "lower" and aims["fit.glyph.right"] == "higher"
     assert aims["fit.rank.cast"] == "uniform"
+    kinds = [k for k in vars(metrics).values() if isinstance(k, type) and issubclass(k, Metric)]
+    assert {name: which for kind in kinds for name, which in kind.aims.items()} == BUILT_IN
     assert aim("fit", BUILT_IN) is None and aim("lpips", BUILT_IN) == "lower" and aim("mine", {"mine": "one"}) == "one"

@@ -1,35 +1,19 @@
-"""The ablation engine: chains x prompts x draws into a folder of rows and pictures, and what they show."""
+"""The ablation engine: chains x prompts x draws into a folder of rows and pictures, and what they show.
 
-from mrflow.sweep.aims import Aim as Aim
-from mrflow.sweep.grid import Prompt as Prompt
-from mrflow.sweep.grid import Sweep as Sweep
-from mrflow.sweep.grid import seed_of as seed_of
-from mrflow.sweep.local import Progress as Progress
-from mrflow.sweep.local import Summary as Summary
-from mrflow.sweep.local import run_sweep as run_sweep
-from mrflow.sweep.maker import Maker as Maker
-from mrflow.sweep.metrics import ClipScore as ClipScore
-from mrflow.sweep.metrics import Fidelity as Fidelity
-from mrflow.sweep.metrics import Lpips as Lpips
-from mrflow.sweep.metrics import Measured as Measured
-from mrflow.sweep.metrics import Metric as Metric
-from mrflow.sweep.metrics import Psnr as Psnr
-from mrflow.sweep.metrics import ReadText as ReadText
-from mrflow.sweep.metrics import RoundTrip as RoundTrip
-from mrflow.sweep.metrics import SceneScore as SceneScore
-from mrflow.sweep.metrics import Sharpness as Sharpness
-from mrflow.sweep.metrics import Spectrum as Spectrum
-from mrflow.sweep.metrics import Ssim as Ssim
-from mrflow.sweep.metrics import Stray as Stray
-from mrflow.sweep.rows import Row as Row
-from mrflow.sweep.statistics import Comparison as Comparison
-from mrflow.sweep.statistics import Interval as Interval
-from mrflow.sweep.statistics import compare as compare
-from mrflow.sweep.statistics import family as family
-from mrflow.sweep.statistics import interval as interval
-from mrflow.sweep.statistics import pareto as pareto
-from mrflow.sweep.statistics import values as values
-from mrflow.sweep.store import Store as Store
-from mrflow.sweep.store import read as read
-from mrflow.sweep.tune import Space as Space
-from mrflow.sweep.tune import Tune as Tune
+Each public name of `_api.py` is loaded when it is first asked for, so that a report needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mrflow.sweep._api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> object:
+    from mrflow import _public
+
+    if module := _public("mrflow.sweep").get(name):
+        globals()[name] = getattr(import_module(module), name)
+        return globals()[name]
+    raise AttributeError(f"module 'mrflow.sweep' has no attribute {name!r}")

@@ -7,6 +7,28 @@ Aim = Literal["higher", "lower", "one", "uniform"]
 """More is better, less is better, 1 is best, or values should be spread evenly over [0, 1] (ranks in a known law)."""
 
 COSTS: Mapping[str, Aim] = {"seconds": "lower", "nfe": "lower", "flops": "lower", "peak_bytes": "lower"}
+BUILT_IN: Mapping[str, Aim] = {
+    "score": "higher",
+    "fit.psnr": "higher",
+    "fit.boundary_iou": "higher",
+    "fit.edge": "lower",
+    "fit.corner": "one",
+    "fit.glyph": "higher",
+    "fit.glyph.right": "higher",
+    "fit.expression": "higher",
+    "fit.expression.right": "higher",
+    "fit.spectrum": "lower",
+    "fit.rank": "uniform",
+    "stray": "lower",
+    "psnr": "higher",
+    "ssim": "higher",
+    "spectrum": "one",
+    "round_trip": "lower",
+    "clip": "higher",
+    "lpips": "lower",
+    "text": "higher",
+}
+"""Those of the metrics that come with mrflow, for folders that do not say."""
 
 
 def aim(name: str, aims: Mapping[str, Aim]) -> Aim | None:

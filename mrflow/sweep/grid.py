@@ -1,34 +1,23 @@
 """What a sweep is: chains x prompts x draws, the seed of each draw, and the key of each row."""
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from mrflow.errors import PlanError, RecordError
-from mrflow.noise import check_seed
 from mrflow.records import Plain, encode_chain, fingerprint
+from mrflow.seeds import check_seed
 from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import AnyChain, AnyStage, Chain, Plan, plan
+from mrflow.sweep.rows import row_key as row_key
+from mrflow.sweep.rows import seed_of as seed_of
 
 if TYPE_CHECKING:
     from mrflow.sweep.metrics import Metric
 
 Pictures = Literal["last", "stages"]
-
-
-def seed_of(prompt: str, draw: int) -> int:
-    """The seed of a prompt's n-th draw: the first 32 bits of the SHA-256 of both, the same on every machine.
-
-    Prompts must not share their noise: its effect on a mean over prompts would not average out, and no interval over
-    prompts would show it.
-
-    Raises:
-        PlanError: `draw` is not a whole number that a seed may be.
-    """
-    digest = hashlib.sha256(json.dumps([prompt, check_seed(draw)]).encode()).digest()
-    return int.from_bytes(digest[:4], "big")
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,7 @@ class Sweep:
         for seed in self.seeds:
             check_seed(seed)
         if len({p.text for p in texts}) != len(texts):
-            twice = next(p.text for i, p in enumerate(texts) if p.text in {q.text for q in texts[:i]})
+            twice = Counter(p.text for p in texts).most_common(1)[0][0]
             raise PlanError(f"the prompt {twice!r} is there twice; more pictures of it come from more seeds")
         if len(set(self.seeds)) != len(self.seeds):
             raise PlanError("a seed is there twice")
@@ -162,11 +151,3 @@ def versions() -> dict[str, str]:
     from mrflow import __version__
 
     return {"mrflow": __version__, "torch": torch.__version__}
-
-
-def row_key(
-    chain: str, model: str, weights: str, prompt: str, negative: str, seed: int, made_by: Mapping[str, str]
-) -> str:
-    """The SHA-256 of all that a row's picture depends on; `chain` is the last of its `fingerprints`."""
-    parts = [chain, model, weights, prompt, negative, seed, sorted(made_by.items())]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -332,13 +332,6 @@ class Lpips(Metric):
         return {"lpips": total}
 
 
-BUILT_IN: Mapping[str, Aim] = {
-    name: which
-    for kind in (SceneScore, Fidelity, Stray, Psnr, Ssim, Spectrum, RoundTrip, ClipScore, Lpips, ReadText)
-    for name, which in kind.aims.items()
-}
-
-
 def aims_of(metrics: Iterable[Metric]) -> dict[str, Aim]:
     """What all of them say of their numbers."""
     return {name: which for metric in metrics for name, which in metric.aims.items()}

@@ -9,8 +9,8 @@ import csv
 import json
 import logging
 import math
+import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib import resources
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -19,21 +19,21 @@ from typing import Any, cast
 import numpy as np
 
 from mrflow.errors import PlanError
-from mrflow.io import write_bytes
-from mrflow.sweep.aims import COSTS, Aim, aim
-from mrflow.sweep.grid import row_key, seed_of
-from mrflow.sweep.metrics import BUILT_IN
-from mrflow.sweep.rows import Row
+from mrflow.files import beneath, read_regular, write_bytes
+from mrflow.sweep.aims import BUILT_IN, COSTS, Aim, aim
+from mrflow.sweep.rows import Row, row_key, seed_of
 from mrflow.sweep.statistics import (
     MIN_PROMPTS,
     Comparison,
     Interval,
-    compare,
+    by_pair,
+    differences,
     family,
     grouped,
     interval,
     is_share,
     number,
+    paired,
     pareto,
     values,
 )
@@ -43,6 +43,10 @@ from mrflow.sweep.timing import seconds, speedup
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 200_000_000  # of embedded pictures; browsers become slow beyond
+EMBED_ROWS, MAX_PAGE = 2000, 9_000_000  # with more rows, a page of so many bytes holds as many pictures as go in
+SHOWN = 24  # pictures a chain that are shown as its worst
+DRAWN = 4_000_000  # prompts x draws of a bootstrap; with many prompts an interval needs fewer draws
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLUMNS = (
     "chain", "prompt", "draw", "seed", "status", "error", "seconds", "nfe", "flops", "peak_bytes", "batch", "timed",
     "device", "model", "weights", "picture", "key",
@@ -74,8 +78,8 @@ def load(folder: str | Path) -> tuple[list[Row], str]:
         rows = mine
     if not rows:
         raise PlanError(f"{folder} has no rows of the settings that it has now; run mrflow sweep first")
-    order = list(cast("dict[str, object]", said.get("chains", {})))
-    rows.sort(key=lambda r: (order.index(r.chain) if r.chain in order else len(order), r.prompt, r.draw))
+    order = {label: place for place, label in enumerate(said.get("chains", {}))}
+    rows.sort(key=lambda r: (order.get(r.chain, len(order)), r.prompt, r.draw))
     reference = said.get("reference")
     known = {row.chain for row in rows}
     return rows, reference if isinstance(reference, str) and reference in known else ""
@@ -86,7 +90,7 @@ def _current(row: Row, said: Mapping[str, Any]) -> bool:
     chain = cast("dict[str, str]", said.get("prints", {})).get(row.chain)
     if row.seed != seed_of(row.prompt, row.draw):  # drawn when prompts still shared their noise
         return False
-    if chain is None:
+    if chain is None or not {"negative", "versions"} <= said.keys():
         return True
     return row.key == row_key(chain, row.model, row.weights, row.prompt, said["negative"], row.seed, said["versions"])
 
@@ -182,10 +186,11 @@ def _family(
 ) -> tuple[dict[Place, dict[str, Any]], int]:
     """Parts of chains against the same part of the reference, metric by metric; and how many tests that made."""
     found: dict[tuple[Place, str], Comparison] = {}
-    for place, rows in parts.items():
-        for metric in metrics:
-            with suppress(PlanError):  # nothing in common
-                found[place, metric] = compare(rows, base, metric, draws=draws)
+    for metric in metrics:
+        theirs = by_pair(base, metric)
+        for place, rows in parts.items():
+            if between := differences(by_pair(rows, metric), theirs):
+                found[place, metric] = paired(metric, between, draws=draws)
     out: dict[Place, dict[str, Any]] = {}
     size = 0
     for (place, metric), one in family(found).items():
@@ -195,69 +200,110 @@ def _family(
     return out, size
 
 
-def page(folder: str | Path, *, title: str | None = None, link: bool = False) -> str:
+def page(folder: str | Path, *, title: str | None = None, link: bool = False, beside: bool = True) -> str:
     """The HTML of a sweep's folder; pictures are embedded as they are saved, or linked to.
+
+    With more than `EMBED_ROWS` rows, as many pictures are embedded as the page may hold, the worst first; the others
+    are shown where the page lies in the folder, `beside` them.
 
     Raises:
         PlanError: there are no rows, or the pictures would make the file too large to embed.
     """
     where = Path(folder)
     rows, reference = load(where)
-    data = summarise(rows, reference)
-    pictures: dict[str, str] = {}
-    size = 0
-
-    def put(name: str | None) -> str | None:
-        nonlocal size
-        if name is None or not (where / name).is_file():
-            return None
-        if link:
-            pictures[name] = name
-        elif name not in pictures:
-            raw = (where / name).read_bytes()
-            size += len(raw) * 4 // 3
-            if size > MAX_BYTES:
-                raise PlanError(
-                    f"the pictures of {where} would make a file of more than {MAX_BYTES // 1_000_000} MB; "
-                    "--link refers to them instead (keep the file in the sweep's folder)"
-                )
-            pictures[name] = "data:image/png;base64," + base64.b64encode(raw).decode()
-        return name
-
+    prompts = len({row.prompt for row in rows})
+    data = summarise(rows, reference, draws=max(400, min(4000, DRAWN // prompts)))
+    large = len(rows) > EMBED_ROWS
+    data |= {"title": title or where.resolve().name, "folder": str(where), "linked": link or (large and beside)}
     items: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in rows:
+    sizes: dict[str, list[int]] = {}
+    embedded: list[tuple[float, str]] = []  # what to embed, by how soon it should be seen
+    for place, row in _ranked(rows, data["metrics"][0] if data["metrics"] else "seconds"):
         item = items.setdefault(
             (row.prompt, row.draw),
             {"prompt": row.prompt, "draw": row.draw, "seed": row.seed, "tags": dict(row.tags), "cells": {}},
         )
-        item["cells"][row.chain] = {
-            "status": row.status,
-            "error": row.error,
-            "seconds": row.seconds,
-            "metrics": dict(row.metrics),
-            "picture": put(row.picture),
-            "path": str(where / row.picture) if row.picture else None,
-            "stages": [[name, put(path)] for name, path in row.stage_pictures],
-            "size": _size(where / row.picture) if row.picture else None,
-        }
+        picture = _there(where, row.picture)
+        stages = [[name, _there(where, path)] for name, path in row.stage_pictures]
+        if row.picture is not None and row.chain not in sizes and picture is not None:
+            sizes[row.chain] = _size(where / picture)
+        cell: dict[str, Any] = {"seconds": _short(row.seconds)}
+        cell |= {"metrics": {name: _short(value) for name, value in row.metrics.items()}} if row.metrics else {}
+        cell |= {"picture": picture} if picture is not None else {}
+        cell |= {"stages": stages} if stages else {}
+        item["cells"][row.chain] = cell if row.done else {"error": row.error}
+        embedded += [(place, name) for name in (picture, *(path for _, path in stages)) if name is not None]
     known = {**COSTS, **BUILT_IN, **cast("dict[str, Aim]", Store(where).manifest().get("aims", {}))}
     data["aims"] = {name: aim(name, known) for name in (*data["metrics"], *COSTS)}
-    data |= {"title": title or where.resolve().name, "items": list(items.values()), "pictures": pictures}
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False)
+    data |= {"items": list(items.values()), "sizes": sizes}
+    text = _safe(data)
+    pictures: dict[str, str] = {}
+    if not link:
+        left = max(0, MAX_PAGE - len(text) - len(_template())) if large else MAX_BYTES
+        for _, name in sorted(embedded, key=lambda pair: pair[0]):
+            raw = _png(where / name)
+            if not raw:
+                continue
+            left -= len(raw) * 4 // 3 + len(name) + 40
+            if left < 0:
+                break
+            pictures[name] = "data:image/png;base64," + base64.b64encode(raw).decode()
+        if left < 0 and not large:
+            raise PlanError(
+                f"the pictures of {where} would make a file of more than {MAX_BYTES // 1_000_000} MB; "
+                "--link refers to them instead (keep the file in the sweep's folder)"
+            )
+    before, _, after = _template().partition("/*DATA*/")
+    return "".join((before, text[:-1], ', "pictures": ', _safe(pictures), "}", after))
+
+
+def _safe(data: object) -> str:
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     # "</script>" and "<!--" inside a JSON string would end the element that holds it.
-    safe = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    template = resources.files("mrflow.sweep").joinpath("report.html").read_text("utf-8")
-    return template.replace("/*DATA*/", safe)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _size(path: Path) -> list[int] | None:
-    from PIL import Image
+def _template() -> str:
+    return resources.files("mrflow.sweep").joinpath("report.html").read_text("utf-8")
 
+
+def _ranked(rows: Sequence[Row], metric: str) -> list[tuple[float, Row]]:
+    """Every row in its order, with how soon its picture is wanted: the page shows the lowest of each chain first."""
+    worst: dict[str, list[tuple[float, str]]] = {}
+    for row in rows:
+        if (value := number(row, metric)) is not None:
+            worst.setdefault(row.chain, []).append((value, row.key))
+    soon = {key for each in worst.values() for _, key in sorted(each)[:SHOWN]}
+    return [(place if row.key in soon else place + len(rows), row) for place, row in enumerate(rows)]
+
+
+def _short(value: float) -> float:
+    """Six digits, which is more than the page shows."""
+    return float(f"{value:.6g}")
+
+
+def _there(where: Path, name: str | None) -> str | None:
+    """The name of a picture that lies in the folder, or None."""
+    return name if name is not None and beneath(where, name) is not None else None
+
+
+def _png(path: Path) -> bytes:
+    """A picture's file; empty where it is no PNG of a sensible size."""
     try:
-        with Image.open(path) as image:
-            return list(image.size)
+        data = read_regular(path, most=MAX_BYTES)
+    except (OSError, ValueError):
+        return b""
+    return data if data.startswith(SIGNATURE) else b""
+
+
+def _size(path: Path) -> list[int]:
+    """Width and height from a PNG's head."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(24)
     except OSError:
-        return None
+        head = b""
+    return list(struct.unpack(">II", head[16:24])) if head.startswith(SIGNATURE) and len(head) == 24 else [1, 1]
 
 
 def write_report(folder: str | Path, out: Path, *, title: str | None = None, link: bool = False) -> None:
@@ -266,7 +312,8 @@ def write_report(folder: str | Path, out: Path, *, title: str | None = None, lin
     Raises:
         PlanError, ResourceError: as `page`; the file cannot be written.
     """
-    write_bytes(out, page(folder, title=title, link=link).encode("utf-8"))
+    beside = out.parent.resolve() == Path(folder).resolve()
+    write_bytes(out, page(folder, title=title, link=link, beside=beside).encode("utf-8"))
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
@@ -296,7 +343,7 @@ def write_csv(rows: Sequence[Row], out: Path) -> None:
         return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
     writer.writerows([plain(v) for v in line] for line in lines)
-    write_bytes(out, text.getvalue().encode("utf-8"))
+    write_bytes(out, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def write_parquet(rows: Sequence[Row], out: Path) -> None:

@@ -4,6 +4,7 @@ A folder may come from anywhere, so nothing that a file says is used before its 
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mrflow.files import parse_table, read_regular
+from mrflow.seeds import check_seed
 
 FORMAT = 1
 MAX_BYTES = 16 << 20  # of a row's file, and of sweep.json without its chains
@@ -66,6 +68,27 @@ class Row:
     def done(self) -> bool:
         """Whether there is a picture."""
         return self.status == "done"
+
+
+def seed_of(prompt: str, draw: int) -> int:
+    """The seed of a prompt's n-th draw: the first 32 bits of the SHA-256 of both, the same on every machine.
+
+    Prompts must not share their noise: its effect on a mean over prompts would not average out, and no interval over
+    prompts would show it.
+
+    Raises:
+        PlanError: `draw` is not a whole number that a seed may be.
+    """
+    digest = hashlib.sha256(json.dumps([prompt, check_seed(draw)]).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def row_key(
+    chain: str, model: str, weights: str, prompt: str, negative: str, seed: int, made_by: Mapping[str, str]
+) -> str:
+    """The SHA-256 of all that a row's picture depends on; `chain` is the last of its `fingerprints`."""
+    parts = [chain, model, weights, prompt, negative, seed, sorted(made_by.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read_row(path: str | Path) -> Row | None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mrflow.errors import PlanError
 
+MANY = 500  # differences, beyond which signs need not be drawn
 FLIPS = 20_000  # drawn sign patterns; a p-value is at least 1 / (FLIPS + 1)
 
 
@@ -18,6 +19,8 @@ def sign_flip(differences: Sequence[float], *, flips: int = FLIPS, seed: int = 0
     Were two methods alike, each difference might as well have the other sign: the p-value is the share of sign patterns
     whose sum is at least as far from 0 (Fisher 1935, section 21). All patterns are tried where there are at most
     `flips`, else so many are drawn, and the observed one counts as drawn (Phipson and Smyth 2010).
+    With more than `MANY` differences the sum of all patterns is taken as normal, with the fourth-cumulant term of its
+    Edgeworth expansion: odd cumulants vanish, and the error falls with the square of their number.
     Differences of 0 say nothing; with none left the p-value is 1. The test is exact for methods that are alike; where
     only their means are, and differences are skewed, 5 % become 7 to 12 % at 48 differences, and 5 to 7 % at 100.
     """
@@ -26,6 +29,11 @@ def sign_flip(differences: Sequence[float], *, flips: int = FLIPS, seed: int = 0
     if not len(x):
         return 1.0
     bar = abs(float(x.sum())) - 1e-9 * float(np.abs(x).sum())  # sums of other orders count as equal
+    if len(x) > MANY:
+        square = float(np.square(x).sum())
+        z, kurtosis = abs(float(x.sum())) / square**0.5, -2 * float((x**4).sum()) / square**2
+        term = math.exp(-z * z / 2) / math.sqrt(2 * math.pi) * kurtosis / 12 * (z**3 - 3 * z)
+        return min(1.0, max(math.erfc(z / math.sqrt(2)) + term, 1 / (flips + 1)))
     if 2 ** (len(x) - 1) <= flips:  # the first sign may stay: a pattern and its mirror image are as far from 0
         signs = 1.0 - 2.0 * (np.arange(2 ** (len(x) - 1))[:, None] >> np.arange(len(x)) & 1)
         return float((np.abs(signs @ x) >= bar).mean())

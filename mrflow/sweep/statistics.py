@@ -8,6 +8,7 @@ them are of one comparison each. Times have units of their own: `mrflow.sweep.ti
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -80,21 +81,34 @@ def interval(
     """
     if not 0 < level < 1 or draws < 1:
         raise PlanError(f"level must lie between 0 and 1 and draws be at least 1, got {level} and {draws}")
-    groups = [np.asarray(v, dtype=np.float64) for v in values.values() if len(v)]
+    groups = [v for v in values.values() if len(v)]
     if not groups:
         raise PlanError("there is no value to average")
-    sums, sizes = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups], dtype=np.float64)
+    sums = np.array([v[0] if len(v) == 1 else np.sum(v, dtype=np.float64) for v in groups], dtype=np.float64)
+    sizes = np.array([len(v) for v in groups], dtype=np.float64)
     each = sums / sizes
     if share and len({*sizes}) == 1 and np.isin(each, (0, 1)).all():
         ends = clopper_pearson(int(each.sum()), len(groups), level)
         return Interval(float(each.mean()), *ends, len(groups), int(sizes.sum()))
-    rng, means = np.random.default_rng(seed), np.empty(draws)
-    step = max(1, CHUNK // len(groups))
-    for start in range(0, draws, step):
-        pick = rng.integers(0, len(groups), (min(step, draws - start), len(groups)))
-        means[start : start + step] = sums[pick].sum(1) / sizes[pick].sum(1)
+    if draws * len(groups) <= CHUNK:
+        times = _times(len(groups), draws, seed)
+        means = (times @ sums) / (times @ sizes)
+    else:
+        rng, means = np.random.default_rng(seed), np.empty(draws)
+        step = max(1, CHUNK // len(groups))
+        for start in range(0, draws, step):
+            pick = rng.integers(0, len(groups), (min(step, draws - start), len(groups)))
+            means[start : start + step] = sums[pick].sum(1) / sizes[pick].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(sums.sum() / sizes.sum()), float(low), float(high), len(groups), int(sizes.sum()))
+
+
+@lru_cache(maxsize=2)
+def _times(count: int, draws: int, seed: int) -> NDArray[np.float64]:
+    """(draws, count): how often each of `count` is drawn; the same for every number of a table."""
+    pick = np.random.default_rng(seed).integers(0, count, (draws, count))
+    pick += np.arange(draws)[:, None] * count
+    return np.bincount(pick.ravel(), minlength=draws * count).reshape(draws, count).astype(np.float64)
 
 
 def values(rows: Iterable[Row], metric: str) -> dict[str, list[float]]:
@@ -109,7 +123,7 @@ def values(rows: Iterable[Row], metric: str) -> dict[str, list[float]]:
 
 def number(row: Row, metric: str) -> float | None:
     """A metric, or `seconds`, `nfe`, `flops`, `peak_bytes`, of a row that is done; None where there is none."""
-    if not row.done:
+    if row.status != "done":
         return None
     if metric in ("seconds", "nfe", "flops", "peak_bytes"):
         return float(getattr(row, metric))
@@ -135,25 +149,36 @@ def compare(
         PlanError: no prompt and draw has the metric in both.
     """
 
-    def table(rows: Sequence[Row]) -> dict[tuple[str, int], tuple[float, str]]:
-        pairs = ((row, number(row, metric)) for row in rows)
-        return {(r.prompt, r.draw): (v, r.tags.get(by, "") if by else "") for r, v in pairs if v is not None}
-
-    mine, theirs = table(a), table(b)
+    mine, theirs = by_pair(a, metric), by_pair(b, metric)
     shared = [key for key in mine if key in theirs]
     if not shared:
         raise PlanError(f"no prompt and draw has {metric!r} in both")
 
     def one(keys: Sequence[tuple[str, int]]) -> Comparison:
-        differences: dict[str, list[float]] = defaultdict(list)
-        for key in keys:
-            differences[key[0]].append(mine[key][0] - theirs[key][0])
-        return paired(metric, differences, level=level, draws=draws, seed=seed)
+        kept = {key: mine[key] for key in keys}
+        return paired(metric, differences(kept, theirs), level=level, draws=draws, seed=seed)
 
-    names = sorted({mine[key][1] for key in shared}) if by is not None else []
-    groups = {name: one([key for key in shared if mine[key][1] == name]) for name in names}
+    tags = {(row.prompt, row.draw): row.tags.get(by, "") for row in a} if by is not None else {}
+    names = sorted({tags[key] for key in shared}) if by is not None else []
+    groups = {name: one([key for key in shared if tags[key] == name]) for name in names}
     whole = replace(one(shared), missing=len(mine) + len(theirs) - 2 * len(shared), groups=groups)
     return family({"": whole}, level=level)[""]
+
+
+def by_pair(rows: Iterable[Row], metric: str) -> dict[tuple[str, int], float]:
+    """A metric's values by prompt and draw."""
+    return {(r.prompt, r.draw): value for r in rows if (value := number(r, metric)) is not None}
+
+
+def differences(
+    mine: Mapping[tuple[str, int], float], theirs: Mapping[tuple[str, int], float]
+) -> dict[str, list[float]]:
+    """By prompt, mine minus theirs for every draw that both have."""
+    out: dict[str, list[float]] = defaultdict(list)
+    for key, value in mine.items():
+        if key in theirs:
+            out[key[0]].append(value - theirs[key])
+    return out
 
 
 def paired(

@@ -1,0 +1,1 @@
+"""Harnesses that kill, stop and feed nonsense: what docs/reference/reliability.md measures."""
