@@ -20,9 +20,8 @@ from mrflow.scenes.fidelity import _displacement, _spectrum  # pyright: ignore[r
 from mrflow.scenes.fit import Adjustable, Edge, Part, Slot, Values, fit
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
-from mrflow.sweep.aims import aim
 from mrflow.sweep import metrics
-from mrflow.sweep.aims import BUILT_IN
+from mrflow.sweep.aims import BUILT_IN, aim
 from mrflow.sweep.metrics import Fidelity, Measured, Metric, aims_of
 
 N = 256

@@ -329,3 +329,19 @@ def test_clip_score_is_the_cosine_of_a_local_model(tmp_path: Path) -> None:
     assert 0 <= found <= 100
     with pytest.raises(mf.WeightsError, match="there is no CLIP model in"):
         ClipScore(str(tmp_path / "gone"))(made())
+
+
+def test_many_prompts_are_judged_by_limit_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many prompts nothing is drawn at random, and what is said is what drawing would have said."""
+    rng = np.random.default_rng(0)
+    skewed = {f"{i}": list(rng.exponential(1, 1 + i % 3)) for i in range(1500)}
+    shifted = list(rng.standard_t(3, 700) + 0.11)
+    exact, p = interval(skewed), sign_flip(shifted)
+    monkeypatch.setattr("mrflow.sweep.statistics.MANY", 10**9)
+    monkeypatch.setattr("mrflow.sweep.significance.MANY", 10**9)
+    drawn = interval(skewed, draws=4000)
+    assert exact.mean == pytest.approx(drawn.mean)
+    width = drawn.high - drawn.low
+    assert exact.low == pytest.approx(drawn.low, abs=0.06 * width)
+    assert exact.high == pytest.approx(drawn.high, abs=0.06 * width)
+    assert 1e-3 < p == pytest.approx(sign_flip(shifted), rel=0.15)

@@ -9,6 +9,8 @@ import csv
 import json
 import logging
 import math
+import os
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -19,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 
 from mrflow.errors import PlanError
-from mrflow.files import beneath, read_regular, write_bytes
+from mrflow.files import read_regular, write_bytes
 from mrflow.sweep.aims import BUILT_IN, COSTS, Aim, aim
 from mrflow.sweep.rows import Row, row_key, seed_of
 from mrflow.sweep.statistics import (
@@ -45,7 +47,6 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 200_000_000  # of embedded pictures; browsers become slow beyond
 EMBED_ROWS, MAX_PAGE = 2000, 9_000_000  # with more rows, a page of so many bytes holds as many pictures as go in
 SHOWN = 24  # pictures a chain that are shown as its worst
-DRAWN = 4_000_000  # prompts x draws of a bootstrap; with many prompts an interval needs fewer draws
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLUMNS = (
     "chain", "prompt", "draw", "seed", "status", "error", "seconds", "nfe", "flops", "peak_bytes", "batch", "timed",
@@ -211,11 +212,10 @@ def page(folder: str | Path, *, title: str | None = None, link: bool = False, be
     """
     where = Path(folder)
     rows, reference = load(where)
-    prompts = len({row.prompt for row in rows})
-    data = summarise(rows, reference, draws=max(400, min(4000, DRAWN // prompts)))
+    data = summarise(rows, reference)
     large = len(rows) > EMBED_ROWS
     data |= {"title": title or where.resolve().name, "folder": str(where), "linked": link or (large and beside)}
-    items: dict[tuple[str, int], dict[str, Any]] = {}
+    there, items = _Pictures(where), dict[tuple[str, int], dict[str, Any]]()
     sizes: dict[str, list[int]] = {}
     embedded: list[tuple[float, str]] = []  # what to embed, by how soon it should be seen
     for place, row in _ranked(rows, data["metrics"][0] if data["metrics"] else "seconds"):
@@ -223,8 +223,8 @@ def page(folder: str | Path, *, title: str | None = None, link: bool = False, be
             (row.prompt, row.draw),
             {"prompt": row.prompt, "draw": row.draw, "seed": row.seed, "tags": dict(row.tags), "cells": {}},
         )
-        picture = _there(where, row.picture)
-        stages = [[name, _there(where, path)] for name, path in row.stage_pictures]
+        picture = there(row.picture)
+        stages = [[name, there(path)] for name, path in row.stage_pictures]
         if row.picture is not None and row.chain not in sizes and picture is not None:
             sizes[row.chain] = _size(where / picture)
         cell: dict[str, Any] = {"seconds": _short(row.seconds)}
@@ -282,9 +282,25 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _there(where: Path, name: str | None) -> str | None:
-    """The name of a picture that lies in the folder, or None."""
-    return name if name is not None and beneath(where, name) is not None else None
+class _Pictures:
+    """Which pictures lie in a folder: regular files, to which no link leads out of it."""
+
+    def __init__(self, where: Path) -> None:
+        self._where, self._root = str(where), os.path.realpath(where)
+        self._inside: dict[str, bool] = {}
+
+    def __call__(self, name: str | None) -> str | None:
+        """The name where there is such a picture, else None."""
+        if name is None:
+            return None
+        path = f"{self._where}/{name}"
+        room = os.path.dirname(path)
+        if room not in self._inside:
+            self._inside[room] = os.path.realpath(room).startswith(self._root + os.sep)
+        try:
+            return name if self._inside[room] and stat.S_ISREG(os.lstat(path).st_mode) else None
+        except OSError:
+            return None
 
 
 def _png(path: Path) -> bytes:

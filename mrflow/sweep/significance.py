@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mrflow.errors import PlanError
 
-MANY = 500  # differences, beyond which signs need not be drawn
+MANY = 500  # prompts, beyond which limit laws stand for what is drawn at random
 FLIPS = 20_000  # drawn sign patterns; a p-value is at least 1 / (FLIPS + 1)
 
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from mrflow.errors import PlanError
 from mrflow.sweep.rows import Row
-from mrflow.sweep.significance import clopper_pearson, holm, sign_flip
+from mrflow.sweep.significance import MANY, clopper_pearson, holm, sign_flip
 
 Verdict = Literal["higher", "lower", "no difference shown", "too few prompts"]
 K = TypeVar("K", bound=Hashable)
@@ -72,7 +73,8 @@ def interval(
 ) -> Interval:
     """The mean over all pictures and its interval; `values` are those of each prompt's pictures.
 
-    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): prompts are drawn with replacement. Where each prompt
+    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): prompts are drawn with replacement; with more than
+    `MANY` prompts, its limit, the normal interval of a ratio of sums (Cochran 1977, section 6.4). Where each prompt
     succeeds or fails as a whole (`share`, values of 0 and 1), the exact interval of Clopper and Pearson: with all 48 of
     48 the bootstrap would say that nothing else can be. For scores in [0, 1] it is an outer bound.
 
@@ -90,6 +92,11 @@ def interval(
     if share and len({*sizes}) == 1 and np.isin(each, (0, 1)).all():
         ends = clopper_pearson(int(each.sum()), len(groups), level)
         return Interval(float(each.mean()), *ends, len(groups), int(sizes.sum()))
+    mean = float(sums.sum() / sizes.sum())
+    if len(groups) > MANY:
+        reach = NormalDist().inv_cdf((1 + level) / 2) * float(np.square(sums - mean * sizes).sum()) ** 0.5
+        reach /= float(sizes.sum())
+        return Interval(mean, mean - reach, mean + reach, len(groups), int(sizes.sum()))
     if draws * len(groups) <= CHUNK:
         times = _times(len(groups), draws, seed)
         means = (times @ sums) / (times @ sizes)
@@ -100,7 +107,7 @@ def interval(
             pick = rng.integers(0, len(groups), (min(step, draws - start), len(groups)))
             means[start : start + step] = sums[pick].sum(1) / sizes[pick].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(sums.sum() / sizes.sum()), float(low), float(high), len(groups), int(sizes.sum()))
+    return Interval(mean, float(low), float(high), len(groups), int(sizes.sum()))
 
 
 @lru_cache(maxsize=2)
