@@ -1,9 +1,10 @@
 """Does staged sampling keep what native sampling draws, by category, and how much faster is it?
 
 On held-out captions: `paper` 12 + 1, native 50 steps, and native with few steps, in one run on one machine. The scorer
-reads every picture back against its caption, and against another caption of its kind. Intervals are 95 % bootstrap
-over distinct captions, which are few for faces; differences are paired by picture. Times are medians for single
-pictures, after a warm-up, the methods taking turns; the range of the ratio is over repeats.
+reads every picture back against its caption, and against another caption of its kind. Beside the methods are control
+rows (`mrflow.sweep.controls`). Intervals are 95 % over distinct captions, which are few for faces; differences are
+paired by picture, and called one by sign-flip tests corrected for the table. Times are medians for single pictures,
+after a warm-up, the methods taking turns; the range of the ratio is over repeats.
 
     python -m experiments.pocket_scores --keep runs/scores      # native 50 at 512 px: hours on a processor; goes on
     python -m experiments.pocket_scores --size 256
@@ -28,7 +29,8 @@ from mrflow.io import check_writable, write_bytes
 from mrflow.scenes.grammar import held_out_captions
 from mrflow.scenes.score import other_captions, score
 from mrflow.sheet import warm_up
-from mrflow.sweep import seed_of
+from mrflow.sweep import controls, family, paired, seed_of
+from mrflow.sweep import interval as mean_of
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
 Row = dict[str, float]  # a picture's scores by category
@@ -85,15 +87,20 @@ def table(images: NDArray[np.float32], captions: list[str | None]) -> list[Row]:
     return [{} if caption is None else score(image, caption).as_dict() for image, caption in pairs]
 
 
-def interval(values: list[tuple[str, float]], rng: np.random.Generator) -> tuple[float, float, float]:
-    """Mean of (caption, value) rows and its 95 % interval by resampling captions: rows of one caption stay together."""
+def by_caption(values: list[tuple[str, float]]) -> dict[str, list[float]]:
+    """The values of each caption."""
     groups: dict[str, list[float]] = {}
     for caption, value in values:
         groups.setdefault(caption, []).append(value)
-    sums, sizes = np.array([sum(g) for g in groups.values()]), np.array([len(g) for g in groups.values()])
-    pick = rng.integers(0, len(sums), (4000, len(sums)))
-    means = sums[pick].sum(1) / sizes[pick].sum(1)
-    return float(sums.sum() / sizes.sum()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+    return groups
+
+
+def interval(
+    values: list[tuple[str, float]], rng: np.random.Generator, *, share: bool = False
+) -> tuple[float, float, float]:
+    """Mean of (caption, value) rows and its 95 % interval over captions, as `mrflow.sweep.interval`."""
+    found = mean_of(by_caption(values), draws=4000, seed=int(rng.integers(2**32)), share=share)
+    return found.mean, found.low, found.high
 
 
 def main() -> None:
@@ -126,6 +133,7 @@ def main() -> None:
         "native 12": mf.recipes.native(size=size, steps=12),
         "native 6": mf.recipes.native(size=size, steps=6),
     }
+    chains |= controls(model.info, low=low, size=size, staged=chains[STAGED])
     if unknown := set(args.only) - set(chains):
         parser.error(f"no chain is called {', '.join(sorted(unknown))}; there are {', '.join(chains)}")
     chains = {name: chain for name, chain in chains.items() if not args.only or name in args.only}
@@ -137,7 +145,8 @@ def main() -> None:
         print("\n".join(scored(chains, model, captions, args.batch, args.keep)))
         print()
     if args.repeats:
-        print("\n".join(timed(chains, model, args.repeats)))
+        sampled = {name: chain for name, chain in chains.items() if not isinstance(next(iter(chain)), mf.Truth)}
+        print("\n".join(timed(sampled, model, args.repeats)))
 
 
 def timed(chains: Mapping[str, Chain], model: mf.Backbone, repeats: int) -> list[str]:
@@ -160,7 +169,7 @@ def timed(chains: Mapping[str, Chain], model: mf.Backbone, repeats: int) -> list
 def scored(
     chains: Mapping[str, Chain], model: mf.Backbone, captions: list[str], batch: int, keep: Path | None = None
 ) -> list[str]:
-    """A Markdown table of scores by category."""
+    """A Markdown table of scores by category; the verdicts of its last column are one family of tests."""
     rng = np.random.default_rng(0)
     rows = {name: read_back(chain, model, captions, batch, keep) for name, chain in chains.items()}
     scores = {name: own for name, (own, _) in rows.items()}
@@ -168,24 +177,36 @@ def scored(
     columns, first, both = {**scores, **wrong}, next(iter(scores.values())), STAGED in scores and NATIVE in scores
     categories = [*sorted({c for each in first for c in each} - {"overall"}), "overall"]
 
-    def cell(values: list[tuple[str, float]], form: str) -> str:
+    def cell(values: list[tuple[str, float]]) -> str:
         if not values:  # no other caption of this kind among so few
             return "-"
-        mean, low_end, high_end = interval(values, rng)
-        return f"{mean:{form}} ({low_end:{form}} to {high_end:{form}})"
+        return "{:.2f} ({:.2f} to {:.2f})".format(*interval(values, rng, share=True))
+
+    triples = list(zip(captions, scores[STAGED], scores[NATIVE], strict=True)) if both else []
+    differences = {
+        category: by_caption([(c, a[category] - b[category]) for c, a, b in triples if category in a])
+        for category in (categories if both else [])
+    }
+    judged = family({name: paired("score", each, draws=4000) for name, each in differences.items() if each})
 
     heads = [*columns, *(["staged - native 50, paired"] if both else [])]
     lines = [f"| category | pictures | captions | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
     for category in categories:
         own = [caption for caption, s in zip(captions, first, strict=True) if category in s]
         cells = [
-            cell([(c, s[category]) for c, s in zip(captions, each, strict=True) if category in s], ".2f")
+            cell([(c, s[category]) for c, s in zip(captions, each, strict=True) if category in s])
             for each in columns.values()
         ]
-        triples = list(zip(captions, scores[STAGED], scores[NATIVE], strict=True)) if both else []
-        if both:
-            cells.append(cell([(c, a[category] - b[category]) for c, a, b in triples if category in a], "+.2f"))
+        if category in judged:
+            d = judged[category].difference
+            cells.append(f"{d.mean:+.2f} ({d.low:+.2f} to {d.high:+.2f}), {judged[category].verdict}")
         lines.append(f"| {category} | {len(own)} | {len(set(own))} | {' | '.join(cells)} |")
+    if judged:
+        tests = next(iter(judged.values())).family
+        lines += [
+            "",
+            f"Verdicts: sign-flip tests over captions, {tests} in this table, corrected together (Holm, 5 %).",
+        ]
     return lines
 
 

@@ -105,6 +105,7 @@ from mrflow.stages import Reinject as Reinject
 from mrflow.stages import Sample as Sample
 from mrflow.stages import SampleRegions as SampleRegions
 from mrflow.stages import SelfLift as SelfLift
+from mrflow.stages import Truth as Truth
 from mrflow.stages import Upscale as Upscale
 from mrflow.students import Student as Student
 from mrflow.sweep import Metric as Metric

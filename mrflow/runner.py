@@ -85,6 +85,7 @@ class Context:
     seeds: tuple[int, ...]
     scope: str
     on_step: Callable[[Step], None] | None = None
+    prompts: tuple[str, ...] = ()
 
     def noise(self, shape: tuple[int, ...], *, source: Noise = PerItem(), draw: int = 0) -> Tensor:
         """Standard normal float32 of `shape` on the model's device; `draw` tells draws within one stage apart."""
@@ -158,7 +159,8 @@ class Context:
     def only(self, item: int) -> "Context":
         """The context of one item of the batch."""
         negative = None if self.negative is None else self.negative.item(item)
-        return replace(self, cond=self.cond.item(item), negative=negative, seeds=self.seeds[item : item + 1])
+        seeds, prompts = self.seeds[item : item + 1], self.prompts[item : item + 1]
+        return replace(self, cond=self.cond.item(item), negative=negative, seeds=seeds, prompts=prompts)
 
     def through(self, chain: Chain[A, B], state: State[A]) -> State[B]:
         """Run an inner chain on `state`; its stages draw noise of their own."""
@@ -298,7 +300,7 @@ def run(
             _emit(on_event, Noted(None, text))
         _synchronise(model.device)
         condition_seconds = time.perf_counter() - began
-        context = Context(model, cond, other, seeds, "")
+        context = Context(model, cond, other, seeds, "", prompts=prompts)
         keys = cache.keys(whole, model, prompts, seeds, negative, first, condition) if cache is not None else []
         done, found = cache.longest(keys, planned, model.device) if cache is not None else (0, None)
         records, data = [], first.data if found is None else found

@@ -56,11 +56,12 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         f" {STAGED} ", f" {NATIVE} ", f" {STAGED}, other caption ", f" {NATIVE}, other caption ",
         " staged - native 50, paired ",
     ]  # fmt: skip
-    cells = [cell.split()[0] for cell in lines[-1].split("|")[1:-1]]
+    assert "0 in this table" in lines[-1] and "too few prompts" in lines[-3]
+    cells = [cell.split()[0] for cell in lines[-3].split("|")[1:-1]]
     assert cells == ["overall", "2", "2", "0.75", "0.50", "0.00", "0.25", "+0.25"]
     rows["a"] = (rows["a"][0], [{}, {}])  # of so few captions none has another one of its kind
     lines = scored({STAGED: "a", NATIVE: "b"}, mf.toy(), ["x", "y"], 2)  # type: ignore[dict-item]  # pyright: ignore
-    assert lines[-1].split("|")[6].strip() == "-" and "nan" not in " ".join(lines)
+    assert lines[-3].split("|")[6].strip() == "-" and "nan" not in " ".join(lines)
 
 
 def test_an_interval_resamples_captions() -> None:

@@ -11,6 +11,7 @@ import pytest
 import mrflow as mf
 from experiments.studies import __main__ as studies
 from experiments.studies import rivals, trade_off
+from experiments.studies.common import LOW, SIZE
 from mrflow.models import info
 from mrflow.sweep import Row
 from tests.test_statistics import row
@@ -18,7 +19,8 @@ from tests.test_statistics import row
 
 @pytest.mark.parametrize("name", studies.NAMES)
 def test_every_study_can_be_planned(name: str) -> None:
-    sweep: mf.Sweep = import_module(f"experiments.studies.{name}").sweep
+    study = import_module(f"experiments.studies.{name}")
+    sweep: mf.Sweep = studies.with_controls(study.sweep, *getattr(study, "SIZES", (LOW, SIZE)))
     assert set(sweep.plans(info(sweep.model))) == set(sweep.chains)
     assert all({"kind", "texture", "size"} <= set(prompt.tags) for prompt in sweep.prompts)
 

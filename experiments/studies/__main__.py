@@ -11,11 +11,14 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import mrflow as mf
-from mrflow.sweep import Comparison, Interval, Row, Sweep, compare, family, interval, run_sweep, values
+from experiments.studies.common import LOW, SIZE
+from mrflow.models import info
+from mrflow.sweep import Comparison, Interval, Row, Sweep, compare, controls, family, interval, run_sweep, values
 from mrflow.sweep.local import Progress
 from mrflow.sweep.report import load, summarise, write_plots, write_report
 from mrflow.sweep.statistics import MIN_PROMPTS, grouped
@@ -34,7 +37,7 @@ def main() -> None:
     parser.add_argument("--by", help="a tag to split by, instead of the scorer's categories")
     args = parser.parse_args()
     study = import_module(f"experiments.studies.{args.name}")
-    sweep: Sweep = study.sweep
+    sweep = with_controls(study.sweep, *getattr(study, "SIZES", (LOW, SIZE)))
     tags = sorted({tag for prompt in sweep.prompts for tag in prompt.tags})
     if args.by is not None and args.by not in tags:
         parser.error(f"no caption has the tag {args.by!r}; there are {', '.join(tags)}")
@@ -55,20 +58,29 @@ def main() -> None:
         place = Path("docs") / "images" / "studies"
         place.mkdir(parents=True, exist_ok=True)
         if hasattr(study, "draw"):  # a study with a figure of its own
-            study.draw(rows, reference, place / f"{args.name}.svg")
+            study.draw([r for r in rows if r.chain in study.sweep.chains], reference, place / f"{args.name}.svg")
         for path in () if hasattr(study, "draw") else write_plots(summarise(rows, reference), place / args.name):
             if path.suffix == ".png" or path.stem != args.name:
                 path.unlink()
     print("\n".join(table(rows, sweep.reference, by=args.by)))
 
 
+def with_controls(sweep: Sweep, low: tuple[int, int], size: tuple[int, int]) -> Sweep:
+    """The sweep of a study with the control rows that every table has beside its methods."""
+    more = controls(info(sweep.model), low=low, size=size)
+    known = set(sweep.chains.values())
+    return replace(sweep, chains={**sweep.chains, **{k: c for k, c in more.items() if c not in known}})
+
+
 def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str]:
     """Markdown: speed, the score with its interval, the paired difference, then the score by category.
 
-    All arrows of a table are one family of tests.
+    All arrows of a table are one family of tests; rows that begin with the truth have none, and no speed.
     """
     chains = grouped(rows, lambda r: r.chain)
     base = chains[reference]
+    yardsticks = {label for label, mine in chains.items() if any(r.rendered for r in mine)}
+    apart = {reference, *yardsticks}
     names = [] if by else sorted({m for r in rows for m in r.metrics if m.startswith("score.")})
     groups = sorted({r.tags[by] for r in rows if by in r.tags}) if by else []
     extra = [m for m in ("psnr", "ssim") if any(m in r.metrics for r in rows)]
@@ -76,7 +88,7 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
     columns: list[tuple[str, str | None]] = [(n, None) for n in names] + [("score", g) for g in groups]
     columns += [(m, None) for m in shares]
     heads = [*(groups or [n.removeprefix("score.") for n in names]), *(f"{m} %" for m in shares)]
-    found = _family({label: mine for label, mine in chains.items() if label != reference}, base, by, columns)
+    found = _family({label: mine for label, mine in chains.items() if label not in apart}, base, by, columns)
     tests = next((c.family for c in found.values()), 0)
     counts = f"{len({r.prompt for r in base})} captions, {len({r.draw for r in base})} draws of each"
     lines = [
@@ -92,7 +104,8 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
     )
     lines.append("|---" * (5 + len(heads) + len(extra)) + "|")
     for label, mine in chains.items():
-        fast, good = speedup(base, mine), interval(values(mine, "score"), draws=4000, share=True)
+        fast = None if label in yardsticks else speedup(base, mine)
+        good = interval(values(mine, "score"), draws=4000, share=True)
         cells = [
             label,
             "1" if label == reference else _speed(fast),

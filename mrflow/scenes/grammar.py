@@ -172,7 +172,11 @@ def sample_scene(world: World, rng: random.Random) -> Scene:
     names = [name for name, _ in world.kinds]
     kind = rng.choices(names, [weight for _, weight in world.kinds])[0]
     caption = _sample_caption(world, kind, rng)
-    scene = parse(caption)
+    return fill(parse(caption), world, rng)
+
+
+def fill(scene: Scene, world: World, rng: random.Random) -> Scene:
+    """Draw what the caption leaves open: the tint of the ground, and the jitter of places."""
     base = rng.uniform(0.86, 0.97)
     tint = tuple(min(1.0, max(0.80, base + rng.uniform(-0.05, 0.05))) for _ in range(3))
     background = replace(scene.background, tint=(tint[0], tint[1], tint[2]))
@@ -186,7 +190,6 @@ def sample_scene(world: World, rng: random.Random) -> Scene:
         objects=tuple(replace(o, x=moved(o.x), y=moved(o.y)) for o in scene.objects),
         faces=tuple(replace(f, x=moved(f.x), y=moved(f.y)) for f in scene.faces),
         words=tuple(replace(w, y=moved(w.y)) for w in scene.words),
-        caption=caption,
     )
 
 

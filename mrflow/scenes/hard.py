@@ -160,6 +160,16 @@ def fill(scene: Scene, world: HardWorld, rng: random.Random) -> Scene:
     )
 
 
+def drawn(caption: str, rng: random.Random) -> Scene:
+    """A scene of a caption of either world, with what the caption leaves open drawn by that world's law.
+
+    Raises:
+        CaptionError: the caption is of neither.
+    """
+    scene = parse(caption)
+    return fill(scene, HARD, rng) if scene.kind in KINDS else grammar.fill(scene, FULL, rng)
+
+
 def _ink(scene: Scene) -> tuple[str, ...]:
     return tuple(word.colour for word in scene.words[:1])
 

@@ -11,4 +11,5 @@ from mrflow.stages.regions import SampleRegions as SampleRegions
 from mrflow.stages.reinject import Reinject as Reinject
 from mrflow.stages.sample import Sample as Sample
 from mrflow.stages.selflift import SelfLift as SelfLift
+from mrflow.stages.truth import Truth as Truth
 from mrflow.stages.upscale import Upscale as Upscale

@@ -1,6 +1,7 @@
 """The public names of sweeps. `mrflow/sweep/__init__.py` hands them on when first asked for."""
 
 from mrflow.sweep.aims import Aim as Aim
+from mrflow.sweep.controls import controls as controls
 from mrflow.sweep.grid import Prompt as Prompt
 from mrflow.sweep.grid import Sweep as Sweep
 from mrflow.sweep.grid import seed_of as seed_of
@@ -27,6 +28,7 @@ from mrflow.sweep.statistics import Interval as Interval
 from mrflow.sweep.statistics import compare as compare
 from mrflow.sweep.statistics import family as family
 from mrflow.sweep.statistics import interval as interval
+from mrflow.sweep.statistics import paired as paired
 from mrflow.sweep.statistics import pareto as pareto
 from mrflow.sweep.statistics import values as values
 from mrflow.sweep.store import Store as Store

@@ -105,7 +105,8 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
 def summarise(rows: Sequence[Row], reference: str, *, draws: int = 4000) -> dict[str, Any]:
     """All numbers of the page, without pictures.
 
-    Comparisons of the table of methods, over all metrics, are one family; those of a tag's table are one each.
+    Comparisons of the table of methods, over all metrics, are one family; those of a tag's table are one each. Rows
+    that begin with the truth are yardsticks: they have no speed-up, and are not compared.
     """
     by_chain = grouped(rows, lambda r: r.chain)
     metrics = metrics_of(rows)
@@ -116,7 +117,8 @@ def summarise(rows: Sequence[Row], reference: str, *, draws: int = 4000) -> dict
         for label, mine in by_chain.items()
         for tag in tags
     }
-    others = {label: mine for label, mine in by_chain.items() if label != reference}
+    yardsticks = {label for label, mine in by_chain.items() if any(r.rendered for r in mine)}
+    others = {label: mine for label, mine in by_chain.items() if label != reference and label not in yardsticks}
     whole, whole_size = _family({(label, ""): mine for label, mine in others.items()}, base, metrics, draws)
     by_tag = {
         tag: _family({(label, v): p for label in others for v, p in parts[label, tag].items()}, base, metrics, draws)
@@ -141,7 +143,7 @@ def summarise(rows: Sequence[Row], reference: str, *, draws: int = 4000) -> dict
                 "flops": done[0].flops if done else None,
                 "peak": max((r.peak_bytes for r in done), default=0) or None,
                 "seconds": _plain(seconds(done)),
-                "speedup": _plain(speedup(base, mine)) if base else None,
+                "speedup": _plain(speedup(base, mine)) if base and label not in yardsticks else None,
                 "metrics": _means(mine, metrics, draws),
                 "compare": whole.get((label, ""), {}),
                 "groups": groups,

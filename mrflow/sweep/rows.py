@@ -69,6 +69,11 @@ class Row:
         """Whether there is a picture."""
         return self.status == "done"
 
+    @property
+    def rendered(self) -> bool:
+        """Whether its chain begins with the truth: it has no speed to compare, and is no method to judge."""
+        return bool(self.stages) and self.stages[0]["name"] == "Truth"
+
 
 def seed_of(prompt: str, draw: int) -> int:
     """The seed of a prompt's n-th draw: the first 32 bits of the SHA-256 of both, the same on every machine.

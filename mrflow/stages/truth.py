@@ -1,0 +1,49 @@
+"""The caption itself, drawn exactly: what the embedded model is taught, and the best that it could give."""
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mrflow.errors import PlanError
+from mrflow.spec import ModelInfo, Pixels, Start, State
+from mrflow.stage import Stage
+
+if TYPE_CHECKING:
+    from mrflow.runner import Context
+
+
+@dataclass(frozen=True)
+class Truth(Stage[Start, Pixels]):
+    """The scene of each prompt, rendered; what the prompt leaves open is drawn from its seed, alike at every size.
+
+    No network is asked. Sent through parts of a chain (`mrflow.sweep.controls`), it shows what they keep.
+
+    Raises:
+        PlanError: the picture is not square, or the model is not the embedded one. MrflowError: a prompt is none of its
+            captions; the text says where reading stopped.
+    """
+
+    scope: ClassVar[str] = "Truth"
+    height: int
+    width: int
+
+    def plan(self, spec: Start, model: ModelInfo) -> Pixels:
+        """Pixels of the size asked for."""
+        if model.space.name != "pocket":
+            raise PlanError(f"only captions of the embedded model have a true scene, not those of {model.name}")
+        if self.height != self.width or self.height < 1:
+            raise PlanError(f"scenes are square, got {self.height}x{self.width}")
+        return Pixels(spec.batch, self.height, self.width)
+
+    def apply(self, state: State[Start], out: Pixels, ctx: "Context") -> Tensor:
+        """Render, float32 in [0, 1]."""
+        from mrflow.scenes.hard import drawn  # rendering is loaded when it is used
+        from mrflow.scenes.render import render
+
+        scenes = [drawn(prompt, random.Random(seed)) for prompt, seed in zip(ctx.prompts, ctx.seeds, strict=True)]
+        pixels = np.stack([render(scene, out.height) for scene in scenes])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(ctx.model.device, torch.float32) / 255
