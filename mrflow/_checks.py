@@ -44,9 +44,9 @@ def check_number(name: str, value: object, low: float | None = None, high: float
     Raises:
         PlanError: naming it.
     """
-    if low is None or high is not None:
-        require(is_number(value), name, "a finite number", value)
-    else:
-        require(is_number(value, low), name, f"a finite number of at least {low:g}", value)
+    wanted = "a finite number" if low is None else f"a finite number of at least {low:g}"
     if low is not None and high is not None:
-        require(is_number(value, low, high), name, f"from {low:g} to {high:g}", value)
+        wanted = f"from {low:g} to {high:g}"
+    require(
+        is_number(value, -math.inf if low is None else low, math.inf if high is None else high), name, wanted, value
+    )

@@ -26,7 +26,7 @@ def shift(s: float, mu: float) -> float:
 
     Adds mu to the logit of s, so shifts compose by adding their mu.
     """
-    check_number("a noise level", s, 0.0, 1.0)
+    _within("a noise level", s, 0.0, 1.0)
     check_number("mu", mu)
     if s in (0.0, 1.0):
         return float(s)
@@ -42,7 +42,7 @@ def unshift(s: float, mu: float) -> float:
 
 def shift_static(s: float, k: float) -> float:
     """The static shift k s / (1 + (k - 1) s): the exponential one with mu = ln k (arXiv 2403.03206, eq. 23)."""
-    check_number("a noise level", s, 0.0, 1.0)
+    _within("a noise level", s, 0.0, 1.0)
     _above("a shift factor", k, 0.0)
     return float(s) if s in (0.0, 1.0) else k * s / (k * s + 1.0 - s)
 
@@ -87,7 +87,7 @@ def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
     if len(sigmas) < 2:
         raise PlanError(f"a schedule needs at least two noise levels, got {tuple(sigmas)!r}; one step is (1.0, 0.0)")
     for i, s in enumerate(sigmas):
-        check_number(f"noise level {i + 1} of {len(sigmas)}", s, 0.0, 1.0)
+        _within(f"noise level {i + 1} of {len(sigmas)}", s, 0.0, 1.0)
     levels = tuple(float(s) for s in sigmas)
     for i in range(1, len(levels)):
         if not levels[i] < levels[i - 1]:
@@ -179,7 +179,7 @@ class DirectSigma(Schedule):
     def __post_init__(self) -> None:
         _check_steps(self.steps)
         if self.mu is not None:
-            check_number("mu", self.mu, -20.0, 20.0)
+            _within("mu", self.mu, -20.0, 20.0)
 
     @staticmethod
     def comfyui(steps: int) -> "DirectSigma":
@@ -206,7 +206,7 @@ class Karras(Schedule):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        check_number("rho", self.rho, 1.0, 100.0)
+        _within("rho", self.rho, 1.0, 100.0)
         if self.low is not None:
             _between("low", self.low, 0.0, 1.0)
 
@@ -237,8 +237,8 @@ class Beta(Schedule):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        check_number("alpha", self.alpha, 0.25, 100.0)
-        check_number("beta", self.beta, 0.25, 100.0)
+        _within("alpha", self.alpha, 0.25, 100.0)
+        _within("beta", self.beta, 0.25, 100.0)
         if self.low is not None:
             _between("low", self.low, 0.0, 1.0)
 
@@ -264,8 +264,8 @@ class LogitNormal(Schedule):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        check_number("mean", self.mean, -5.0, 5.0)
-        check_number("std", self.std, 0.01, 8.0)
+        _within("mean", self.mean, -5.0, 5.0)
+        _within("std", self.std, 0.01, 8.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         normal, n = NormalDist(), self.steps
@@ -328,8 +328,8 @@ class FlowMap(Schedule):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        check_number("shift", self.shift, 0.001, 1000.0)
-        check_number("final_step", self.final_step, 0.001, 1.0)
+        _within("shift", self.shift, 0.001, 1000.0)
+        _within("final_step", self.final_step, 0.001, 1.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         whole = self.steps - 1 + self.final_step
@@ -375,6 +375,11 @@ def _check_start(start: float) -> None:
 
 def _check_steps(steps: object) -> None:
     check_whole("steps", steps, 1, MAX_STEPS)
+
+
+def _within(what: str, value: float, low: float, high: float) -> None:
+    check_number(what, value)
+    check_number(what, value, low, high)
 
 
 def _between(what: str, value: float, low: float, high: float) -> None:

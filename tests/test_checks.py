@@ -22,7 +22,9 @@ def test_what_is_no_whole_number(value: object) -> None:
 @pytest.mark.parametrize("value", [True, None, "3", math.nan, math.inf, -math.inf, 1j])
 def test_what_is_no_number(value: object) -> None:
     assert not is_number(value)
-    with pytest.raises(mf.PlanError, match=re.escape(f"churn must be a finite number, got {value!r}")):
+    with pytest.raises(mf.PlanError, match=re.escape(f"mu must be a finite number, got {value!r}")):
+        check_number("mu", value)
+    with pytest.raises(mf.PlanError, match=re.escape(f"churn must be from 0 to 50, got {value!r}")):
         check_number("churn", value, 0, 50)
 
 
