@@ -36,9 +36,7 @@ def forward_flops(model: ModelInfo, tokens: int) -> float:
 
 def levels(chain: AnyChain, model: ModelInfo) -> tuple[float, ...]:
     """Every noise level at which a chain's own stages ask a model for its field, without repeats."""
-    rows = plan(chain, model).rows
-    found = [sigma for stage, row in zip(chain, rows, strict=True) for sigma in stage.levels(row.spec, model)]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(sigma for row in plan(chain, model).rows for sigma in row.evaluations))
 
 
 def decode_flops(model: ModelInfo, height: int, width: int) -> float:

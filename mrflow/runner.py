@@ -86,6 +86,7 @@ class Context:
     scope: str
     on_step: Callable[[Step], None] | None = None
     prompts: tuple[str, ...] = ()
+    sigmas: Sigmas = ()  # of the stage's schedule, as planned
 
     def noise(self, shape: tuple[int, ...], *, source: Noise = PerItem(), draw: int = 0) -> Tensor:
         """Standard normal float32 of `shape` on the model's device; `draw` tells draws within one stage apart."""
@@ -167,7 +168,7 @@ class Context:
         planned = plan(chain, self.model.info, start=state.spec)
         stages, data = tuple(chain), state.data
         for stage, row, scope in zip(stages, planned.rows, _scopes(stages), strict=True):
-            inner = replace(self, scope=f"{self.scope}/{scope}")
+            inner = replace(self, scope=f"{self.scope}/{scope}", sigmas=row.sigmas)
             data = _apply(stage, State(row.spec, data), row.out, inner, short(stage))
         return State(planned.out, data)  # type: ignore[arg-type]  # pyright: ignore
 
@@ -309,7 +310,7 @@ def run(
             began, cached, notes = time.perf_counter(), index < done, list[str]()
             work = Work() if cached else row.work
             if not cached:
-                inner = replace(context, scope=scope, on_step=_relay(on_event, index))
+                inner = replace(context, scope=scope, on_step=_relay(on_event, index), sigmas=row.sigmas)
                 where = f"stage {index + 1} of {len(stages)}, {short(stage)}"
                 with collected() as notes, tallied() as tally:
                     data = _apply(stage, State(row.spec, data), row.out, inner, where)

@@ -89,9 +89,16 @@ class Stage(ABC, Generic[A, B]):
         """What it costs; nothing worth counting unless a subclass says so."""
         return Work()
 
-    def levels(self, spec: A, model: ModelInfo) -> tuple[float, ...]:
+    def evaluations(self, spec: A, model: ModelInfo) -> tuple[float, ...]:
         """Every noise level at which it asks the model for its field, in order; none unless a subclass says so."""
         return ()
+
+    def plan_row(self, spec: A, model: ModelInfo) -> "PlannedStage":
+        """All that a plan holds of this stage. Override it where these share what is worth computing once."""
+        out = self.plan(spec, model)
+        check_gives(self, out)
+        work, evaluations = self.work(spec, out, model), self.evaluations(spec, model)
+        return PlannedStage(type(self).__name__, spec, out, work, evaluations=evaluations)
 
     def check(self, model: "Backbone") -> None:
         """Raise PlanError for what only the loaded model can tell; called before any work."""
@@ -175,14 +182,30 @@ def _check_is_stage(stage: object, number: int) -> None:
     raise ChainError(f"stage {number} is {stage!r}, which is no stage; use an object of a subclass of mrflow.Stage")
 
 
+def check_gives(stage: AnyStage, out: object) -> None:
+    """Refuse a planned value of another kind than the stage is declared to give.
+
+    Raises:
+        PlanError: naming both.
+    """
+    if not isinstance(out, stage.gives):
+        raise PlanError(f"its plan gave {out!r}, but it is declared to give {stage.gives.__name__}")
+
+
 @dataclass(frozen=True)
 class PlannedStage:
-    """One row of a plan."""
+    """One row of a plan.
+
+    `sigmas` are the noise levels of its schedule, from where it begins to where it ends; `evaluations` those at which
+    the model is asked, in order.
+    """
 
     name: str
     spec: Spec
     out: Spec
     work: Work
+    sigmas: tuple[float, ...] = ()
+    evaluations: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -259,16 +282,12 @@ def plan(chain: Chain[A, B] | Stage[A, B], model: ModelInfo, *, batch: int = 1, 
     for number, stage in enumerate(stages, 1):
         where = f"stage {number} of {len(stages)}, {short(stage)}"
         try:
-            out = stage.plan(spec, model)  # type: ignore[arg-type]  # pyright: ignore
-            if not isinstance(out, stage.gives):
-                raise PlanError(f"its plan gave {out!r}, but it is declared to give {stage.gives.__name__}")
-            work = stage.work(spec, out, model)  # type: ignore[arg-type]  # pyright: ignore
+            rows.append(stage.plan_row(spec, model))  # type: ignore[arg-type]  # pyright: ignore
         except MrflowError as error:
             raise named(error, where) from error
         except Exception as error:
             raise PlanError(f"{where}: its plan failed with {type(error).__name__}: {error}") from error
-        rows.append(PlannedStage(type(stage).__name__, spec, out, work))
-        spec = out
+        spec = rows[-1].out
     return Plan(model, tuple(rows))
 
 

@@ -237,7 +237,7 @@ def test_the_plan_counts_a_fixed_cadence_exactly(
         assert not planned.estimated
         assert result.nfe == planned.nfe
         assert result.stages[0].flops == pytest.approx(planned.flops)
-        points = solver.points(chain.sigmas(model.info))
+        points = result.plan.rows[0].evaluations
         asked = (guidance or mf.guidance.own_guidance(model.info)).evals(points)
         assert result.stages[0].notes == (f"{type(cache).__name__} computed {planned.nfe} of {asked} forwards",)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mrflow as mf
+from mrflow import runner
 from mrflow.solvers import History
 from mrflow.testing import Toy
 
@@ -382,3 +384,24 @@ def test_a_negative_prompt_that_nothing_reads_is_said_and_not_recorded() -> None
                   negative="a blue square")  # fmt: skip
     assert read.negative == "a blue square"
     assert not any("no stage reads" in note for note in read.notes)
+
+
+def test_a_picture_is_planned_once_and_the_plan_carries_the_noise_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    for kind in (mf.Shifted, mf.DirectSigma):
+
+        def counted(self: Any, *args: Any, real: Any = kind.__call__) -> Any:
+            asked.append(type(self))
+            return real(self, *args)
+
+        monkeypatch.setattr(kind, "__call__", counted)
+    real = runner.plan
+    monkeypatch.setattr(runner, "plan", lambda *args, **more: (asked.append("plan"), real(*args, **more))[1])
+    chain = mf.recipes.paper(low=(32, 32), size=(64, 64), steps=3)
+    rows = mf.run(chain, mf.toy(), "a", seed=1).plan.rows
+    assert asked == ["plan", mf.Shifted, mf.DirectSigma]
+    assert [(row.name, len(row.sigmas), len(row.evaluations)) for row in rows if row.sigmas] == [
+        ("Sample", 4, 3),
+        ("Refine", 2, 1),
+    ]
+    assert rows[0].sigmas == (*rows[0].evaluations, 0.0)

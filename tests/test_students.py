@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mrflow as mf
+from mrflow.adapters import check_loras
 from mrflow.models.checkpoint import read_header
 from mrflow.scenes import FULL, held_out_captions, score_many
 from mrflow.students import (
@@ -57,7 +58,8 @@ def test_the_embedded_student_fits_its_teacher_and_says_so_of_others(
 
 
 def test_an_adapter_for_another_width_does_not_fit(tmp_path: Path) -> None:
-    header, tensors = read_header(Path(POCKET_3.lora[0].path)), load_file(POCKET_3.lora[0].path)
+    (adapter,) = check_loras(POCKET_3.lora)
+    header, tensors = read_header(Path(adapter.path)), load_file(adapter.path)
     narrow = tmp_path / "narrow.safetensors"
     save_file({k: t[..., :64].contiguous() for k, t in tensors.items()}, narrow, dict(header.metadata))
     with pytest.raises(mf.WeightsError, match="does not fit pocket"):
@@ -99,8 +101,7 @@ def test_strengths_and_passes() -> None:
 
 def test_the_low_stage_may_keep_the_levels_of_the_full_size() -> None:
     chain = mf.recipes.stacked(HYPER_8, UP, full_levels=True)
-    stage: Any = chain.stages[0]
-    assert stage.sigmas(mf.FLUX)[:3] == pytest.approx([1, 0.957, 0.905], abs=6e-4)
+    assert mf.plan(chain, mf.FLUX).rows[0].sigmas[:3] == pytest.approx([1, 0.957, 0.905], abs=6e-4)
 
 
 def test_a_student_on_tiny_models(tmp_path: Path, qwen_repo: Path) -> None:  # noqa: F811

@@ -178,9 +178,7 @@ class Run(Node):
     ) -> tuple[Any, str]:
         """Images (batch, height, width, 3) in [0, 1], as ComfyUI has them, and the plan as text."""
         planned = mf.plan(chain, model.info, batch=batch)
-        bar = progress(
-            sum(len(stage.levels(row.spec, model.info)) for stage, row in zip(chain, planned.rows, strict=True))
-        )
+        bar = progress(sum(len(row.evaluations) for row in planned.rows))
 
         def listen(event: mf.Event) -> None:
             if isinstance(event, mf.Stepped):

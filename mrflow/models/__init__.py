@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from mrflow._checks import check_whole, is_number
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.cost import levels
@@ -111,11 +112,11 @@ def load(
     kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
     version = "/".join((fingerprint(files.transformer, files.vae), *kept)) + (mark_of(loras) if loras else "")
     chain = fold if isinstance(fold, Chain) else None
-    if isinstance(shift, bool) or not isinstance(shift, Shift | int | float | None):
+    curve = Shift.fixed(float(shift)) if is_number(shift) else shift
+    if not isinstance(curve, Shift | None):
         raise PlanError(f"shift must be a Shift or a factor, got {shift!r}")
-    curve = Shift.fixed(float(shift)) if isinstance(shift, int | float) else shift
-    if text_tokens is not None and (type(text_tokens) is not int or not 1 <= text_tokens <= 512):
-        raise PlanError(f"text_tokens must be a whole number from 1 to 512, got {text_tokens!r}")
+    if text_tokens is not None:
+        check_whole("text_tokens", text_tokens, 1, 512)
     said = {"shift": curve, "text": text_tokens}
     version += "".join(f"+{name} {value}" for name, value in said.items() if value is not None)
     files = replace(files, curve=curve or shift_of(files.scheduler, where), text_tokens=text_tokens)

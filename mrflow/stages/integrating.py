@@ -1,6 +1,7 @@
 """What the stages share that integrate the flow: their settings, what these cost, and the integration itself."""
 
 from abc import abstractmethod
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
@@ -11,12 +12,12 @@ from mrflow.caches.base import Cache, check_cache
 from mrflow.cost import sampling_work
 from mrflow.errors import PlanError
 from mrflow.guidance import Distilled, Guidance, own_guidance
-from mrflow.noise import Noise
+from mrflow.noise import Noise, PerItem
 from mrflow.notes import note
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Euler, Solver, StochasticEuler
 from mrflow.spec import Latents, ModelInfo, Spec
-from mrflow.stage import Stage, Work
+from mrflow.stage import PlannedStage, Stage
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -27,27 +28,50 @@ BEGINNING = 1e-5  # how far apart the levels may lie: rounding of float32
 S = TypeVar("S", bound=Spec)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Integrating(Stage[S, Latents]):
-    """A stage that visits noise levels. Its dataclasses declare these settings as fields.
+    """A stage that integrates the flow along the noise levels of a schedule.
 
     `guidance=None` is the model's own. `cache` leaves out evaluations (mrflow/caches), `lora` are adapters that are on
     in this stage alone. `policy` makes it pi-Flow: the network is asked once a level, and what it gives is followed in
     small steps.
     """
 
-    solver: Solver
-    guidance: Guidance | None
-    noise: Noise
-    cache: Cache | None
-    lora: Loras
-    policy: PiFlow | None
+    solver: Solver = Euler()
+    guidance: Guidance | None = None
+    noise: Noise = PerItem()
+    cache: Cache | None = None
+    lora: Loras = ()
+    policy: PiFlow | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora", check_loras(self.lora))
 
     @abstractmethod
-    def visited(self, spec: S, model: ModelInfo) -> Sigmas:
-        """The noise levels, from where the stage begins to where it ends."""
+    def begin(self, spec: S, model: ModelInfo) -> Latents:
+        """The latents that the integration begins with. Raise PlanError where there are none to begin with."""
+
+    @abstractmethod
+    def sigmas(self, begin: Latents, model: ModelInfo) -> Sigmas:
+        """The noise levels of the schedule, from where the stage begins to where it ends."""
+
+    def plan(self, spec: S, model: ModelInfo) -> Latents:
+        """The latents that it begins with, at the level where the schedule ends."""
+        return self._end(spec, model)[0]
+
+    def plan_row(self, spec: S, model: ModelInfo) -> PlannedStage:
+        """The schedule is computed once, here."""
+        out, sigmas = self._end(spec, model)
+        guidance = Distilled() if self.policy else self.guidance
+        work = sampling_work(model, out, sigmas, self.solver, guidance, self.cache, self.adapters)
+        return PlannedStage(type(self).__name__, spec, out, work, sigmas, self.solver.points(sigmas))
+
+    def _end(self, spec: S, model: ModelInfo) -> tuple[Latents, Sigmas]:
+        begin = self.begin(spec, model)
+        self.check_settings(model)
+        sigmas = self.sigmas(begin, model)
+        self.check_beginning(sigmas, begin.sigma)
+        return replace(begin, sigma=sigmas[-1]), sigmas
 
     @property
     def adapters(self) -> tuple[Lora, ...]:
@@ -81,32 +105,23 @@ class Integrating(Stage[S, Latents]):
                 "make both the same"
             )
 
-    def work(self, spec: S, out: Latents, model: ModelInfo) -> Work:
-        """Forwards: steps x evaluations x guidance passes, without those that a cache leaves out."""
-        guidance = Distilled() if self.policy else self.guidance
-        return sampling_work(model, out, self.visited(spec, model), self.solver, guidance, self.cache, self.adapters)
-
-    def levels(self, spec: S, model: ModelInfo) -> tuple[float, ...]:
-        """What the solver visits."""
-        return self.solver.points(self.visited(spec, model))
-
     def check(self, model: "Backbone") -> None:
         """An adapter must fit the model."""
         model.check(self.options)
 
-    def integrated(self, x: Tensor, levels: Sigmas, ctx: "Context") -> Tensor:
-        """From the first of the levels to the last; churn that takes much of the variance is noted."""
+    def integrate(self, x: Tensor, ctx: "Context") -> Tensor:
+        """From the first of the planned levels to the last; churn that takes much of the variance is noted."""
         if self.policy is not None:
-            return ctx.follow(self.policy, x, levels, guidance=self.guidance, lora=self.adapters)
+            return ctx.follow(self.policy, x, ctx.sigmas, guidance=self.guidance, lora=self.adapters)
         guidance = self.guidance or own_guidance(ctx.model.info)
         if isinstance(self.solver, StochasticEuler):
-            kept = self.solver.variance(levels) / StochasticEuler(0.0).variance(levels)
+            kept = self.solver.variance(ctx.sigmas) / StochasticEuler(0.0).variance(ctx.sigmas)
             if kept < ENOUGH:
                 note(
-                    f"churn {self.solver.churn:g} in {len(levels) - 1} steps leaves {kept:.0%} of the variance that "
-                    "no churn leaves: pictures turn flat and blurred; take less churn or more steps"
+                    f"churn {self.solver.churn:g} in {len(ctx.sigmas) - 1} steps leaves {kept:.0%} of the variance "
+                    "that no churn leaves: pictures turn flat and blurred; take less churn or more steps"
                 )
-        return ctx.integrate(self.solver, guidance, x, levels, source=self.noise, options=self.options)
+        return ctx.integrate(self.solver, guidance, x, ctx.sigmas, source=self.noise, options=self.options)
 
 
 def check_policy(policy: object, solver: Solver, guidance: Guidance | None, cache: object) -> None:

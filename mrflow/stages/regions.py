@@ -77,7 +77,7 @@ class SampleRegions(Stage[Start, Latents]):
         )
         return one, two, three
 
-    def levels(self, spec: Start, model: ModelInfo) -> tuple[float, ...]:
+    def evaluations(self, spec: Start, model: ModelInfo) -> tuple[float, ...]:
         """Where the model's field is asked."""
         return tuple(sigma for stage in self.sigmas() for sigma in Euler().points(stage))
 
