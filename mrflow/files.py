@@ -148,6 +148,15 @@ def known_files(paths: Iterable[str | Path]) -> Generator[None]:
         _known.reset(token)
 
 
+def known_file(name: str) -> Path | None:
+    """The file of this name among those that `known_files` was given and those that come with mrflow."""
+    if not name or Path(name).name != name or "\0" in name:
+        return None
+    beside = [p / name if p.is_dir() else p for p in _known.get()]
+    beside.append(Path(__file__).parent / "models" / "pocket" / name)
+    return next((p.absolute() for p in beside if p.name == name and p.is_file()), None)
+
+
 def located(path: str, sha256: str) -> tuple[Path, str]:
     """Where a file lies, and the SHA-256 of what it holds.
 
@@ -156,9 +165,7 @@ def located(path: str, sha256: str) -> tuple[Path, str]:
     """
     where = Path(path).expanduser()
     if not where.is_file():
-        beside = [p / where.name if p.is_dir() else p for p in _known.get()]
-        beside.append(Path(__file__).parent / "models" / "pocket" / where.name)  # what comes with mrflow
-        where = next((p for p in beside if p.name == where.name and p.is_file()), where)
+        where = known_file(where.name) or where
     if sha256 and not where.is_file():
         raise WeightsError(
             f"{where} is not here (SHA-256 {sha256[:12]}...): say where it is, --file FILE or files=[file]"

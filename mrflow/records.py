@@ -10,9 +10,11 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from pathlib import PurePath
 from typing import cast
 
-from mrflow.errors import ChainError, PlanError, RecordError
+from mrflow.errors import ChainError, RecordError, WeightsError
+from mrflow.files import known_file
 from mrflow.stage import AnyChain, AnyStage, Chain, Stage
 
 ROOMS = ("caches",)  # public modules whose types a chain may hold; all others are names of mrflow itself
@@ -72,8 +74,12 @@ def _public(name: str) -> object:
 def decode(data: object, types: Iterable[type] = ()) -> object:
     """The value that `encode` wrote. `types` are classes outside mrflow that may be made.
 
+    A file that the data names is taken from those that the user gave (`known_files`), never from the path or the hub
+    address that the data says.
+
     Raises:
-        RecordError: the data names a type that is not allowed, is unknown, or does not take these fields.
+        RecordError: the data names a type that is not allowed, is unknown, or does not take these fields; it is
+            nested too deeply. WeightsError: it names a file that was not given, or another than the one given.
     """
     own = [t for t in types if ":" in name_of(t)]
     allowed = {t.__qualname__: t for t in own}  # the file may have been run by itself: its module's name may differ
@@ -81,9 +87,15 @@ def decode(data: object, types: Iterable[type] = ()) -> object:
     return _decode(data, allowed)
 
 
-def _decode(data: object, allowed: Mapping[str, type]) -> object:
+MAX_DEPTH = 32
+FILES = ("path", "options", "weights")  # the fields that name files, in types that say what of them is recorded
+
+
+def _decode(data: object, allowed: Mapping[str, type], depth: int = 0) -> object:
+    if depth > MAX_DEPTH:
+        raise RecordError(f"the record is nested more than {MAX_DEPTH} deep")
     if isinstance(data, list):
-        return tuple(_decode(v, allowed) for v in cast(list[object], data))
+        return tuple(_decode(v, allowed, depth + 1) for v in cast(list[object], data))
     if not isinstance(data, dict):
         return data
     fields = dict(cast(dict[str, object], data))
@@ -94,10 +106,24 @@ def _decode(data: object, allowed: Mapping[str, type]) -> object:
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     if unknown := sorted(set(fields) - known):
         raise RecordError(f"the record gives {name} the unknown field {unknown[0]!r}; was it made by a newer mrflow?")
+    values = {k: _decode(v, allowed, depth + 1) for k, v in fields.items()}
+    if hasattr(cls, "recorded"):
+        values |= {k: _given(values[k]) for k in FILES if k in values}
     try:
-        return cls(**{k: _decode(v, allowed) for k, v in fields.items()})
-    except (TypeError, PlanError) as error:
-        raise RecordError(f"the record's {name} cannot be made: {error}") from None
+        return cls(**values)
+    except WeightsError:
+        raise  # a file that was given is another one, or broken
+    except Exception as error:  # the values are from outside, and the class may be anyone's
+        raise RecordError(f"the record's {name} cannot be made: {error or type(error).__name__}") from None
+
+
+def _given(name: object) -> str:
+    """The path of a file that a record names and the user gave."""
+    last = PurePath(name).name if isinstance(name, str) else ""
+    found = known_file(last)
+    if found is None:
+        raise WeightsError(f"{last or name!r} is not here: say where it is, --file FILE or files=[file]")
+    return str(found)
 
 
 def _type(name: str, allowed: Mapping[str, type]) -> type:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import mrflow as mf
 from mrflow import io
@@ -230,3 +230,85 @@ def test_output_is_checked_before_work(tmp_path: Path) -> None:
 )
 def test_file_names_come_from_letters_alone(text: str, stem: str) -> None:
     assert io.slug(text) == stem
+
+
+def hostile(path: Path, **changes: object) -> Path:
+    """A picture whose record was changed by hand."""
+    made = mf.run(CHAIN, mf.toy(), "a")
+    io.write_png(path, made.images[0], made.record() | changes)
+    return path
+
+
+@pytest.mark.parametrize("name", ["owner/model", "/etc/passwd", "../pocket", "flux1-dev", ""])
+def test_a_record_loads_embedded_models_only(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mrflow.models.load", lambda *a, **k: pytest.fail("a record chose what is loaded"))
+    with pytest.raises(mf.RecordError, match="which is not embedded; give it: --model"):
+        mf.replay(hostile(tmp_path / "x.png", model=name))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "Lora", "path": "owner/name/x.safetensors", "strength": 1.0, "skip_text": False, "sha256": ""},
+        {"type": "Lora", "path": "/dev/zero"},
+        {"type": "Lora", "path": 5},
+        {"type": "Lora", "path": "../x\0.safetensors"},
+    ],
+)
+def test_a_record_uses_files_only_when_they_are_given(tmp_path: Path, value: object) -> None:
+    stage = {"type": "Sample", "height": 32, "width": 32, "lora": [value]}
+    with pytest.raises(mf.WeightsError, match="is not here: say where it is"):
+        mf.replay(hostile(tmp_path / "x.png", chain=[stage]), model=mf.toy())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": 5}, "prompt is no text"),
+        ({"seed": "x"}, "seed is no whole number"),
+        ({"seed": True}, "seed is no whole number"),
+        ({"stages": [1]}, "a stage is no table"),
+        ({"stages": [{"name": 5}]}, "a stage holds values of other types"),
+        ({"format": 99}, "has the format 99; this mrflow reads up to 1"),
+        ({"chain": {}}, "chain is no list"),
+        ({"seconds": float("nan")}, "NaN is no number"),
+    ],
+)
+def test_records_are_held_to_their_types(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(mf.RecordError, match=words):
+        mf.read_record(hostile(tmp_path / "x.png", **changes))
+
+
+def test_deep_and_twofold_records(tmp_path: Path) -> None:
+    deep: object = 0
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(mf.RecordError, match="nested more than 32 deep"):
+        mf.replay(hostile(tmp_path / "x.png", chain=[{"type": "Sample", "guidance": deep}]), model=mf.toy())
+    info = PngImagePlugin.PngInfo()
+    for text in ('{"format": 1}', '{"format": 1, "prompt": "other"}'):
+        info.add_itxt("mrflow", text, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "two.png", pnginfo=info)
+    with pytest.raises(mf.RecordError, match="it carries 2"):
+        mf.read_record(tmp_path / "two.png")
+    for text in ("[" * 100_000, '{"a": ' * 5_000 + "1" + "}" * 5_000, '{"seed": ' + "9" * 9_000 + "}", "[1]", "null"):
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("mrflow", text, zip=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+        with pytest.raises(mf.RecordError, match="record is broken"):
+            mf.read_record(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["红色的圆" * 50_000, "🔴" * 90_000, "a red circle " * 69_000], ids=["CJK", "emoji", "ASCII"]
+)
+def test_whatever_prompt_was_accepted_is_read_and_replayed(tmp_path: Path, prompt: str) -> None:
+    made = mf.run(CHAIN, mf.toy(), prompt)
+    made.save(tmp_path / "x.png")
+    assert mf.read_record(tmp_path / "x.png")["prompt"] == prompt
+    assert torch.equal(mf.replay(tmp_path / "x.png", model=mf.toy()).pixels, made.pixels)
+    assert float((mf.read_image(tmp_path / "x.png") - made.pixels).abs().max()) < 1 / 255
+    with pytest.raises(mf.PromptError, match="at most 1000000"):
+        mf.run(CHAIN, mf.toy(), "a" * 1_000_001)
+    with pytest.raises(mf.PromptError, match="the negative prompt has 1000001"):
+        mf.run(CHAIN, mf.toy(), "a", negative="a" * 1_000_001)

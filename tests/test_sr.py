@@ -375,7 +375,7 @@ def test_a_picture_with_a_network_from_a_file_is_replayed(tmp_path: Path, monkey
     result = mf.run(chain, mf.toy(), "a", seed=3)
     result.save(tmp_path / "out.png")
     assert str(tmp_path) not in str(mf.read_record(tmp_path / "out.png"))
-    with pytest.raises(mf.WeightsError, match="net.safetensors is not here.*say where it is"):
+    with pytest.raises(mf.WeightsError, match="net.safetensors. is not here.*say where it is"):
         mf.replay(tmp_path / "out.png", model=mf.toy())
     again = mf.replay(tmp_path / "out.png", model=mf.toy(), files=[file])
     assert torch.equal(again.pixels, result.pixels)
@@ -383,8 +383,10 @@ def test_a_picture_with_a_network_from_a_file_is_replayed(tmp_path: Path, monkey
     assert torch.equal(again.pixels, result.pixels)
     monkeypatch.chdir(tmp_path)
     _file(tmp_path, compact(seed=1))
-    with pytest.raises(mf.WeightsError, match="another file than the one asked for"):
+    with pytest.raises(mf.WeightsError, match="is not here.*say where it is"):  # not even from this folder
         mf.replay(tmp_path / "out.png", model=mf.toy())
+    with pytest.raises(mf.WeightsError, match="another file than the one asked for"):
+        mf.replay(tmp_path / "out.png", model=mf.toy(), files=[tmp_path])
 
 
 def test_one_file_is_read_once_and_two_files_of_one_name_are_two(tmp_path: Path) -> None:

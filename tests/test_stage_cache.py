@@ -1,6 +1,7 @@
 """The stage cache's folder: broken, hostile, full and unwritable."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_a_broken_entry_is_made_again_whatever_is_broken(tmp_path: Path) -> None
 @pytest.mark.parametrize("change", ["nan", "double", "beyond", "whole"])
 def test_an_entry_is_held_to_its_stages_promise(tmp_path: Path, change: str) -> None:
     want = mf.run(CHAIN, TOY, "a", cache=mf.StageCache(tmp_path)).data
-    changes = {
+    changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "nan": lambda t: torch.full_like(t, float("nan")),
         "double": lambda t: t.double(),
         "beyond": lambda t: t * 1000 + 2,
