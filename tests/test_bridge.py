@@ -345,3 +345,24 @@ def test_adapters_are_used_and_told_by_the_version(tmp_path: Path) -> None:
     pipe.unload_lora_weights()
     assert model.info.version not in (version, styled)
     assert relative(mf.run(native(2), model, "a cat").pixels, with_style) < 1e-4
+
+
+@pytest.mark.parametrize("scaling", [(1.0, 0.0), (0.5, 0.25)])
+def test_a_tiny_autoencoder_gives_latents_without_a_distribution(scaling: tuple[float, float], pipes: Pipes) -> None:
+    from diffusers import AutoencoderTiny
+
+    base = pipes("dev")
+    torch.manual_seed(0)
+    fours: Any = {
+        "encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,
+        "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4,
+    }  # fmt: skip
+    tiny: Any = AutoencoderTiny(latent_channels=16, scaling_factor=scaling[0], shift_factor=scaling[1], **fours).eval()
+    model = from_diffusers(type(base)(**{**base.components, "vae": tiny}))
+    x = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = (tiny.encode(2 * x - 1).latents - scaling[1]) * scaling[0]
+    assert relative(model.encode(x), want) < 1e-6
+    assert torch.equal(model.encode(x, torch.randn(want.shape)), model.encode(x))  # there is nothing to draw
+    chain = mf.recipes.paper(mf.Lanczos(2), low=(16, 32), size=(32, 64), steps=1)
+    assert mf.run(chain, model, "a fox", seed=0).pixels.shape == (1, 3, 32, 64)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -176,3 +177,60 @@ def test_files_that_are_not_whole_are_refused(change: str, words: str, tmp_path:
     spoil(tmp_path / "f.safetensors", change)
     with pytest.raises(WeightsError, match=words):
         described(open_checkpoint(tmp_path / "f.safetensors"))
+
+
+def partly(path: Path, layers: list[str], *, prefix: str, listed: str) -> dict[str, Tensor]:
+    """Some layers scaled, the blocks' other matrices plain casts; gives what the values stand for."""
+    out: dict[str, Tensor] = {}
+    stand: dict[str, Tensor] = {}
+    for name, t in tensors().items():
+        layer = name.removesuffix(".weight")
+        if layer in layers:
+            scale = t.abs().max() / FP8_MAX
+            out |= {prefix + name: (t / scale).to(F8), f"{prefix}{layer}.weight_scale": scale}
+            stand[name] = (out[prefix + name].float() * scale).to(torch.bfloat16)
+            if listed == "beside":
+                said = json.dumps({"format": "float8_e4m3fn"}).encode()
+                out[f"{prefix}{layer}.comfy_quant"] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        else:
+            out[prefix + name] = t.to(F8) if is_matrix(name, t) else t.to(torch.bfloat16)
+            stand[name] = out[prefix + name].to(torch.bfloat16)
+    start = {"own": prefix, "bare": "", "foreign": "model.diffusion_model."}.get(listed, "")
+    table = {start + layer: {"format": "float8_e4m3fn"} for layer in layers}
+    table |= {"text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q": {"format": "float8_e4m3fn"}}
+    said = {} if listed == "beside" else {"_quantization_metadata": json.dumps({"layers": table})}
+    save_file(out, path, metadata=CONFIG | said)
+    return stand
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("listed", ["beside", "own", "bare", "foreign"])
+@pytest.mark.parametrize(
+    "layers", [["double_blocks.0.img_mlp.0"], ["final_layer.linear", "single_blocks.0.linear1"], []]
+)
+def test_each_layer_is_scaled_or_a_plain_cast_by_itself(
+    layers: list[str], listed: str, prefix: str, tmp_path: Path
+) -> None:
+    want = partly(tmp_path / "f.safetensors", layers, prefix=prefix, listed=listed)
+    got = load_flux(tmp_path / "f.safetensors").state_dict()
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
+def test_a_listed_layer_without_its_scale_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for listed in ("beside", "own"):
+        file = tmp_path / "f.safetensors"
+        partly(file, ["double_blocks.0.img_mlp.0"], prefix="", listed=listed)
+        with safe_open(file, "pt") as f:
+            metadata = f.metadata()
+        state = {k: v for k, v in load_file(file).items() if not k.endswith("weight_scale")}
+        save_file(state, file, metadata=metadata)
+        with pytest.raises(WeightsError, match=r"1 of its weights have no scale: double_blocks.0.img_mlp.0.weight"):
+            load_flux(file)
+        state["double_blocks.0.img_mlp.0.comfy_quant"] = torch.frombuffer(
+            bytearray(b'{"format": "nvfp4"}'), dtype=torch.uint8
+        )
+        save_file(state, file, metadata=CONFIG)
+        with pytest.raises(WeightsError, match=r"double_blocks.0.img_mlp.0.weight is quantised as 'nvfp4'"):
+            load_flux(file)

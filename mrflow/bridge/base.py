@@ -241,10 +241,13 @@ def posterior(model: Bridged, pixels: Tensor, noise: Tensor | None, *, frame: bo
     vae = model.pipe.vae
     with model.working(moved=frame or has_hooks(vae)):  # a video model keeps frames of the past in itself
         x = (2 * plain(pixels) - 1).to(home(vae), vae.dtype)
-        found = vae.encode(x[:, :, None] if frame else x).latent_dist
+        out = vae.encode(x[:, :, None] if frame else x)
+        if (found := getattr(out, "latent_dist", None)) is None:  # AutoencoderTiny: latents without a distribution
+            z: Tensor = out.latents.float()
+            return (z[:, :, 0] if frame else z).to(model.device)
         mean, std = found.mean.float(), found.std.float()
         mean, std = (mean[:, :, 0], std[:, :, 0]) if frame else (mean, std)
-        z: Tensor = mean if noise is None else mean + std * plain(noise).to(mean.device)
+        z = mean if noise is None else mean + std * plain(noise).to(mean.device)
         return z.to(model.device)
 
 

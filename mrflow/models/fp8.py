@@ -2,7 +2,8 @@
 
 Two kinds of file exist: plain casts, whose values are the weights, and scaled ones, where weight = value x scale. The
 older convention marks itself with a tensor `scaled_fp8` and names scales `<layer>.scale_weight`, the newer names them
-`<layer>.weight_scale` beside `<layer>.comfy_quant` or in the header's `_quantization_metadata`.
+`<layer>.weight_scale` and lists the quantised layers, by `<layer>.comfy_quant` or in the header's
+`_quantization_metadata`. In one file some layers may be scaled, others plain casts.
 """
 
 import json
@@ -16,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import WeightsError
-from mrflow.models.checkpoint import Entry, Header, some
+from mrflow.models.checkpoint import Entry, Header, mapped, some
+from mrflow.models.names import ends
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 SCALES = (".scale_weight", ".weight_scale")
@@ -35,7 +37,8 @@ def described(header: Header) -> Header:
     """The same checkpoint with every 8-bit weight's scale beside it, and without the tensors that say so.
 
     Raises:
-        WeightsError: another quantisation, or a scaled file in which an 8-bit weight has no scale.
+        WeightsError: another quantisation, or an 8-bit weight that should have a scale has none: one that the file
+            lists as quantised, or any in a file that has scales and no list.
     """
     tensors = dict(header.tensors)
     for ending, what in REFUSED.items():
@@ -43,24 +46,25 @@ def described(header: Header) -> Header:
             raise WeightsError(f"{header.path} is quantised ({what}: {some(found)}); use a bfloat16 or fp8 file")
     if str(header.metadata.get("model_class", "")).startswith("Nunchaku"):
         raise WeightsError(f"{header.path} is quantised (Nunchaku); use a bfloat16 or fp8 file")
-    for layer, settings in _formats(header).items():
-        if (kind := settings.get("format")) not in FORMATS:
-            raise WeightsError(f"{header.path}: {layer} is quantised as {kind!r}; use a bfloat16 or fp8 file")
-    scaled = "_quantization_metadata" in header.metadata
+    listed = _listed(header)
+    for name, kind in listed.items():
+        if kind not in FORMATS:
+            raise WeightsError(f"{header.path}: {name} is quantised as {kind!r}; use a bfloat16 or fp8 file")
+    marked = False
     scales: dict[str, Entry] = {}
     for name, entry in header.tensors.items():
         if name.endswith(SCALES):
             scales[name.rpartition(".")[0] + ".weight"] = tensors.pop(name)
         elif name.endswith((*ACTIVATIONS, *MARKS)):
-            scaled |= name.endswith(MARKS)
+            marked |= name.endswith(MARKS)
             del tensors[name]
         elif entry.dtype == torch.uint8:
             raise WeightsError(f"{header.path}: {name} is quantised to packed bytes; use a bfloat16 or fp8 file")
-    scaled |= bool(scales)
+    whole = not listed and "_quantization_metadata" not in header.metadata and (marked or bool(scales))
     lost = [name for name in scales if name not in tensors]
     if lost:
         raise WeightsError(f"{header.path} has scales of {len(lost)} weights that it does not have: {some(lost)}")
-    bare = [n for n, e in tensors.items() if scaled and _wants_scale(n, e) and n not in scales]
+    bare = [n for n, e in tensors.items() if (whole or n in listed) and _wants_scale(n, e) and n not in scales]
     if bare:
         raise WeightsError(
             f"{header.path} is scaled fp8, but {len(bare)} of its weights have no scale: {some(bare)}; the file is "
@@ -77,12 +81,31 @@ def _wants_scale(name: str, entry: Entry) -> bool:
     return entry.dtype.itemsize == 1 and entry.dtype.is_floating_point and len(entry.shape) == 2
 
 
-def _formats(header: Header) -> dict[str, dict[str, Any]]:
+def _listed(header: Header) -> dict[str, Any]:
+    """The format of each weight that the file says is quantised, layer by layer; other 8-bit values are plain casts.
+
+    Layers are named with the file's own prefix, whichever part of the file this is.
+    """
+    out: dict[str, Any] = {}
     try:
         table: Any = json.loads(header.metadata.get("_quantization_metadata", "{}"))
-        return {str(k): dict(v) for k, v in table.get("layers", {}).items()}
+        layers = {str(k): dict(v).get("format") for k, v in table.get("layers", {}).items()}
+        for name, entry in header.tensors.items():
+            if name.endswith(".comfy_quant"):
+                said = bytes(mapped(entry, {}).view(torch.uint8).flatten().tolist())
+                kind, layer = dict(json.loads(said)).get("format"), name.removesuffix(".comfy_quant")
+                if layers.get(layer) in (None, *FORMATS):
+                    layers[layer] = kind
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise WeightsError(f"{header.path}: its _quantization_metadata cannot be read") from None
+        raise WeightsError(f"{header.path}: what it says of its quantised layers cannot be read") from None
+    behind = {end: kind for layer, kind in layers.items() for end in ends(layer)}
+    for name in header.tensors:
+        stem = name.removesuffix(".weight")
+        if stem != name:
+            found = (layers[end] for end in ends(stem) if end in layers)
+            if (kind := next(found, behind.get(stem))) is not None:
+                out[name] = kind
+    return out
 
 
 class Fp8Linear(nn.Module):

@@ -50,6 +50,12 @@ def wraps(prefix: str, words: frozenset[str] = WRAPPERS | PARTS) -> bool:
     return not prefix or (prefix.endswith(".") and set(prefix[:-1].split(".")) <= words)
 
 
+def ends(name: str) -> list[str]:
+    """A name, and what is left of it without each number of wrappers' words before it."""
+    found = (name.split(".", k) for k in range(name.count(".") + 1))
+    return [parts[-1] for parts in found if set(parts[:-1]) <= WRAPPERS | PARTS]
+
+
 def before(name: str, mark: str) -> str | None:
     """What wrappers put before `mark` to make `name`; None where it is another name."""
     if not name.endswith(mark):
