@@ -48,6 +48,11 @@ def captions_of(dose: str, count: int) -> list[str]:
     return held_out_captions(world, count, kind=kind)
 
 
+def others_of(dose: str, count: int) -> list[str]:
+    """Captions of the same kind, of any size of detail."""
+    return held_out_captions(HARD, count, kind=DOSES[dose][0], seed=1)
+
+
 def truths(captions: list[str], side: int, *, draw: int = 0) -> Tensor:
     """Each caption rendered once, (n, 3, side, side) in [0, 1]: the same draw at every side."""
     scenes = [fill(parse(c), HARD, random.Random(s + draw)) for c, s in zip(captions, seeds_of(captions), strict=True)]
@@ -116,7 +121,7 @@ def main() -> None:
         kept[dose] = {}
         for row in rows:
             images = images_of(row, model, args.size, captions, args.steps)
-            against = captions[1:] + captions[:1] if row == "other" else captions
+            against = others_of(dose, args.captions) if row == "other" else captions
             kept[dose][row] = [hard_score(image, caption) for image, caption in zip(images, against, strict=True)]
         print("\n".join(_lines(dose, captions, kept[dose], rng)), flush=True)
         if args.out is not None:
