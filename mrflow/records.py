@@ -7,12 +7,12 @@ record is data from outside, and never decides what is imported.
 
 import dataclasses
 import hashlib
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import PurePath
 from typing import cast
 
+from mrflow import sources
 from mrflow.errors import ChainError, RecordError, WeightsError
 from mrflow.files import known_file
 from mrflow.stage import AnyChain, AnyStage, Chain, Stage
@@ -155,21 +155,19 @@ def decode_chain(data: object, types: Iterable[type] = ()) -> AnyChain:
 
 
 def fingerprint(value: object) -> str:
-    """A text that changes when a stage does: its settings and, for a class outside mrflow, its source.
+    """A text that changes when a stage does: its settings and, for a class outside mrflow, its whole file.
 
     Raises:
         RecordError: a slot neither is a frozen dataclass nor names its own `fingerprint`.
     """
-    parts = [repr(encode(value))]
-    for cls in _classes(value):
-        if not cls.__module__.startswith("mrflow."):
-            try:
-                parts.append(inspect.getsource(cls))
-            except (OSError, TypeError):
-                raise RecordError(
-                    f"the source of {cls.__qualname__} cannot be read, so results cannot be cached"
-                ) from None
+    parts = [repr(encode(value)), *sources_of(value).values()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def sources_of(value: object) -> dict[str, str]:
+    """For every class outside mrflow in a stage or slot, by its name, what tells its code (`mrflow.sources`)."""
+    own = [cls for cls in _classes(value) if not cls.__module__.startswith("mrflow.")]
+    return {sources.name_of(cls): sources.digest_of(cls) for cls in own}
 
 
 def _classes(value: object) -> Iterable[type]:

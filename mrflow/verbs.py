@@ -74,10 +74,13 @@ def sweep(
         backbone = load() if engine == "local" else None
         with stopping() as (stop, code), bar(err) as show:
             if backbone is None:
+                from mrflow.sources import own_files
                 from mrflow.sweep.cluster import Pool, package, run_on_ray
 
-                own = sys.modules[module_name(Path(str(file).partition(".py:")[0]).with_suffix(".py"))]
-                package().cloudpickle.register_pickle_by_value(own)  # workers have no such file
+                for _, own in own_files(
+                    sys.modules[module_name(Path(str(file).partition(".py:")[0]).with_suffix(".py"))]
+                ):
+                    package().cloudpickle.register_pickle_by_value(own)  # workers have no such file
                 pool = Pool(workers, gpus=gpus, address=address)
                 done = run_on_ray(
                     asked, load, folder, pool, batch=batch, shard=part, retry=retry, row_timeout=row_timeout,

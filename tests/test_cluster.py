@@ -26,11 +26,11 @@ def load():
     import time
     from mrflow.sweep import leases, maker
     leases.BEAT = 0.3
-    make = maker.Maker._made
-    def slow(self, label, group):
+    run = maker.run
+    def slow(*args, **more):
         time.sleep({pause})
-        return make(self, label, group)
-    maker.Maker._made = slow
+        return run(*args, **more)
+    maker.run = slow
     return mf.toy()
 
 done = run_on_ray(small(), load, {folder!r}, Pool(2, cpus=0.5), batch=2)
@@ -49,10 +49,13 @@ def start(folder: Path, *, pause: float = 0.0) -> "subprocess.Popen[str]":
 
 
 def kill_holder(lease: Path) -> bool:
-    """Kill the process that holds a lease; whether it died with the row in hand, neither written nor let go."""
+    """Kill the process that computes a row; whether it died with the row in hand, neither written nor let go."""
     try:
         text = lease.read_text()
-        os.kill(json.loads(text)["pid"], signal.SIGKILL)
+        first, *more = text.splitlines()
+        if not any("doing" in line for line in more):
+            return False
+        os.kill(json.loads(first)["pid"], signal.SIGKILL)
         return lease.read_text() == text and not list(lease.parents[1].glob(f"rows/??/{lease.name}"))
     except (OSError, ValueError):
         return False

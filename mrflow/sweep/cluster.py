@@ -7,12 +7,14 @@ costs at most the rows that it had in hand: its leases are seen to be dead, and 
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mrflow import sources
 from mrflow.errors import DeviceLostError, PlanError, ResourceError
+from mrflow.records import sources_of
 from mrflow.sweep import leases
 from mrflow.sweep.limits import RETRY
 from mrflow.sweep.local import Progress, Summary, Tally, check_run, manifest
@@ -62,8 +64,14 @@ class Worker:
     """One actor: loads a model once, then makes rows."""
 
     def __init__(
-        self, sweep: "Sweep", load: "Callable[[], Backbone]", folder: str, row_timeout: float | None = None
+        self,
+        sweep: "Sweep",
+        load: "Callable[[], Backbone]",
+        folder: str,
+        row_timeout: float | None = None,
+        code: Mapping[str, str] | None = None,
     ) -> None:
+        sources.know(code or {})  # of classes whose files only the driver has
         self.maker = Maker(sweep, load(), Store(folder), row_timeout=row_timeout)
 
     def begin(self) -> None:
@@ -151,7 +159,10 @@ def _run(
 ) -> Summary:
     kind = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=3)(Worker)
     given = ray.put(sweep)
-    workers = [kind.remote(given, load, folder, row_timeout) for _ in range(pool.workers)]
+    code = {
+        name: text for chain in sweep.chains.values() for stage in chain for name, text in sources_of(stage).items()
+    }
+    workers = [kind.remote(given, load, folder, row_timeout, code) for _ in range(pool.workers)]
     first = workers[0]
     try:
         ray.get(first.begin.remote())

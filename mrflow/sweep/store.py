@@ -28,6 +28,7 @@ from mrflow.sweep.rows import FORMAT, MAX_BYTES, Row, digest_of, read_row
 ROOMS = ("rows", "pictures", "leases")
 MAX_TRIES = 3  # how often a row may take its process down with it
 MAX_INDEX = 1 << 30
+SETTLED = 2.0  # seconds
 
 
 class Store:
@@ -133,7 +134,7 @@ class Store:
             except (OSError, ValueError):
                 said = None
             pairs = cast("dict[str, Any]", said).items() if isinstance(said, dict) else ()
-            self._index = {key: tuple(value) for key, value in pairs if isinstance(value, list)}  # pyright: ignore
+            self._index = {key: tuple(value) for key, value in pairs if _is_state(value)}
         return self._index
 
     def _remember(self, key: str, state: tuple[int, ...]) -> None:
@@ -143,8 +144,11 @@ class Store:
     def write_index(self) -> None:
         """Write down which pictures were found whole, so that the next process need not read them again."""
         if self._index_grew:
-            with suppress(ResourceError):
-                data = json.dumps({"format": FORMAT, "pictures": self._known()}, separators=(",", ":"))
+            with suppress(ResourceError, OSError):
+                # What was written a moment ago may be changed once more within one tick of the file system's clock.
+                settled = (clock(self.folder) - SETTLED) * 1e9
+                pictures = {key: state for key, state in self._known().items() if state[1:2] < (settled,)}
+                data = json.dumps({"format": FORMAT, "pictures": pictures}, separators=(",", ":"))
                 write_bytes(self.folder / "index.json", data.encode())
                 self._index_grew = False
 
@@ -250,6 +254,10 @@ def read(folder: str | Path) -> list[Row]:
 
 def _state(status: os.stat_result) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, list) and len(cast("list[object]", value)) == 3 and all(type(v) is int for v in value)  # pyright: ignore
 
 
 def _anything(_: object) -> bool:
