@@ -45,15 +45,18 @@ def stage_names(chain: AnyChain) -> list[str]:
     return [f"{number}-{type(stage).__name__.lower()}" for number, stage in enumerate(tuple(chain)[:-1], 1)]
 
 
-def warm_up(chains: Sequence[AnyChain], model: "Backbone", batch: int) -> None:
-    """Run each chain once, with two steps where it allows that, so that a comparison does not time first calls."""
+def warm_up(chains: Sequence[AnyChain], model: "Backbone", batch: int, prompt: str = "") -> None:
+    """Run each chain once, with two steps where it allows that, so that a comparison does not time first calls.
+
+    `prompt` is one that every chain can draw.
+    """
     for chain in chains:
         brief: AnyChain = Chain(tuple(replace(s, schedule=Shifted(2)) if isinstance(s, Sample) else s for s in chain))
         try:
             plan(brief, model.info)
         except PlanError:  # stages that go on where the first one ends leave its schedule no choice
             brief = chain
-        run(brief, model, [""] * batch)
+        run(brief, model, [prompt] * batch)
 
 
 def compare(staged: Result, native: Result) -> Image.Image:

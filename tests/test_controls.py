@@ -1,6 +1,7 @@
 """Control rows: what they draw, what they cost, and that they are no methods."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from mrflow.errors import MrflowError
 from mrflow.models import info
 from mrflow.scenes import score
 from mrflow.scenes.fidelity import fidelity
-from mrflow.sweep import controls
+from mrflow.sweep import controls, read, run_sweep
 from mrflow.sweep.controls import affordable
 from mrflow.sweep.report import summarise
 from tests.test_statistics import row
@@ -82,6 +83,13 @@ def test_every_study_has_its_controls_once() -> None:
     ]  # fmt: skip
     again = studies.with_controls(sweep, LOW, SIZE)
     assert again.chains == sweep.chains and again.reference == "one"
+
+
+def test_a_sweep_draws_its_controls(tmp_path: Path) -> None:
+    model = mf.load("pocket", device="cpu")
+    sweep = mf.Sweep(controls(model.info, low=(64, 64), size=(128, 128)), CAPTIONS)
+    assert run_sweep(sweep, model, tmp_path, batch=2).failed == 0
+    assert {r.chain for r in read(tmp_path) if r.rendered} == {c for c in sweep.chains if c.startswith("truth")}
 
 
 def test_rows_of_the_truth_are_no_methods() -> None:

@@ -261,7 +261,7 @@ class Maker:
     def _made(self, label: str, group: Sequence[Held]) -> list[Row]:
         chain, pairs = self.sweep.chains[label], tuple(pair for pair, _ in group)
         with self._limited(label, group):
-            self._warm_up(label, chain, len(pairs))
+            self._warm_up(label, chain, len(pairs), pairs[0][0].text)
         self.store.leases.doing([c.key for _, c in group], "alone" if len(group) == 1 else "together")
         keep = self.needs_latents or self.sweep.pictures == "stages"
         rows: list[Row] = []
@@ -403,12 +403,12 @@ class Maker:
             out.append(mine)
         return out
 
-    def _warm_up(self, label: str, chain: "AnyChain", batch: int) -> None:
+    def _warm_up(self, label: str, chain: "AnyChain", batch: int, prompt: str) -> None:
         """First calls at a shape are slow: they are made before anything is timed."""
         shapes = (batch, *(str(row.out.shape) for row in self.plans[label].rows))
         if self._warm is not None and shapes not in self._warm:
             self._warm.add(shapes)
-            warm_up((chain,), self.model, batch)
+            warm_up((chain,), self.model, batch, prompt)
 
     def _reference(self, label: str, pair: Pair) -> Tensor | None:
         if label == self.sweep.reference:
