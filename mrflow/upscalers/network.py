@@ -18,7 +18,9 @@ from mrflow.tiling import tiled
 from mrflow.upscaler import Upscaler
 
 FADE = 16  # pixels over which one tile fades into the next
-MARGIN = 64  # the most of a tile's border that is thrown away, in pixels, where a network reaches farther
+# The most of a tile's border that is thrown away, where a network reaches farther: in pixels that come in, or in cells of
+# `multiple` pixels for a network that puts these together first. Measured on trained networks (experiments/real/reach.py).
+MARGIN = 128
 SMALLEST = 64  # tiles are not made smaller than this, in pixels beyond their overlap
 SHARE = 0.8  # of the free memory that a prediction may fill
 
@@ -73,7 +75,7 @@ class Network(Upscaler):
 
     `tile` (pixels of the input, a side) asks for tiles of that size; None takes the whole picture where its predicted
     memory is free, else the largest tiles that fit, and smaller ones when memory runs out all the same. Tiles overlap
-    by as far as the network reaches, at most 64 pixels and 16 in which they fade into each other. `dtype` is a
+    by as far as the network reaches, at most 128 pixels and 16 in which they fade into each other. `dtype` is a
     precision; None is float32 on a CPU and, on a GPU, half where the network is known to be safe in it. A result of
     half precision that is not finite is made again in float32.
     """
@@ -105,7 +107,7 @@ class Network(Upscaler):
         """How many pixels two tiles share, and how many of them at each tile's border are thrown away."""
         facts = self.facts
         m = facts.multiple
-        margin = -(-min(MARGIN if facts.reach is None else facts.reach, MARGIN) // m) * m
+        margin = -(-min(MARGIN * m if facts.reach is None else facts.reach, MARGIN * m) // m) * m
         return 2 * margin + -(-FADE // m) * m, margin
 
     def __call__(self, pixels: Tensor) -> Tensor:
