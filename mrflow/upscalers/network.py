@@ -18,8 +18,9 @@ from mrflow.tiling import tiled
 from mrflow.upscaler import Upscaler
 
 FADE = 16  # pixels over which one tile fades into the next
-# The most of a tile's border that is thrown away, where a network reaches farther: in pixels that come in, or in cells of
-# `multiple` pixels for a network that puts these together first. Measured on trained networks (experiments/real/reach.py).
+# The most of a tile's border that is thrown away, where a network reaches farther: in pixels that come in, or in cells
+# of `multiple` pixels for a network that puts these together first. Measured on trained networks by
+# `experiments.real.reach`.
 MARGIN = 128
 SMALLEST = 64  # tiles are not made smaller than this, in pixels beyond their overlap
 SHARE = 0.8  # of the free memory that a prediction may fill
