@@ -33,7 +33,6 @@ from mrflow.guidance import CFG as CFG
 from mrflow.guidance import Distilled as Distilled
 from mrflow.guidance import Guidance as Guidance
 from mrflow.guidance import Interval as Interval
-from mrflow.guidance import RescaledCFG as RescaledCFG
 from mrflow.io import read_image as read_image
 from mrflow.io import read_record as read_record
 from mrflow.io import replay as replay

@@ -71,10 +71,13 @@ class Distilled(Guidance):
 class CFG(Guidance):
     """Classifier-free guidance u + scale (c - u) (Ho & Salimans 2022, arXiv 2207.12598); at scale 1, c in one pass.
 
-    `packed`: both branches in one pass over the network, where the model can; two passes when memory runs out.
+    `rescale` is Qwen-Image's: m ||c|| / ||m|| with m = u + scale (c - u), norms over each token's latent cells (patch x
+    patch of all channels), as in diffusers `QwenImagePipeline`, without an epsilon. `packed`: both branches in one pass
+    over the network, where the model can; two passes when memory runs out.
     """
 
     scale: float
+    rescale: bool = field(default=False, kw_only=True)
     packed: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -91,41 +94,13 @@ class CFG(Guidance):
             return model.field(cond, options)
         branches = _branches(model, cond, negative, options, self, packed=self.packed)
 
-        def guided(x: Tensor, sigma: float) -> Tensor:
-            return _mix(*branches(x, sigma), self.scale)
-
-        return guided
-
-
-@dataclass(frozen=True)
-class RescaledCFG(Guidance):
-    """Qwen-Image's guidance: m ||c|| / ||m|| with m = u + scale (c - u), norms over each token's latent cells.
-
-    As in diffusers `QwenImagePipeline`, without an epsilon. A token is patch x patch cells of all channels. `packed` as
-    for `CFG`.
-    """
-
-    scale: float
-    packed: bool = field(default=True, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_number("scale", self.scale, 0)
-
-    @property
-    def passes(self) -> int:
-        return 1 if self.scale == 1.0 else 2
-
-    def field(
-        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
-    ) -> Velocity:
-        if self.scale == 1.0:
-            return model.field(cond, options)
-        branches = _branches(model, cond, negative, options, self, packed=self.packed)
         patch = model.info.space.patch
 
         def guided(x: Tensor, sigma: float) -> Tensor:
             towards, away = branches(x, sigma)
             mixed = _mix(towards, away, self.scale)
+            if not self.rescale:
+                return mixed
             ratio = token_norm(towards, patch) / token_norm(mixed, patch)
             return mixed * repeat(ratio, "b 1 h w -> b 1 (h p) (w q)", p=patch, q=patch)
 
@@ -220,4 +195,4 @@ def own_guidance(model: ModelInfo) -> Guidance:
     """What a stage with `guidance=None` uses: the guidance that the model is published with."""
     if model.cfg == 1.0:
         return Distilled()
-    return RescaledCFG(model.cfg) if model.rescale else CFG(model.cfg)
+    return CFG(model.cfg, rescale=model.rescale)

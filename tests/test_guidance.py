@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import mrflow as mf
 from mrflow.backbone import Backbone, Condition
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.guidance import CFG, Distilled, Guidance, Interval, RescaledCFG, own_guidance, token_norm
+from mrflow.guidance import CFG, Distilled, Guidance, Interval, own_guidance, token_norm
 from mrflow.schedules import Linear
 from mrflow.solvers import RK4, Heun, Solver, integrate
 from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo
@@ -98,13 +99,15 @@ def test_rescaled_cfg_is_the_formula_on_packed_tokens(scale: float) -> None:
     x, c, u, cond, negative = parts(model)
     combined = pack(u) + scale * (pack(c) - pack(u))
     want = combined * (pack(c).square().sum(-1, keepdim=True) / combined.square().sum(-1, keepdim=True)).sqrt()
-    got = RescaledCFG(scale).field(model, cond, negative)(x, 0.3)
+    got = CFG(scale, rescale=True).field(model, cond, negative)(x, 0.3)
     torch.testing.assert_close(pack(got), want)
     torch.testing.assert_close(token_norm(got, 2), token_norm(c, 2))
-    assert len(model.calls) == RescaledCFG(scale).passes == 2
+    assert len(model.calls) == CFG(scale, rescale=True).passes == 2
 
 
-@pytest.mark.parametrize("guidance", [CFG(1.0), CFG(1), RescaledCFG(1.0), Distilled(), Interval(CFG(1.0), 0.0, 1.0)])
+@pytest.mark.parametrize(
+    "guidance", [CFG(1.0), CFG(1), CFG(1.0, rescale=True), Distilled(), Interval(CFG(1.0), 0.0, 1.0)]
+)
 def test_one_pass_needs_no_negative(guidance: Guidance) -> None:
     model = Mock()
     x, c, _, cond, _ = parts(model)
@@ -112,10 +115,10 @@ def test_one_pass_needs_no_negative(guidance: Guidance) -> None:
     assert len(model.calls) == guidance.passes == 1
 
 
-@pytest.mark.parametrize("guidance", [CFG(4.0), RescaledCFG(2.0), Interval(CFG(3.0), 0.2, 0.8)])
+@pytest.mark.parametrize("guidance", [CFG(4.0), CFG(2.0, rescale=True), Interval(CFG(3.0), 0.2, 0.8)])
 def test_two_passes_need_a_negative(guidance: Guidance) -> None:
     model = Mock()
-    with pytest.raises(PlanError, match=r"(CFG|RescaledCFG)\(scale=.*\) needs a negative; encode one"):
+    with pytest.raises(PlanError, match=r"CFG\(scale=.*\) needs a negative; encode one"):
         guidance.field(model, model.condition(["abc"]), None)
 
 
@@ -142,7 +145,7 @@ def test_distilled_on_a_model_without_the_embedding() -> None:
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, True, "4"])
-@pytest.mark.parametrize("kind", [CFG, RescaledCFG, Distilled])
+@pytest.mark.parametrize("kind", [CFG, partial(CFG, rescale=True), Distilled])
 def test_bad_scales(kind: type[CFG], value: float) -> None:
     with pytest.raises(PlanError, match=r"(scale|guidance) must be a finite number of at least 0, got "):
         kind(value)
@@ -176,9 +179,9 @@ def test_interval_guides_above_low_up_to_high(sigma: float, *, guided: bool) -> 
         Distilled(),
         CFG(4.0),
         CFG(1.0),
-        RescaledCFG(4.0),
+        CFG(4.0, rescale=True),
         Interval(CFG(4.0), 0.25, 0.75),
-        Interval(Interval(RescaledCFG(4.0), 0.3, 1.0), 0.0, 0.6),
+        Interval(Interval(CFG(4.0, rescale=True), 0.3, 1.0), 0.0, 0.6),
     ],
 )
 @pytest.mark.parametrize("solver", [Heun(), RK4()])
@@ -201,4 +204,4 @@ def test_fields_are_fresh_for_every_branch_and_integration() -> None:
 def test_what_models_are_published_with() -> None:
     assert own_guidance(FLUX) == Distilled()
     assert own_guidance(SCHNELL) == Distilled()
-    assert own_guidance(QWEN) == RescaledCFG(4.0)
+    assert own_guidance(QWEN) == CFG(4.0, rescale=True)

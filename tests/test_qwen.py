@@ -100,7 +100,7 @@ def test_packed_and_in_turns_give_the_same_picture(repo: Path) -> None:
     model.transformer.img_in.register_forward_hook(lambda *_: calls.append(1))
     both = draw(model, batch=3).pixels
     packed = len(calls)
-    guidance = mf.RescaledCFG(4.0, packed=False)
+    guidance = mf.CFG(4.0, rescale=True, packed=False)
     turns = mf.recipes.paper(UP, low=(48, 64), size=(96, 128), steps=3, guidance=guidance)
     assert relative(draw(model, chain=turns, batch=3).pixels, both) < 1e-5
     assert (packed, len(calls) - packed) == (4, 8)

@@ -74,7 +74,7 @@ class BridgedQwen(Bridged):
         own = self.pipe.transformer
         checked(info, cond, {"context": own.config.joint_attention_dim})
         if options.guidance is not None:
-            raise PlanError(f"{info.name} has no guidance embedding; use RescaledCFG(scale)")
+            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale, rescale=True)")
         context, mask = plain(cond["context"]).to(device), cond.tensors.get("mask")
         if mask is not None:
             longest = int(mask.sum(1).max())

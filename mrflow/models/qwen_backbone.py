@@ -87,7 +87,7 @@ class Qwen(LatentModel):
         With a `step`: one for all items, or one each where their texts differ in length, which it could not tell apart.
         """
         if options.guidance is not None:
-            raise PlanError(f"{self._info.name} has no guidance embedding; use RescaledCFG(scale)")
+            raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale, rescale=True)")
         sigmas = options.sigmas if self._ways.fold else None
         if step is None:
             return QwenField(
