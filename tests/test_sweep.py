@@ -121,8 +121,8 @@ def test_prompts_do_not_share_their_noise_and_chains_do(tmp_path: Path) -> None:
     model, begun = mf.toy(), list[bytes]()
     field = model.field
 
-    def watched(cond: Any, *, guidance: float | None = None) -> Any:
-        inner = field(cond, guidance=guidance)
+    def watched(cond: Any, options: mf.FieldOptions = mf.FieldOptions()) -> Any:
+        inner = field(cond, options)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             begun.extend(item.numpy().tobytes() for item in x if sigma == 1)
