@@ -38,7 +38,7 @@ class Store:
         self.folder = Path(folder)
         self.leases = Leases(self.folder / "leases")
         self._rows = str(self.folder / "rows")
-        self._index: dict[str, tuple[int, ...]] | None = None
+        self._index: dict[str, State] | None = None
         self._index_grew = False
 
     def open(self, manifest: Mapping[str, object]) -> None:
@@ -116,7 +116,7 @@ class Store:
             return False
         if not row.picture_sha256:
             return status.st_size > 0
-        state = _state(status)
+        state = _state(status, row.picture_sha256)
         if self._known().get(row.key) == state:
             return True
         try:
@@ -127,17 +127,17 @@ class Store:
             self._remember(row.key, state)
         return same
 
-    def _known(self) -> dict[str, tuple[int, ...]]:
+    def _known(self) -> "dict[str, State]":
         if self._index is None:
             try:
                 said = parse_table(read_regular(self.folder / "index.json", most=MAX_INDEX)).get("pictures")
             except (OSError, ValueError):
                 said = None
             pairs = cast("dict[str, Any]", said).items() if isinstance(said, dict) else ()
-            self._index = {key: tuple(value) for key, value in pairs if _is_state(value)}
+            self._index = {key: cast("State", tuple(value)) for key, value in pairs if _is_state(value)}
         return self._index
 
-    def _remember(self, key: str, state: tuple[int, ...]) -> None:
+    def _remember(self, key: str, state: "State") -> None:
         self._known()[key] = state
         self._index_grew = True
 
@@ -147,7 +147,7 @@ class Store:
             with suppress(ResourceError, OSError):
                 # What was written a moment ago may be changed once more within one tick of the file system's clock.
                 settled = (clock(self.folder) - SETTLED) * 1e9
-                pictures = {key: state for key, state in self._known().items() if state[1:2] < (settled,)}
+                pictures = {key: state for key, state in self._known().items() if state[1] < settled}
                 data = json.dumps({"format": FORMAT, "pictures": pictures}, separators=(",", ":"))
                 write_bytes(self.folder / "index.json", data.encode())
                 self._index_grew = False
@@ -191,7 +191,7 @@ class Store:
         write_bytes(path, data)
         if path.stem == key:
             with suppress(OSError):
-                self._remember(key, _state(os.lstat(path)))
+                self._remember(key, _state(os.lstat(path), digest_of(data)))
         return path.relative_to(self.folder).as_posix()
 
     def claim(
@@ -252,12 +252,15 @@ def read(folder: str | Path) -> list[Row]:
     return [row for row in found if row is not None]
 
 
-def _state(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_size, status.st_mtime_ns, status.st_ino
+State = tuple[int, int, int, str]
+
+
+def _state(status: os.stat_result, sha256: str) -> State:
+    return status.st_size, status.st_mtime_ns, status.st_ino, sha256
 
 
 def _is_state(value: object) -> bool:
-    return isinstance(value, list) and len(cast("list[object]", value)) == 3 and all(type(v) is int for v in value)  # pyright: ignore
+    return isinstance(value, list) and [type(v) for v in cast("list[object]", value)] == [int, int, int, str]
 
 
 def _anything(_: object) -> bool:
