@@ -320,11 +320,11 @@ def replay(
 
 def describe_plan(planned: object) -> str:
     """A plan for people: the stages, then what it costs beside native sampling."""
-    from mrflow.cost import compared
+    from mrflow.cost import compared, model_facts
     from mrflow.stage import Plan
 
     assert isinstance(planned, Plan)
-    return "\n".join([str(planned), "", *compared(planned)])
+    return "\n".join([str(planned), "", *model_facts(planned), *compared(planned)])
 
 
 def _draw(

@@ -192,6 +192,21 @@ def native_plan(planned: Plan) -> Plan | None:
     return plan(native(size=(out.height, out.width)), planned.model, batch=out.batch)
 
 
+def model_facts(planned: Plan) -> list[str]:
+    """The model that was planned: its blocks, parameters, text length and shift, and the levels that stages visit."""
+    info, a, shift = planned.model, planned.model.architecture, planned.model.shift
+    lines = [f"model     {info.name}"]
+    if a is not None:
+        blocks = f"{a.double_blocks} double and {a.single_blocks} single blocks"
+        lines[0] += f": {blocks} of width {a.hidden}, {a.parameters:,} parameters, text of {a.text_tokens} tokens"
+    ends = f"mu {shift.low:g} at {shift.low_tokens} tokens, {shift.high:g} at {shift.high_tokens}"
+    lines.append(f"shift     {ends}" + ("" if shift.terminal is None else f", down to {shift.terminal:g}"))
+    for number, row in enumerate(planned.rows, 1):
+        if row.sigmas:
+            lines.append(f"sigmas    {number} {row.name}: {' '.join(f'{sigma:.4g}' for sigma in row.sigmas)}")
+    return lines
+
+
 def compared(planned: Plan) -> list[str]:
     """Lines on what a plan costs beside native sampling."""
     a, lines = planned.model.architecture, list[str]()

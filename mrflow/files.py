@@ -208,3 +208,10 @@ def _digest(paths: tuple[Path, ...], state: tuple[tuple[int, ...], ...]) -> str:
         with path.open("rb") as f:
             hashlib.file_digest(f, lambda: total)
     return total.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where results that can be made again are kept: $MRFLOW_CACHE, or mrflow in the user's cache folder."""
+    if own := os.environ.get("MRFLOW_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mrflow"

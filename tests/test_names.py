@@ -93,8 +93,8 @@ FAMILIES: dict[str, tuple[str, str, Callable[[Path], State]]] = {
     "CLIP": ("flux", "text_encoder/model.safetensors", read_clip),
     "T5": ("flux", "text_encoder_2/model.safetensors", read_t5),
     "Qwen-Image": ("qwen", f"transformer/{MAIN}", lambda p: values(prepare_qwen(p).read())),
-    "Qwen-Image's autoencoder": ("qwen", f"vae/{MAIN}", lambda p: values(prepare_vae_qwen(p)())),
-    "Qwen-Image's autoencoder, Wan": ("qwen", "wan/vae.safetensors", lambda p: values(prepare_vae_qwen(p)())),
+    "Qwen-Image's autoencoder": ("qwen", f"vae/{MAIN}", lambda p: values(prepare_vae_qwen(p).read())),
+    "Qwen-Image's autoencoder, Wan": ("qwen", "wan/vae.safetensors", lambda p: values(prepare_vae_qwen(p).read())),
     "Qwen2.5-VL": ("qwen", "text_encoder/model.safetensors", read_qwen_text),
 }
 

@@ -225,7 +225,7 @@ def test_wan_names_give_the_same_autoencoder(repo: Path, tmp_path: Path) -> None
     save_file({names[n]: t for n, t in tensors.items()}, tmp_path / "qwen_image_vae.safetensors")
     shutil.copy(repo / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "net.safetensors")
     shutil.copy(repo / "transformer" / "config.json", tmp_path / "config.json")
-    ours, theirs = (prepare_vae_qwen(p)() for p in (repo / "vae", tmp_path / "qwen_image_vae.safetensors"))
+    ours, theirs = (prepare_vae_qwen(p).read() for p in (repo / "vae", tmp_path / "qwen_image_vae.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     model = loaded(tmp_path / "net.safetensors", text=repo)
     assert relative(draw(model).pixels, draw(loaded(repo)).pixels) < 1e-6

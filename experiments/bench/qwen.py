@@ -137,7 +137,7 @@ def vae_rows(sides: Sequence[int], *, half: bool, repeats: int | None) -> list[R
             p.copy_(1 + 0.1 * noise if name.endswith("gamma") else noise * max(1, p[0].numel()) ** -0.5)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        vae = prepare_vae_qwen(folder)().eval().requires_grad_(False)  # noqa: FBT003
+        vae = prepare_vae_qwen(folder).read().eval().requires_grad_(False)  # noqa: FBT003
         for p in vae.parameters():
             p.data = p.data.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p.data.clone()
     mean = torch.tensor(vae.params.mean).view(1, -1, 1, 1, 1)

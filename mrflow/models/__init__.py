@@ -1,29 +1,23 @@
 """Models: what `load` can make, each from its own file."""
 
-import hashlib
-import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from mrflow._checks import check_whole, is_number
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
-from mrflow.cost import levels
 from mrflow.errors import MrflowError, PlanError, WeightsError
+from mrflow.models.family import Loading, families
 from mrflow.models.memory import Offload, Ways, check_offload
-from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo, Shift
+from mrflow.spec import ModelInfo, Shift
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
 
-if TYPE_CHECKING:
-    from mrflow.models.sources import Files
-
-PLANNED: dict[str, ModelInfo] = {info.name: info for info in (FLUX, SCHNELL, QWEN)}
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -92,15 +86,14 @@ def load(
         if odd := [name for name, value in given.items() if value]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
         return load_pocket(path, device=chosen, dtype=dtype or torch.float32, loras=loras)
-    if str(where) in PLANNED and not path.exists():
-        (hub,) = (key for key, name in HUB_NAMES.items() if name == str(where))
+    hub = next((hub for hub, facts in published().items() if facts.name == str(where)), None)
+    if hub is not None and not path.exists():
         raise WeightsError(
             f"{where} is a name for planning (mrflow plan --model {where}); to load it, say where its files are: a hub "
             f"id such as {hub}, a folder or a file"
         )
-    from mrflow.models.scheduler import shift_of
+    from mrflow.models.checkpoint import compute_dtype
     from mrflow.models.sources import find, fingerprint
-    from mrflow.models.weights import compute_dtype
 
     if not path.exists() and ("/" not in str(where) or path.suffix == ".safetensors"):
         raise WeightsError(
@@ -119,15 +112,14 @@ def load(
         check_whole("text_tokens", text_tokens, 1, 512)
     said = {"shift": curve, "text": text_tokens}
     version += "".join(f"+{name} {value}" for name, value in said.items() if value is not None)
-    files = replace(files, curve=curve or shift_of(files.scheduler, where), text_tokens=text_tokens)
-    return load_found(Loading(files, where, version, working, dtype, chosen, storage, ways, upscaler, chain, loras))
+    files = replace(files, curve=curve or files.curve, text_tokens=text_tokens)
+    options = Loading(files, version, working, dtype, chosen, storage, ways, upscaler, chain, loras)
+    return files.family.load(options)
 
 
-HUB_NAMES = {
-    "black-forest-labs/FLUX.1-dev": "flux1-dev",
-    "black-forest-labs/FLUX.1-schnell": "flux1-schnell",
-    "Qwen/Qwen-Image": "qwen-image",
-}
+def published() -> dict[str, ModelInfo]:
+    """The facts of published models by their hub ids."""
+    return {hub: facts for family in families() for hub, facts in family.published.items()}
 
 
 def is_pocket(path: Path) -> bool:
@@ -140,120 +132,12 @@ def is_pocket(path: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Loading:
-    """What was asked of `load`, and the files that were found for it.
-
-    `working` is what the transformer computes in; `resting` is where weights are while they are not used.
-    """
-
-    files: "Files"
-    where: str | Path
-    version: str
-    working: torch.dtype
-    dtype: torch.dtype | None
-    device: torch.device
-    storage: Literal["fp8"] | None
-    ways: Ways
-    upscaler: Upscaler | None
-    chain: Chain[Any, Any] | None
-    loras: tuple[Lora, ...]
-
-    @property
-    def resting(self) -> torch.device:
-        """Where weights are read to."""
-        return torch.device("cpu") if self.ways.offload != "none" else self.device
-
-
-def load_found(loading: Loading) -> Backbone:
-    """A model from parts that were found: all headers are held against the networks before weights are read."""
-    from mrflow.models.sources import FLUX as FLUX_FAMILY
-
-    return load_flux1(loading) if loading.files.family is FLUX_FAMILY else load_qwen(loading)
-
-
-def load_flux1(loading: Loading) -> Backbone:
-    """FLUX.1 from its parts."""
-    from mrflow.models.flux_backbone import Flux1, flux1_info
-    from mrflow.models.lora import changes, merge
-    from mrflow.models.weights import prepare_flux, prepare_vae_flux
-
-    files, where, device, resting = loading.files, loading.where, loading.device, loading.resting
-    if loading.chain is not None:
-        raise PlanError("fold=chain is for Qwen-Image; FLUX's modulations depend on the prompt too: use fold=True")
-    read_vae = prepare_vae_flux(files.vae, dtype=loading.working, device=resting)
-    prepared = prepare_flux(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
-    changed = changes(prepared.net, loading.loras, str(where)) if loading.loras else {}
-    read_text = None
-    if files.text is not None:
-        from mrflow.models.text import TextFiles, prepare_text
-
-        assert isinstance(files.text, TextFiles)
-        read_text = prepare_text(files.text, dtype=loading.dtype, device=resting)
-    vae, flow, text = read_vae(), prepared.read(), None if read_text is None else read_text()
-    merge(flow, changed)
-    info = flux1_info(flow, vae, text, files.curve, files.text_tokens, version=loading.version, path=where)
-    return Flux1(flow=flow, vae=vae, text=text, info=info, device=device, ways=loading.ways, upscaler=loading.upscaler)
-
-
-def load_qwen(loading: Loading) -> Backbone:
-    """Qwen-Image from its parts."""
-    from mrflow.models.base import count
-    from mrflow.models.lora import changes, merge
-    from mrflow.models.qwen_backbone import Qwen, qwen_facts, qwen_info
-    from mrflow.models.weights_qwen import prepare_qwen, prepare_vae_qwen
-
-    files, where, device, resting = loading.files, loading.where, loading.device, loading.resting
-    if files.text_tokens is not None:
-        raise PlanError("text_tokens= is for FLUX.1; Qwen-Image is given a prompt's own tokens")
-    read_vae = prepare_vae_qwen(files.vae, dtype=loading.working, device=resting)
-    prepared = prepare_qwen(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
-    parameters = count(prepared.net)
-    changed = changes(prepared.net, loading.loras, str(where)) if loading.loras else {}
-    linears = {id(module) for module in prepared.net.modulators()}
-    touched = [path for path in changed if id(prepared.net.get_submodule(path)) in linears]
-    if loading.chain is not None and touched:
-        raise PlanError(f"the LoRA changes modulations ({touched[0]}), which fold=chain never loads: use fold=True")
-    read_text = None
-    if files.text is not None:
-        from mrflow.models.text_qwen import QwenTextFiles, prepare_text_qwen
-
-        assert isinstance(files.text, QwenTextFiles)
-        read_text = prepare_text_qwen(files.text, dtype=loading.dtype, device=resting)
-    vae, made = read_vae(), None
-    if loading.chain is None:
-        flow = prepared.read()
-    else:
-        asked = levels(loading.chain, qwen_facts(vae, files.curve))
-        key = hashlib.sha256(repr((loading.version, asked)).encode()).hexdigest()[:16]
-        flow, made = prepared.read_folded(asked, device=device, keep=cache_folder() / f"modulation-{key}.safetensors")
-    merge(flow, changed)
-    text = None if read_text is None else read_text()
-    info = qwen_info(flow, vae, text, files.curve, version=loading.version, parameters=parameters)
-    return Qwen(
-        flow=flow,
-        vae=vae,
-        text=text,
-        info=info,
-        device=device,
-        ways=loading.ways,
-        upscaler=loading.upscaler,
-        tables=made,
-    )
-
-
-def cache_folder() -> Path:
-    """Where results that can be made again are kept: $MRFLOW_CACHE, or mrflow in the user's cache folder."""
-    if own := os.environ.get("MRFLOW_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mrflow"
-
-
 def info(name: str) -> ModelInfo:
-    """A model's facts by name, without weights. Of a folder or a file, the published facts of what its headers show.
+    """A model's facts without its weights: by name, or of a folder or a file from its headers and configs.
 
     Raises:
-        PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known.
+        PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known, or one that
+            `load` would refuse.
     """
     from mrflow.models.checkpoint import read_header
     from mrflow.models.pocket.model import SHIPPED, facts, shipped
@@ -261,19 +145,20 @@ def info(name: str) -> ModelInfo:
     path = shipped(name)
     if path is not None:
         return facts(read_header(path))
+    known = published()
+    by_name = known | {facts.name: facts for facts in known.values()}
     path = Path(name)
-    if name not in PLANNED and path.exists():
-        from mrflow.models.sources import QWEN, find
+    if name not in by_name and path.exists():
+        from mrflow.models.sources import find
 
         if is_pocket(path):
             return facts(read_header(path))
         files = find(path)
-        guided = any("guidance" in tensor for tensor in files.transformer.tensors)
-        return PLANNED["qwen-image" if files.family is QWEN else "flux1-dev" if guided else "flux1-schnell"]
-    if name not in PLANNED and name not in HUB_NAMES:
-        known = ("pocket", *SHIPPED, *PLANNED, *HUB_NAMES)
-        raise PlanError(f"there is no model {name!r} to plan; known are {', '.join(known)}")
-    return PLANNED[HUB_NAMES.get(name, name)]
+        return files.family.facts(files)
+    if name not in by_name:
+        names = ("pocket", *SHIPPED, *(facts.name for facts in known.values()), *known)
+        raise PlanError(f"there is no model {name!r} to plan; known are {', '.join(names)}")
+    return by_name[name]
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -1,10 +1,12 @@
 """What large models share as backbones: phases of memory, folding, compiling, graphs, the autoencoder in tiles."""
 
 import copy
+import math
+import re
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
@@ -15,11 +17,11 @@ from torch import Tensor, nn
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition
 from mrflow.errors import PlanError, is_out_of_memory
-from mrflow.models.flux import Flux
+from mrflow.models.blocks import Transformer
+from mrflow.models.checkpoint import Header, compute_dtype
 from mrflow.models.graphs import Graphed
 from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
 from mrflow.models.pieces import NetPieces
-from mrflow.models.qwen_image import QwenImage
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.notes import note
 from mrflow.spec import Footprint, ModelInfo
@@ -32,19 +34,6 @@ if TYPE_CHECKING:
 _ADAPTING = threading.RLock()  # adapters are read once, whichever thread asks first
 TILE = 64  # latent cells a side, where the autoencoder works in tiles
 DIRECT = Ways()
-
-
-@runtime_checkable
-class Transformer(Protocol):
-    """A network of blocks whose modulations can be made apart."""
-
-    def stack(self) -> list[nn.Module]:
-        """All blocks in the order they run."""
-        ...
-
-    def modulators(self) -> Iterator[nn.Module]:
-        """The linears that make modulation vectors."""
-        ...
 
 
 @runtime_checkable
@@ -76,7 +65,7 @@ class LatentModel(TransformerModel):
     def __init__(
         self,
         *,
-        flow: nn.Module,
+        flow: Transformer,
         vae: nn.Module,
         text: object | None,
         info: ModelInfo,
@@ -85,7 +74,6 @@ class LatentModel(TransformerModel):
         ways: Ways = DIRECT,
         upscaler: Upscaler | None = None,
     ) -> None:
-        assert isinstance(flow, Transformer)
         assert isinstance(vae, Autoencoder)
         self._net: Transformer = flow
         self._vae: Autoencoder = vae
@@ -107,7 +95,6 @@ class LatentModel(TransformerModel):
     def _wire(self) -> None:
         """What runs the network: whole, and in pieces."""
         net, step = self._net, self._whole
-        assert isinstance(net, Flux | QwenImage)
         self._step: Callable[..., Tensor] = Graphed(partial(step, net)) if self._graphs else partial(step, net)
         self._pieces = NetPieces(net, graphs=self._graphs)
 
@@ -126,7 +113,6 @@ class LatentModel(TransformerModel):
             if (known := self._adapted.get(key)) is not None:
                 return cast("Model", known)
             net = self._net
-            assert isinstance(net, Flux | QwenImage)
             changed = lora.changes(net, loras, self._info.name)
             self._check_changes(changed)
             own = lora.adapted(net, changed, dtype=net.dtype, device=self._device)
@@ -154,7 +140,6 @@ class LatentModel(TransformerModel):
             if (known := self._policies.get(key)) is not None:
                 return known
             net = self._net
-            assert isinstance(net, Flux | QwenImage)
             head = piflow.read_head(file, net, device=self._device)
             low = piflow.lora_of(file)
             changed = lora.changes(net, (*loras, *([low] if low else [])), self._info.name, beside=head.names)
@@ -283,13 +268,15 @@ def encoded_once(prompts: Sequence[str], encode: Callable[[list[str]], dict[str,
 
 def footprint(flow: Transformer, vae: nn.Module, text: object | None, **values: float) -> Footprint:
     """Bytes of each part as loaded, for predictions of memory; `values` are those of `Footprint`."""
-    assert isinstance(flow, nn.Module)
     modulators = [bytes_of(m) for m in flow.modulators()]
     inside = {id(t) for m in flow.modulators() for t in tensors_of(m)}
     blocks = [bytes_of(block, without=inside) for block in flow.stack()]
-    words = text if isinstance(text, TextEncoder) else None
-    layers = [bytes_of(layer) for layer in words.layers()] if words is not None else []
-    whole_text = sum(bytes_of(m) for m in words.modules()) if words is not None else 0
+    layers, whole_text = list[int](), 0
+    if isinstance(text, TextBytes):
+        layers, whole_text = list(text.layers), text.whole
+    elif isinstance(text, TextEncoder):
+        layers = [bytes_of(layer) for layer in text.layers()]
+        whole_text = sum(bytes_of(m) for m in text.modules())
     return Footprint(
         rest=bytes_of(flow) - sum(modulators) - sum(blocks),
         modulation=sum(modulators),
@@ -302,6 +289,28 @@ def footprint(flow: Transformer, vae: nn.Module, text: object | None, **values: 
         text_pair=largest_pair(layers),
         **values,
     )
+
+
+@dataclass(frozen=True)
+class TextBytes:
+    """Bytes of text encoders that are not built: of all, and of each layer of the largest."""
+
+    whole: int
+    layers: tuple[int, ...]
+
+
+def text_bytes(headers: Sequence[Header], layer: str) -> TextBytes:
+    """What text encoders will take, from their headers; the layers are those of the last, `{layer}.0.` and so on."""
+    whole, layers = 0, dict[int, int]()
+    for header in headers:
+        kept = compute_dtype(header).itemsize
+        for name, entry in header.tensors.items():
+            size = math.prod(entry.shape) * kept
+            whole += size
+            found = re.search(rf"(?:^|\.){layer}\.(\d+)\.", name)
+            if found and header is headers[-1]:
+                layers[int(found[1])] = layers.get(int(found[1]), 0) + size
+    return TextBytes(whole, tuple(layers[i] for i in sorted(layers)))
 
 
 def largest_pair(sizes: Sequence[int]) -> int:

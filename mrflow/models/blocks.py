@@ -1,6 +1,7 @@
 """What FLUX and Qwen-Image are built of: two-stream blocks, modulation, the final layer, packing into tokens."""
 
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -173,3 +174,46 @@ def tables(
         table[:, 1::3] += 1
         out.append(table)
     return out
+
+
+class Transformer(nn.Module, ABC):
+    """What caches, adapters and offloading need of a network. Streams are (items, tokens, width)."""
+
+    params: Sizes
+    attention: Attention
+    final_layer: FinalLayer
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+
+    @abstractmethod
+    def stack(self) -> list[nn.Module]:
+        """All blocks in the order they run."""
+
+    @abstractmethod
+    def modulators(self) -> Iterator[nn.Module]:
+        """The linears that make modulation vectors."""
+
+    @abstractmethod
+    def embed_image(self, tokens: Tensor) -> Tensor:
+        """The image stream of packed latents."""
+
+    @abstractmethod
+    def some_blocks(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        rope: Rope,
+        modulation: Tensor,
+        start: int,
+        stop: int,
+        *,
+        merge: Callable[[str, int], Merge | None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams after the blocks from `start` to before `stop`."""
+
+    @abstractmethod
+    def head(self, img: Tensor, modulation: Tensor) -> Tensor:
+        """The velocity's tokens."""

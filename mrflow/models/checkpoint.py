@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -430,3 +430,33 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"{path} should hold a table")
     return cast("dict[str, Any]", value)
+
+
+def compute_dtype(header: Header) -> torch.dtype:
+    """What a checkpoint's network computes in: the dtype of most of its values; bfloat16 where they are 8-bit."""
+    counts: dict[torch.dtype, int] = {}
+    for entry in header.tensors.values():
+        if entry.dtype.is_floating_point:
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
+    most = max(counts, key=lambda d: counts[d], default=torch.bfloat16)
+    return torch.bfloat16 if most.itemsize == 1 else most
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[N]):
+    """A network on the meta device whose checkpoint was checked: `read` fills it, `cast=None` as the file has it."""
+
+    net: N
+    header: Header
+    layout: Layout
+    dtype: torch.dtype
+    device: torch.device | str
+    cast: torch.dtype | None
+
+    def read(self) -> N:
+        """All weights."""
+        fill(self.net, self.header, self.layout, dtype=self.cast, device=self.device)
+        return self.net

@@ -5,20 +5,11 @@ from pathlib import Path
 
 from mrflow.errors import MrflowError
 from mrflow.models.checkpoint import Header, open_checkpoint
+from mrflow.models.family import families
 from mrflow.models.fp8 import described
-from mrflow.models.weights import (
-    RELATIVES,
-    flux_diffusers,
-    flux_names,
-    flux_params,
-    kind,
-    part,
-    vae_names,
-    vae_params,
-)
+from mrflow.models.weights import RELATIVES, kind, part
 from mrflow.stage import human
 
-SAMPLE = "decoder.mid.block_1.conv1.weight"  # a native name that the other layout changes
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -77,22 +68,9 @@ def network(header: Header) -> list[str]:
     lines = [f"network   {what.removeprefix('a ')}"]
     try:
         plain = described(part(header, what))
-        if what == "a FLUX transformer":
-            names = flux_names(plain)
-            p = flux_params(plain, names)
-            layout = "diffusers" if names is flux_diffusers else "Black Forest Labs"
-            variant = "with guidance embedding (dev)" if p.guidance else "without guidance embedding (schnell)"
-            lines.append(f"layout    {layout}, {variant}")
-            lines.append(
-                f"sizes     width {p.hidden}, {p.heads} heads, {p.double_blocks} double and {p.single_blocks} single "
-                f"blocks, {p.in_channels} channels a token, text {p.context}, pooled {p.pooled}"
-            )
-        elif what == "a FLUX autoencoder":
-            names = vae_names(plain)
-            v = vae_params(plain, names)
-            native = names(SAMPLE)[0].endswith(SAMPLE)
-            lines.append(f"layout    {'Black Forest Labs' if native else 'diffusers'}")
-            lines.append(f"sizes     channels {', '.join(map(str, v.channels))}; {v.latent} latent channels")
+        for family in families():
+            if what in (family.transformer, family.autoencoder):
+                lines += family.describe(what, plain)
         if any(entry.scale is not None for entry in plain.tensors.values()):
             lines.append("values    8-bit with scales")
     except MrflowError as error:

@@ -9,7 +9,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.blocks import DoubleBlock, FinalLayer, Modulate, Sizes, bounded, by_head, fused, joined, tables
+from mrflow.models.blocks import (
+    DoubleBlock,
+    FinalLayer,
+    Modulate,
+    Sizes,
+    Transformer,
+    bounded,
+    by_head,
+    fused,
+    joined,
+    tables,
+)
 from mrflow.models.layers import (
     SINUSOID,
     Attention,
@@ -98,12 +109,14 @@ class SingleBlock(nn.Module):
         return bounded(torch.addcmul(x, gate, change))
 
 
-class Flux(nn.Module):
+class Flux(Transformer):
     """v(x, sigma): image tokens and what steers them to the velocity d x / d sigma.
 
     `attention` is the function that every block calls; put another in its place to change it (b h n d each). `split`
     keeps the fused projections as the separate matrices that diffusers' files hold, so that those can stay mapped.
     """
+
+    params: FluxParams
 
     def __init__(self, params: FluxParams, *, split: bool = False) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.base import DIRECT, LatentModel, count, encoded_once, footprint
+from mrflow.models.base import DIRECT, LatentModel, TextBytes, count, encoded_once, footprint
 from mrflow.models.fields import FluxField, step
 from mrflow.models.flux import Flux
 from mrflow.models.memory import Ways
@@ -120,7 +120,7 @@ class Flux1(LatentModel):
 def flux1_info(
     flow: Flux,
     vae: VaeFlux,
-    text: "ClipT5 | None",
+    text: "ClipT5 | TextBytes | None",
     curve: Shift | None,
     text_tokens: int | None,
     *,

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mrflow.errors import PlanError
+
 EPS = 1e-6
 SINUSOID = 256  # channels of the embedding of level and guidance
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -153,3 +155,15 @@ def modulated(
 ) -> Float[Tensor, "b n d"]:
     """LN(x) * scale + shift; the norm has no parameters, and `scale` is one plus what the network gives."""
     return torch.addcmul(shift, F.layer_norm(x, (x.shape[-1],), eps=EPS), scale)
+
+
+class Folded(nn.Module):
+    """In the place of a linear whose results were made beforehand."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = width, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Never."""
+        raise PlanError("this model was loaded with fold=chain: its modulation weights were not read")

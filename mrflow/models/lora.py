@@ -28,12 +28,10 @@ from mrflow.adapters import Lora
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.files import located
 from mrflow.models.checkpoint import Entry, Header, mapped, open_checkpoint, read_json, some
-from mrflow.models.flux import Flux
+from mrflow.models.family import family_of_network
 from mrflow.models.fp8 import Fp8Linear
-from mrflow.models.layers import SplitLinear
+from mrflow.models.layers import Folded, SplitLinear
 from mrflow.models.names import bare
-from mrflow.models.weights import flux_diffusers
-from mrflow.models.weights_qwen import Folded, qwen_names
 
 N = TypeVar("N", bound=nn.Module)
 INFIX = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[\w-]+))?"  # PEFT names adapters: lora_A.default.weight
@@ -62,14 +60,6 @@ OTHER = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1": "LoHa", "lokr_w": "LoKr", "oft_": "OFT",
     "lora_mid": "a Tucker-decomposed LoRA", "set_weight": "a weight replacement",
 }  # fmt: skip
-# XLabs-AI's names of what FLUX's blocks hold: 1 is the image stream, 2 the text stream.
-XLABS = {
-    "processor.qkv_lora1": "img_attn.qkv",
-    "processor.qkv_lora2": "txt_attn.qkv",
-    "processor.proj_lora1": "img_attn.proj",
-    "processor.proj_lora2": "txt_attn.proj",
-}
-XLABS_SINGLE = {"processor.qkv_lora": "linear1", "processor.proj_lora": "linear2"}
 
 
 @dataclass(frozen=True)
@@ -265,8 +255,8 @@ def flat(name: str) -> str:
 
 
 def targets(net: nn.Module) -> dict[str, Target]:
-    """Every linear of a FLUX or Qwen-Image transformer under every name that it is published by, flattened."""
-    names = flux_diffusers if isinstance(net, Flux) else qwen_names
+    """Every linear of a transformer under every name that its family publishes it by, flattened."""
+    family = family_of_network(net)
     table: dict[str, Target] = {}
     for path, module in net.named_modules():
         size = _size(module)
@@ -275,7 +265,7 @@ def targets(net: nn.Module) -> dict[str, Target]:
         rows, width = size
         whole = Target(path, 0, rows, width)
         table[flat(path)] = whole
-        published = [name.removesuffix(".weight") for name in names(f"{path}.weight")]
+        published = [name.removesuffix(".weight") for name in family.names(f"{path}.weight")]
         counts: tuple[int, ...] = (rows,)
         if len(published) > 1:
             counts = cast("tuple[int, ...]", net.get_submodule(path.rpartition(".")[0]).rows)
@@ -286,12 +276,8 @@ def targets(net: nn.Module) -> dict[str, Target]:
             if name.endswith(".to_out.0"):
                 table[flat(name.removesuffix(".0"))] = part
             start += count
-        kind, _, rest = path.partition(".")
-        index, _, rest = rest.partition(".")
-        for alias, own in (XLABS if kind == "double_blocks" else XLABS_SINGLE).items():
-            if isinstance(net, Flux) and rest == own:
-                qkv = alias == "processor.qkv_lora"  # of a single block: without the MLP's rows
-                table[flat(f"{kind}.{index}.{alias}")] = Target(path, 0, sum(counts[:3]) if qkv else rows, width)
+        for alias, parts in family.aliases(path).items():
+            table[flat(alias)] = Target(path, 0, rows if parts is None else sum(counts[:parts]), width)
     return table
 
 

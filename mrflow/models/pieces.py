@@ -6,10 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mrflow.models.flux import Flux
+from mrflow.models.blocks import Transformer
 from mrflow.models.graphs import Graphed
 from mrflow.models.layers import Merge, Rope, modulated
-from mrflow.models.qwen_image import QwenImage
 
 
 class NetPieces:
@@ -18,7 +17,7 @@ class NetPieces:
     One object serves all fields of a model, so that a graph is recorded once for its blocks and shapes.
     """
 
-    def __init__(self, net: Flux | QwenImage, *, graphs: bool = False) -> None:
+    def __init__(self, net: Transformer, *, graphs: bool = False) -> None:
         self.net, self.graphs = net, graphs
         self.recorded: dict[tuple[int, int], Graphed] = {}
 
@@ -65,7 +64,7 @@ class NetPieces:
 
 
 def joint(
-    net: Flux | QwenImage, start: int, stop: int, img: Tensor, txt: Tensor, cos: Tensor, sin: Tensor, table: Tensor
+    net: Transformer, start: int, stop: int, img: Tensor, txt: Tensor, cos: Tensor, sin: Tensor, table: Tensor
 ) -> Tensor:
     """Some blocks as a function of tensors that gives one: image, then text."""
     return torch.cat(net.some_blocks(img, txt, Rope(cos, sin), table, start, stop), 1)

@@ -22,9 +22,8 @@ from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import WeightsError
 from mrflow.files import located
 from mrflow.flow import Velocity
+from mrflow.models.blocks import Transformer
 from mrflow.models.checkpoint import Header, checkpoints_in, mapped, open_checkpoint, read_json, some
-from mrflow.models.flux import Flux
-from mrflow.models.qwen_image import QwenImage
 from mrflow.models.transformer_model import PolicyModel
 from mrflow.policies import DX, GM, Policy
 
@@ -140,7 +139,7 @@ def located_adapter(adapter: PiFlow) -> tuple[Path, str]:
     return located(str(path), adapter.sha256)
 
 
-def read_head(file: Path, net: Flux | QwenImage, *, device: torch.device) -> Head:
+def read_head(file: Path, net: Transformer, *, device: torch.device) -> Head:
     """An adapter's heads for a network.
 
     Raises:

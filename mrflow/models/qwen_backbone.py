@@ -11,12 +11,12 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.base import DIRECT, LatentModel, encoded_once, footprint
+from mrflow.models.base import DIRECT, LatentModel, TextBytes, encoded_once, footprint
 from mrflow.models.fields import QwenField, Tables, qwen_step
+from mrflow.models.layers import Folded
 from mrflow.models.memory import Ways
 from mrflow.models.qwen_image import QwenImage
 from mrflow.models.vae_qwen import VaeQwen
-from mrflow.models.weights_qwen import Folded
 from mrflow.pieces import StepFactory
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo, Shift
 from mrflow.upscaler import Upscaler
@@ -168,7 +168,7 @@ def qwen_facts(vae: VaeQwen, curve: Shift | None) -> ModelInfo:
 def qwen_info(
     flow: QwenImage,
     vae: VaeQwen,
-    text: "QwenText | None",
+    text: "QwenText | TextBytes | None",
     curve: Shift | None,
     *,
     version: str,

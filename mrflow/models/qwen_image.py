@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.blocks import DoubleBlock, FinalLayer, Sizes, bounded, tables
+from mrflow.models.blocks import DoubleBlock, FinalLayer, Sizes, Transformer, bounded, tables
 from mrflow.models.layers import (
     SINUSOID,
     Attention,
@@ -110,11 +110,13 @@ def packed_attention(
     return out
 
 
-class QwenImage(nn.Module):
+class QwenImage(Transformer):
     """v(x, sigma): image tokens and text states to the velocity d x / d sigma.
 
     `attention` is the function that every block calls, `split` keeps projections apart: see `Flux`.
     """
+
+    params: QwenParams
 
     def __init__(self, params: QwenParams, *, split: bool = False) -> None:
         super().__init__()

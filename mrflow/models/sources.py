@@ -7,19 +7,13 @@ Nothing here touches the network unless a hub id was given, and then huggingface
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.checkpoint import Header, checkpoints_in, open_checkpoint, read_json, readable
+from mrflow.models.family import Family, Files, families
 from mrflow.models.scheduler import shift_of
 from mrflow.models.weights import kind, looks_like, part, refuse
-from mrflow.spec import Shift
-
-if TYPE_CHECKING:
-    from mrflow.models.text import TextFiles
-    from mrflow.models.text_qwen import QwenTextFiles
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 PATTERNS = [
@@ -31,39 +25,6 @@ PATTERNS = [
     "scheduler/*.json",
 ]
 VAE_PREFIXES = ("vae.", "first_stage_model.")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the parts of a family look like, and the pipeline class of its repositories."""
-
-    name: str
-    transformer: str
-    vae: str
-    pipelines: tuple[str, ...]
-
-
-FLUX = Family("FLUX", "a FLUX transformer", "a FLUX autoencoder", ("FluxPipeline", "FluxImg2ImgPipeline"))
-QWEN = Family(
-    "Qwen-Image",
-    "a Qwen-Image transformer",
-    "a Qwen-Image autoencoder",
-    ("QwenImagePipeline", "QwenImageImg2ImgPipeline"),
-)
-FAMILIES = (FLUX, QWEN)
-
-
-@dataclass(frozen=True)
-class Files:
-    """The parts of a model, by their headers; `text` is None where there are no text encoders."""
-
-    family: Family
-    transformer: Header
-    vae: Header
-    text: "TextFiles | QwenTextFiles | None"
-    scheduler: Mapping[str, Any]
-    curve: Shift | None = None
-    text_tokens: int | None = None
 
 
 def find(where: str | Path, *, vae: str | Path | None = None, text: str | Path | None = None) -> Files:
@@ -138,21 +99,24 @@ def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -
     """A folder as diffusers saves a pipeline."""
     index = folder / "model_index.json"
     name = str(read_json(index).get("_class_name")) if index.is_file() else None
-    known = [pipeline for family in FAMILIES for pipeline in family.pipelines]
-    if name is not None and name not in known:
-        raise WeightsError(f"{folder} holds a {name}; mrflow loads {' and '.join(known[::2])} repositories")
+    known = [family.pipelines for family in families() if family.pipelines]
+    if name is not None and all(name not in pipelines for pipelines in known):
+        raise WeightsError(
+            f"{folder} holds a {name}; mrflow loads {' and '.join(pipelines[0] for pipelines in known)} repositories"
+        )
     transformer = open_checkpoint(folder / "transformer")
     family = family_of(transformer)
     if name is not None and name not in family.pipelines:
         raise WeightsError(f"{folder} says it holds a {name}, but its transformer is {family.transformer}")
     if vae is None and not (folder / "vae").is_dir():
         raise WeightsError(f"{folder} has no vae folder; say where the autoencoder is: vae=")
-    auto = part(open_checkpoint(vae or folder / "vae"), family.vae)
+    auto = part(open_checkpoint(vae or folder / "vae"), family.autoencoder)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     words = text or (folder if (folder / "text_encoder").is_dir() or (folder / "text_encoder_2").is_dir() else None)
     settings = read_json(scheduler) if scheduler.is_file() else {}
-    shift_of(settings, folder)
-    return Files(family, part(transformer, family.transformer), auto, find_words(words, family), settings)
+    curve = shift_of(settings, folder)
+    flow = part(transformer, family.transformer)
+    return Files(family, flow, auto, find_words(words, family), settings, str(folder), curve)
 
 
 def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files:
@@ -160,7 +124,7 @@ def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         headers = readable(checkpoints_in(folder))
-        found = [h for h in headers.values() if any(looks_like(h, family.transformer) for family in FAMILIES)]
+        found = [h for h in headers.values() if any(looks_like(h, family.transformer) for family in families())]
         transformer = _only(found, folder, headers)
     else:
         headers = {}
@@ -168,22 +132,23 @@ def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files
     family = family_of(transformer)
     if vae is not None:
         auto = open_checkpoint(vae)
-    elif any(name.startswith(VAE_PREFIXES) for name in transformer.tensors) or looks_like(transformer, family.vae):
+    elif any(name.startswith(VAE_PREFIXES) for name in transformer.tensors) or looks_like(
+        transformer, family.autoencoder
+    ):
         auto = transformer
     else:
         near = readable(_beside(folder, transformer.path)).values()
-        fitting = [header for header in near if looks_like(header, family.vae)]
+        fitting = [header for header in near if looks_like(header, family.autoencoder)]
         own = part(transformer, family.transformer)
-        fitting = [h for h in fitting if _latents(part(h, family.vae)) == _tokens(own)[1] // 4] or fitting
+        fitting = [h for h in fitting if _latents(part(h, family.autoencoder)) == _tokens(own)[1] // 4] or fitting
         if not fitting:
             raise WeightsError(f"there is no {family.name} autoencoder beside {path}; say where it is: vae=")
         auto = _only(fitting, folder, {})
     found_words = text
     if text is None and (folder / "tokenizer").is_dir():
         found_words = folder
-    return Files(
-        family, part(transformer, family.transformer), part(auto, family.vae), find_words(found_words, family), {}
-    )
+    flow, auto = part(transformer, family.transformer), part(auto, family.autoencoder)
+    return Files(family, flow, auto, find_words(found_words, family), {}, str(path))
 
 
 def _beside(folder: Path, path: Path) -> list[Path]:
@@ -197,7 +162,7 @@ def _only(found: Sequence[Header], folder: Path, headers: Mapping[Path, Header])
         return found[0]
     if not found:
         names = ", ".join(f"{p.name} ({kind(h) or 'unknown'})" for p, h in headers.items()) or "no safetensors file"
-        wanted = " and no ".join(family.transformer.removeprefix("a ") for family in FAMILIES)
+        wanted = " and no ".join(family.transformer.removeprefix("a ") for family in families())
         raise WeightsError(f"{folder} holds no {wanted}; it holds {names}")
     raise WeightsError(f"{folder} holds several, name one: {', '.join(h.path.name for h in found)}")
 
@@ -243,23 +208,20 @@ def _fit(transformer: Header, vae: Header) -> None:
 
 def family_of(transformer: Header) -> Family:
     """The family of a transformer, or WeightsError where it is none."""
-    for family in FAMILIES:
+    for family in families():
         if looks_like(transformer, family.transformer):
             return family
-    refuse(transformer, " or ".join(family.transformer for family in FAMILIES))
+    refuse(transformer, " or ".join(family.transformer for family in families()))
 
 
-def find_words(where: str | Path | None, family: Family) -> "TextFiles | QwenTextFiles | None":
+def find_words(where: str | Path | None, family: Family) -> object:
     """The text encoders and tokenizers in a folder or hub repository."""
     if where is None:
         return None
-    from mrflow.models.text import find_text
-    from mrflow.models.text_qwen import find_text_qwen
-
     path = Path(where)
     if not path.exists() and HUB_ID.fullmatch(str(where)):
         path = fetch(str(where))
-    return find_text(path) if family is FLUX else find_text_qwen(path)
+    return family.find_text(path)
 
 
 def fingerprint(*headers: Header) -> str:

@@ -21,13 +21,14 @@ from mrflow.models.checkpoint import (
     assembled,
     check_layout,
     checkpoints_in,
+    compute_dtype,
     fill,
     open_checkpoint,
     read_json,
     readable,
 )
 from mrflow.models.fp8 import described
-from mrflow.models.weights import compute_dtype, looks_like, part
+from mrflow.models.weights import looks_like, part
 from mrflow.notes import note
 
 CLIP_TOKENS, T5_TOKENS = 77, 512

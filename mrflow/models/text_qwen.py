@@ -14,10 +14,19 @@ from torch import Tensor, nn
 
 from mrflow._checks import is_whole
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.checkpoint import Header, Layout, Source, check_layout, fill, open_checkpoint, read_json
+from mrflow.models.checkpoint import (
+    Header,
+    Layout,
+    Source,
+    check_layout,
+    compute_dtype,
+    fill,
+    open_checkpoint,
+    read_json,
+)
 from mrflow.models.fp8 import described
 from mrflow.models.text import Tokenizer, check_prompt, needed, shortened, tokenizer_of
-from mrflow.models.weights import compute_dtype, part
+from mrflow.models.weights import part
 from mrflow.notes import note
 
 ENCODER = "a Qwen2.5-VL text encoder"

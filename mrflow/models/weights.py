@@ -6,11 +6,10 @@ long because names, sizes, loading and saving of one layout are only understood 
 """
 
 import json
-import math
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -21,14 +20,16 @@ from mrflow.errors import PlanError, WeightsError
 from mrflow.models.checkpoint import (
     Header,
     Layout,
+    Prepared,
     Source,
     check_layout,
+    compute_dtype,
     exported,
-    fill,
     open_checkpoint,
     read_json,
     save_file,
 )
+from mrflow.models.family import marks
 from mrflow.models.flux import Flux, FluxParams
 from mrflow.models.fp8 import described, store_fp8
 from mrflow.models.layers import SplitLinear
@@ -114,15 +115,8 @@ RELATIVES = {
     "input_blocks.0.0.weight": "a Stable Diffusion U-Net",
     "down_blocks.0.resnets.0.conv1.weight": "a Stable Diffusion U-Net",
 }
-# What checkpoints are known by, behind whatever wrappers put before their names.
-MARKS = {
-    "double_blocks.0.img_attn.qkv.weight": "a FLUX transformer",
-    "single_transformer_blocks.0.norm.linear.weight": "a FLUX transformer",
-    "txt_norm.weight": "a Qwen-Image transformer",
-    "decoder.up.0.block.0.conv1.weight": "a FLUX autoencoder",
-    "decoder.up_blocks.0.resnets.0.conv1.weight": "a FLUX autoencoder",
-    "decoder.middle.0.residual.0.gamma": "a Qwen-Image autoencoder",
-    "decoder.mid_block.resnets.0.norm1.gamma": "a Qwen-Image autoencoder",
+# What else checkpoints are known by, behind whatever wrappers put before their names; families know their own.
+OTHER_MARKS = {
     "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
     "embeddings.token_embedding.weight": "a CLIP text encoder",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "a T5 encoder",
@@ -133,22 +127,6 @@ MARKS = {
     "layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
     "conv_first.weight": "a super-resolution net",
 }
-
-
-@dataclass(frozen=True)
-class PreparedFlux:
-    """A transformer on the meta device whose checkpoint was checked: `read` fills it."""
-
-    net: Flux
-    header: Header
-    layout: Layout
-    dtype: torch.dtype
-    device: torch.device | str
-
-    def read(self) -> Flux:
-        """All weights."""
-        fill(self.net, self.header, self.layout, dtype=self.dtype, device=self.device)
-        return self.net
 
 
 def load_flux(
@@ -170,7 +148,7 @@ def prepare_flux(
     device: torch.device | str = "cpu",
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
-) -> PreparedFlux:
+) -> Prepared[Flux]:
     """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` is the file's.
 
     Names and shapes are checked now; `read` of what is given back reads the weights.
@@ -197,7 +175,7 @@ def prepare_flux(
         store_fp8(flux.single_blocks)
     layout = flux_layout(flux, names)
     check_layout(flux, header, layout, dtype=dtype)
-    return PreparedFlux(flux, header, layout, dtype, device)
+    return Prepared(flux, header, layout, dtype, device, cast=dtype)
 
 
 def save_flux(flux: Flux, path: Path) -> None:
@@ -221,29 +199,19 @@ def whole_state(flux: Flux) -> dict[str, Tensor]:
     return state
 
 
-def compute_dtype(header: Header) -> torch.dtype:
-    """What a checkpoint's network computes in: the dtype of most of its values; bfloat16 where they are 8-bit."""
-    counts: dict[torch.dtype, int] = {}
-    for entry in header.tensors.values():
-        if entry.dtype.is_floating_point:
-            counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
-    most = max(counts, key=lambda d: counts[d], default=torch.bfloat16)
-    return torch.bfloat16 if most.itemsize == 1 else most
-
-
 def load_vae_flux(
     where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> VaeFlux:
     """`prepare_vae_flux`, and read the weights at once."""
-    return prepare_vae_flux(where, dtype=dtype, device=device)()
+    return prepare_vae_flux(where, dtype=dtype, device=device).read()
 
 
 def prepare_vae_flux(
     where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Callable[[], VaeFlux]:
+) -> Prepared[VaeFlux]:
     """A FLUX autoencoder from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
 
-    Names and shapes are checked now; the function that is given back reads the weights.
+    Names and shapes are checked now; `read` of what is given back reads the weights.
 
     Raises:
         WeightsError: it is no such autoencoder, or anything in it is missing, left over or of a wrong shape.
@@ -255,12 +223,7 @@ def prepare_vae_flux(
         vae = VaeFlux(params)
     layout = vae_layout(vae, names)
     check_layout(vae, header, layout, dtype=dtype)
-
-    def read() -> VaeFlux:
-        fill(vae, header, layout, dtype=dtype, device=device)
-        return vae
-
-    return read
+    return Prepared(vae, header, layout, dtype or compute_dtype(header), device, cast=dtype)
 
 
 def save_vae_flux(vae: VaeFlux, path: Path) -> None:
@@ -472,9 +435,14 @@ def agree(header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -
         raise WeightsError(f"{header.path}: its config does not belong to its weights: {', '.join(wrong)}")
 
 
+def all_marks() -> dict[str, str]:
+    """Tensor names that tell what a checkpoint is: those of families, then of what stands beside them."""
+    return dict(marks()) | OTHER_MARKS
+
+
 def kind(header: Header) -> str | None:
     """What a checkpoint is, as far as its keys tell."""
-    return _first_of(header, RELATIVES) or _first_of(header, MARKS)
+    return _first_of(header, RELATIVES) or _first_of(header, all_marks())
 
 
 def _first_of(header: Header, marks: Mapping[str, str]) -> str | None:
@@ -484,9 +452,11 @@ def _first_of(header: Header, marks: Mapping[str, str]) -> str | None:
 
 
 def looks_like(header: Header, wanted: str) -> bool:
-    """Whether a checkpoint's keys are those of `wanted`, one of the values of `MARKS`, and of no relative of it."""
+    """Whether a checkpoint's keys are those of `wanted`, one of the values of `all_marks`, and of no relative of it."""
     relative = "transformer" in wanted and _first_of(header, RELATIVES)
-    return not relative and bool(_first_of(header, {mark: what for mark, what in MARKS.items() if what == wanted}))
+    return not relative and bool(
+        _first_of(header, {mark: what for mark, what in all_marks().items() if what == wanted})
+    )
 
 
 def part(header: Header, wanted: str) -> Header:
@@ -497,8 +467,8 @@ def part(header: Header, wanted: str) -> Header:
     """
     if not looks_like(header, wanted):
         refuse(header, wanted)
-    marks = sorted((mark for mark, what in MARKS.items() if what == wanted), key=len, reverse=True)
-    found = {name: prefix for mark in reversed(marks) for name in header.tensors
+    own_marks = sorted((mark for mark, what in all_marks().items() if what == wanted), key=len, reverse=True)
+    found = {name: prefix for mark in reversed(own_marks) for name in header.tensors
              if (prefix := before(name, mark)) is not None}  # fmt: skip
     prefixes = sorted(set(found.values()))
     if len(prefixes) > 1:

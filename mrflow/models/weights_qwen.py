@@ -6,8 +6,8 @@ The transformer is published under diffusers' names alone; the autoencoder under
 import copy
 import operator
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,21 +22,23 @@ from mrflow.models.blocks import tables
 from mrflow.models.checkpoint import (
     Header,
     Layout,
+    Prepared,
     Source,
     assembled,
     check_layout,
+    compute_dtype,
     fill,
     open_checkpoint,
     save_file,
 )
 from mrflow.models.fp8 import Fp8Linear, described, store_fp8
+from mrflow.models.layers import Folded
 from mrflow.models.qwen_image import QwenImage, QwenParams
 from mrflow.models.vae_qwen import QwenVaeParams, VaeQwen
 from mrflow.models.weights import (
     ATTENTION,
     Names,
     agree,
-    compute_dtype,
     config_of,
     count,
     one_part,
@@ -68,20 +70,8 @@ BLOCK = ATTENTION | {
 OTHER = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A transformer on the meta device whose checkpoint was checked: `read` fills it."""
-
-    net: QwenImage
-    header: Header
-    layout: Layout
-    dtype: torch.dtype
-    device: torch.device | str
-
-    def read(self) -> QwenImage:
-        """All weights."""
-        fill(self.net, self.header, self.layout, dtype=self.dtype, device=self.device)
-        return self.net
+class PreparedQwen(Prepared[QwenImage]):
+    """A transformer whose checkpoint was checked, which can be read without its modulations."""
 
     def read_folded(
         self, levels: Sequence[float], *, device: torch.device, keep: Path | None = None
@@ -147,18 +137,6 @@ class Given(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class Folded(nn.Module):
-    """In the place of a linear whose results were made beforehand."""
-
-    def __init__(self, width: int, rows: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = width, rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Never."""
-        raise PlanError("this model was loaded with fold=chain: its modulation weights were not read")
-
-
 def prepare_qwen(
     where: str | Path | Header,
     *,
@@ -166,7 +144,7 @@ def prepare_qwen(
     device: torch.device | str = "cpu",
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
-) -> Prepared:
+) -> PreparedQwen:
     """A Qwen-Image transformer from a file, folder or header, as `prepare_flux`: names and shapes are checked now.
 
     Raises:
@@ -186,7 +164,7 @@ def prepare_qwen(
         store_fp8(net.double_blocks)
     layout = qwen_layout(net, names)
     check_layout(net, header, layout, dtype=dtype)
-    return Prepared(net, header, layout, dtype, device)
+    return PreparedQwen(net, header, layout, dtype, device, dtype)
 
 
 def qwen_names(name: str) -> tuple[str, ...]:
@@ -280,7 +258,7 @@ def wan(name: str) -> tuple[str, ...]:
 
 def prepare_vae_qwen(
     where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Callable[[], VaeQwen]:
+) -> Prepared[VaeQwen]:
     """A Qwen-Image autoencoder for pictures, in diffusers' or Wan's layout; what only video needs is not read.
 
     Raises:
@@ -294,12 +272,7 @@ def prepare_vae_qwen(
         vae = VaeQwen(params)
     layout = qwen_vae_layout(vae, header, names)
     check_layout(vae, header, layout, dtype=dtype)
-
-    def read() -> VaeQwen:
-        fill(vae, header, layout, dtype=dtype, device=device)
-        return vae
-
-    return read
+    return Prepared(vae, header, layout, dtype or compute_dtype(header), device, cast=dtype)
 
 
 def qwen_vae_layout(vae: VaeQwen, header: Header, names: Names) -> Layout:

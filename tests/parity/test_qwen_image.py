@@ -47,7 +47,7 @@ def test_the_autoencoder_for_one_frame(case: str, tmp_path: Path) -> None:
     from diffusers import AutoencoderKLQwenImage
 
     folder = write_qwen_repo(tmp_path / "r", case=case, words=False) / "vae"
-    theirs, ours = AutoencoderKLQwenImage.from_pretrained(folder), prepare_vae_qwen(folder)()
+    theirs, ours = AutoencoderKLQwenImage.from_pretrained(folder), prepare_vae_qwen(folder).read()
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (theirs.config.latents_mean, theirs.config.latents_std))
     g = torch.Generator().manual_seed(1)
     z, x = torch.randn(2, 16, 6, 10, generator=g), torch.rand(2, 3, 48, 80, generator=g)

@@ -1,0 +1,174 @@
+"""What a family of models is: how its files are known, what its tensors are called, what facts follow, how it is built.
+
+A family is one folder and one line in `BUILT_IN`; one of your own is handed to `register`. `plan`, `inspect` and `load`
+ask the same family, so that they cannot differ.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from mrflow.adapters import Lora
+from mrflow.backbone import Backbone
+from mrflow.errors import PlanError
+from mrflow.models.blocks import Transformer
+from mrflow.models.checkpoint import Header
+from mrflow.models.memory import Ways
+from mrflow.spec import ModelInfo, Shift
+from mrflow.stage import Chain
+from mrflow.upscaler import Upscaler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BUILT_IN = ("mrflow.models.flux_family:FluxFamily", "mrflow.models.qwen_family:QwenFamily")
+
+
+class Family(ABC):
+    """One family of models. It holds nothing.
+
+    `transformer` and `autoencoder` are what errors call the two parts ("a FLUX transformer"). `marks` and
+    `autoencoder_marks` are tensor names that only such a checkpoint has, in any of the layouts it is published in.
+    `pipelines` are diffusers' classes of its repositories, `published` the facts of its published models by hub id.
+    """
+
+    name: ClassVar[str]
+    transformer: ClassVar[str]
+    autoencoder: ClassVar[str]
+    marks: ClassVar[tuple[str, ...]]
+    autoencoder_marks: ClassVar[tuple[str, ...]]
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    published: ClassVar[Mapping[str, ModelInfo]] = {}
+
+    @property
+    @abstractmethod
+    def network(self) -> type[Transformer]:
+        """The class of its transformers."""
+
+    @abstractmethod
+    def names(self, parameter: str) -> tuple[str, ...]:
+        """The published names of a parameter, of several where files keep the rows of one matrix apart."""
+
+    def aliases(self, path: str) -> Mapping[str, int | None]:
+        """Further names that adapters give to the linear at `path`, with the number of published
+        parts whose rows they mean (None: all)."""
+        return {}
+
+    def find_text(self, folder: Path) -> object:
+        """The text encoders in a folder, by their headers.
+
+        Raises:
+            WeightsError: they are not there, or not what they should be.
+        """
+        raise PlanError(f"{self.name} has no text encoders to load; leave out text=")
+
+    @abstractmethod
+    def facts(self, files: "Files") -> ModelInfo:
+        """All facts but the version, from headers and configs, without reading weights.
+
+        Raises:
+            WeightsError: as `load`: names or shapes do not fit.
+        """
+
+    @abstractmethod
+    def load(self, loading: "Loading") -> Backbone:
+        """The model; all headers are held against the networks before weights are read."""
+
+    def describe(self, what: str, header: Header) -> list[str]:
+        """Lines for `inspect` about one of its parts (`what` is `transformer` or `autoencoder`)."""
+        return []
+
+
+@dataclass(frozen=True)
+class Files:
+    """The parts of a model, by their headers; `text` is None where there are none. `where` is what errors name.
+
+    `curve` is the shift that a configuration or the user states, `text_tokens` the length of a text, where it is given.
+    """
+
+    family: Family
+    transformer: Header
+    vae: Header
+    text: object
+    scheduler: Mapping[str, Any]
+    where: str
+    curve: Shift | None = None
+    text_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What was asked of `load`, and the files that were found for it.
+
+    `working` is what the transformer computes in; `resting` is where weights are while they are not used.
+    """
+
+    files: Files
+    version: str
+    working: torch.dtype
+    dtype: torch.dtype | None
+    device: torch.device
+    storage: Literal["fp8"] | None
+    ways: Ways
+    upscaler: Upscaler | None
+    chain: Chain[Any, Any] | None
+    loras: tuple[Lora, ...]
+
+    @property
+    def where(self) -> str:
+        """What errors name."""
+        return self.files.where
+
+    @property
+    def resting(self) -> torch.device:
+        """Where weights are read to."""
+        return torch.device("cpu") if self.ways.offload != "none" else self.device
+
+
+_registered: tuple[Family, ...] = ()
+
+
+@cache
+def built_in() -> tuple[Family, ...]:
+    """The families that come with mrflow."""
+    found = (spec.partition(":") for spec in BUILT_IN)
+    return tuple(getattr(import_module(module), name)() for module, _, name in found)
+
+
+def families() -> tuple[Family, ...]:
+    """All families that are known, those of your own first."""
+    return (*_registered, *built_in())
+
+
+def register(family: Family) -> None:
+    """Have `load`, `plan` and `inspect` know a family of your own; one of the same name is replaced."""
+    global _registered
+    _registered = (family, *(f for f in _registered if f.name != family.name))
+
+
+def family_of_network(net: object) -> Family:
+    """The family whose transformer this is.
+
+    Raises:
+        PlanError: none that is known.
+    """
+    for family in families():
+        if isinstance(net, family.network):
+            return family
+    raise PlanError(
+        f"{type(net).__name__} is the transformer of no family; hand yours to mrflow.models.family.register"
+    )
+
+
+def marks() -> "Iterator[tuple[str, str]]":
+    """(tensor name, what has it) of all families: transformers first, for files that hold an autoencoder too."""
+    for family in families():
+        yield from ((mark, family.transformer) for mark in family.marks)
+    for family in families():
+        yield from ((mark, family.autoencoder) for mark in family.autoencoder_marks)

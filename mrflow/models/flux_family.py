@@ -1,0 +1,118 @@
+"""FLUX.1: its files, its names, its facts, and how it is built."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from mrflow.backbone import Backbone
+from mrflow.errors import PlanError
+from mrflow.models.base import text_bytes
+from mrflow.models.checkpoint import Header
+from mrflow.models.family import Family, Files, Loading
+from mrflow.models.flux import Flux
+from mrflow.models.flux_backbone import Flux1, flux1_info
+from mrflow.models.lora import changes, merge
+from mrflow.models.weights import (
+    flux_diffusers,
+    flux_names,
+    flux_params,
+    prepare_flux,
+    prepare_vae_flux,
+    vae_names,
+    vae_params,
+)
+from mrflow.spec import FLUX, SCHNELL, ModelInfo
+
+NATIVE = "decoder.mid.block_1.conv1.weight"  # a name of BFL's autoencoder that the other layout changes
+# XLabs' adapters name a block's joint projections by their processors.
+XLABS = {
+    "processor.proj_lora1": "img_attn.proj",
+    "processor.proj_lora2": "txt_attn.proj",
+    "processor.qkv_lora1": "img_attn.qkv",
+    "processor.qkv_lora2": "txt_attn.qkv",
+}
+XLABS_SINGLE = {"processor.qkv_lora": "linear1", "processor.proj_lora": "linear2"}
+
+
+class FluxFamily(Family):
+    """FLUX.1-dev, -schnell, and models of their architecture, in Black Forest Labs' layout or diffusers'."""
+
+    name = "FLUX"
+    transformer = "a FLUX transformer"
+    autoencoder = "a FLUX autoencoder"
+    marks = ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.norm.linear.weight")
+    autoencoder_marks = ("decoder.up.0.block.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight")
+    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    published: ClassVar[Mapping[str, ModelInfo]] = {
+        "black-forest-labs/FLUX.1-dev": FLUX,
+        "black-forest-labs/FLUX.1-schnell": SCHNELL,
+    }
+    network = Flux
+
+    def names(self, parameter: str) -> tuple[str, ...]:
+        """diffusers' names."""
+        return flux_diffusers(parameter)
+
+    def aliases(self, path: str) -> Mapping[str, int | None]:
+        """XLabs' names; a single block's joint projection is meant without the MLP's rows."""
+        kind, _, rest = path.partition(".")
+        index, _, rest = rest.partition(".")
+        table = XLABS if kind == "double_blocks" else XLABS_SINGLE
+        return {f"{kind}.{index}.{alias}": 3 if alias == "processor.qkv_lora" else None
+                for alias, own in table.items() if own == rest}  # fmt: skip
+
+    def find_text(self, folder: Path) -> object:
+        """CLIP and T5."""
+        from mrflow.models.text import find_text
+
+        return find_text(folder)
+
+    def facts(self, files: Files) -> ModelInfo:
+        """FLUX.1-dev's or -schnell's, told apart by the guidance embedding, with the files' own sizes."""
+        from mrflow.models.text import TextFiles
+
+        prepared = prepare_flux(files.transformer)
+        vae = prepare_vae_flux(files.vae, dtype=prepared.dtype)
+        net = prepared.net.to(prepared.dtype)
+        words = text_bytes((files.text.clip, files.text.t5), "block") if isinstance(files.text, TextFiles) else None
+        vae_net = vae.net.to(prepared.dtype)
+        return flux1_info(net, vae_net, words, files.curve, files.text_tokens, version="", path=files.where)
+
+    def load(self, loading: Loading) -> Backbone:
+        """The model from its parts."""
+        from mrflow.models.text import TextFiles, prepare_text
+
+        files, device, resting = loading.files, loading.device, loading.resting
+        if loading.chain is not None:
+            raise PlanError("fold=chain is for Qwen-Image; FLUX's modulations depend on the prompt too: use fold=True")
+        prepared_vae = prepare_vae_flux(files.vae, dtype=loading.working, device=resting)
+        prepared = prepare_flux(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
+        changed = changes(prepared.net, loading.loras, files.where) if loading.loras else {}
+        read_text = None
+        if isinstance(files.text, TextFiles):
+            read_text = prepare_text(files.text, dtype=loading.dtype, device=resting)
+        vae, flow, text = prepared_vae.read(), prepared.read(), None if read_text is None else read_text()
+        merge(flow, changed)
+        info = flux1_info(flow, vae, text, files.curve, files.text_tokens, version=loading.version, path=files.where)
+        return Flux1(
+            flow=flow, vae=vae, text=text, info=info, device=device, ways=loading.ways, upscaler=loading.upscaler
+        )
+
+    def describe(self, what: str, header: Header) -> list[str]:
+        """Layout and sizes."""
+        if what == self.transformer:
+            names = flux_names(header)
+            p = flux_params(header, names)
+            layout = "diffusers" if names is flux_diffusers else "Black Forest Labs"
+            variant = "with guidance embedding (dev)" if p.guidance else "without guidance embedding (schnell)"
+            return [
+                f"layout    {layout}, {variant}",
+                f"sizes     width {p.hidden}, {p.heads} heads, {p.double_blocks} double and {p.single_blocks} single "
+                f"blocks, {p.in_channels} channels a token, text {p.context}, pooled {p.pooled}",
+            ]
+        names = vae_names(header)
+        v = vae_params(header, names)
+        return [
+            f"layout    {'Black Forest Labs' if names(NATIVE)[0].endswith(NATIVE) else 'diffusers'}",
+            f"sizes     channels {', '.join(map(str, v.channels))}; {v.latent} latent channels",
+        ]

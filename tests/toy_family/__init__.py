@@ -1,0 +1,198 @@
+"""A family of models in a folder of its own: a transformer of two linears, an autoencoder of two convolutions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mrflow as mf
+from mrflow.backbone import Backbone
+from mrflow.models.base import LatentModel, count, footprint
+from mrflow.models.blocks import Sizes, Transformer
+from mrflow.models.checkpoint import Header, Layout, Prepared, Source, check_layout, compute_dtype, save_file
+from mrflow.models.family import Family, Files, Loading
+from mrflow.models.layers import Merge, Rope
+from mrflow.models.lora import changes, merge
+from mrflow.pieces import StepFactory
+from mrflow.spec import Architecture
+from mrflow.tokens import pack, unpack
+
+SPACE = mf.LatentSpace("toy-family", 4, 2)
+
+
+@dataclass(frozen=True)
+class ToyParams(Sizes):
+    """A width of 16; a token is 2 x 2 cells of 4 channels."""
+
+    hidden: int = 16
+    heads: int = 2
+    axes: tuple[int, ...] = (2, 2, 4)
+    mlp_ratio: float = 1.0
+    out_channels: int = 16
+
+
+class ToyNet(Transformer):
+    """Tokens to a width, two linears with a residual, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = ToyParams()
+        self.lift, self.words, self.level = nn.Linear(16, 16), nn.Linear(3, 16), nn.Linear(1, 16)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.out = nn.Linear(16, 16)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lift.weight.dtype
+
+    def stack(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def modulators(self) -> Iterator[nn.Module]:
+        yield self.level
+
+    def embed_image(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.lift(tokens)
+        return out
+
+    def some_blocks(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        rope: Rope,
+        modulation: Tensor,
+        start: int,
+        stop: int,
+        *,
+        merge: Callable[[str, int], Merge | None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        for block in self.blocks[start:stop]:
+            img = img + torch.tanh(block(img + modulation + txt))
+        return img, txt
+
+    def head(self, img: Tensor, modulation: Tensor) -> Tensor:
+        out: Tensor = self.out(img)
+        return out
+
+
+@dataclass(frozen=True)
+class VaeParams:
+    """Pixels a latent cell, per side."""
+
+    downscale: int = 2
+
+
+class ToyVae(nn.Module):
+    """Cells of 2 x 2 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = VaeParams()
+        self.down, self.up = nn.Conv2d(3, 4, 2, 2), nn.ConvTranspose2d(4, 3, 2, 2)
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        out: Tensor = self.down(pixels)
+        return out
+
+    def posterior(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return moments
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.sigmoid(self.up(latents))
+
+
+class ToyModel(LatentModel):
+    """The backbone."""
+
+    def condition(self, prompts: Sequence[str]) -> mf.Condition:
+        return mf.Condition({"words": torch.tensor([[float(len(p)), p.count("e"), 1.0] for p in prompts])})
+
+    def conditioning_vector(self, cond: mf.Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def opened(self, cond: mf.Condition, options: mf.FieldOptions, step: StepFactory | None) -> mf.Velocity:
+        net = self._net
+        assert isinstance(net, ToyNet)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            table = net.level(torch.full((1, 1, 1), sigma))
+            txt, none = net.words(cond["words"])[:, None], torch.zeros(0)
+            img, _ = net.some_blocks(net.embed_image(pack(x)), txt, Rope(none, none), table, 0, 2)
+            return unpack(net.head(img, table), x.shape[2] // 2, x.shape[3] // 2)
+
+        return velocity
+
+
+class ToyFamily(Family):
+    """The family."""
+
+    name = "Toy"
+    transformer = "a Toy transformer"
+    autoencoder = "a Toy autoencoder"
+    marks = ("toy_lift.weight",)
+    autoencoder_marks = ("toy_down.weight",)
+    pipelines = ("ToyPipeline",)
+    network = ToyNet
+
+    def names(self, parameter: str) -> tuple[str, ...]:
+        return (f"toy_{parameter}",)
+
+    def prepare(self, header: Header, net: Any, dtype: torch.dtype | None) -> Prepared[Any]:
+        layout: Layout = {n: Source(self.names(n), (len(t),)) for n, t in net.state_dict().items()}
+        kept = dtype or compute_dtype(header)
+        check_layout(net, header, layout, dtype=kept)
+        return Prepared(net, header, layout, kept, "cpu", kept)
+
+    def parts(self, files: Files, dtype: torch.dtype | None) -> tuple[Prepared[ToyNet], Prepared[ToyVae]]:
+        with torch.device("meta"):
+            net, vae = ToyNet(), ToyVae()
+        return self.prepare(files.transformer, net, dtype), self.prepare(files.vae, vae, dtype)
+
+    def info(self, net: ToyNet, vae: ToyVae, files: Files) -> mf.ModelInfo:
+        return mf.ModelInfo(
+            "toy-family",
+            SPACE,
+            files.curve or mf.Shift(0.5, 1.0),
+            size=(32, 32),
+            low=(16, 16),
+            architecture=Architecture(16, 2, 0, 3, 1, count(net)),
+            footprint=footprint(net, vae, None),
+            capabilities=mf.Capabilities(lora=True),
+        )
+
+    def facts(self, files: Files) -> mf.ModelInfo:
+        net, vae = self.parts(files, None)
+        return self.info(net.net.to(net.dtype), vae.net.to(vae.dtype), files)
+
+    def load(self, loading: Loading) -> Backbone:
+        prepared, prepared_vae = self.parts(loading.files, loading.working)
+        changed = changes(prepared.net, loading.loras, loading.where)
+        net, vae = prepared.read(), prepared_vae.read()
+        merge(net, changed)
+        info = replace(self.info(net, vae, loading.files), version=loading.version)
+        step = partial(_no_step)
+        return ToyModel(
+            flow=net, vae=vae, text=None, info=info, device=loading.device, step=step, ways=loading.ways,
+            upscaler=loading.upscaler,
+        )  # fmt: skip
+
+    def describe(self, what: str, header: Header) -> list[str]:
+        return [f"sizes     {len(header.tensors)} tensors of a toy"]
+
+
+def _no_step(*args: object, **kwargs: object) -> Tensor:
+    raise NotImplementedError
+
+
+def write_repository(folder: Path) -> Path:
+    """A repository of the family as diffusers lays them out."""
+    torch.manual_seed(0)
+    for part, net in (("transformer", ToyNet()), ("vae", ToyVae())):
+        (folder / part).mkdir(parents=True)
+        save_file({f"toy_{n}": t for n, t in net.state_dict().items()}, folder / part / "model.safetensors")
+    (folder / "model_index.json").write_text('{"_class_name": "ToyPipeline"}')
+    return folder
