@@ -34,7 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chain", default="paper", help="a recipe (paper, official, native) or file.py:name")
     parser.add_argument("--model", default="pocket", help="as for `mrflow generate`")
     parser.add_argument("--size", help="HEIGHTxWIDTH, or an aspect")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps")
     parser.add_argument("--sr", help="as for `mrflow generate`")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype")

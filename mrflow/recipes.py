@@ -1,8 +1,10 @@
 """Chains worth a name. Each is a plain function that gives an ordinary chain: copy one and change it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import signature
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, cast
 
 from mrflow._checks import is_whole, require
 from mrflow.adapters import Loras, PiFlow
@@ -40,6 +42,41 @@ SPECTRUM = Spectrum()
 SIGMA = 0.12  # the published noise level of refinement (arXiv 2607.01642; official scripts)
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def pair(name: str, given: object) -> tuple[int, int]:
+    """A (height, width) in pixels; one number is a square's.
+
+    Raises:
+        PlanError: it is neither.
+    """
+    both = (given, given) if is_whole(given, 1) else given
+    right = isinstance(both, tuple | list) and len(both) == 2 and all(is_whole(side, 1) for side in both)
+    require(right, name, "(height, width) in pixels, or one number for a square", given)
+    height, width = cast("Sequence[int]", both)
+    return height, width
+
+
+def squares(recipe: Callable[P, T]) -> Callable[P, T]:
+    """The recipe with its sizes checked: each a (height, width), or one number for a square."""
+    form = signature(recipe)
+
+    @wraps(recipe)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = form.bind(*args, **kwargs).arguments
+        for name in ("low", "size"):
+            if name in given:
+                given[name] = pair(name, given[name])
+        if isinstance(given.get("sizes"), list | tuple):
+            given["sizes"] = [pair("each of sizes", each) for each in given["sizes"]]
+        return recipe(**given)  # type: ignore[call-arg]
+
+    return checked
+
+
+@squares
 def native(
     *,
     size: tuple[int, int] = (1024, 1024),
@@ -55,6 +92,7 @@ def native(
     return Sample(*size, chosen, solver=solver, guidance=guidance, cache=cache, lora=lora) >> Decode()
 
 
+@squares
 def paper(
     upscaler: Upscaler | None = None,
     *,
@@ -90,6 +128,7 @@ def paper(
     )
 
 
+@squares
 def official(
     upscaler: Upscaler | None = None,
     *,
@@ -119,6 +158,7 @@ def official(
     )
 
 
+@squares
 def ladder(
     sizes: Sequence[tuple[int, int]],
     *,
@@ -148,6 +188,7 @@ def ladder(
     return chain
 
 
+@squares
 def latent(
     filter: Filter = "bicubic",
     *,
@@ -171,11 +212,13 @@ def latent(
     )
 
 
+@squares
 def few(student: Student, *, size: tuple[int, int] = (1024, 1024), steps: int | None = None) -> Chain[Start, Pixels]:
     """A few-step student alone, as it is published (`mrflow.students`)."""
     return native(size=size, schedule=student.schedule(steps), guidance=student.guidance, lora=student.lora)
 
 
+@squares
 def stacked(
     student: Student,
     upscaler: Upscaler | None = None,
@@ -217,6 +260,7 @@ def stacked(
     )
 
 
+@squares
 def piflow(
     adapter: PiFlow,
     upscaler: Upscaler | None = None,
@@ -245,6 +289,7 @@ def piflow(
     )
 
 
+@squares
 def lift(
     filter: Filter = "nearest",
     *,
@@ -265,6 +310,7 @@ def lift(
     return Sample(*low, begin, guidance=guidance) >> Lift(size, filter) >> again >> rest >> Decode()
 
 
+@squares
 def selflift(
     *,
     low: tuple[int, int] = (512, 512),
@@ -298,6 +344,7 @@ def _handover(
     return Part(grid, 0, first, size=size, clean=True), Reinject(again), Refine(onward, guidance=guidance)
 
 
+@squares
 def speed(
     *,
     sizes: Sequence[tuple[int, int]] = ((256, 256), (512, 512), (1024, 1024)),
@@ -344,6 +391,7 @@ def speed_steps(
     return tuple(b - a for a, b in pairwise(marks))
 
 
+@squares
 def ralu(
     *,
     size: tuple[int, int] = (1024, 1024),
@@ -377,6 +425,7 @@ def counts(what: str, given: Sequence[int], number: int) -> tuple[int, ...]:
     return each
 
 
+@squares
 def enlarge(
     size: tuple[int, int],
     upscaler: Upscaler | None = None,

@@ -24,7 +24,7 @@ from mrflow.notes import collected, count, note, tallied
 from mrflow.policies import GM, PolicyField, automatic, follow
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
-from mrflow.spec import Pixels, Spec, Start, State
+from mrflow.spec import ModelInfo, Pixels, Spec, Start, State
 from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Plan, Stage, Work, plan, short
 
 if TYPE_CHECKING:
@@ -266,6 +266,10 @@ def run(
         PlanError: the arguments or the chain cannot work; before any tensor is made.
         PromiseError, NonFiniteError: a stage broke its promise; the text names the stage.
     """
+    if not isinstance(chain, Chain | Stage):
+        raise PlanError(f"run wants a chain of stages, got {chain!r}; join stages with >>")
+    if not isinstance(getattr(model, "info", None), ModelInfo):
+        raise PlanError(f"run wants a loaded model, such as mf.load({model if isinstance(model, str) else 'pocket'!r})")
     prompts, seeds = _batch(prompt, seed, condition)
     whole = chain if isinstance(chain, Chain) else Chain[A, B]((chain,))
     first = _first(start, len(prompts), model)

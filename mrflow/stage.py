@@ -262,15 +262,22 @@ def human(value: float) -> str:
     return f"{value:.3g}"
 
 
-def plan(chain: Chain[A, B] | Stage[A, B], model: ModelInfo, *, batch: int = 1, start: Spec | None = None) -> Plan:
+def plan(
+    chain: Chain[A, B] | Stage[A, B], model: "ModelInfo | Backbone", *, batch: int = 1, start: Spec | None = None
+) -> Plan:
     """Check a whole chain for a model and count its cost, in microseconds and without weights.
 
-    `start` is what the chain is given; `Start(batch)` unless said.
+    `model` is a model's facts, or a loaded model; `start` what the chain is given, `Start(batch)` unless said.
 
     Raises:
         PlanError: a stage cannot do what it is asked; the text names the stage and what would work.
     """
     check_whole("batch", batch, 1, wanted="a whole number above 0")
+    if not isinstance(chain, Chain | Stage):
+        raise PlanError(f"a chain of stages is wanted, got {chain!r}; join stages with >>")
+    model = getattr(model, "info", model)
+    if not isinstance(model, ModelInfo):
+        raise PlanError(f"the facts of a model are wanted, such as mf.load('pocket').info, got {model!r}")
     stages = chain.stages if isinstance(chain, Chain) else Chain[A, B]((chain,)).stages
     spec: Spec = Start(batch) if start is None else start
     if not isinstance(spec, stages[0].takes):

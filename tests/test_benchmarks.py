@@ -238,3 +238,16 @@ def test_an_ocr_is_plugged_in(here: Path, monkeypatch: pytest.MonkeyPatch, capsy
     Path("content.csv").write_text("id,text_content\n000,OPEN\n")
     code = run(oneig, monkeypatch, "text", "tiles", "--name", "toy", "--content", "content.csv", "--ocr", "reader:read")
     assert code == 0 and "| all | 1 | 2 | 1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("program", [geneval, oneig])
+def test_steps_are_taken_as_the_command_line_gives_them(
+    program: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("bench.csv").write_text(CSV)
+    own = () if program is geneval else ("--csv", "bench.csv", "--name", "toy", "--sets", "text")
+    words = ("--chain", "native", "--size", "32x32", "--steps", "4", "--limit", "1", "--samples", "1")
+    assert run(program, monkeypatch, "draw", "out", *own, *words) == 0
+    record = read_record(next(Path().rglob("*.png")))
+    assert record["size"] == [32, 32] and "'steps': 4" in str(record["chain"])

@@ -405,3 +405,27 @@ def test_a_picture_is_planned_once_and_the_plan_carries_the_noise_levels(monkeyp
         ("Refine", 2, 1),
     ]
     assert rows[0].sigmas == (*rows[0].evaluations, 0.0)
+
+
+def test_plain_meanings_are_taken_and_others_refused_before_work() -> None:
+    chain = mf.recipes.paper(low=32, size=64, steps=1)
+    assert chain == mf.recipes.paper(low=(32, 32), size=(64, 64), steps=1)
+    assert mf.recipes.ladder([32, 64], steps=1) == mf.recipes.ladder([(32, 32), (64, 64)], steps=1)  # type: ignore[list-item]
+    assert mf.plan(chain, TOY) == mf.plan(chain, TOY.info)
+    for size in ("64x64", (64,), 0, True, (64.0, 64.0), None):
+        with pytest.raises(mf.PlanError, match=r"low must be \(height, width\) in pixels, or one number for a square"):
+            mf.recipes.paper(low=size)  # type: ignore[arg-type]
+    with pytest.raises(mf.PlanError, match=r"run wants a loaded model, such as mf\.load\('pocket'\)"):
+        mf.run(chain, "pocket")  # type: ignore[arg-type]
+    with pytest.raises(mf.PlanError, match="facts of a model are wanted"):
+        mf.plan(chain, "pocket")  # type: ignore[arg-type]
+    for call in (mf.run, mf.plan):
+        with pytest.raises(mf.PlanError, match="join stages with >>"):
+            call([mf.Decode()], TOY)  # type: ignore[operator]
+    one = mf.Sweep({"a": chain}, "one prompt as text", seeds=3)  # type: ignore[arg-type]
+    assert [p.text for p in one.prompts] == ["one prompt as text"] and one.seeds == (3,)
+    for metrics in (["score"], "score", [mf.sweep.SceneScore]):
+        with pytest.raises(mf.PlanError, match="metrics are objects such as"):
+            mf.Sweep({"a": chain}, ["a"], metrics=metrics)  # type: ignore[arg-type]
+    with pytest.raises(mf.PlanError, match="chains must have labels"):
+        mf.Sweep([chain], ["a"])  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from mrflow.errors import PlanError, RecordError
 from mrflow.records import Plain, encode_chain, fingerprint
@@ -65,12 +65,21 @@ class Sweep:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
+        prompts = (prompts,) if isinstance(prompts, str | Prompt) else prompts
+        seeds = (seeds,) if isinstance(seeds, int) else seeds
+        given: Iterable[object] = (metrics,) if isinstance(metrics, str) or callable(metrics) else metrics
+        measures = tuple(cast("Iterable[Metric]", given))
+        for metric in measures:
+            if isinstance(metric, str | type) or not callable(metric):
+                raise PlanError(f"metrics are objects such as mf.sweep.SceneScore(), got {metric!r}")
+        if not isinstance(chains, Mapping):
+            raise PlanError(f'chains must have labels, such as {{"paper": chain}}, got {chains!r}')
         whole = {label: c if isinstance(c, Chain) else AnyChain((c,)) for label, c in chains.items()}
         texts = tuple(p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
         put("chains", whole)
         put("prompts", texts)
         put("seeds", tuple(seeds))
-        put("metrics", tuple(metrics))
+        put("metrics", measures)
         put("model", model)
         put("negative", negative)
         put("reference", next(iter(whole), "") if reference is None else reference)
