@@ -87,6 +87,7 @@ def test_shards_hold_no_caption_that_is_held_out_and_differ() -> None:
         (["--steps", "0"], "--steps, --rate, --shards and --grid must be above 0"),
         (["--rate", "nan"], "--steps, --rate, --shards and --grid must be above 0"),
         (["--minutes", "0"], "--minutes 0.0 is out of range"),
+        (["--workers", "-1"], "--workers -1 is out of range"),
         (["--name", "a/b"], "--name must be letters"),
         (["--rate", "1e-3"], "was begun with another scale, batch or recipe"),
     ],
