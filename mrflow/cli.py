@@ -177,6 +177,7 @@ def refine(
     model: ModelName = "pocket",
     refine_steps: RefineSteps = 1,
     sr: Sr = None,
+    sr_only: Annotated[bool, typer.Option("--sr-only", help="Enlarge by --sr alone: no model, no noise.")] = False,
     seed: Seed = 0,
     batch: Batch = 1,
     negative: Negative = None,
@@ -199,6 +200,12 @@ def refine(
     from mrflow.stages import Crop
 
     with console() as err:
+        if sr_only:
+            for path in _enlarged(photo, scale, sr, out, force):
+                typer.echo(json.dumps({"paths": [str(path)]}) if as_json else path)
+            return
+        if embedded(model):
+            err.print(PHOTOGRAPHS)
         if sr in (None, "own") and not embedded(model):
             raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
         net = upscaler(sr)
@@ -214,6 +221,68 @@ def refine(
         _draw(
             err, whole, backbone, [prompt], seed, batch, negative, out, force, stages, as_json, start=pixels, name=name
         )
+
+
+PHOTOGRAPHS = (
+    "pocket knows only its own world of shapes, faces and words; it makes mud of a photograph. "
+    "To enlarge one without a model: --sr-only --sr FILE"
+)
+
+
+def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force: bool) -> list[Path]:
+    """Enlarge a picture by an upscaler alone, and write it."""
+    from mrflow.io import png, read_image, to_images
+    from mrflow.spec import MAX_SIDE
+    from mrflow.stages.upscale import enlarged, resize
+
+    net = None if sr == "own" else upscaler(sr)
+    if net is None or isinstance(net, str):
+        raise PlanError(f"--sr-only needs an upscaler of pixels: --sr {SR_WORDS}")
+    if not 1 <= scale <= 16:
+        raise PlanError(f"--scale must be from 1 to 16, got {scale:g}")
+    pixels = read_image(photo)
+    height, width = (round(side * scale) for side in pixels.shape[-2:])
+    if max(height, width) > MAX_SIDE:
+        raise PlanError(f"{height}x{width} is beyond {MAX_SIDE} pixels a side; take a smaller --scale")
+    if net.scale < 2 and (height, width) != tuple(pixels.shape[-2:]):
+        raise PlanError(f"an upscaler of scale {net.scale} cannot reach {height}x{width}")
+    default = Path(f"{photo.stem}-enlarged.png")
+    target = free_path(out, default, 1, force)
+    made = enlarged(net, pixels)
+    while made.shape[-2] < height or made.shape[-1] < width:
+        made = enlarged(net, made.clamp(0, 1))
+    image = png(to_images(resize(made, height, width).clamp(0, 1))[0])
+    return save_free(lambda path: {path: image}, target, out, default, 1, force)
+
+
+networks = typer.Typer(help="Super-resolution networks by a short name.", no_args_is_help=True)
+app.add_typer(networks, name="sr")
+
+
+@networks.command("add")
+def sr_add(
+    file: Annotated[Path, typer.Argument(help="A checkpoint that you have: .pth, .safetensors or ncnn's .param.")],
+    name: Annotated[str | None, typer.Option("--name", help="Which it is; by its file's name (default).")] = None,
+) -> None:
+    """Keep a network's file, so that --sr realesrgan-x4, anime or video finds it."""
+    from mrflow.upscalers import shelf
+
+    with console():
+        word, path = shelf.add(file, name)
+        typer.echo(f"--sr {word}: {shelf.KNOWN[word].title} ({shelf.KNOWN[word].licence}), kept as {path}")
+
+
+@networks.command("list")
+def sr_list() -> None:
+    """Say which networks have short names, and which are here."""
+    from mrflow.upscalers import shelf
+
+    for word, known in shelf.KNOWN.items():
+        try:
+            where = str(shelf.found(word))
+        except PlanError:
+            where = f"not here: mrflow sr add {known.file} (from {known.source})"
+        typer.echo(f"{word}: {known.title}, {known.licence}; {where}")
 
 
 @app.command()

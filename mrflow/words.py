@@ -158,21 +158,23 @@ LATENT = "latent-"
 FILTERS = ("nearest", "bilinear", "bicubic")
 NETWORK_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".param")
 SR_WORDS = (
-    "own, nearest, bilinear, bicubic, lanczos, latent-nearest, latent-bilinear, latent-bicubic, a checkpoint "
-    "(.pth, .safetensors, ncnn's .param), BasicSR options (.yml or .yml:WEIGHTS), or an upscaler of your own "
-    "(file.py:name)"
+    "own, nearest, bilinear, bicubic, lanczos, latent-nearest, latent-bilinear, latent-bicubic, realesrgan-x4, anime, "
+    "video (see mrflow sr add), a checkpoint (.pth, .safetensors, ncnn's .param), BasicSR options (.yml or "
+    ".yml:WEIGHTS), or an upscaler of your own (file.py:name)"
 )
 
 
 def upscaler(name: str | None) -> "Upscaler | str | None":
     """An upscaler by its word; None for the model's own, the word itself for enlarging latents."""
     from mrflow.upscaler import Upscaler
-    from mrflow.upscalers import BasicSR, Interpolate, Lanczos, load_upscaler
+    from mrflow.upscalers import BasicSR, Interpolate, Lanczos, load_upscaler, shelf
 
     if name in (None, "own"):
         return None
     if name == "lanczos":
         return Lanczos(2)
+    if name in shelf.KNOWN:
+        return load_upscaler(shelf.found(name))
     if name in FILTERS:
         return Interpolate(2, name)  # type: ignore[arg-type]  # pyright: ignore
     if name.startswith(LATENT) and name.removeprefix(LATENT) in FILTERS:

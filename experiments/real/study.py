@@ -141,7 +141,7 @@ def legible(pixels: Tensor, cells: list[tuple[int, int]], shift: int = 0) -> Sco
 
 def small_text(out: Path) -> None:
     """The table and a picture of small text."""
-    print("\n| path | " + " | ".join(f"{h} px" for h in HEIGHTS) + " |\n|---" * (len(HEIGHTS) + 1) + "|")
+    print("\n| path | " + " | ".join(f"{h} px" for h in HEIGHTS) + " |\n" + "|---" * (len(HEIGHTS) + 1) + "|")
     made = {h: page(h) for h in HEIGHTS}
     rng = np.random.default_rng(0)
     tiles, labels = list[list[Tensor]](), list[str]()
