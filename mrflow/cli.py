@@ -16,6 +16,7 @@ import typer
 from mrflow.display import console
 from mrflow.errors import PlanError
 from mrflow.notes import printable
+from mrflow.options import ModelOptions, with_model_options
 from mrflow.verbs import report, sweep, tune
 from mrflow.words import (
     RECIPES,
@@ -24,7 +25,6 @@ from mrflow.words import (
     embedded,
     free_path,
     load_chain,
-    load_model,
     own_types,
     refinement,
     save_free,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Rectified-flow pictures in stages: sample low, upscale, reinject noise, refine.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -52,17 +52,6 @@ Prompts = Annotated[list[str], typer.Argument(help="What to draw; several prompt
 ModelName = Annotated[
     str, typer.Option("--model", help="pocket, a hub id (owner/name), a folder, or a file; plan: also flux1-dev, ...")
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the files' own unless said.")]
-OffloadMode = Annotated[
-    str, typer.Option("--offload", help="none, phase or block: weights leave the device when idle.")
-]
-Storage = Annotated[str | None, typer.Option("--storage", help="fp8: keep the blocks' matrices in 8 bits.")]
-Vae = Annotated[str | None, typer.Option("--vae", help="The autoencoder, where it is not beside the model.")]
-Text = Annotated[str | None, typer.Option("--text", help="Text encoders and tokenizers, where not beside the model.")]
-LoraFiles = Annotated[
-    list[str] | None, typer.Option("--lora", help="A LoRA to merge into the weights: FILE or FILE:STRENGTH.")
-]
-Compile = Annotated[bool, typer.Option("--compile", help="Compile each block with torch.compile.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help=f"{RECIPES}.")]
 Size = Annotated[
     str | None,
@@ -87,11 +76,28 @@ Negative = Annotated[str | None, typer.Option("--negative", help="Negative promp
 Out = Annotated[Path | None, typer.Option("--out", help="File to write; named after the prompt unless said.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 KeepStages = Annotated[bool, typer.Option("--stages", help="Also save every stage's picture.")]
-DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from mrflow import __version__
+
+        typer.echo(f"mrflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Rectified-flow pictures in stages: sample low, upscale, reinject noise, refine."""
+
+
 @app.command()
+@with_model_options
 def generate(
     prompts: Prompts,
     model: ModelName = "pocket",
@@ -112,15 +118,9 @@ def generate(
     compare: Annotated[
         str | None, typer.Option("--compare", help="native: one labelled sheet beside native sampling.")
     ] = None,
-    device: DeviceName = "auto",
-    dtype: Dtype = None,
-    offload: OffloadMode = "none",
-    storage: Storage = None,
-    vae: Vae = None,
-    text: Text = None,
-    compile: Compile = False,
-    lora: LoraFiles = None,
     as_json: Json = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Draw pictures, and say what each stage cost."""
     with console() as err:
@@ -129,7 +129,7 @@ def generate(
         if sr in (None, "own") and recipe in ("paper", "official") and not embedded(model):
             raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
         net = upscaler(sr)
-        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile, lora)
+        backbone = options.load(model)
         info = backbone.info
         chain = build(
             recipe, info, size=size, low=low, ladder=ladder, steps=steps, refine_steps=refine_steps, sigma=sigma, sr=net
@@ -140,6 +140,7 @@ def generate(
 
 
 @app.command()
+@with_model_options
 def run(
     chain: Annotated[str, typer.Argument(help="A chain of your own: file.py:name.")],
     prompts: Prompts,
@@ -150,24 +151,19 @@ def run(
     out: Out = None,
     force: Force = False,
     stages: KeepStages = False,
-    device: DeviceName = "auto",
-    dtype: Dtype = None,
-    offload: OffloadMode = "none",
-    storage: Storage = None,
-    vae: Vae = None,
-    text: Text = None,
-    compile: Compile = False,
-    lora: LoraFiles = None,
     as_json: Json = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Run a chain from a Python file."""
     with console() as err:
         own = load_chain(chain)
-        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile, lora)
+        backbone = options.load(model)
         _draw(err, own, backbone, prompts, seed, batch, negative, out, force, stages, as_json)
 
 
 @app.command()
+@with_model_options
 def refine(
     photo: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG or WebP.")],
     prompt: Annotated[str, typer.Option("--prompt", help="What it shows; it guides the refinement.")] = "",
@@ -184,15 +180,9 @@ def refine(
     out: Out = None,
     force: Force = False,
     stages: KeepStages = False,
-    device: DeviceName = "auto",
-    dtype: Dtype = None,
-    offload: OffloadMode = "none",
-    storage: Storage = None,
-    vae: Vae = None,
-    text: Text = None,
-    compile: Compile = False,
-    lora: LoraFiles = None,
     as_json: Json = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Enlarge a picture that exists: super-resolve, reinject a little noise, refine."""
     from mrflow import recipes
@@ -212,7 +202,7 @@ def refine(
         if isinstance(net, str):
             raise PlanError(f"--sr {net} enlarges latents; refining a picture goes over pixels")
         pixels = read_image(photo)
-        backbone = load_model(model, device, dtype, offload, storage, vae, text, compile, lora)
+        backbone = options.load(model)
         height, width = pixels.shape[-2:]
         part, size = refinement(height, width, scale, backbone.info, crop=crop)
         chain = recipes.enlarge(size, net, sigma=sigma, refine_steps=refine_steps)
@@ -326,9 +316,9 @@ def plan(
         typer.echo(json.dumps(report(planned), indent=2) if as_json else describe_plan(planned))
 
 
-app.command()(sweep)
+app.command()(with_model_options(sweep))
 app.command()(report)
-app.command()(tune)
+app.command()(with_model_options(tune))
 
 
 @app.command()
@@ -346,6 +336,7 @@ def inspect(
 
 
 @app.command()
+@with_model_options
 def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG that mrflow made.")],
     out: Out = None,
@@ -359,14 +350,8 @@ def replay(
         list[Path] | None,
         typer.Option("--file", help="The file of a network or adapter it used, or its folder."),
     ] = None,
-    device: DeviceName = "auto",
-    dtype: Dtype = None,
-    offload: OffloadMode = "none",
-    storage: Storage = None,
-    vae: Vae = None,
-    text: Text = None,
-    compile: Compile = False,
-    lora: LoraFiles = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Make a picture again from the record it carries."""
     from mrflow.io import read_image, read_record, recorded_model, result_files
@@ -378,9 +363,7 @@ def replay(
         record = read_record(picture)
         types = own_types(own) if own is not None else ()
         pixels = read_image(start) if start is not None else None
-        backbone = load_model(
-            model or recorded_model(record), device, dtype, offload, storage, vae, text, compile, lora
-        )
+        backbone = options.load(model or recorded_model(record))
         result = again(picture, model=backbone, types=types, start=pixels, files=file or ())
         for path in save_free(lambda path: result_files(result, path), target, out, default, 1, force):
             err.print(f"made again in {result.seconds:.2f} s")

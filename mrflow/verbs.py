@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mrflow.display import console
 from mrflow.errors import PlanError
-from mrflow.words import load_file, load_model, module_name
+from mrflow.options import ModelOptions
+from mrflow.words import load_file, module_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,12 +38,6 @@ def sweep(
         float | None, typer.Option("--row-timeout", help="Seconds that a row may take before it fails (default: none).")
     ] = None,
     dry: Annotated[bool, typer.Option("--plan", help="Plan every chain, count rows and work, make nothing.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
-    offload: Annotated[str, typer.Option("--offload", help="none, phase or block.")] = "none",
-    storage: Annotated[str | None, typer.Option("--storage", help="fp8: the blocks' matrices in 8 bits.")] = None,
-    vae: Annotated[str | None, typer.Option("--vae", help="The autoencoder, where it is not beside the model.")] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Text encoders, where not beside the model.")] = None,
     engine: Annotated[
         str, typer.Option("--engine", help="local, or ray: a pool of workers on a Ray cluster.")
     ] = "local",
@@ -51,10 +47,10 @@ def sweep(
         str | None, typer.Option("--address", help="ray: a running cluster; one here unless said.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Draw chains x prompts x draws into a folder of rows and pictures; run it again after any interruption."""
-    from mrflow.cli import console
-
     with console() as err:
         from mrflow.sweep.limits import RETRY
         from mrflow.sweep.local import check_run, run_sweep
@@ -70,7 +66,7 @@ def sweep(
         if engine not in ("local", "ray"):
             raise PlanError(f"--engine takes local or ray, got {engine!r}")
         check_run(batch, part, row_timeout)
-        load = partial(load_model, name, device, dtype, offload, storage, vae, text, compile=False)
+        load = partial(options.load, name)
         backbone = load() if engine == "local" else None
         with stopping() as (stop, code), bar(err) as show:
             if backbone is None:
@@ -245,7 +241,6 @@ def report(
     metric: Annotated[str | None, typer.Option("--metric", help="The quality of the plots.")] = None,
 ) -> None:
     """Make one HTML page of a sweep: trade-off, categories, table, pictures side by side, the worst first."""
-    from mrflow.cli import console
     from mrflow.files import check_writable
 
     with console() as err:
@@ -283,14 +278,11 @@ def tune(
     model: Annotated[str | None, typer.Option("--model", help="Instead of the model that the file names.")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Pictures of one chain made together.")] = 4,
     seed: Annotated[int, typer.Option("--seed", help="Of the search.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
-    offload: Annotated[str, typer.Option("--offload", help="none, phase or block.")] = "none",
+    *,
+    options: ModelOptions,
 ) -> None:
     """Find the cheapest chains that are good enough: steps, schedule, solver, sigma, sizes, upscaler, guidance."""
     from dataclasses import replace
-
-    from mrflow.cli import console
 
     with console() as err:
         from mrflow.scenes import FULL, held_out_captions
@@ -309,7 +301,7 @@ def tune(
             asked = found
         if floor is not None:
             asked = replace(asked, floor=floor)
-        backbone = load_model(model or asked.model, device, dtype, offload, None, None, None, compile=False)
+        backbone = options.load(model or asked.model)
 
         def show(number: int, one: Tried) -> None:
             said = one.why or f"{asked.metric} {one.quality}"

@@ -1,7 +1,9 @@
 """The command line, as a person meets it: exit codes, texts, files."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import mrflow as mf
+from mrflow.adapters import check_loras
 from mrflow.cli import app
+from mrflow.options import ModelOptions
 
 SMALL = ["--size", "64x64", "--low", "32x32", "--steps", "2"]
 MINE = """
@@ -251,3 +256,30 @@ def test_rivals_by_name(here: Path) -> None:
         code, _, err = call("plan", "--model", "flux1-dev", "--recipe", *words)
         assert code == 2
         assert message in err.replace("\n", " ")
+
+
+def test_short_help_and_the_version(here: Path) -> None:
+    from mrflow import __version__
+
+    assert call("--version")[:2] == (0, f"mrflow {__version__}\n")
+    code, out, _ = call("-h")
+    assert code == 0 and "--install-completion" in out and "generate" in out
+    assert call("plan", "-h")[0] == 0
+
+
+@pytest.mark.parametrize("verb", ["generate", "run", "refine", "replay", "sweep", "tune"])
+def test_every_verb_that_loads_a_model_has_the_same_options_for_it(here: Path, verb: str) -> None:
+    words = call(verb, "-h")[1]
+    wanted = {f"--{field.name}" for field in dataclasses.fields(ModelOptions)}
+    assert wanted == {
+        f"--{name}" for name in ["device", "dtype", "offload", "storage", "vae", "text", "compile", "lora"]
+    }
+    assert wanted <= set(re.findall(r"^ +(--[a-z]+)", words, re.MULTILINE))
+
+
+def test_the_words_reach_the_model(here: Path) -> None:
+    file = check_loras(mf.students.POCKET_3.lora)[0].path
+    code, out, err = call("generate", "a", *SMALL, "--lora", f"{file}:0.5", "--dtype", "bfloat16", "--json")
+    assert code == 0, err
+    assert json.loads(out)["records"][0]["weights"] != mf.load("pocket").info.version
+    assert call("generate", "a", *SMALL, "--dtype", "float8")[0] == 2
