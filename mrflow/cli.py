@@ -323,7 +323,7 @@ app.command()(with_model_options(tune))
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A PNG that mrflow made, or a safetensors file.")], as_json: Json = False
+    file: Annotated[Path, typer.Argument(help="A PNG that mrflow made, or a checkpoint.")], as_json: Json = False
 ) -> None:
     """Say what a file is: how a picture was made, what a checkpoint holds."""
     from mrflow.io import inspect_file, read_record

@@ -285,10 +285,13 @@ def replay(
         return run(chain, backbone, prompt, seed=seed, negative=negative, start=start)
 
 
+CHECKPOINTS = (".safetensors", ".json", ".pth", ".pt", ".ckpt", ".bin", ".param")  # how checkpoints' names end
+
+
 def inspect_file(path: str | Path) -> list[str]:
-    """What a file or folder is, in lines: how a PNG was made, or what a safetensors checkpoint holds."""
+    """What a file or folder is, in lines: how a PNG was made, or what a checkpoint holds."""
     where = Path(path)
-    if where.is_dir() or where.suffix in (".safetensors", ".json"):
+    if where.is_dir() or where.suffix in CHECKPOINTS:
         from mrflow.models.describe import describe
 
         return describe(where)

@@ -1,15 +1,21 @@
 """What a checkpoint is, from its headers alone."""
 
 import math
+import re
 from pathlib import Path
+from typing import Any, cast
 
 from mrflow.errors import MrflowError
 from mrflow.models.checkpoint import Header, open_checkpoint
 from mrflow.models.family import families
 from mrflow.models.fp8 import described
 from mrflow.models.weights import RELATIVES, kind, part
+from mrflow.models.weights_sr import read_state
 from mrflow.stage import human
+from mrflow.upscalers import load_upscaler
 
+# How the names of super-resolution nets begin.
+SR = r"^(module\.|_orig_mod\.|model\.)*(body\.0|conv_first|RRDB_trunk\.0|model\.0|model\.1\.sub)\."
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -21,7 +27,31 @@ def describe(where: Path) -> list[str]:
             if (where / part).is_dir():
                 lines += [f"{part}/", *(f"  {line}" for line in checkpoint(open_checkpoint(where / part))[:4])]
         return lines
+    if where.suffix not in (".safetensors", ".json") and not where.is_dir():
+        return upscaler(where)
     return checkpoint(open_checkpoint(where))
+
+
+def upscaler(file: Path) -> list[str]:
+    """What a super-resolution checkpoint holds: the network that `--sr` makes of it, and its first tensors."""
+    state = read_state(file)
+    rows = [f"  {name}  {str(t.dtype).removeprefix('torch.')}  {list(t.shape)}" for name, t in state.items()]
+    return [
+        f"{file.name}: {len(rows)} tensors, {human(sum(t.numel() for t in state.values())) or 0} parameters",
+        *enlarges(file),
+        *rows[:10],
+        *([f"  ... and {len(rows) - 10} more"] if len(rows) > 10 else []),
+    ]
+
+
+def enlarges(file: Path) -> list[str]:
+    """The super-resolution network of a file, mrflow's own or spandrel's; a problem where it is none."""
+    try:
+        found = load_upscaler(file)
+        net = type(cast(Any, found).opened.net).__name__
+        return [f"network   super-resolution, {net}, scale {found.scale} (--sr {file.name})"]
+    except MrflowError as error:
+        return [f"problem   {error}"]
 
 
 def checkpoint(header: Header) -> list[str]:
@@ -62,7 +92,10 @@ def network(header: Header) -> list[str]:
         return [f"network   pocket, mrflow's embedded model, version {header.metadata.get('version', 'unknown')}"]
     what = kind(header)
     if what is None:
-        return adapter(header) or ["network   not known to mrflow"]
+        sr = any(re.search(SR, name) for name in header.tensors)
+        return adapter(header) or (enlarges(header.path) if sr else ["network   not known to mrflow"])
+    if what == "a super-resolution net":
+        return enlarges(header.path)
     if what in RELATIVES.values():
         return [f"network   {what}, which mrflow does not load"]
     lines = [f"network   {what.removeprefix('a ')}"]

@@ -19,10 +19,12 @@ from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.checkpoint import mapped, read_header, some
 from mrflow.models.names import plain, shared
 from mrflow.models.ncnn import read_ncnn
+from mrflow.models.pickles import check_pickles
 from mrflow.models.sr import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 
 MAX_BYTES = 8 << 30  # far above any published network; a guard against archives that grow when they are read
 WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net", "net_g")
+MAX_NESTING = 8  # containers around a state_dict
 State = dict[str, Tensor]
 
 
@@ -46,10 +48,30 @@ def read_state(path: Path, *, first: str | None = None) -> State:
         state = {name: mapped(entry, files) for name, entry in header.tensors.items()}
     else:
         state = _unwrapped(_unpickled(path), path, first)
+        _check_tensors(state, path)
     try:
-        return unwrapped(plain(state))
+        state = unwrapped(plain(state))
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
+    # Networks are built as deep as their tensors are numbered.
+    numbers = [int(n) for name in state for n in re.findall(r"(?:^|\.)(\d{1,18})(?=\.)", name)]
+    most = 16 * len(state) + 64
+    if (numbers and max(numbers) > most) or any(re.search(r"\d{19}", name) for name in state):
+        raise WeightsError(f"{path} numbers its parts beyond {most}, but holds {len(state)} tensors only")
+    return state
+
+
+def _check_tensors(state: State, path: Path) -> None:
+    """Refuse tensors without values of their own, and more values than the file has bytes for."""
+    total, most = 0, 2 * path.stat().st_size
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            what = "on no device" if tensor.is_meta else "quantised" if tensor.is_quantized else f"{tensor.layout}"
+            raise WeightsError(f"{path}: {name} is {what}: save dense tensors")
+        size = tensor.numel() * tensor.itemsize
+        total += size
+        if size > tensor.untyped_storage().nbytes() or total > most:
+            raise WeightsError(f"{path}: {name} of shape {tuple(tensor.shape)} repeats values that the file has once")
 
 
 def _unpickled(path: Path) -> object:
@@ -65,6 +87,7 @@ def _unpickled(path: Path) -> object:
                     raise WeightsError(f"{path} is compressed inside: refused, torch writes no such files")
         if size > MAX_BYTES:
             raise WeightsError(f"{path} has {size} bytes; super-resolution networks have at most {MAX_BYTES}")
+        check_pickles(path)
         # A mapped archive shares memory with the file; older files can only be read whole.
         loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
@@ -84,19 +107,23 @@ def _unpickled(path: Path) -> object:
 
 
 def _unwrapped(loaded: object, path: Path, first: str | None) -> State:
-    while isinstance(loaded, Mapping):
+    for _ in range(MAX_NESTING):
+        if not isinstance(loaded, Mapping):
+            raise WeightsError(f"{path} holds {type(loaded).__name__}, not named tensors: save its state_dict")
         table = cast("Mapping[object, object]", loaded)
         if table and all(isinstance(v, Tensor) for v in table.values()):
+            if odd := [type(k).__name__ for k in table if not isinstance(k, str | int)]:
+                raise WeightsError(f"{path} names tensors by {odd[0]}, not by text: save its state_dict")
             return {str(k): cast(Tensor, v) for k, v in table.items()}
         inner: Sequence[object] = [table[k] for k in (first, *WRAPPERS) if isinstance(table.get(k), Mapping)]
         inner = inner or [v for v in table.values() if isinstance(v, Mapping)][: len(table) == 1]
         if not inner:
             raise WeightsError(
                 f"{path} holds no network under a name that is known ({', '.join(WRAPPERS)}); "
-                f"it holds {some([str(k) for k in table]) or 'nothing'}"
+                f"it holds {some([k if isinstance(k, str) else type(k).__name__ for k in table]) or 'nothing'}"
             )
         loaded = inner[0]
-    raise WeightsError(f"{path} holds {type(loaded).__name__}, not named tensors: save its state_dict")
+    raise WeightsError(f"{path} holds tables in tables, {MAX_NESTING} and more: save its state_dict")
 
 
 def unwrapped(state: State) -> State:
@@ -196,6 +223,7 @@ def network(state: State, path: Path) -> RRDBNet | SRVGGNetCompact | None:
         if name in named and named[name].shape != target.shape
     ]
     problems += [f"{name} is {t.dtype}" for name, t in named.items() if not t.is_floating_point()]
+    problems = problems or [f"{name} holds NaN or infinity" for name, t in named.items() if not t.isfinite().all()]
     if problems:
         raise WeightsError(
             f"{path} looks like {type(net).__name__} but does not fit it: {len(problems)} problems: {some(problems)}"

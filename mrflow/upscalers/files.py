@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrflow.errors import WeightsError
+from mrflow.errors import MrflowError, WeightsError
 from mrflow.files import located
 from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
 
@@ -79,10 +79,15 @@ def load_upscaler(path: str | Path, *, tile: int | None = None, dtype: Precision
         WeightsError: the file is missing, unsafe or broken, or it holds a network that nothing here knows.
     """
     from mrflow.models.weights_sr import read_state, recognised, renamed
-
-    where, _ = located(str(path), "")
-    if recognised(renamed(read_state(where))) is not None:
-        return Checkpoint(str(where), tile=tile, dtype=dtype)
     from mrflow.upscalers.spandrel import Spandrel
 
-    return Spandrel(str(where), tile=tile, dtype=dtype)
+    where, _ = located(str(path), "")
+    if recognised(renamed(read_state(where))) is None:
+        return Spandrel(str(where), tile=tile, dtype=dtype)
+    try:
+        return Checkpoint(str(where), tile=tile, dtype=dtype)
+    except WeightsError as misfit:  # a relative, such as ESRGAN+, that spandrel may know
+        try:
+            return Spandrel(str(where), tile=tile, dtype=dtype)
+        except MrflowError:
+            raise misfit from None
