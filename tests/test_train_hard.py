@@ -12,6 +12,7 @@ from experiments import hard_scores
 from experiments.train_pocket import hard as recipe
 from experiments.train_pocket.data import pictures
 from experiments.train_pocket.loop import Loop, PieceOver, Run, cosine, finished, keep_settings
+from experiments.train_pocket.muon import orthogonalised
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.pocket.model import LONG_TEXT, SHIPPED, TEXT_LENGTH, VOCABULARY, WORDS, load_pocket
 from mrflow.scenes.grammar import held_out
@@ -109,6 +110,16 @@ def test_a_file_of_more_words_than_there_are_is_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match=rf"a text encoder of {len(WORDS) + 1} words and 12 tokens; pocket has at m"):
         load_pocket(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(3, 48, 64), (3, 64, 48)])
+def test_muon_in_bfloat16_goes_the_same_way(shape: tuple[int, int, int]) -> None:
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact, rough = orthogonalised(g), orthogonalised(g, dtype=torch.bfloat16)
+    assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
+    assert torch.cosine_similarity(exact.flatten(1), rough.flatten(1)).min() > 0.998
+    values = torch.linalg.svdvals(exact)
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_the_loop_counts_minutes(tmp_path: Path) -> None:

@@ -118,14 +118,14 @@ def cached_latents(
     return out
 
 
-def optimisers(net: Trainee, rate: float) -> Sequence[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest."""
+def optimisers(net: Trainee, rate: float, dtype: torch.dtype = torch.float32) -> Sequence[torch.optim.Optimizer]:
+    """Muon (iterating in `dtype`) for the matrices of the blocks, AdamW for the rest."""
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for name, p in net.named_parameters():
         inside = "blocks" in name and p.ndim == 2 and "mod" not in name
         (matrices if inside else rest).append(p)
-    return Muon(matrices, lr=rate), torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.99))
+    return Muon(matrices, lr=rate, dtype=dtype), torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.99))
 
 
 def losses_at(net: Trainee, latents: Tensor, ids: Tensor, shift: Shift) -> Tensor:

@@ -155,7 +155,7 @@ def loop_of(run: Run, lesson: Lesson, net: Trainee, auto: State, steps: int) -> 
         "flow",
         run,
         dict(net.named_parameters()),
-        optimisers(net, lesson.rate),
+        optimisers(net, lesson.rate, torch.bfloat16 if run.bf16 else torch.float32),
         steps,
         factor=flat_then_linear(0.3),
         warmup=200,

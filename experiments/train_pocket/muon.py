@@ -1,8 +1,8 @@
-"""Muon in float32 for many small matrices: matrices of one shape are orthogonalised together in one batch.
+"""Muon for many small matrices: those of one shape are orthogonalised together in one batch.
 
 Momentum, then the Newton-Schulz iteration of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), scaled to
 AdamW's update size by 0.2 sqrt(max(rows, columns)) (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon iterates in
-bfloat16, one matrix at a time, which is slow on processors without it.
+bfloat16, one matrix at a time; here float32 is the default, for processors without it.
 """
 
 from collections import defaultdict
@@ -14,22 +14,29 @@ from torch import Tensor
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonalised(g: Tensor, *, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: (n, rows, columns)."""
+def orthogonalised(g: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: (n, rows, columns), iterated in `dtype`, given in that of `g`."""
     x: Tensor = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    x = (x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)).to(dtype)
     for _ in range(steps):
         xx = x @ x.transpose(1, 2)
         x = A * x + (B * xx + C * xx @ xx) @ x
-    return x.transpose(1, 2) if g.shape[1] > g.shape[2] else x
+    return (x.transpose(1, 2) if g.shape[1] > g.shape[2] else x).to(g.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay."""
+    """Muon with Nesterov momentum and decoupled weight decay; `dtype` is that of the iteration."""
 
     def __init__(
-        self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -48,5 +55,5 @@ class Muon(torch.optim.Optimizer):
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]))
                 scale = 0.2 * max(shape) ** 0.5 * group["lr"]
-                for p, update in zip(params, orthogonalised(torch.stack(updates)), strict=True):
+                for p, update in zip(params, orthogonalised(torch.stack(updates), dtype=self.dtype), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
