@@ -14,7 +14,7 @@ import torch
 
 import mrflow as mf
 from experiments.pocket_scores import seeds_of
-from mrflow.caches import Cache, DBCache, DBTaylor, MagCache, TaylorSeer, TeaCache
+from mrflow.caches import Cache, DBCache, MagCache, TaylorSeer, TeaCache
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score_many
 
@@ -25,8 +25,8 @@ CACHES: tuple[Cache, ...] = (
     MagCache(0.4),
     DBCache(0.2, front=1, warmup=2),
     DBCache(0.4, front=1, warmup=2),
-    DBTaylor(0.2, front=1, warmup=2),
-    DBTaylor(0.4, front=1, warmup=2),
+    DBCache(0.2, front=1, warmup=2, order=1),
+    DBCache(0.4, front=1, warmup=2, order=1),
     TaylorSeer(2, order=0),
     TaylorSeer(2),
     TaylorSeer(3),

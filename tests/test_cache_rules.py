@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.caches import Cache, DBCache, DBTaylor, Look, MagCache, TaylorSeer, TeaCache
+from mrflow.caches import Cache, DBCache, Look, MagCache, TaylorSeer, TeaCache
 from mrflow.caches.base import Clock, between, difference
 from mrflow.caches.calibrate import fit
 from mrflow.caches.extrapolate import Series
@@ -75,8 +75,8 @@ def drive(
         (TaylorSeer(5, order=2), 2),
         (TaylorSeer(5, order=2, of="velocity"), 2),
         (TaylorSeer(3, order=3, warmup=4), 3),
-        (DBTaylor(1.0, front=1, warmup=3, limit=3, order=1), 1),
-        (DBTaylor(1.0, front=2, warmup=4, limit=5, order=2), 2),
+        (DBCache(1.0, front=1, warmup=3, limit=3, order=1), 1),
+        (DBCache(1.0, front=2, warmup=4, limit=5, order=2), 2),
     ],
     ids=str,
 )
@@ -192,7 +192,9 @@ def test_dbcache_decides_as_its_rule_says(
         assert computed == want
     assert (
         drive(
-            DBTaylor(threshold, front=2, warmup=warmup, every=every, limit=limit, most=most), net_of(exact), len(exact)
+            DBCache(threshold, front=2, warmup=warmup, every=every, limit=limit, most=most, order=1),
+            net_of(exact),
+            len(exact),
         )[1]
         == computed
     )
@@ -225,7 +227,7 @@ def test_pictures_of_a_batch_decide_alone() -> None:
                 self.ran.append((start, stop))
             return img, txt
 
-    for cache in (DBCache(0.25, front=1, warmup=0), DBTaylor(0.25, front=1, warmup=0)):
+    for cache in (DBCache(0.25, front=1, warmup=0), DBCache(0.25, front=1, warmup=0, order=1)):
         net = Rows(feature)
         net.own = torch.tensor([[[100.0]], [[200.0]]])
         both, computed = drive(cache, net, 9, batch=2)
@@ -312,12 +314,12 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         (lambda: MagCache(math.inf), "threshold must be a finite number of at least 0, got inf"),
         (lambda: TeaCache(0.2, coefficients=()), "coefficients must be at least one number, the highest power first"),
         (lambda: DBCache(front=0), "front must be a whole number of at least 1, got 0"),
-        (lambda: DBTaylor(warmup=2.5), "warmup must be a whole number of at least 0, got 2.5"),  # type: ignore[arg-type]
+        (lambda: DBCache(warmup=2.5, order=1), "warmup must be a whole number of at least 0, got 2.5"),  # type: ignore[arg-type]
         (lambda: DBCache(limit=-1), "limit must be a whole number of at least 0, got -1"),
         (lambda: TaylorSeer(0), "interval must be a whole number of at least 1, got 0"),
         (lambda: TaylorSeer(of="blocks"), "of must be one of output, velocity, got 'blocks'"),  # type: ignore[arg-type]
         (lambda: TaylorSeer(order=9), "order must be at most 4, got 9"),
-        (lambda: DBTaylor(series="pade"), "series must be one of newton, taylor, got 'pade'"),  # type: ignore[arg-type]
+        (lambda: DBCache(series="pade", order=1), "series must be one of newton, taylor, got 'pade'"),  # type: ignore[arg-type]
         (lambda: MagCache(retention=1.5), "retention must be a share of the steps from 0 to 1, got 1.5"),
         (lambda: MagCache(ratios=(1.0, 0.0)), "ratios must be finite numbers above 0, one a step"),
     ],
@@ -363,8 +365,8 @@ def test_estimates_fall_with_the_threshold_and_limits_hold() -> None:
     # what cache-dit publishes for FLUX at 50 steps, in whole forwards
     assert 50 / count(DBCache(0.12, front=4, warmup=4, limit=4)) == pytest.approx(2.66, rel=0.1)
     assert 50 / count(DBCache(0.24, front=1, warmup=4, limit=6)) == pytest.approx(3.94, rel=0.1)
-    assert 50 / count(DBTaylor(0.8, front=1, warmup=8, every=2, limit=8)) == pytest.approx(5.72, rel=0.15)
-    assert count(DBTaylor(1.0, front=1, warmup=8, limit=0)) == 50
+    assert 50 / count(DBCache(0.8, front=1, warmup=8, every=2, limit=8, order=1)) == pytest.approx(5.72, rel=0.15)
+    assert count(DBCache(1.0, front=1, warmup=8, limit=0, order=1)) == 50
     assert DBCache(0.0).forecast(QWEN, levels, levels).exact
     series: tuple[Series, ...] = ("newton", "taylor")
     assert {count(TaylorSeer(series=s)) for s in series} == {10}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.caches import Cache, Cached, DBCache, DBTaylor, Look, MagCache, Rule, TaylorSeer, TeaCache, memory
+from mrflow.caches import Cache, Cached, DBCache, Look, MagCache, Rule, TaylorSeer, TeaCache, memory
 from mrflow.cost import report
 from mrflow.models.pieces import NetPieces
 from mrflow.records import decode_chain, encode_chain, fingerprint
@@ -24,7 +24,7 @@ NONE: list[Cache] = [
     TeaCache(0.0, coefficients=LINE),
     MagCache(0.0, ratios=RATIOS),
     DBCache(0.0, front=1, back=1, warmup=0),
-    DBTaylor(0.0, front=2, warmup=0),
+    DBCache(0.0, front=2, warmup=0, order=1),
     TaylorSeer(1),
     TaylorSeer(1, of="velocity"),
 ]
@@ -33,7 +33,7 @@ SOME: list[Cache] = [
     MagCache(0.2, ratios=RATIOS),
     DBCache(0.45, front=1, warmup=1),
     DBCache(0.45, front=1, back=1, warmup=1),
-    DBTaylor(0.45, front=1, warmup=1),
+    DBCache(0.45, front=1, warmup=1, order=1),
     TaylorSeer(2),
     TaylorSeer(3, order=2, of="velocity"),
 ]
@@ -141,7 +141,7 @@ def test_something_left_out_is_another_picture_near_it(
 
 def test_a_cached_model_and_a_cached_stage_are_the_same(models: Callable[[str], mf.Backbone]) -> None:
     model = models("pocket")
-    cache = DBTaylor(0.3, front=1, warmup=1)
+    cache = DBCache(0.3, front=1, warmup=1, order=1)
     for whole in (cache(model), Cached(model, cache)):
         assert isinstance(whole, mf.Backbone)
         a = made(sample(None) >> mf.Decode(), whole)
@@ -356,7 +356,7 @@ def test_pictures_get_worse_with_the_threshold(models: Callable[[str], mf.Backbo
         TeaCache,
         MagCache,
         lambda t: DBCache(2 * t, front=1, warmup=2),
-        lambda t: DBTaylor(t, front=1, warmup=2),
+        lambda t: DBCache(t, front=1, warmup=2, order=1),
     ):
         results = [picture(make(t)) for t in (0.05, 0.15, 0.4)]
         quality = [psnr(r.pixels, bare.pixels) for r in results]

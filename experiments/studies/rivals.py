@@ -9,7 +9,7 @@ from pathlib import Path
 import mrflow as mf
 from experiments.studies.common import LOW, METRICS, MODEL, SIZE, captions, native, paper
 from experiments.studies.figure import speed_figure
-from mrflow.caches import DBCache, DBTaylor, MagCache, TaylorSeer, TeaCache, ToMA
+from mrflow.caches import DBCache, MagCache, TaylorSeer, TeaCache, ToMA
 from mrflow.students import POCKET_3
 from mrflow.sweep import Row, Sweep
 
@@ -28,7 +28,7 @@ chains = {
     **{f"TeaCache {t:g}": cached(TeaCache(t)) for t in (0.1, 0.25, 0.6)},
     **{f"MagCache {t:g}": cached(MagCache(t, limit=9)) for t in (0.15, 0.4, 1.2)},
     **{f"DBCache {t:g}": cached(DBCache(t, front=1, warmup=2)) for t in (0.1, 0.2, 0.4)},
-    **{f"DBTaylor {t:g}": cached(DBTaylor(t, front=1, warmup=2)) for t in (0.1, 0.2, 0.4)},
+    **{f"DBTaylor {t:g}": cached(DBCache(t, front=1, warmup=2, order=1)) for t in (0.1, 0.2, 0.4)},
     **{f"TaylorSeer {n}": cached(TaylorSeer(n)) for n in (3, 6, 12)},
     **{f"ToMA {r:g}": cached(ToMA(r, every=1, skip=1)) for r in (0.25, 0.5, 0.75)},
     **{f"lift {a} + {b}": mf.recipes.lift(low=LOW, size=SIZE, steps=(a, b)) for a, b in SPLITS},

@@ -6,7 +6,6 @@ from mrflow.caches.base import Rule as Rule
 from mrflow.caches.base import difference as difference
 from mrflow.caches.cached import Cached as Cached
 from mrflow.caches.dbcache import DBCache as DBCache
-from mrflow.caches.dbtaylor import DBTaylor as DBTaylor
 from mrflow.caches.extrapolate import Extrapolation as Extrapolation
 from mrflow.caches.magcache import MagCache as MagCache
 from mrflow.caches.taylorseer import TaylorSeer as TaylorSeer

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mrflow._checks import check_number, check_whole
 from mrflow.caches.base import Cache, Look, Rule, between, difference
+from mrflow.caches.extrapolate import Extrapolation, Series
 from mrflow.spec import ModelInfo
 
 # Share of evaluations after the warm-up that are computed, by threshold: from the speed-ups that cache-dit publishes
@@ -62,22 +63,6 @@ class Similar:
         return computed if self.most is None else max(computed, evaluations - self.most)
 
 
-def check_similar(
-    threshold: float, front: int, back: int, warmup: int, every: int, limit: int | None, most: int | None
-) -> None:
-    """Refuse settings that cannot work.
-
-    Raises:
-        PlanError: naming the setting.
-    """
-    check_number("threshold", threshold, 0)
-    for name, value, least in (("front", front, 1), ("back", back, 0), ("warmup", warmup, 0), ("every", every, 1)):
-        check_whole(name, value, least)
-    for name, bound in (("limit", limit), ("most", most)):
-        if bound is not None:
-            check_whole(name, bound, 0)
-
-
 @dataclass(frozen=True)
 class DBCache(Cache):
     """Dual-block cache (cache-dit): the first `front` and last `back` blocks always run; what those between added is
@@ -85,6 +70,10 @@ class DBCache(Cache):
 
     Of the first `warmup` evaluations each `every`-th is computed; at most `limit` in a row and `most` in all are cached
     (None: no limit). `front=1, warmup=0` is the first-block cache. Blocks of both kinds count as one list.
+
+    With `order` above 0 what is cached is extrapolated over steps instead of reused (DB-Taylor; see `Extrapolation`).
+    Published for FLUX.1-dev at 50 steps: DBCache(0.2, front=1, warmup=4, limit=4, order=1) takes 3.23 times fewer
+    operations, (0.8, front=1, warmup=8, every=2, limit=8, order=1) 5.72 times.
     """
 
     threshold: float = 0.08
@@ -94,9 +83,21 @@ class DBCache(Cache):
     every: int = field(default=1, kw_only=True)
     limit: int | None = field(default=None, kw_only=True)
     most: int | None = field(default=None, kw_only=True)
+    order: int = field(default=0, kw_only=True)
+    series: Series = field(default="newton", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_similar(self.threshold, self.front, self.back, self.warmup, self.every, self.limit, self.most)
+        check_number("threshold", self.threshold, 0)
+        for name, least in (("front", 1), ("back", 0), ("warmup", 0), ("every", 1)):
+            check_whole(name, getattr(self, name), least)
+        for name, bound in (("limit", self.limit), ("most", self.most)):
+            if bound is not None:
+                check_whole(name, bound, 0)
+        self.extrapolation()
+
+    def extrapolation(self) -> Extrapolation:
+        """Of what the blocks between added."""
+        return Extrapolation(self.order, self.series)
 
     def span(self, blocks: int) -> tuple[int, int]:
         """Between front and back."""
