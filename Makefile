@@ -59,7 +59,7 @@ $(REAL)/.installed: $(INPUTS)
 	@touch $@
 
 test-real: $(REAL)/.installed ## Hold mrflow against real trained networks, a real text reader and real vocabularies
-	$(REAL)/bin/python -m pytest experiments/real -p no:cacheprovider
+	$(REAL)/bin/python -m pytest tests/test_real.py
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, pyright
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from mrflow.models.weights_sr import read_state
 from mrflow.sweep.metrics import Lpips, Measured
 from mrflow.upscalers import load_upscaler
 
-ncnn = pytest.importorskip("ncnn")
+ncnn = pytest.importorskip("ncnn", reason="real networks are not installed here; make test-real has them")
 State = dict[str, Tensor]
 
 
