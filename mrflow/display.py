@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from rich.console import Console
 
@@ -77,9 +77,10 @@ def console() -> Generator[Console]:
 
 def _silence() -> None:
     """Let nothing more be written to a standard output that takes nothing, also not when the program ends."""
-    if sys.stdout is not None and sys.stdout is sys.__stdout__:
+    out: TextIO | None = sys.stdout
+    if out is not None and out is sys.__stdout__:
         with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def _crash(err: Console, error: BaseException) -> int:

@@ -144,7 +144,7 @@ def _colours(image: Image.Image, profile: bytes | None, path: str) -> Tensor:
 
 def _srgb(image: Image.Image, profile: bytes | None, path: str) -> Image.Image:
     """The colours as sRGB, by LittleCMS with the perceptual intent."""
-    source: ImageCms.ImageCmsProfile | ImageCms.core.CmsProfile
+    source: object
     if image.mode == "LAB":
         source = ImageCms.createProfile("LAB")
     elif profile is None:

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 import mrflow as mf
+from mrflow.stage import AnyChain
 from mrflow.sweep import Row, Store, seed_of
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
@@ -48,7 +49,7 @@ NOTHING = "import mrflow as mf, mrflow.sweep, torch; mf.toy()"
 
 def sweep(rows: int) -> mf.Sweep:
     """Four chains; prompts with tags; metrics that are given with the rows."""
-    chains: dict[str, mf.AnyChain] = {"native": mf.recipes.native(size=(32, 32), steps=4)}
+    chains: dict[str, AnyChain] = {"native": mf.recipes.native(size=(32, 32), steps=4)}
     chains |= {f"sigma {s}": mf.recipes.paper(low=(16, 16), size=(32, 32), steps=2, sigma=s / 100) for s in (8, 12, 16)}
     prompts = [mf.Prompt(f"a picture of thing {i}, in colour", {"kind": f"kind {i % 5}"}) for i in range(rows // 4)]
     return mf.Sweep(chains, prompts, model="toy")

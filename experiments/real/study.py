@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -32,7 +33,7 @@ WORDS = (
     "harbour", "Market", "lantern", "VELVET", "quarter", "Juniper", "bridge", "OXFORD", "window", "Copper", "thistle",
     "GRAVEL", "meadow", "Signal", "walnut", "HEATHER",
 )  # fmt: skip
-Scores = "np.ndarray[tuple[int], np.dtype[np.float64]]"
+Scores = NDArray[np.float64]
 HEIGHTS = (8, 10, 12, 16, 24, 32)
 
 

@@ -31,6 +31,7 @@ from mrflow.models import choose_device
 from mrflow.models.checkpoint import read_header
 from mrflow.models.pocket.model import SMALL
 from mrflow.scenes.grammar import POCKET_1, held_out_captions, parse
+from mrflow.sweep import seed_of
 
 SIZE, AUTOENCODER_STEPS, WIDTH, HEAD = 128, 1700, 128, 32
 LATENTS = {"smooth": (0.1, 0.25), "plain": (0.06, 0.0)}  # noise and equivariance in the autoencoder's training
@@ -78,7 +79,7 @@ def arm(run: Run, name: str, captions: list[str]) -> None:
     net.load_state_dict(state)
     model = flow.backbone(net, auto, run.device, SMALL)
     chain = mf.recipes.native(size=(SIZE, SIZE), steps=12)
-    drawn = pocket_scores.pictures(chain, model, captions, batch=25)
+    drawn = pocket_scores.pictures(chain, model, captions, [seed_of(c, 0) for c in captions], batch=25)
     renders = unit(rendered([parse(caption) for caption in captions], SIZE))
     with torch.inference_mode():
         back = autoencoder.round_trip(autoencoder.loaded(auto, run.device), renders)

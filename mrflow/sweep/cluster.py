@@ -201,8 +201,8 @@ def _run(
                     continue  # the rows are still missing, and are handed out again
                 except ray.exceptions.RayError:
                     continue
-                for label, done in rows:
-                    made, failed = made + done, failed + (not done)
+                for label, whole in rows:
+                    made, failed = made + whole, failed + (not whole)
                     if on_progress is not None:
                         left = (time.monotonic() - began) * ((total - before) / (made + failed) - 1)
                         on_progress(Progress(before + made + failed, failed, total, max(0.0, left), label))

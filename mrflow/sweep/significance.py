@@ -31,7 +31,8 @@ def sign_flip(differences: Sequence[float], *, flips: int = FLIPS, seed: int = 0
     bar = abs(float(x.sum())) - 1e-9 * float(np.abs(x).sum())  # sums of other orders count as equal
     if len(x) > MANY:
         square = float(np.square(x).sum())
-        z, kurtosis = abs(float(x.sum())) / square**0.5, -2 * float((x**4).sum()) / square**2
+        z: float = abs(float(x.sum())) / math.sqrt(square)
+        kurtosis = -2 * float((x**4).sum()) / square**2
         term = math.exp(-z * z / 2) / math.sqrt(2 * math.pi) * kurtosis / 12 * (z**3 - 3 * z)
         return min(1.0, max(math.erfc(z / math.sqrt(2)) + term, 1 / (flips + 1)))
     if 2 ** (len(x) - 1) <= flips:  # the first sign may stay: a pattern and its mirror image are as far from 0

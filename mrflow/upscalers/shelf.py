@@ -70,7 +70,7 @@ def add(file: Path, name: str | None = None) -> tuple[str, Path]:
 
     net = network(read_state(file), file)
     word = name or _told(file)
-    if word not in KNOWN:
+    if word is None or word not in KNOWN:
         raise PlanError(f"say which one {file.name} is: --name {', '.join(KNOWN)}")
     known = KNOWN[word]
     if net is None or (type(net.params).__name__, _depth(net.params), net.params.scale) != (known.kind, known.depth, 4):
