@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -77,8 +77,8 @@ def console() -> Generator[Console]:
 
 def _silence() -> None:
     """Let nothing more be written to a standard output that takes nothing, also not when the program ends."""
-    out: TextIO | None = sys.stdout
-    if out is not None and out is sys.__stdout__:
+    out = sys.__stdout__
+    if out is not None and sys.stdout is out:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
