@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mrflow.spec import ModelInfo, Pixels, State
 from mrflow.stage import Stage
+from mrflow.upscalers.composite import quantise
 
 if TYPE_CHECKING:
     from mrflow.runner import Context
@@ -25,5 +26,4 @@ class Quantise(Stage[Pixels, Pixels]):
 
     def apply(self, state: State[Pixels], out: Pixels, ctx: "Context") -> Tensor:
         """floor(255 x) / 255 or round(255 x) / 255."""
-        levels = state.data * 255
-        return (levels.floor() if self.truncate else levels.round()) / 255
+        return quantise(state.data, truncate=self.truncate)

@@ -113,5 +113,10 @@ class EightBit(Upscaler):
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Round, enlarge, cut off; clamped."""
-        y = self.inner((pixels.clamp(0, 1) * 255).round() / 255)
-        return (y.clamp(0, 1) * 255).floor() / 255
+        return quantise(self.inner(quantise(pixels.clamp(0, 1))).clamp(0, 1), truncate=True)
+
+
+def quantise(pixels: Tensor, *, truncate: bool = False) -> Tensor:
+    """round(255 x) / 255, or floor(255 x) / 255."""
+    levels = pixels * 255
+    return (levels.floor() if truncate else levels.round()) / 255
