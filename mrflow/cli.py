@@ -323,13 +323,22 @@ app.command()(with_model_options(tune))
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A PNG that mrflow made, or a checkpoint.")], as_json: Json = False
+    file: Annotated[Path, typer.Argument(help="A PNG that mrflow made, or a checkpoint.")],
+    as_json: Json = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a model's files whole and compare them with what is known of them.")
+    ] = False,
 ) -> None:
     """Say what a file is: how a picture was made, what a checkpoint holds."""
     from mrflow.io import inspect_file, read_record
 
     with console():
-        if as_json and file.suffix != ".safetensors":
+        if verify:
+            from mrflow.files import cache_folder
+            from mrflow.models.digests import verify as whole
+
+            typer.echo("\n".join(map(printable, whole(file, cache_folder()))))
+        elif as_json and file.suffix != ".safetensors":
             typer.echo(json.dumps(read_record(file), indent=2))
         else:
             typer.echo("\n".join(map(printable, inspect_file(file))))

@@ -7,7 +7,7 @@ change numbers live here.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -200,7 +200,8 @@ class ModelInfo:
     recipe uses when none is named (None: there is none), `upscale_flops` its operations per pixel that comes in.
     `encode` and `decode` are operations of the autoencoder as (linear, quadratic) in the pixels of the picture.
     `version` tells one set of weights from another. `footprint` is what it needs of memory: as loaded, or in bfloat16.
-    `capabilities` is what its fields can be asked for, `cache` the cache that all of them have, if any.
+    `capabilities` is what its fields can be asked for, `cache` the cache that all of them have, if any. `files` are
+    those that its weights and tokenizers came from, where they did not come with mrflow.
     """
 
     name: str
@@ -221,6 +222,7 @@ class ModelInfo:
     footprint: Footprint | None = None
     capabilities: Capabilities = Capabilities()
     cache: Cache | None = None
+    files: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def require(self, needs: Capabilities) -> None:
         """Refuse what a chain needs and this model cannot.

@@ -7,17 +7,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 import mrflow as mf
 from mrflow.errors import DeviceLostError, MrflowError, is_device_lost
+from mrflow.models.digests import hub_digest
 from mrflow.records import fingerprint
 from mrflow.sweep import Measured, Metric, Psnr, Sharpness, Store, leases, maker, read, run_sweep
 from mrflow.sweep.leases import Claim, LeaseLostError
@@ -335,7 +338,7 @@ def test_the_second_signal_ends_it_at_once(number: signal.Signals) -> None:
 
 STAGE = """
 import mrflow as mf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from beside import tint
 STRENGTH = {k}
 class Base(mf.Stage[mf.Pixels, mf.Pixels]):
@@ -362,6 +365,54 @@ def test_the_whole_file_of_a_users_stage_counts(tmp_path: Path, monkeypatch: pyt
     marks = [mark(), mark(k=0.51), mark(b=0.511), mark(f=0.5111)]
     assert len({*marks}) == 4 and mark() == marks[0]
     sys.modules.pop("beside", None)
+
+
+# Weights
+
+
+def test_a_flipped_bit_of_a_model_is_seen_and_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Read once, remembered; later the same size and time with other bytes is damage, and another time a change."""
+    monkeypatch.setenv("MRFLOW_CACHE", str(here / "cache"))
+    path = here / "m.safetensors"
+    save_file({"one": torch.zeros(8), "two": torch.ones(8)}, path)
+    code, out, _ = call("inspect", "--verify", str(path))
+    assert code == 0 and "now remembered" in out
+    assert "as when it was read last" in call("inspect", "--verify", str(path))[1]
+    before, raw = path.stat(), bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    with path.open("r+b") as file:
+        file.write(raw)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    code, _, err = call("inspect", "--verify", str(path))
+    assert code == 3 and "is damaged" in err and "tensors: two;" in err
+    os.utime(path)
+    assert call("inspect", "--verify", str(path))[0] == 0
+    blob = here / "blobs" / ("0" * 64)
+    blob.parent.mkdir()
+    blob.write_bytes(b"x")
+    (here / "link.json").symlink_to(blob)
+    assert hub_digest(here / "link.json") == "0" * 64
+    code, _, err = call("inspect", "--verify", str(here / "link.json"))
+    assert code == 3 and "the hub's is 0000" in err
+
+
+def test_a_sweep_knows_its_model_by_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRFLOW_CACHE", str(tmp_path / "cache"))
+    model = mf.toy()
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(bytes(10_000))
+    info = replace(model.info, files=(str(file),))
+    monkeypatch.setattr(type(model), "info", property(lambda _: info))
+    assert run_sweep(one(), model, tmp_path / "s").made == 2
+    assert run_sweep(one(), model, tmp_path / "s").made == 0
+    reads: list[Path] = []
+    monkeypatch.setattr("mrflow.models.digests._scan", lambda path: reads.append(path))
+    assert run_sweep(one(), model, tmp_path / "s").made == 0 and not reads  # remembered
+    monkeypatch.undo()
+    monkeypatch.setenv("MRFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(type(model), "info", property(lambda _: info))
+    file.write_bytes(bytes(9_999) + b"x")
+    assert run_sweep(one(), model, tmp_path / "s").made == 2
 
 
 # Folders from elsewhere

@@ -103,7 +103,7 @@ def load(
     files = find(where, vae=vae, text=text)
     working = dtype or compute_dtype(files.transformer)
     kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
-    version = "/".join((fingerprint(files.transformer, files.vae), *kept)) + (mark_of(loras) if loras else "")
+    version = "/".join((fingerprint(*files.headers), *kept)) + (mark_of(loras) if loras else "")
     chain = fold if isinstance(fold, Chain) else None
     curve = Shift.fixed(float(shift)) if is_number(shift) else shift
     if not isinstance(curve, Shift | None):

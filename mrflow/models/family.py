@@ -85,6 +85,9 @@ class Family(ABC):
         return []
 
 
+TOKENIZER = (".json", ".txt", ".model", ".jinja")
+
+
 @dataclass(frozen=True)
 class Files:
     """The parts of a model, by their headers; `text` is None where there are none. `where` is what errors name.
@@ -100,6 +103,22 @@ class Files:
     where: str
     curve: Shift | None = None
     text_tokens: int | None = None
+
+    @property
+    def headers(self) -> list[Header]:
+        """The checkpoints of all parts."""
+        text = [] if self.text is None else [part for part in vars(self.text).values() if isinstance(part, Header)]
+        return [self.transformer, self.vae, *text]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every file that a model's pictures depend on: weights, and what its tokenizers are made of."""
+        found = {entry.file for header in self.headers for entry in header.tensors.values()}
+        folders = [] if self.text is None else [part for part in vars(self.text).values() if isinstance(part, Path)]
+        found |= {
+            path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.suffix in TOKENIZER
+        }
+        return tuple(sorted(map(str, found)))
 
 
 @dataclass(frozen=True)

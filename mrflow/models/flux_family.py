@@ -1,6 +1,7 @@
 """FLUX.1: its files, its names, its facts, and how it is built."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -94,6 +95,7 @@ class FluxFamily(Family):
         vae, flow, text = prepared_vae.read(), prepared.read(), None if read_text is None else read_text()
         merge(flow, changed)
         info = flux1_info(flow, vae, text, files.curve, files.text_tokens, version=loading.version, path=files.where)
+        info = replace(info, files=files.paths)
         return Flux1(
             flow=flow, vae=vae, text=text, info=info, device=device, ways=loading.ways, upscaler=loading.upscaler
         )

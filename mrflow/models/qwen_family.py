@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -86,6 +87,7 @@ class QwenFamily(Family):
         merge(flow, changed)
         text = None if read_text is None else read_text()
         info = qwen_info(flow, vae, text, files.curve, version=loading.version, parameters=parameters)
+        info = replace(info, files=files.paths)
         return Qwen(
             flow=flow,
             vae=vae,

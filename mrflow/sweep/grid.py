@@ -160,3 +160,19 @@ def versions() -> dict[str, str]:
     from mrflow import __version__
 
     return {"mrflow": __version__, "torch": torch.__version__}
+
+
+def weights(info: ModelInfo) -> str:
+    """What tells a model's weights: its version and, where its files did not come with mrflow, a digest of all of them.
+
+    Whole files are read for it once (`mrflow.models.digests`).
+
+    Raises:
+        WeightsError, ResourceError: a file is gone, or cannot be read.
+    """
+    if not info.files:
+        return info.version
+    from mrflow.files import cache_folder
+    from mrflow.models.digests import weights_of
+
+    return weights_of(info.version, info.files, cache_folder())

@@ -9,7 +9,7 @@ from pathlib import Path
 from mrflow._checks import check_whole
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
-from mrflow.sweep.grid import Sweep, fingerprints, versions
+from mrflow.sweep.grid import Sweep, fingerprints, versions, weights
 from mrflow.sweep.maker import Maker
 from mrflow.sweep.metrics import aims_of
 from mrflow.sweep.rows import Row
@@ -142,7 +142,7 @@ def manifest(sweep: Sweep, model: Backbone) -> Mapping[str, object]:
         "negative": sweep.negative_for(model.info),
         "versions": versions(),
         "model": model.info.name,
-        "weights": model.info.version,
+        "weights": weights(model.info),
         "prompts": len(sweep.prompts),
         "seeds": len(sweep.seeds),
         "rows": sweep.rows,

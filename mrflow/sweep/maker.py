@@ -22,7 +22,7 @@ from mrflow.io import make_record, png, to_images
 from mrflow.runner import Result, run
 from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels
-from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions
+from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions, weights
 from mrflow.sweep.leases import Claim, LeaseLostError
 from mrflow.sweep.limits import RowTimeoutError, time_limit
 from mrflow.sweep.metrics import Measured, Metric, named
@@ -68,6 +68,7 @@ class Maker:
         self.prints = {label: fingerprints(chain) for label, chain in sweep.chains.items()}
         self.plans = sweep.plans(model.info)
         self.negative = sweep.negative_for(model.info)
+        self.weights = weights(model.info)
         self.made_by = versions()
         self._cache = StageCache(max_bytes=CACHE_BYTES)
         self._took: dict[tuple[str, Pair], tuple[float, int, float]] = {}
@@ -80,7 +81,7 @@ class Maker:
         """The row's key."""
         prompt, draw = pair
         info, seed = self.model.info, seed_of(prompt.text, draw)
-        return row_key(self.prints[label][-1], info.name, info.version, prompt.text, self.negative, seed, self.made_by)
+        return row_key(self.prints[label][-1], info.name, self.weights, prompt.text, self.negative, seed, self.made_by)
 
     def survey(self, pairs: Sequence[Pair], *, retry: bool = False) -> list[int]:
         """How many rows each pair lacks; each row is read once.
@@ -342,7 +343,7 @@ class Maker:
             status="done",
             chain=label,
             model=self.model.info.name,
-            weights=self.model.info.version,
+            weights=self.weights,
             prompt=prompt.text,
             negative=self.negative,
             seed=result.seeds[item],
@@ -375,7 +376,7 @@ class Maker:
             status="failed",
             chain=label,
             model=self.model.info.name,
-            weights=self.model.info.version,
+            weights=self.weights,
             prompt=prompt.text,
             negative=self.negative,
             seed=seed_of(prompt.text, draw),

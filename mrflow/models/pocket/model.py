@@ -396,5 +396,5 @@ def load_pocket(
         version=version + lora.mark_of(loras),
         device=device or torch.device("cpu"),
         dtype=dtype,
-        info=facts(header),
+        info=replace(facts(header), files=() if path.parent == Path(__file__).parent else (str(path),)),
     )
