@@ -20,6 +20,7 @@ import mrflow as mf
 from mrflow.bridge.facts import shift_of as bridged_shift
 from mrflow.cost import memory
 from mrflow.errors import PlanError, ResourceError, WeightsError
+from mrflow.models.checkpoint import mapped, open_checkpoint
 from mrflow.models.describe import describe
 from mrflow.models.flux_backbone import Flux1
 from mrflow.models.scheduler import shift_of
@@ -632,3 +633,28 @@ def test_facts_of_a_folder_without_its_weights(tmp_path: Path, guidance: bool, n
     (tmp_path / "empty").mkdir()
     with pytest.raises(mf.WeightsError):
         info(str(tmp_path / "empty"))
+
+
+def test_a_file_that_is_cut_in_use_is_an_error_and_no_crash(repo: Path, tmp_path: Path) -> None:
+    shutil.copytree(repo, tmp_path / "r")
+    model = loaded(tmp_path / "r")
+    file = tmp_path / "r" / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    with file.open("r+b") as f:
+        f.truncate(4096)
+    with pytest.raises(WeightsError, match=rf"was cut while it was in use: it had {len(whole)} bytes .* has 4096 now"):
+        draw(model)
+    file.write_bytes(whole)
+    want = draw(model).pixels
+    file.unlink()  # what is mapped stays
+    assert torch.equal(draw(model).pixels, want)
+
+
+def test_a_file_that_is_cut_after_its_header_was_read_is_refused(repo: Path, tmp_path: Path) -> None:
+    file = shutil.copy(repo / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path)
+    header = open_checkpoint(file)
+    with Path(file).open("r+b") as f:
+        f.truncate(Path(file).stat().st_size - 8)
+    with pytest.raises(WeightsError, match="was cut after its header was read"):
+        for entry in header.tensors.values():
+            mapped(entry, {})

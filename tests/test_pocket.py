@@ -185,7 +185,7 @@ def test_guidance_that_the_model_cannot_take(model: mf.Backbone) -> None:
         mf.run(mf.Sample(64, 64, guidance=mf.Distilled(3.5)), model, "a")
 
 
-def test_broken_weights(tmp_path: Path) -> None:
+def test_broken_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(WEIGHTS.read_bytes()[:100_000])
     with pytest.raises(WeightsError, match=r"cut\.safetensors.*cut off"):
@@ -195,6 +195,21 @@ def test_broken_weights(tmp_path: Path) -> None:
     tensors = load_file(WEIGHTS)
     save_file({**tensors, "flow.img_in.bias": torch.zeros(3)}, path)
     with pytest.raises(WeightsError, match=r"cut\.safetensors: flow: .*img_in\.bias"):
+        load_pocket(path)
+
+    def never(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("mrflow.models.pocket.model.load_file", never)
+    for change, words in (
+        ({"flow.img_in.bias": torch.zeros(3)}, r"flow: img_in.bias has shape \(3,\), expected"),
+        ({"flow.img_in.surprise": torch.zeros(3)}, "flow: img_in.surprise is not expected"),
+    ):
+        save_file({**tensors, **change}, path)
+        with pytest.raises(WeightsError, match=words):
+            load_pocket(path)
+    save_file({k: v for k, v in tensors.items() if k != "flow.img_in.bias"}, path)
+    with pytest.raises(WeightsError, match="1 tensors are missing: flow.img_in.bias"):
         load_pocket(path)
     save_file({**tensors, "other.bias": torch.zeros(3)}, path)
     with pytest.raises(WeightsError, match="belongs to no part of pocket"):

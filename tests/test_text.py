@@ -350,3 +350,51 @@ def test_the_command_line_draws_from_a_repository(repo: Path, tmp_path: Path, mo
     assert bool((mf.read_image(again.strip()) == mf.read_image("x.png")).all())
     code, _, err = call("generate", "a cat", *words[:-2], "--device", "cpu", "--out", "y.png")
     assert code == 2 and "--sr" in err
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "words"),
+    [
+        ("text_encoder", {"num_hidden_layers": 10_000_000}, r"num_hidden_layers 10000000 \(weights: 2\)"),
+        ("text_encoder", {"vocab_size": 1 << 40}, "vocab_size 1099511627776"),
+        ("text_encoder", {"hidden_act": "os.system"}, "config.json (makes no network|cannot be used)"),
+        ("text_encoder", {"num_attention_heads": 0}, "config.json (makes no network|cannot be used)"),
+        ("text_encoder_2", {"num_layers": 10_000_000}, r"num_layers 10000000 \(weights: 3\)"),
+        ("text_encoder_2", {"d_ff": 1 << 40}, "d_ff 1099511627776"),
+        ("text_encoder_2", {"num_layers": "3"}, r"num_layers 3 \(weights: 3\)"),
+    ],
+)
+def test_a_configuration_makes_no_network_larger_than_its_file(
+    part: str, settings: dict[str, Any], words: str, repo: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(repo, tmp_path / "r")
+    config = tmp_path / "r" / part / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    with pytest.raises(WeightsError, match=words):
+        prepare_text(find_text(tmp_path / "r"))
+
+
+def test_whole_models_give_the_same_states(repo: Path, tmp_path: Path) -> None:
+    clip, t5 = (load_file(repo / part / "model.safetensors") for part in ("text_encoder", "text_encoder_2"))
+    clip = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in clip.items()}
+    clip |= {
+        "vision_model.embeddings.position_ids": torch.arange(5)[None],
+        "vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.randn(8, 8),
+        "visual_projection.weight": torch.randn(8, 8),
+        "text_projection.weight": torch.randn(8, 8),
+        "logit_scale": torch.tensor(4.6),
+        "text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
+    t5 |= {
+        "decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(4, 4),
+        "lm_head.weight": torch.ones(4, 4),
+        "spiece_model": torch.zeros(64, dtype=torch.uint8),
+    }
+    shutil.copytree(repo, tmp_path / "r")
+    for part, state in (("text_encoder", clip), ("text_encoder_2", t5)):
+        save_file({k: v.clone() for k, v in state.items()}, tmp_path / "r" / part / "model.safetensors")
+    config = tmp_path / "r" / "text_encoder" / "config.json"
+    whole = {"model_type": "clip", "text_config": json.loads(config.read_text()), "vision_config": {}}
+    config.write_text(json.dumps(whole))
+    got, want = (prepare_text(find_text(place))()(["a fox"], length=8) for place in (tmp_path / "r", repo))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

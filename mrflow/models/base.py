@@ -18,7 +18,7 @@ from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.models.blocks import Transformer
-from mrflow.models.checkpoint import Header, compute_dtype
+from mrflow.models.checkpoint import Header, compute_dtype, mapped_files
 from mrflow.models.graphs import Graphed
 from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
 from mrflow.models.pieces import NetPieces
@@ -85,7 +85,11 @@ class LatentModel(TransformerModel):
         for p in vae.parameters():
             if p.ndim == 4 and p.shape[-1] > 1:
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
-        self._residency = Residency(self._phases(flow, vae), moving=ways.offload != "none")
+        self._residency = Residency(
+            self._phases(flow, vae),
+            moving=ways.offload != "none",
+            files=mapped_files((flow, vae, *(text.modules() if isinstance(text, TextEncoder) else ()))),
+        )
         self._compile()
         self._graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
         self._whole, self._adapted = step, dict[object, LatentModel]()

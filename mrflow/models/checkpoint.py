@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -335,6 +335,34 @@ def fill(
         tensor = assembled(header, layout[name], files, dtype=dtype, device=device).reshape(target.shape)
         old = getattr(parent, leaf)
         setattr(parent, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
+    starts = {storage.data_ptr(): path for path, storage in files.items()}
+    kept = {starts.get(t.untyped_storage().data_ptr()) for t in module.state_dict().values()}
+    module.__dict__["_mapped"] = {path: files[path].nbytes() for path in kept if path is not None}
+
+
+def mapped_files(modules: Iterable[nn.Module]) -> dict[Path, int]:
+    """The files that networks' weights are still read from, with their sizes when they were opened."""
+    return {path: size for module in modules for path, size in module.__dict__.get("_mapped", {}).items()}
+
+
+def check_whole(files: Mapping[Path, int]) -> None:
+    """Refuse to read from a mapped file that was cut: reading beyond its end would end the process (SIGBUS).
+
+    A file that was replaced or removed is another one: what is mapped stays readable.
+
+    Raises:
+        WeightsError: it is shorter than when it was opened.
+    """
+    for path, size in files.items():
+        try:
+            now = path.stat().st_size
+        except OSError:
+            continue
+        if now < size:
+            raise WeightsError(
+                f"{path} was cut while it was in use: it had {size} bytes when it was opened and has {now} now. "
+                "Restore it and load the model again"
+            )
 
 
 def assembled(
@@ -376,7 +404,12 @@ def mapped(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> Tensor:
         size = entry.file.stat().st_size
         from_file = cast("Callable[..., torch.UntypedStorage]", torch.UntypedStorage.from_file)  # pyright: ignore
         files[entry.file] = from_file(str(entry.file), shared=False, nbytes=size)
+    check_whole({entry.file: files[entry.file].nbytes()})
     nbytes = math.prod(entry.shape) * entry.dtype.itemsize
+    if entry.start + nbytes > files[entry.file].nbytes():
+        raise WeightsError(
+            f"{entry.file} was cut after its header was read: {files[entry.file].nbytes()} bytes are left"
+        )
     raw = torch.empty(0, dtype=torch.uint8).set_(files[entry.file], entry.start, (nbytes,), (1,))
     # A tensor must begin at a multiple of its item size; a header of odd length shifts all of them.
     return (raw.clone() if entry.start % entry.dtype.itemsize else raw).view(entry.dtype).view(entry.shape)

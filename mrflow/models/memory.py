@@ -5,10 +5,11 @@ are one (a CPU) nothing moves, but the ledger counts as if it did, so that predi
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from mrflow._checks import is_whole, require
 from mrflow.errors import PlanError
+from mrflow.models.checkpoint import check_whole
 
 Offload = Literal["none", "phase", "block"]
 OFFLOADS: tuple[Offload, ...] = ("none", "phase", "block")
@@ -161,8 +163,8 @@ class Phase:
 class Residency:
     """Which phase is on the device. One thread at a time uses what moves; what never moves needs no waiting."""
 
-    def __init__(self, phases: dict[str, Phase], *, moving: bool) -> None:
-        self.phases, self.moving = phases, moving
+    def __init__(self, phases: dict[str, Phase], *, moving: bool, files: Mapping[Path, int] | None = None) -> None:
+        self.phases, self.moving, self.files = phases, moving, files or {}
         self.lock = threading.RLock()
         if not moving:
             for phase in phases.values():
@@ -170,7 +172,12 @@ class Residency:
 
     @contextmanager
     def using(self, name: str) -> Generator[None]:
-        """Inside, the phase is on the device, and no other."""
+        """Inside, the phase is on the device, and no other; files that weights are read from are whole.
+
+        Raises:
+            WeightsError: one was cut since it was opened.
+        """
+        check_whole(self.files)
         if not self.moving:
             yield
             return

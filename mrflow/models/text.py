@@ -28,7 +28,7 @@ from mrflow.models.checkpoint import (
     readable,
 )
 from mrflow.models.fp8 import described
-from mrflow.models.weights import looks_like, part
+from mrflow.models.weights import agree, looks_like, part
 from mrflow.notes import note
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
@@ -125,10 +125,9 @@ def prepare_text(
     """Check names and shapes of both encoders; what is given back then reads them. `dtype=None` is the files' own."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    clip_config = CLIPTextConfig.from_dict(dict(files.clip_config) or clip_sizes(files.clip))
-    t5_config = T5Config.from_dict(dict(files.t5_config) or t5_sizes(files.t5))
-    with torch.device("meta"):
-        clip, t5 = cast("nn.Module", CLIPTextModel(clip_config)), cast("nn.Module", T5EncoderModel(t5_config))
+    clip_config = configured(CLIPTextConfig, files.clip, files.clip_config, clip_sizes(files.clip))
+    t5_config = configured(T5Config, files.t5, files.t5_config, t5_sizes(files.t5))
+    clip, t5 = built(CLIPTextModel, clip_config, files.clip), built(T5EncoderModel, t5_config, files.t5)
     layouts = (clip_layout(clip, files.clip), t5_layout(t5, files.t5))
     kinds = [dtype or compute_dtype(header) for header in (files.clip, files.t5)]
     for module, header, layout, kind in zip((clip, t5), (files.clip, files.t5), layouts, kinds, strict=True):
@@ -151,6 +150,40 @@ def prepare_text(
         return ClipT5(clip, t5, *words)
 
     return read
+
+
+FREE = ("num_attention_heads", "tie_word_embeddings")  # of the sizes, what shapes do not tell
+
+
+def configured(kind: Any, header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """A configuration of transformers: the one given, which must agree with the header's sizes, or else the sizes.
+
+    Nothing is built from a configuration before, so that none makes a network larger than its file.
+
+    Raises:
+        WeightsError: they do not agree, or it cannot be read.
+    """
+    told = {k: v for k, v in sizes.items() if k not in (*FREE, *CLIP_CONFIG, *T5_CONFIG)}
+    agree(header, config, told)
+    try:
+        return kind.from_dict(dict(config) or dict(sizes))
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise WeightsError(f"{header.path}: its config.json cannot be used: {why}") from None
+
+
+def built(kind: Any, config: Any, header: Header) -> nn.Module:  # noqa: ANN401
+    """A network of transformers on the meta device.
+
+    Raises:
+        WeightsError: its configuration makes none.
+    """
+    try:
+        with torch.device("meta"):
+            return cast("nn.Module", kind(config))
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise WeightsError(f"{header.path}: its config.json makes no network: {why}") from None
 
 
 def tokenizer_of(kind: str, folder: Path) -> Tokenizer:

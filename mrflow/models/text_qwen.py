@@ -7,7 +7,7 @@ the template's first 34 tokens dropped. The vision tower and the language-model 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,18 @@ from mrflow.models.checkpoint import (
     read_json,
 )
 from mrflow.models.fp8 import described
-from mrflow.models.text import Tokenizer, check_prompt, needed, shortened, tokenizer_of
-from mrflow.models.weights import part
+from mrflow.models.text import (
+    Tokenizer,
+    built,
+    check_prompt,
+    configured,
+    layers_of,
+    needed,
+    shape_of,
+    shortened,
+    tokenizer_of,
+)
+from mrflow.models.weights import agree, part
 from mrflow.notes import note
 
 ENCODER = "a Qwen2.5-VL text encoder"
@@ -76,9 +86,10 @@ def prepare_text_qwen(
     from transformers import Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
 
-    config: Any = Qwen2_5_VLConfig.from_dict(dict(files.config)).get_text_config()
-    with torch.device("meta"):
-        model = cast("nn.Module", Qwen2_5_VLTextModel(config))
+    whole = configured(Qwen2_5_VLConfig, files.encoder, files.config, {})
+    config: Any = whole.get_text_config()
+    agree(files.encoder, config.to_dict(), language_sizes(files.encoder))
+    model = built(Qwen2_5_VLTextModel, config, files.encoder)
     layout = text_layout(model, files.encoder)
     kind = dtype or compute_dtype(files.encoder)
     check_layout(model, files.encoder, layout, dtype=kind)
@@ -90,6 +101,15 @@ def prepare_text_qwen(
         return QwenText(model, tokenizer_of("Qwen2Tokenizer", files.tokenizer))
 
     return read
+
+
+def language_sizes(header: Header) -> dict[str, int]:
+    """Sizes of the language model that its shapes tell, by transformers' names."""
+    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in header.tensors), PREFIXES[0])
+    vocabulary, width = shape_of(header, f"{prefix}embed_tokens.weight")
+    inner, _ = shape_of(header, f"{prefix}layers.0.mlp.gate_proj.weight")
+    layers = layers_of(header, prefix + "layers.{}.mlp.gate_proj.weight")
+    return {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
 
 
 def text_layout(model: nn.Module, header: Header) -> Layout:

@@ -6,7 +6,7 @@ transformer, autoencoder and x2 super-resolution net. The model card is beside i
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -351,6 +351,26 @@ def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
             log.warning("%s was taught by %s, and this is %s: %s", header.path.name, teacher, version, advice)
 
 
+def check_parts(header: Header, modules: Mapping[str, nn.Module]) -> None:
+    """Hold names and shapes of pocket's one file against its networks, before weights are read.
+
+    Raises:
+        WeightsError: a tensor is missing, left over, or of another shape.
+    """
+    named = [(f"{part}.{name}", t) for part, module in modules.items() for name, t in module.state_dict().items()]
+    want = {name: tuple(t.shape) for name, t in named}
+    for name, entry in header.tensors.items():
+        part, _, rest = name.partition(".")
+        if part not in modules:
+            raise WeightsError(f"{header.path.name}: {name!r} belongs to no part of pocket ({', '.join(modules)})")
+        if name not in want:
+            raise WeightsError(f"{header.path.name}: {part}: {rest} is not expected")
+        if entry.shape != want[name]:
+            raise WeightsError(f"{header.path.name}: {part}: {rest} has shape {entry.shape}, expected {want[name]}")
+    if missing := [name for name in want if name not in header.tensors]:
+        raise WeightsError(f"{header.path.name}: {len(missing)} tensors are missing: {', '.join(missing[:4])}")
+
+
 def load_pocket(
     path: Path = WEIGHTS,
     *,
@@ -366,11 +386,6 @@ def load_pocket(
     header = read_header(path)
     params, (words, length) = params_of(header), text_sizes(header)
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("text", "flow", "autoencoder", "sr")}
-    for name, tensor in load_file(path).items():
-        part, _, rest = name.partition(".")
-        if part not in parts:
-            raise WeightsError(f"{path.name}: {name!r} belongs to no part of pocket ({', '.join(parts)})")
-        parts[part][rest] = tensor.float()
     with torch.device("meta"):
         text, flow, autoencoder, sr = (
             text_encoder(params.hidden, words=words, length=length),
@@ -378,11 +393,13 @@ def load_pocket(
             Autoencoder(),
             CompactSR(),
         )
-    for part, module in zip(parts, (text, flow, autoencoder, sr), strict=True):
-        try:
-            module.load_state_dict(parts[part], strict=True, assign=True)
-        except RuntimeError as error:
-            raise WeightsError(f"{path.name}: {part}: {str(error).splitlines()[-1].strip()}") from None
+    modules = dict(zip(parts, (text, flow, autoencoder, sr), strict=True))
+    check_parts(header, modules)
+    for name, tensor in load_file(path).items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor.float()
+    for part, module in modules.items():
+        module.load_state_dict(parts[part], strict=True, assign=True)
     from mrflow.models import lora
 
     version = header.metadata.get("version", "")
