@@ -29,9 +29,11 @@ class Plain(Console):
             super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **how)  # type: ignore[arg-type]
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError, ValueError):
+            if sys.stderr is not None:
+                sys.stderr.write(f"{printable(self.format(record))}\n")
 
 
 @contextmanager
@@ -41,9 +43,7 @@ def console() -> Generator[Console]:
     Those of mrflow with their own code; whatever else is raised with `CRASHED`, and its traceback in a file.
     """
     err = Plain(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Handler()])
 
     def ended(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -67,6 +67,9 @@ def console() -> Generator[Console]:
         if error.errno in OUTPUT and error.filename is None:
             _silence()
             err.print(f"error: standard output takes nothing ({error.strerror})")
+            raise SystemExit(5) from None
+        if error.filename is not None:  # a name that is too long, a folder that may not be looked into
+            err.print(f"error: {str(error.filename)[:200]}: {error.strerror}")
             raise SystemExit(5) from None
         raise SystemExit(_crash(err, error)) from None
     except Exception as error:
