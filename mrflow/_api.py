@@ -44,6 +44,9 @@ from mrflow.noise import PerItem as PerItem
 from mrflow.noise import Stream as Stream
 from mrflow.parts import Level as Level
 from mrflow.parts import Part as Part
+from mrflow.rivals import Grow as Grow
+from mrflow.rivals import SampleRegions as SampleRegions
+from mrflow.rivals import SelfLift as SelfLift
 from mrflow.runner import Context as Context
 from mrflow.runner import Event as Event
 from mrflow.runner import Noted as Noted
@@ -96,14 +99,11 @@ from mrflow.stage import plan as plan
 from mrflow.stages import Crop as Crop
 from mrflow.stages import Decode as Decode
 from mrflow.stages import Encode as Encode
-from mrflow.stages import Grow as Grow
 from mrflow.stages import Lift as Lift
 from mrflow.stages import Quantise as Quantise
 from mrflow.stages import Refine as Refine
 from mrflow.stages import Reinject as Reinject
 from mrflow.stages import Sample as Sample
-from mrflow.stages import SampleRegions as SampleRegions
-from mrflow.stages import SelfLift as SelfLift
 from mrflow.stages import Truth as Truth
 from mrflow.stages import Upscale as Upscale
 from mrflow.students import Student as Student

@@ -57,7 +57,7 @@ class Condition:
         Raises:
             ResourceError: the file cannot be written.
         """
-        from mrflow.models.checkpoint import save_file
+        from mrflow.checkpoints.safetensors import save_file
 
         save_file(self.tensors, Path(path), metadata={"mrflow": "condition"})
 
@@ -68,7 +68,7 @@ class Condition:
         Raises:
             WeightsError: the file is missing, broken, or holds something else.
         """
-        from mrflow.models.checkpoint import mapped, read_header
+        from mrflow.checkpoints.safetensors import mapped, read_header
 
         header = read_header(Path(path))
         if header.metadata.get("mrflow") != "condition":

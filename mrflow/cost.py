@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mrflow.adapters import Lora
     from mrflow.guidance import Guidance
-    from mrflow.models.memory import Offload
+    from mrflow.models.offload import Offload
     from mrflow.schedules import Sigmas
     from mrflow.solvers import Solver
 

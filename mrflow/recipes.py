@@ -12,25 +12,14 @@ from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, Stream
 from mrflow.parts import Level, Part
+from mrflow.rivals import Grow, SampleRegions, SelfLift
+from mrflow.rivals.growth import Spectrum
+from mrflow.rivals.ralu import RALU_4X, RALU_7X, fitted
 from mrflow.schedules import DirectSigma, FlowMap, Schedule, Shifted
 from mrflow.solvers import Euler, Solver
 from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import Chain
-from mrflow.stages import (
-    Decode,
-    Encode,
-    Grow,
-    Lift,
-    Quantise,
-    Refine,
-    Reinject,
-    Sample,
-    SampleRegions,
-    SelfLift,
-    Upscale,
-)
-from mrflow.stages.grow import Spectrum
-from mrflow.stages.regions import RALU_4X, RALU_7X, fitted
+from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Sample, Upscale
 from mrflow.students import Student
 from mrflow.upscaler import Upscaler
 from mrflow.upscalers.interpolate import Filter
@@ -405,7 +394,7 @@ def ralu(
     """RALU (arXiv 2507.08422): coarse, then finer where edges are, then fine.
 
     With `steps` None a published `preset`; else shifts and z are fitted to these steps, `ends` and the model's own
-    static `shift` (`mrflow.stages.regions.fitted`).
+    static `shift` (`mrflow.rivals.ralu.fitted`).
     """
     if steps is None:
         if preset not in ("4x", "7x"):

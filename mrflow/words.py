@@ -42,7 +42,7 @@ def load_model(
     import torch
 
     from mrflow.models import load
-    from mrflow.models.memory import check_offload
+    from mrflow.models.offload import check_offload
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in dtypes:

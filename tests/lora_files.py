@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mrflow.models.flux import FluxParams
+from mrflow.models.flux.transformer import FluxParams
 
 Low = tuple[Tensor, Tensor]  # down (rank, in), up (out, rank)
 

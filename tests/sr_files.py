@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mrflow.models.sr import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
+from mrflow.upscalers.nets import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 
 State = dict[str, Tensor]
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import mrflow as mf
-from mrflow.models.sr import RRDBParams
 from mrflow.upscalers import basicsr_package
+from mrflow.upscalers.nets import RRDBParams
 from mrflow.upscalers.torchvision_shim import LOST, shimmed
 from tests.sr_files import rrdb
 

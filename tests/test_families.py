@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 import mrflow as mf
+from mrflow.checkpoints.safetensors import save_file
 from mrflow.cli import app
 from mrflow.models import family, info
-from mrflow.models.checkpoint import save_file
 from mrflow.models.describe import describe
 from tests.tiny import write_flux_repo, write_qwen_repo
 from tests.toy_family import ToyFamily, write_repository

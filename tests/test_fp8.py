@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mrflow.checkpoints.safetensors import open_checkpoint
 from mrflow.errors import WeightsError
-from mrflow.models.checkpoint import open_checkpoint
-from mrflow.models.flux import Flux, FluxParams
+from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.flux.weights import flux_diffusers, flux_layout, load_flux, whole_state
 from mrflow.models.fp8 import FP8_MAX, Fp8Linear, described
-from mrflow.models.weights import flux_diffusers, flux_layout, load_flux, whole_state
 from tests.parity.test_flux import SMALL, call, inputs, relative, scatter
 
 PARAMS = FluxParams(16, 16, 24, 12, 128, 1, (16, 56, 56), 4.0, 1, 1, guidance=True)
@@ -109,7 +109,7 @@ def test_storage_halves_the_blocks_and_stays_close(tmp_path: Path) -> None:
 def test_storage_joins_what_a_file_keeps_apart(tmp_path: Path) -> None:
     net = Flux(SMALL)
     scatter(net, 2)
-    from mrflow.models.checkpoint import exported
+    from mrflow.checkpoints.safetensors import exported
 
     config = {"_class_name": "FluxTransformer2DModel", "axes_dims_rope": SMALL.axes}
     meta = {"config": json.dumps(config)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mrflow as mf
-from mrflow.models.graphs import Graphed
+from mrflow.models.cuda_graphs import Graphed
 from tests.tiny import write_flux_repo, write_qwen_repo
 
 pytestmark = pytest.mark.gpu

@@ -116,7 +116,11 @@ def test_every_type_a_chain_may_hold_has_a_public_name() -> None:
 
 
 def test_noise_does_not_hang_on_the_name_of_a_class() -> None:
-    own = {c for c in mf.Stage.__subclasses__() + Integrating.__subclasses__() if c.__module__.startswith("mrflow.st")}
+    own = {
+        c
+        for c in mf.Stage.__subclasses__() + Integrating.__subclasses__()
+        if c.__module__.startswith(("mrflow.st", "mrflow.ri"))
+    }
     own.remove(Integrating)
     assert sorted(c.scope for c in own) == [
         *("Crop", "Decode", "Encode", "Grow", "Lift", "Quantise", "Refine", "Reinject"),

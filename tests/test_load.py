@@ -18,13 +18,13 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.bridge.facts import shift_of as bridged_shift
+from mrflow.checkpoints.safetensors import mapped, open_checkpoint
 from mrflow.cost import memory
 from mrflow.errors import PlanError, ResourceError, WeightsError
-from mrflow.models.checkpoint import mapped, open_checkpoint
 from mrflow.models.describe import describe
-from mrflow.models.flux_backbone import Flux1
+from mrflow.models.flux.backbone import Flux1
+from mrflow.models.flux.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
 from mrflow.models.scheduler import shift_of
-from mrflow.models.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
 from mrflow.notes import collected
 from tests.live import LiveBytes
 from tests.parity.test_flux import relative
@@ -357,7 +357,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(
 
     monkeypatch.setattr("mrflow.models.sources.fingerprint", lambda *_: "")
     if what != "an extra key":  # names are compared per network: the autoencoder's come first
-        monkeypatch.setattr("mrflow.models.checkpoint.mapped", never)
+        monkeypatch.setattr("mrflow.checkpoints.safetensors.mapped", never)
     with pytest.raises(WeightsError, match=said):
         loaded(folder)
 
@@ -526,7 +526,7 @@ def test_the_autoencoder_goes_on_in_tiles(
     repo: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], tmp_path: Path
 ) -> None:
     model = loaded(repo)
-    monkeypatch.setattr("mrflow.models.base.TILE", 16)
+    monkeypatch.setattr("mrflow.models.latent_model.TILE", 16)
     chain = mf.recipes.native(size=(160, 160), steps=1)
     whole = draw(model, chain=chain).pixels
     shrink(model, 16, monkeypatch, error)
@@ -588,7 +588,7 @@ LOADING = """
 import sys, threading, time
 import torch, mrflow as mf
 from mrflow.models.scheduler import shift_of
-from mrflow.models.weights import load_flux
+from mrflow.models.flux.weights import load_flux
 def anonymous():
     for line in open("/proc/self/status"):
         if line.startswith("RssAnon"):

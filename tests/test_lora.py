@@ -15,11 +15,11 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.flux import Flux, FluxParams
+from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.flux.weights import whole_state
 from mrflow.models.layers import SplitLinear
 from mrflow.models.lora import changes, key_of, merge, targets
-from mrflow.models.qwen_image import QwenImage, QwenParams
-from mrflow.models.weights import whole_state
+from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from tests.lora_files import LAYOUTS, flux_linears, low_rank, write_lora
 from tests.parity.test_flux import SMALL, relative
 from tests.parity.test_official import words

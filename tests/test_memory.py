@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.graphs import Graphed
-from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, check_offload
+from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.offload import Conveyor, Ledger, Part, Phase, Residency, Ways, check_offload
 from mrflow.notes import collected
 from mrflow.tiling import ramp, starts, tiled
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 import mrflow as mf
+from mrflow.checkpoints.names import bare, before, plain, shared
+from mrflow.checkpoints.safetensors import mapped, open_checkpoint
 from mrflow.errors import WeightsError
-from mrflow.models.checkpoint import mapped, open_checkpoint
+from mrflow.models.flux.text import find_text
+from mrflow.models.flux.weights import kind, load_flux, load_vae_flux, save_flux, save_vae_flux
 from mrflow.models.lora import changes
-from mrflow.models.names import bare, before, plain, shared
-from mrflow.models.text import find_text
-from mrflow.models.text_qwen import find_text_qwen
-from mrflow.models.weights import kind, load_flux, load_vae_flux, save_flux, save_vae_flux
-from mrflow.models.weights_qwen import prepare_qwen, prepare_vae_qwen, wan
-from mrflow.models.weights_sr import read_state, renamed
+from mrflow.models.qwen.text import find_text_qwen
+from mrflow.models.qwen.weights import prepare_qwen, prepare_vae_qwen, wan
 from mrflow.upscalers import load_upscaler
+from mrflow.upscalers.weights import read_state, renamed
 from tests.sr_files import as_first_generation, as_trunk, compact, rrdb
 from tests.test_lora import TINY, Flux, lora
 from tests.test_qwen import repo as qwen_repo  # noqa: F401
@@ -158,7 +158,7 @@ def test_every_wrapper_of_every_upscaler(network: str, tmp_path: Path) -> None:
 
 
 def test_torchs_own_wrappers(tmp_path: Path) -> None:
-    from mrflow.models.sr import RRDBNet, RRDBParams
+    from mrflow.upscalers.nets import RRDBNet, RRDBParams
 
     net = RRDBNet(RRDBParams(8, 2, 4))
     compiled = torch.compile(net, backend="eager")

@@ -11,8 +11,8 @@ from torch import Tensor
 import mrflow
 from mrflow.errors import WeightsError
 from mrflow.files import digest
-from mrflow.models.sr import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 from mrflow.upscalers import load_upscaler
+from mrflow.upscalers.nets import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 
 Net = RRDBNet | SRVGGNetCompact
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from mrflow.checkpoints.pickles import check_pickles
 from mrflow.errors import WeightsError
-from mrflow.models.pickles import check_pickles
-from mrflow.models.sr import RRDBParams
-from mrflow.models.weights_sr import read_state
 from mrflow.upscalers import load_upscaler
+from mrflow.upscalers.nets import RRDBParams
 from mrflow.upscalers.spandrel import spandrel
+from mrflow.upscalers.weights import read_state
 from tests.sr_files import as_first_generation, compact, rrdb
 from tests.test_cli import call
 
@@ -147,7 +147,7 @@ def test_what_training_programs_write_is_read(tmp_path: Path) -> None:
 def test_a_hostile_file_takes_no_memory_and_no_time(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(older(BODIES["20 GB of bytes"][0]))
     code = (
-        "import resource, sys; from mrflow.models.weights_sr import read_state; from pathlib import Path\n"
+        "import resource, sys; from mrflow.upscalers.weights import read_state; from pathlib import Path\n"
         "try: read_state(Path(sys.argv[1]))\n"
         "except Exception as error: print(type(error).__name__)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"

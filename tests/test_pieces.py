@@ -10,11 +10,11 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.caches import Cache, DBCache, TaylorSeer
-from mrflow.models.flux import Flux
-from mrflow.models.graphs import Graphed
+from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.flux.transformer import Flux
 from mrflow.models.layers import Rope
 from mrflow.models.pieces import NetPieces
-from mrflow.models.qwen_image import QwenImage
+from mrflow.models.qwen.transformer import QwenImage
 from tests.tiny import write_flux_repo, write_qwen_repo
 
 WRITE = {"flux": write_flux_repo, "qwen": write_qwen_repo}

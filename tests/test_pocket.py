@@ -104,7 +104,7 @@ def test_the_facts_for_planning_are_the_real_ones(model: mf.Backbone) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_facts_of_each_version_are_its_networks_own(name: str) -> None:
     """Parameters, and bytes of each part in float32."""
-    from mrflow.models.base import bytes_of, footprint
+    from mrflow.models.latent_model import bytes_of, footprint
     from mrflow.models.pocket.model import Pocket
 
     old = mf.load(name, device="cpu")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from mrflow.models.base import footprint
-from mrflow.models.checkpoint import DTYPES, Entry, Header, Layout, Source
-from mrflow.models.flux import Flux
-from mrflow.models.qwen_image import QwenImage
-from mrflow.models.text_qwen import UNUSED, text_layout
-from mrflow.models.vae_flux import VaeFlux
-from mrflow.models.vae_qwen import VaeQwen
-from mrflow.models.weights import flux_layout, flux_names, flux_params, vae_layout, vae_names, vae_params
-from mrflow.models.weights_qwen import (
+from mrflow.checkpoints.safetensors import DTYPES, Entry, Header, Layout, Source
+from mrflow.models.flux.transformer import Flux
+from mrflow.models.flux.vae import VaeFlux
+from mrflow.models.flux.weights import flux_layout, flux_names, flux_params, vae_layout, vae_names, vae_params
+from mrflow.models.latent_model import footprint
+from mrflow.models.qwen.text import UNUSED, text_layout
+from mrflow.models.qwen.transformer import QwenImage
+from mrflow.models.qwen.vae import VaeQwen
+from mrflow.models.qwen.weights import (
     qwen_layout,
     qwen_names,
     qwen_params,

@@ -20,9 +20,9 @@ from mrflow.cost import levels, memory
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.describe import describe
 from mrflow.models.layers import attention
-from mrflow.models.qwen_backbone import Qwen
-from mrflow.models.qwen_image import packed_attention, positions
-from mrflow.models.weights_qwen import prepare_vae_qwen, wan
+from mrflow.models.qwen.backbone import Qwen
+from mrflow.models.qwen.transformer import packed_attention, positions
+from mrflow.models.qwen.weights import prepare_vae_qwen, wan
 from mrflow.notes import collected
 from tests.parity.test_flux import relative
 from tests.tiny import write_qwen_repo
@@ -151,7 +151,7 @@ def test_a_chain_folds_the_modulations_away(repo: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("MRFLOW_CACHE", str(tmp_path / "cache"))
     want = draw(loaded(repo), batch=2).pixels
     read: list[str] = []
-    from mrflow.models import checkpoint
+    from mrflow.checkpoints import safetensors as checkpoint
 
     mapped = checkpoint.mapped
     monkeypatch.setattr(

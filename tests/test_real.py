@@ -22,10 +22,10 @@ from torch import Tensor, nn
 import mrflow as mf
 from experiments.real.packages import NETWORKS, network, photograph, shipped
 from experiments.real.reader import read_array
-from mrflow.models.text_qwen import CLOSING, DROPPED, TEMPLATE
-from mrflow.models.weights_sr import read_state
+from mrflow.models.qwen.text import CLOSING, DROPPED, TEMPLATE
 from mrflow.sweep.metrics import Lpips, Measured
 from mrflow.upscalers import load_upscaler
+from mrflow.upscalers.weights import read_state
 
 ncnn = pytest.importorskip("ncnn", reason="real networks are not installed here; make test-real has them")
 State = dict[str, Tensor]
@@ -233,7 +233,7 @@ def test_qwens_template_by_its_real_vocabulary() -> None:
 
 def test_clips_vocabulary(tmp_path: Path) -> None:
     """transformers' tokenizer, as mrflow opens it, from the real merges: the tokens of open_clip's own code."""
-    from mrflow.models.text import tokenizer_of
+    from mrflow.models.flux.text import tokenizer_of
 
     packed = shipped("open_clip", "bpe_simple_vocab_16e6.txt.gz")
     merges = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from mrflow.cli import app
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.sr import CompactParams, SRVGGNetCompact
 from mrflow.upscalers import shelf
+from mrflow.upscalers.nets import CompactParams, SRVGGNetCompact
 from mrflow.words import upscaler
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mrflow as mf
-from mrflow.models.sr import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
-from mrflow.models.weights_sr import recognised, renamed
 from mrflow.notes import collected
 from mrflow.upscalers import network as module
+from mrflow.upscalers.nets import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 from mrflow.upscalers.network import Facts, Network, Opened, padded
+from mrflow.upscalers.weights import recognised, renamed
 from tests.live import LiveBytes
 from tests.sr_files import State, as_first_generation, as_trunk, compact, published, rrdb
 

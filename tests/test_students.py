@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import mrflow as mf
 from mrflow.adapters import check_loras
-from mrflow.models.checkpoint import read_header
+from mrflow.checkpoints.safetensors import read_header
 from mrflow.scenes import FULL, held_out_captions, score_many
 from mrflow.students import (
     HYPER_8,

@@ -20,8 +20,8 @@ from experiments.train_pocket import autoencoder, data, flow, short_runs, sr, st
 from experiments.train_pocket.data import grid, pictures
 from experiments.train_pocket.export import digest
 from experiments.train_pocket.loop import Loop, Run, cosine, finished, flat_then_linear, keep_settings
+from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import ResourceError
-from mrflow.models.checkpoint import read_header
 from mrflow.models.pocket.model import SHIPPED, SMALL, load_pocket
 from mrflow.scenes.grammar import FULL, POCKET_1, held_out_captions
 from tests.test_pocket import older

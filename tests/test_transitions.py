@@ -17,9 +17,8 @@ import mrflow as mf
 from mrflow.backbone import Positions
 from mrflow.errors import PlanError
 from mrflow.recipes import speed_steps
-from mrflow.schedules import shift_static
-from mrflow.stages.grow import Spectrum, dct_matrix, grown
-from mrflow.stages.regions import (
+from mrflow.rivals.growth import Spectrum, dct_matrix, grown
+from mrflow.rivals.ralu import (
     RALU_4X,
     RALU_7X,
     bent,
@@ -31,7 +30,8 @@ from mrflow.stages.regions import (
     renewed,
     restart,
 )
-from mrflow.stages.selflift import mixed
+from mrflow.rivals.selflift import mixed
+from mrflow.schedules import shift_static
 from mrflow.tokens import pack, unpack
 from tests.parity.test_flux import relative
 from tests.parity.test_official import pipeline, words

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mrflow.checkpoints.safetensors import Source, exported, load_into, mapped, open_checkpoint, read_header, save_file
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.models.checkpoint import Source, exported, load_into, mapped, open_checkpoint, read_header, save_file
-from mrflow.models.flux import Flux, FluxParams
-from mrflow.models.vae_flux import VaeFlux, VaeParams
-from mrflow.models.weights import (
+from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.flux.vae import VaeFlux, VaeParams
+from mrflow.models.flux.weights import (
     bfl,
     flux_diffusers,
     flux_layout,
@@ -183,7 +183,7 @@ def test_no_weight_is_read_before_all_shapes_fit(tmp_path: Path, monkeypatch: py
         raise AssertionError("a weight was read")
 
     path = flux_file(tmp_path / "x.safetensors", change=lambda t: t.update(extra=torch.zeros(1)))
-    monkeypatch.setattr("mrflow.models.checkpoint.mapped", never)
+    monkeypatch.setattr("mrflow.checkpoints.safetensors.mapped", never)
     with pytest.raises(WeightsError, match="1 problems: extra is not expected"):
         load_flux(path)
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from experiments.bench.protocol import FAST, Clock, Row, paired, publish
 from mrflow.models.fields import step
-from mrflow.models.flux import Flux, image_ids
-from mrflow.models.weights import load_flux
+from mrflow.models.flux.transformer import Flux, image_ids
+from mrflow.models.flux.weights import load_flux
 
 CHANNELS = 64
 WAYS = ("apart", "fused")

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import mrflow as mf
 from mrflow.cost import memory
-from mrflow.models.flux import Flux, FluxParams, image_ids
-from mrflow.models.flux_backbone import Flux1
-from mrflow.models.memory import Ways
-from mrflow.models.vae_flux import VaeFlux, VaeParams
+from mrflow.models.flux.backbone import Flux1
+from mrflow.models.flux.transformer import Flux, FluxParams, image_ids
+from mrflow.models.flux.vae import VaeFlux, VaeParams
+from mrflow.models.offload import Ways
 
 LOW, HIGH, TEXT = (512, 512), (1024, 1024), 512
 CUDA = torch.device("cuda")

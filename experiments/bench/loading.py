@@ -55,7 +55,7 @@ def write_weights(folder: Path, gigabytes: float) -> int:
     import torch
     from diffusers import FluxTransformer2DModel
 
-    from mrflow.models.weights import load_flux, save_flux
+    from mrflow.models.flux.weights import load_flux, save_flux
 
     pairs = max(1, round(gigabytes * 1e9 / (2 * 51 * WIDTH**2)))
     with torch.device("meta"):
@@ -79,7 +79,7 @@ def child(side: str, folder: str, where: str, dtype: str) -> None:
     path, kind = Path(folder) / where, getattr(torch, dtype)
     call: Callable[[], Any]
     if side == "ours":
-        from mrflow.models.weights import load_flux
+        from mrflow.models.flux.weights import load_flux
 
         def call() -> Any:  # noqa: ANN401
             return load_flux(path, dtype=kind, device="cpu")

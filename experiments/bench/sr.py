@@ -20,8 +20,8 @@ from torch import Tensor
 
 import mrflow as mf
 from experiments.bench.protocol import FAST, Row, paired, publish
-from mrflow.models.checkpoint import save_file
-from mrflow.models.sr import RRDBNet, RRDBParams
+from mrflow.checkpoints.safetensors import save_file
+from mrflow.upscalers.nets import RRDBNet, RRDBParams
 from mrflow.upscalers.spandrel import spandrel
 
 PAD, TILE, HALO, BATCH, SCALE = 15, 192, 24, 4, 2

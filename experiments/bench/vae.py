@@ -17,8 +17,8 @@ from torch import Tensor
 
 from experiments.bench.forward import scatter
 from experiments.bench.protocol import FAST, Row, paired, publish
-from mrflow.models.vae_flux import VaeFlux
-from mrflow.models.weights import load_vae_flux
+from mrflow.models.flux.vae import VaeFlux
+from mrflow.models.flux.weights import load_vae_flux
 
 CHANNELS = (128, 256, 512, 512)
 LIMIT = 1e-5

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from experiments.train_pocket.autoencoder import State
 from experiments.train_pocket.loop import log
+from mrflow.checkpoints.safetensors import read_header
 from mrflow.io import write_bytes
-from mrflow.models.checkpoint import read_header
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -26,11 +26,11 @@ from experiments.train_pocket.data import WORLDS, grid, start_log
 from experiments.train_pocket.export import digest, write_once
 from experiments.train_pocket.flow import SHOWN, plain_attention
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, keep_settings, log, save_whole
+from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError
 from mrflow.io import check_writable
 from mrflow.models import choose_device
-from mrflow.models.checkpoint import read_header
-from mrflow.models.flux import Flux, image_ids
+from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, facts, load_pocket
 from mrflow.scenes.grammar import World, held_out, sample_scene

@@ -14,7 +14,7 @@ from mrflow.bridge.blocks import FLUX as FAMILY
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity, finite
-from mrflow.models.flux import image_ids
+from mrflow.models.flux.transformer import image_ids
 from mrflow.pieces import StepFactory
 from mrflow.spec import Architecture, LatentSpace, ModelInfo, flux_facts
 from mrflow.stages.upscale import resize

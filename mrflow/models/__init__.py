@@ -13,7 +13,7 @@ from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.models.family import Loading, families
-from mrflow.models.memory import Offload, Ways, check_offload
+from mrflow.models.offload import Offload, Ways, check_offload
 from mrflow.spec import ModelInfo, Shift
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
@@ -92,7 +92,7 @@ def load(
             f"{where} is a name for planning (mrflow plan --model {where}); to load it, say where its files are: a hub "
             f"id such as {hub}, a folder or a file"
         )
-    from mrflow.models.checkpoint import compute_dtype
+    from mrflow.checkpoints.safetensors import compute_dtype
     from mrflow.models.sources import find, fingerprint
 
     if not path.exists() and ("/" not in str(where) or path.suffix == ".safetensors"):
@@ -124,7 +124,7 @@ def published() -> dict[str, ModelInfo]:
 
 def is_pocket(path: Path) -> bool:
     """Whether a file is an embedded model's; a file that cannot be read is not."""
-    from mrflow.models.checkpoint import read_header
+    from mrflow.checkpoints.safetensors import read_header
 
     try:
         return path.is_file() and any(name.startswith("flow.double_blocks.") for name in read_header(path).tensors)
@@ -139,7 +139,7 @@ def info(name: str) -> ModelInfo:
         PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known, or one that
             `load` would refuse.
     """
-    from mrflow.models.checkpoint import read_header
+    from mrflow.checkpoints.safetensors import read_header
     from mrflow.models.pocket.model import SHIPPED, facts, shipped
 
     path = shipped(name)

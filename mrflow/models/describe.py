@@ -5,14 +5,14 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+from mrflow.checkpoints.safetensors import Header, open_checkpoint
 from mrflow.errors import MrflowError
-from mrflow.models.checkpoint import Header, open_checkpoint
 from mrflow.models.family import families
+from mrflow.models.flux.weights import RELATIVES, kind, part
 from mrflow.models.fp8 import described
-from mrflow.models.weights import RELATIVES, kind, part
-from mrflow.models.weights_sr import read_state
 from mrflow.stage import human
 from mrflow.upscalers import load_upscaler
+from mrflow.upscalers.weights import read_state
 
 # How the names of super-resolution nets begin.
 SR = r"^(module\.|_orig_mod\.|model\.)*(body\.0|conv_first|RRDB_trunk\.0|model\.0|model\.1\.sub)\."

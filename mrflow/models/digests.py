@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError, ResourceError, WeightsError
 from mrflow.files import parse_table, read_regular, write_bytes
-from mrflow.models.checkpoint import read_header
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 BLOCK, MOST = 1 << 22, 1 << 26

@@ -16,10 +16,10 @@ import torch
 
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
+from mrflow.checkpoints.safetensors import Header
 from mrflow.errors import PlanError
 from mrflow.models.blocks import Transformer
-from mrflow.models.checkpoint import Header
-from mrflow.models.memory import Ways
+from mrflow.models.offload import Ways
 from mrflow.spec import ModelInfo, Shift
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
@@ -27,7 +27,7 @@ from mrflow.upscaler import Upscaler
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BUILT_IN = ("mrflow.models.flux_family:FluxFamily", "mrflow.models.qwen_family:QwenFamily")
+BUILT_IN = ("mrflow.models.flux.family:FluxFamily", "mrflow.models.qwen.family:QwenFamily")
 
 
 class Family(ABC):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mrflow.backbone import Positions
 from mrflow.errors import PlanError
-from mrflow.models.flux import Flux, image_ids
+from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.layers import Rope
-from mrflow.models.qwen_image import QwenImage, packed_attention
-from mrflow.models.qwen_image import positions as grid_positions
+from mrflow.models.qwen.transformer import QwenImage, packed_attention
+from mrflow.models.qwen.transformer import positions as grid_positions
 from mrflow.pieces import Step
 from mrflow.tokens import pack, unpack
 

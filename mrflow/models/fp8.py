@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mrflow.checkpoints.names import ends
+from mrflow.checkpoints.safetensors import Entry, Header, mapped, some
 from mrflow.errors import WeightsError
-from mrflow.models.checkpoint import Entry, Header, mapped, some
-from mrflow.models.names import ends
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 SCALES = (".scale_weight", ".weight_scale")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mrflow.models.blocks import Transformer
-from mrflow.models.graphs import Graphed
+from mrflow.models.cuda_graphs import Graphed
 from mrflow.models.layers import Merge, Rope, modulated
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition, FieldOptions
+from mrflow.checkpoints.safetensors import Header, checkpoints_in, mapped, open_checkpoint, read_json, some
 from mrflow.errors import WeightsError
 from mrflow.files import located
 from mrflow.flow import Velocity
 from mrflow.models.blocks import Transformer
-from mrflow.models.checkpoint import Header, checkpoints_in, mapped, open_checkpoint, read_json, some
 from mrflow.models.transformer_model import PolicyModel
 from mrflow.policies import DX, GM, Policy
 

@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mrflow.checkpoints.safetensors import Header, checkpoints_in, open_checkpoint, read_json, readable
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.models.checkpoint import Header, checkpoints_in, open_checkpoint, read_json, readable
 from mrflow.models.family import Family, Files, families
+from mrflow.models.flux.weights import kind, looks_like, part, refuse
 from mrflow.models.scheduler import shift_of
-from mrflow.models.weights import kind, looks_like, part, refuse
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 PATTERNS = [

@@ -294,7 +294,7 @@ class Lpips(Metric):
 
     @cached_property
     def _weights(self) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        from mrflow.models.weights_sr import read_state
+        from mrflow.upscalers.weights import read_state
 
         net, heads = read_state(Path(self.alexnet)), read_state(Path(self.linear))
         try:

@@ -116,8 +116,8 @@ def _pretrained(path: Path) -> str:
 
 @lru_cache(maxsize=16)
 def _opened(options: str, weights: str, options_sha256: str, weights_sha256: str, multiple: int | None) -> Opened:
-    from mrflow.models.checkpoint import some
-    from mrflow.models.weights_sr import read_state
+    from mrflow.checkpoints.safetensors import some
+    from mrflow.upscalers.weights import read_state
 
     table = _read_options(Path(options))
     settings = dict(cast("dict[str, Any]", table["network_g"]))

@@ -47,8 +47,8 @@ class Checkpoint(Network):
 
 @lru_cache(maxsize=16)
 def _own(path: str, sha256: str) -> Opened:
-    from mrflow.models.sr import RRDBParams
-    from mrflow.models.weights_sr import network, read_state
+    from mrflow.upscalers.nets import RRDBParams
+    from mrflow.upscalers.weights import network, read_state
 
     state = read_state(Path(path))
     net = network(state, Path(path))
@@ -78,8 +78,8 @@ def load_upscaler(path: str | Path, *, tile: int | None = None, dtype: Precision
     Raises:
         WeightsError: the file is missing, unsafe or broken, or it holds a network that nothing here knows.
     """
-    from mrflow.models.weights_sr import read_state, recognised, renamed
     from mrflow.upscalers.spandrel import Spandrel
+    from mrflow.upscalers.weights import read_state, recognised, renamed
 
     where, _ = located(str(path), "")
     if recognised(renamed(read_state(where))) is None:

@@ -65,8 +65,8 @@ def add(file: Path, name: str | None = None) -> tuple[str, Path]:
         PlanError: the name is unknown, or taken by another file.
         ResourceError: it cannot be copied.
     """
-    from mrflow.models.ncnn import weights_beside
-    from mrflow.models.weights_sr import network, read_state
+    from mrflow.upscalers.ncnn import weights_beside
+    from mrflow.upscalers.weights import network, read_state
 
     net = network(read_state(file), file)
     word = name or _told(file)

@@ -69,7 +69,7 @@ def spandrel() -> Any:  # noqa: ANN401
 
 @lru_cache(maxsize=16)
 def _opened(path: str, sha256: str) -> Opened:
-    from mrflow.models.weights_sr import read_state
+    from mrflow.upscalers.weights import read_state
 
     state = read_state(Path(path))
     package = spandrel()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.flux import Flux, FluxParams, image_ids
-from mrflow.models.weights import load_flux, save_flux
+from mrflow.models.flux.transformer import Flux, FluxParams, image_ids
+from mrflow.models.flux.weights import load_flux, save_flux
 from mrflow.tokens import pack, unpack
 
 # One row a checkpoint; no two share a size. The last two numbers are the picture's grid of tokens.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrflow.models.weights_qwen import prepare_qwen, prepare_vae_qwen
+from mrflow.models.qwen.weights import prepare_qwen, prepare_vae_qwen
 from tests.parity.test_flux import relative
 from tests.tiny import QWEN_WIDTHS, write_qwen_repo
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import mrflow as mf
-from mrflow.models.sr import CompactParams, RRDBParams
+from mrflow.upscalers.nets import CompactParams, RRDBParams
 from mrflow.upscalers.spandrel import spandrel
 from tests.sr_files import State, as_first_generation, as_trunk, compact, rrdb
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.vae_flux import VaeFlux, VaeParams
-from mrflow.models.weights import load_vae_flux, save_vae_flux
+from mrflow.models.flux.vae import VaeFlux, VaeParams
+from mrflow.models.flux.weights import load_vae_flux, save_vae_flux
 
 # channels, blocks, groups, latent channels, scale, shift, and a picture's sides.
 CASES: dict[str, tuple[tuple[int, ...], int, int, int, float, float, tuple[int, int]]] = {

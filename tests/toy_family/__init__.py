@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import mrflow as mf
 from mrflow.backbone import Backbone
-from mrflow.models.base import LatentModel, count, footprint
+from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, check_layout, compute_dtype, save_file
 from mrflow.models.blocks import Sizes, Transformer
-from mrflow.models.checkpoint import Header, Layout, Prepared, Source, check_layout, compute_dtype, save_file
 from mrflow.models.family import Family, Files, Loading
+from mrflow.models.latent_model import LatentModel, count, footprint
 from mrflow.models.layers import Merge, Rope
 from mrflow.models.lora import changes, merge
 from mrflow.pieces import StepFactory

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from mrflow.adapters import Lora
 from mrflow.backbone import Condition, FieldOptions
+from mrflow.checkpoints.safetensors import Header, read_header
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
-from mrflow.models.checkpoint import Header, read_header
 from mrflow.models.fields import FluxField
 from mrflow.models.fields import step as flux_step
-from mrflow.models.flux import Flux, FluxParams
+from mrflow.models.flux.text import check_prompt
+from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.pieces import NetPieces
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
-from mrflow.models.text import check_prompt
 from mrflow.models.transformer_model import TransformerModel, repeated, side_by_side
 from mrflow.pieces import StepFactory
 from mrflow.scenes import hard

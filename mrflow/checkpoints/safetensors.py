@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file as write_safetensors  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
+from mrflow.checkpoints.names import plain
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.files import temporary_beside
-from mrflow.models.names import plain
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_TENSORS, MAX_AXES, MAX_NUMBER = 100_000, 16, 1 << 62  # far above any published network

@@ -16,8 +16,8 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 from torch import Tensor
 
-from mrflow.errors import PlanError, WeightsError
-from mrflow.models.checkpoint import (
+from mrflow.checkpoints.names import PARTS, before
+from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
     Prepared,
@@ -29,12 +29,12 @@ from mrflow.models.checkpoint import (
     read_json,
     save_file,
 )
+from mrflow.errors import PlanError, WeightsError
 from mrflow.models.family import marks
-from mrflow.models.flux import Flux, FluxParams
+from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.fp8 import described, store_fp8
 from mrflow.models.layers import SplitLinear
-from mrflow.models.names import PARTS, before
-from mrflow.models.vae_flux import VaeFlux, VaeParams
 
 Names = Callable[[str], tuple[str, ...]]
 PART = re.compile(r"\.parts\.(\d+)\.")

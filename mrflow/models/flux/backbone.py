@@ -11,19 +11,19 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.base import DIRECT, LatentModel, TextBytes, count, encoded_once, footprint
 from mrflow.models.fields import FluxField, step
-from mrflow.models.flux import Flux
-from mrflow.models.memory import Ways
+from mrflow.models.flux.transformer import Flux
+from mrflow.models.flux.vae import VaeFlux
+from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, count, encoded_once, footprint
+from mrflow.models.offload import Ways
 from mrflow.models.transformer_model import repeated, side_by_side
-from mrflow.models.vae_flux import VaeFlux
 from mrflow.notes import note
 from mrflow.pieces import StepFactory
 from mrflow.spec import Architecture, LatentSpace, ModelInfo, Shift, flux_facts
 from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
-    from mrflow.models.text import ClipT5
+    from mrflow.models.flux.text import ClipT5
 
 
 class Flux1(LatentModel):
@@ -56,7 +56,7 @@ class Flux1(LatentModel):
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """T5 states (b, text tokens, context) and CLIP's pooled vector (b, pooled); equal prompts are encoded once."""
-        from mrflow.models.text import ClipT5
+        from mrflow.models.flux.text import ClipT5
 
         words, a = self._encoder(ClipT5), self._info.architecture
         assert a is not None

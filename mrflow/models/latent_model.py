@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition
+from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.models.blocks import Transformer
-from mrflow.models.checkpoint import Header, compute_dtype, mapped_files
-from mrflow.models.graphs import Graphed
-from mrflow.models.memory import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
+from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.offload import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
 from mrflow.models.pieces import NetPieces
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.notes import note

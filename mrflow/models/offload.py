@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mrflow._checks import is_whole, require
+from mrflow.checkpoints.safetensors import check_whole
 from mrflow.errors import PlanError
-from mrflow.models.checkpoint import check_whole
 
 Offload = Literal["none", "phase", "block"]
 OFFLOADS: tuple[Offload, ...] = ("none", "phase", "block")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.models.sr import RESIDUAL, SLOPE, CompactParams, RRDBParams
+from mrflow.upscalers.nets import RESIDUAL, SLOPE, CompactParams, RRDBParams
 
 MAGIC = "7767517"
 MAX_PARAM = 8 << 20  # bytes of a .param; a published one has 0.1 MB

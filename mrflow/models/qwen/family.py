@@ -10,12 +10,12 @@ from mrflow.backbone import Backbone
 from mrflow.cost import levels
 from mrflow.errors import PlanError
 from mrflow.files import cache_folder
-from mrflow.models.base import count, text_bytes
 from mrflow.models.family import Family, Files, Loading
+from mrflow.models.latent_model import count, text_bytes
 from mrflow.models.lora import changes, merge
-from mrflow.models.qwen_backbone import Qwen, qwen_facts, qwen_info
-from mrflow.models.qwen_image import QwenImage
-from mrflow.models.weights_qwen import AUTOENCODER, TRANSFORMER, prepare_qwen, prepare_vae_qwen, qwen_names
+from mrflow.models.qwen.backbone import Qwen, qwen_facts, qwen_info
+from mrflow.models.qwen.transformer import QwenImage
+from mrflow.models.qwen.weights import AUTOENCODER, TRANSFORMER, prepare_qwen, prepare_vae_qwen, qwen_names
 from mrflow.spec import QWEN, ModelInfo
 
 
@@ -37,13 +37,13 @@ class QwenFamily(Family):
 
     def find_text(self, folder: Path) -> object:
         """Qwen2.5-VL's language model."""
-        from mrflow.models.text_qwen import find_text_qwen
+        from mrflow.models.qwen.text import find_text_qwen
 
         return find_text_qwen(folder)
 
     def facts(self, files: Files) -> ModelInfo:
         """Qwen-Image's, with the files' own sizes."""
-        from mrflow.models.text_qwen import QwenTextFiles
+        from mrflow.models.qwen.text import QwenTextFiles
 
         prepared = prepare_qwen(files.transformer)
         vae = prepare_vae_qwen(files.vae, dtype=prepared.dtype)
@@ -60,7 +60,7 @@ class QwenFamily(Family):
 
     def load(self, loading: Loading) -> Backbone:
         """The model from its parts; with a chain, the modulations of its levels instead of their linears."""
-        from mrflow.models.text_qwen import QwenTextFiles, prepare_text_qwen
+        from mrflow.models.qwen.text import QwenTextFiles, prepare_text_qwen
 
         files, where, device, resting = loading.files, loading.where, loading.device, loading.resting
         if files.text_tokens is not None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mrflow._checks import is_whole
-from mrflow.errors import PlanError, WeightsError
-from mrflow.models.checkpoint import (
+from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
     Source,
@@ -24,8 +23,8 @@ from mrflow.models.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from mrflow.models.fp8 import described
-from mrflow.models.text import (
+from mrflow.errors import PlanError, WeightsError
+from mrflow.models.flux.text import (
     Tokenizer,
     built,
     check_prompt,
@@ -36,7 +35,8 @@ from mrflow.models.text import (
     shortened,
     tokenizer_of,
 )
-from mrflow.models.weights import agree, part
+from mrflow.models.flux.weights import agree, part
+from mrflow.models.fp8 import described
 from mrflow.notes import note
 
 ENCODER = "a Qwen2.5-VL text encoder"

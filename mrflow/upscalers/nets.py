@@ -1,6 +1,6 @@
 """Super-resolution networks that BasicSR and Real-ESRGAN train: RRDBNet (ESRGAN) and SRVGGNetCompact.
 
-Parameters have the names of today's BasicSR checkpoints; `mrflow/models/weights_sr.py` maps the older names to them.
+Parameters have the names of today's BasicSR checkpoints; `mrflow/upscalers/weights.py` maps the older names to them.
 """
 
 from dataclasses import dataclass

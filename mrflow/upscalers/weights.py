@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mrflow.checkpoints.names import plain, shared
+from mrflow.checkpoints.pickles import check_pickles
+from mrflow.checkpoints.safetensors import mapped, read_header, some
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.models.checkpoint import mapped, read_header, some
-from mrflow.models.names import plain, shared
-from mrflow.models.ncnn import read_ncnn
-from mrflow.models.pickles import check_pickles
-from mrflow.models.sr import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
+from mrflow.upscalers.ncnn import read_ncnn
+from mrflow.upscalers.nets import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 
 MAX_BYTES = 8 << 30  # far above any published network; a guard against archives that grow when they are read
 WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net", "net_g")

@@ -11,18 +11,18 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.base import DIRECT, LatentModel, TextBytes, encoded_once, footprint
 from mrflow.models.fields import QwenField, Tables, qwen_step
+from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, encoded_once, footprint
 from mrflow.models.layers import Folded
-from mrflow.models.memory import Ways
-from mrflow.models.qwen_image import QwenImage
-from mrflow.models.vae_qwen import VaeQwen
+from mrflow.models.offload import Ways
+from mrflow.models.qwen.transformer import QwenImage
+from mrflow.models.qwen.vae import VaeQwen
 from mrflow.pieces import StepFactory
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo, Shift
 from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
-    from mrflow.models.text_qwen import QwenText
+    from mrflow.models.qwen.text import QwenText
 
 
 # Values alive at once per pixel in bfloat16, where norms work in float32: measured on the networks themselves.
@@ -70,7 +70,7 @@ class Qwen(LatentModel):
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """States (b, longest, width), zeros behind, and a mask (b, longest) of the text; equal prompts encoded once."""
-        from mrflow.models.text_qwen import QwenText, padded
+        from mrflow.models.qwen.text import QwenText, padded
 
         words = self._encoder(QwenText)
 

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from mrflow.backbone import Backbone
+from mrflow.checkpoints.safetensors import Header
 from mrflow.errors import PlanError
-from mrflow.models.base import text_bytes
-from mrflow.models.checkpoint import Header
 from mrflow.models.family import Family, Files, Loading
-from mrflow.models.flux import Flux
-from mrflow.models.flux_backbone import Flux1, flux1_info
-from mrflow.models.lora import changes, merge
-from mrflow.models.weights import (
+from mrflow.models.flux.backbone import Flux1, flux1_info
+from mrflow.models.flux.transformer import Flux
+from mrflow.models.flux.weights import (
     flux_diffusers,
     flux_names,
     flux_params,
@@ -22,6 +20,8 @@ from mrflow.models.weights import (
     vae_names,
     vae_params,
 )
+from mrflow.models.latent_model import text_bytes
+from mrflow.models.lora import changes, merge
 from mrflow.spec import FLUX, SCHNELL, ModelInfo
 
 NATIVE = "decoder.mid.block_1.conv1.weight"  # a name of BFL's autoencoder that the other layout changes
@@ -64,13 +64,13 @@ class FluxFamily(Family):
 
     def find_text(self, folder: Path) -> object:
         """CLIP and T5."""
-        from mrflow.models.text import find_text
+        from mrflow.models.flux.text import find_text
 
         return find_text(folder)
 
     def facts(self, files: Files) -> ModelInfo:
         """FLUX.1-dev's or -schnell's, told apart by the guidance embedding, with the files' own sizes."""
-        from mrflow.models.text import TextFiles
+        from mrflow.models.flux.text import TextFiles
 
         prepared = prepare_flux(files.transformer)
         vae = prepare_vae_flux(files.vae, dtype=prepared.dtype)
@@ -81,7 +81,7 @@ class FluxFamily(Family):
 
     def load(self, loading: Loading) -> Backbone:
         """The model from its parts."""
-        from mrflow.models.text import TextFiles, prepare_text
+        from mrflow.models.flux.text import TextFiles, prepare_text
 
         files, device, resting = loading.files, loading.device, loading.resting
         if loading.chain is not None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mrflow._checks import is_whole
-from mrflow.errors import PlanError, PromptError, WeightsError
-from mrflow.models.checkpoint import (
+from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
     Source,
@@ -27,8 +26,9 @@ from mrflow.models.checkpoint import (
     read_json,
     readable,
 )
+from mrflow.errors import PlanError, PromptError, WeightsError
+from mrflow.models.flux.weights import agree, looks_like, part
 from mrflow.models.fp8 import described
-from mrflow.models.weights import agree, looks_like, part
 from mrflow.notes import note
 
 CLIP_TOKENS, T5_TOKENS = 77, 512

@@ -17,9 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mrflow.errors import PlanError, ResourceError, WeightsError
-from mrflow.models.blocks import tables
-from mrflow.models.checkpoint import (
+from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
     Prepared,
@@ -31,11 +29,9 @@ from mrflow.models.checkpoint import (
     open_checkpoint,
     save_file,
 )
-from mrflow.models.fp8 import Fp8Linear, described, store_fp8
-from mrflow.models.layers import Folded
-from mrflow.models.qwen_image import QwenImage, QwenParams
-from mrflow.models.vae_qwen import QwenVaeParams, VaeQwen
-from mrflow.models.weights import (
+from mrflow.errors import PlanError, ResourceError, WeightsError
+from mrflow.models.blocks import tables
+from mrflow.models.flux.weights import (
     ATTENTION,
     Names,
     agree,
@@ -45,6 +41,10 @@ from mrflow.models.weights import (
     part,
     shape,
 )
+from mrflow.models.fp8 import Fp8Linear, described, store_fp8
+from mrflow.models.layers import Folded
+from mrflow.models.qwen.transformer import QwenImage, QwenParams
+from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
 from mrflow.notes import note
 
 CLASS, VAE_CLASS = "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"

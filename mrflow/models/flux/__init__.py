@@ -1,0 +1,1 @@
+"""FLUX.1: transformer, autoencoder, text encoders, weights, backbone and facts."""

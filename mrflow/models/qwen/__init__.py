@@ -1,0 +1,1 @@
+"""Qwen-Image: transformer, autoencoder, text encoder, weights, backbone and facts."""

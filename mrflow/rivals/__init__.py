@@ -1,0 +1,5 @@
+"""Rival transitions between resolutions, one file each."""
+
+from mrflow.rivals.growth import Grow as Grow
+from mrflow.rivals.ralu import SampleRegions as SampleRegions
+from mrflow.rivals.selflift import SelfLift as SelfLift
