@@ -367,7 +367,7 @@ def replay(
     from mrflow.io import replay as again
 
     with console() as err:
-        default = picture.with_stem(f"{picture.stem}-replay")
+        default = picture.parent / f"{picture.stem}-replay{picture.suffix}"
         target = free_path(out, default, 1, force)
         record = read_record(picture)
         types = own_types(own) if own is not None else ()

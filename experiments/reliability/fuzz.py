@@ -40,7 +40,7 @@ ODD = (
 )  # fmt: skip
 OPTIONS = (
     "--model", "--recipe", "--size", "--low", "--ladder", "--steps", "--refine-steps", "--sigma", "--sr", "--seed",
-    "--batch", "--out", "--device", "--dtype", "--offload", "--storage", "--vae", "--text", "--lora", "--compare",
+    "--batch", "--out", "--dtype", "--offload", "--storage", "--vae", "--text", "--lora", "--compare",
     "--negative", "--json", "--force", "--stages", "--scale", "--crop", "--prompt", "--shard", "--plan", "--with",
     "--start", "--file", "--floor", "--trials", "--metric", "--title",
 )  # fmt: skip
@@ -156,7 +156,7 @@ class Inputs:
         for _ in range(rng.randint(0, 4)):
             words += [rng.choice(OPTIONS), rng.choice(ODD)][: rng.choice((1, 2, 2, 2))]
         draws = verb in ("generate", "run", "refine", "sweep", "tune", "replay")
-        words += ["--device", "none"] if draws else []  # refused last of all, before any work
+        words = ["none", *words] if draws else words  # refused last of all, before any work
         done = CliRunner().invoke(app, [verb, *words])
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception
