@@ -455,3 +455,20 @@ def test_layouts_name_every_published_tensor() -> None:
     last = vae_layout(vae, vae_diffusers(4))
     assert last["decoder.up.3.upsample.conv.weight"].names == ("decoder.up_blocks.0.upsamplers.0.conv.weight",)
     assert len([n for n, s in last.items() if s.squeeze and n.endswith("weight")]) == 8
+
+
+@pytest.mark.parametrize(
+    ("mark", "what"),
+    [
+        ("distilled_guidance_layer.in_proj.weight", "a Chroma transformer"),
+        ("double_stream_modulation_img.lin.weight", r"a FLUX\.2 transformer"),
+        ("controlnet_x_embedder.weight", "a ControlNet"),
+    ],
+)
+def test_relatives_are_named_by_their_own_marks(mark: str, what: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    state = {k: t.clone() for k, t in Flux(PARAMS).state_dict().items()}
+    for prefix in ("", "model.diffusion_model."):
+        save_file({prefix + k: t for k, t in (state | {mark: torch.zeros(2, 2)}).items()}, file)
+        with pytest.raises(WeightsError, match=f"is not a FLUX transformer: it looks like {what}"):
+            load_flux(file)
