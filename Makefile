@@ -61,9 +61,10 @@ $(REAL)/.installed: $(INPUTS)
 test-real: $(REAL)/.installed ## Hold mrflow against real trained networks, a real text reader and real vocabularies
 	$(REAL)/bin/python -m pytest tests/test_real.py
 
-lint: $(VENV)/.installed-dev ## ruff, mypy, pyright
+lint: $(VENV)/.installed-dev ## ruff, layers of imports, mypy, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
 
