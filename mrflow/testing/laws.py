@@ -1,0 +1,49 @@
+"""What a law is: a sentence, its formula with its source, a check, and a plug-in that breaks it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal[
+    "schedule", "solver", "stage", "transition", "guidance", "noise", "cache", "upscaler", "backbone"
+]  # fmt: skip
+
+
+class LawBroken(AssertionError):
+    """A plug-in does not keep a law that mrflow relies on."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law that plug-ins of one kind keep.
+
+    `sentence` says it in words, `formula` in symbols, `source` where the formula comes from. `check` takes a plug-in
+    and the settings of its kind (a solver's `order`) and raises LawBroken; `counterexample` is a plug-in that the check
+    catches, given the settings `under`.
+    """
+
+    kind: Kind
+    name: str
+    sentence: str
+    formula: str
+    source: str
+    check: Callable[..., None] = field(repr=False)
+    counterexample: object = field(repr=False)
+    under: Mapping[str, object] = field(default_factory=dict[str, object], repr=False)
+
+    def hold(self, subject: object, **settings: object) -> None:
+        """Hold a plug-in to this law.
+
+        Raises:
+            LawBroken: naming the plug-in, the law, and what was measured.
+        """
+        try:
+            self.check(subject, **settings)
+        except LawBroken as broken:
+            raise LawBroken(f"{subject!r} breaks the law of {self.kind}s {self.name!r}: {broken}") from None
+
+
+def demand(kept: bool, text: str) -> None:  # noqa: FBT001  (reads like assert)
+    """Raise LawBroken with this text unless the law is kept."""
+    if not kept:
+        raise LawBroken(text)

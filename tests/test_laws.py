@@ -1,0 +1,49 @@
+"""Every law catches its counterexample and lets through what is right."""
+
+from collections.abc import Callable
+
+import pytest
+
+import mrflow as mf
+from mrflow.testing import LAWS, Law, LawBroken, check_schedule, check_solver, check_stage, check_transition
+from mrflow.testing.of_schedules import Even
+from mrflow.testing.of_solvers import Spoiled as Step
+from mrflow.testing.of_stages import Spoiled as Reinjection
+from mrflow.testing.of_stages import SpoiledGrowth
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: f"{law.kind}: {law.name}")
+def test_a_law_catches_its_counterexample(law: Law) -> None:
+    with pytest.raises(LawBroken, match=f"breaks the law of {law.kind}s '{law.name}'"):
+        law.hold(law.counterexample, **law.under)
+
+
+def test_laws_have_names_sentences_formulas_and_sources() -> None:
+    assert len({(law.kind, law.name) for law in LAWS}) == len(LAWS)
+    for law in LAWS:
+        assert law.sentence.endswith(".") and law.formula and law.source
+
+
+RIGHT: list[Callable[[], None]] = [
+    lambda: check_schedule(Even()),
+    lambda: check_solver(Step(), order=1),
+    lambda: check_stage(Reinjection()),
+    lambda: check_transition(SpoiledGrowth()),
+    lambda: check_transition(SpoiledGrowth(), sigma=0.3, size=(4, 6)),
+    lambda: check_transition(mf.Grow(), sigma=0.8),
+]
+
+
+@pytest.mark.parametrize("check", RIGHT)
+def test_a_counterexample_with_nothing_spoiled_keeps_all_laws(check: Callable[[], None]) -> None:
+    check()
+
+
+def test_a_transition_that_keeps_the_mean_alone_is_caught() -> None:
+    with pytest.raises(LawBroken, match="'picture': from 8x8 at 0.6: channel 0 of a cosine of 0 half-waves down and 1"):
+        check_transition(SpoiledGrowth("mean"))
+
+
+def test_a_stochastic_solver_is_held_to_its_marginal() -> None:
+    check_solver(mf.StochasticEuler(), order=1)
+    check_solver(mf.StochasticEuler(3.0), order=1)
