@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from mrflow.adapters import Lora
     from mrflow.guidance import Guidance
-    from mrflow.models.offload import Offload
     from mrflow.schedules import Sigmas
     from mrflow.solvers import Solver
+    from mrflow.spec import Offload
 
 
 def forward_flops(model: ModelInfo, tokens: int) -> float:

@@ -18,6 +18,8 @@ from mrflow.flow import Velocity
 from mrflow.pieces import StepFactory
 
 MAX_SIDE = 32768
+Offload = Literal["none", "phase", "block"]
+"""Where weights are while they are not used; `mrflow.models.offload` says how."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.models.family import Loading, families
-from mrflow.models.offload import Offload, Ways, check_offload
-from mrflow.spec import ModelInfo, Shift
+from mrflow.models.offload import Ways, check_offload
+from mrflow.spec import ModelInfo, Offload, Shift
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mrflow._checks import is_whole, require
 from mrflow.checkpoints.safetensors import check_whole
 from mrflow.errors import PlanError
+from mrflow.spec import Offload
 
-Offload = Literal["none", "phase", "block"]
 OFFLOADS: tuple[Offload, ...] = ("none", "phase", "block")
 
 
