@@ -100,6 +100,8 @@ def child(side: str, folder: str, where: str, dtype: str) -> None:
         first = state.get(start + "parts.0.weight")
         query = state[start + "weight"][:WIDTH] if first is None else first
         last = state["final_layer.adaLN_modulation.1.weight"]
+        if kept[0].final_layer.scale_first:  # mapped as diffusers has it: the two vectors are exchanged when it is used
+            last = torch.cat(tuple(reversed(last.chunk(2))))
     else:
         query = state["transformer_blocks.0.attn.to_q.weight"]
         scale, shift = state["norm_out.linear.weight"].chunk(2)

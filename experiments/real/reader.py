@@ -21,6 +21,12 @@ def read_array(pixels: "np.ndarray[Any, Any]") -> str:
     return " ".join(found.txts or ())
 
 
+def read_line(pixels: "np.ndarray[Any, Any]") -> str:
+    """The text in a picture of one line, (h, w, 3) of 8 bits: recognised as it is, not looked for first."""
+    found = _engine()(np.ascontiguousarray(pixels[..., ::-1]), use_det=False, use_cls=False)
+    return " ".join(found.txts or ())
+
+
 def read(paths: list[Path]) -> list[str]:
     """The text in each picture."""
     texts: list[str] = []
