@@ -8,10 +8,10 @@ of the upper half of frequencies relative to the photograph's in decibels (0 is 
 detail), and seconds on this machine.
 
 Small text: words in DejaVu Sans on a photograph, at font sizes of 6 to 24 pixels of the final picture, through half the
-side and back as the second stage of MrFlow does (a x4 network is followed by an antialiased resize); PP-OCR's recogniser reads
-each word's line, cut out and enlarged to 48 pixels of height.
-The score is one less the edits over the word's letters, at least 0; the interval is 95 %, by bootstrap over words. Rows
-that must differ: the picture itself, and the same reader on words that are not there (another's), which must be near 0.
+side and back as the second stage of MrFlow does (a x4 network is followed by an antialiased resize). PP-OCR's recogniser
+reads each word's line, cut out and enlarged to 48 pixels of height. The score is one less the edits over the word's
+letters, at least 0; the interval is 95 %, by bootstrap over words. Rows that must differ: the picture itself, and the
+same readings held against another's word, which must be near 0.
 """
 
 import argparse
