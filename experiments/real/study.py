@@ -7,11 +7,11 @@ rounded to 8 bits; PSNR in decibels (per photograph, then the mean), SSIM (sciki
 of the upper half of frequencies relative to the photograph's in decibels (0 is right, below is blur, above is invented
 detail), and seconds on this machine.
 
-Small text: words in DejaVu Sans on a photograph, at font sizes of 6 to 24 pixels of the final picture, through half the
-side and back as the second stage of MrFlow does (a x4 network is followed by an antialiased resize). PP-OCR's recogniser
-reads each word's line, cut out and enlarged to 48 pixels of height. The score is one less the edits over the word's
-letters, at least 0; the interval is 95 %, by bootstrap over words. Rows that must differ: the picture itself, and the
-same readings held against another's word, which must be near 0.
+Small text: words in DejaVu Sans on a photograph, at font sizes of 6 to 24 pixels of the final picture, through half
+the side and back as the second stage of MrFlow does (a x4 network is followed by an antialiased resize). PP-OCR reads
+each word's line, cut out and enlarged to 48 pixels of height. The score is one less the edits over the word's letters,
+at least 0; the interval is 95 %, by bootstrap over words. Rows that must differ: the picture itself, and the same
+readings held against another's word, which must be near 0.
 """
 
 import argparse
