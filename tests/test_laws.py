@@ -5,8 +5,22 @@ from collections.abc import Callable
 import pytest
 
 import mrflow as mf
-from mrflow.testing import LAWS, Law, LawBroken, check_schedule, check_solver, check_stage, check_transition
+from mrflow.testing import (
+    LAWS,
+    Law,
+    LawBroken,
+    check_backbone,
+    check_cache,
+    check_guidance,
+    check_noise,
+    check_schedule,
+    check_solver,
+    check_stage,
+    check_transition,
+    check_upscaler,
+)
 from mrflow.testing.of_schedules import Even
+from mrflow.testing.of_slots import SpoiledCache, SpoiledGuidance, SpoiledModel, SpoiledNoise, SpoiledUpscaler
 from mrflow.testing.of_solvers import Spoiled as Step
 from mrflow.testing.of_stages import Spoiled as Reinjection
 from mrflow.testing.of_stages import SpoiledGrowth
@@ -30,6 +44,17 @@ RIGHT: list[Callable[[], None]] = [
     lambda: check_stage(Reinjection()),
     lambda: check_transition(SpoiledGrowth()),
     lambda: check_transition(SpoiledGrowth(), sigma=0.3, size=(4, 6)),
+    lambda: check_guidance(SpoiledGuidance()),
+    lambda: check_noise(SpoiledNoise()),
+    lambda: check_cache(SpoiledCache()),
+    lambda: check_upscaler(SpoiledUpscaler()),
+    lambda: check_backbone(SpoiledModel()),
+    lambda: check_backbone(mf.load("pocket", device="cpu")),
+    *(lambda g=g: check_guidance(g) for g in (mf.Distilled(), mf.CFG(3.0), mf.CFG(3.0, rescale=True), mf.CFG(1.0))),
+    lambda: check_guidance(mf.Interval(mf.CFG(2.0), 0.2, 0.9)),
+    *(lambda n=n: check_noise(n) for n in (mf.PerItem(), mf.Stream(1, skip=1), mf.Nested(2))),
+    *(lambda u=u: check_upscaler(u) for u in (mf.Lanczos(3), mf.Interpolate(2))),
+    *(lambda c=c: check_cache(c) for c in (mf.caches.TaylorSeer(2), mf.caches.DBCache(0.1))),
     lambda: check_transition(mf.Grow(), sigma=0.8),
 ]
 

@@ -10,6 +10,12 @@ from mrflow.testing.laws import Law as Law
 from mrflow.testing.laws import LawBroken as LawBroken
 from mrflow.testing.of_schedules import SCHEDULE_LAWS
 from mrflow.testing.of_schedules import check_schedule as check_schedule
+from mrflow.testing.of_slots import BACKBONE_LAWS, CACHE_LAWS, GUIDANCE_LAWS, NOISE_LAWS, UPSCALER_LAWS
+from mrflow.testing.of_slots import check_backbone as check_backbone
+from mrflow.testing.of_slots import check_cache as check_cache
+from mrflow.testing.of_slots import check_guidance as check_guidance
+from mrflow.testing.of_slots import check_noise as check_noise
+from mrflow.testing.of_slots import check_upscaler as check_upscaler
 from mrflow.testing.of_solvers import SOLVER_LAWS
 from mrflow.testing.of_solvers import check_solver as check_solver
 from mrflow.testing.of_solvers import measured_order as measured_order
@@ -21,5 +27,8 @@ from mrflow.testing.toy import Mixture as Mixture
 from mrflow.testing.toy import Toy as Toy
 from mrflow.testing.toy import toy as toy
 
-LAWS: tuple[Law, ...] = (*SCHEDULE_LAWS, *SOLVER_LAWS, *STAGE_LAWS, *TRANSITION_LAWS)
+LAWS: tuple[Law, ...] = (
+    *SCHEDULE_LAWS, *SOLVER_LAWS, *STAGE_LAWS, *TRANSITION_LAWS, *GUIDANCE_LAWS,
+    *NOISE_LAWS, *CACHE_LAWS, *UPSCALER_LAWS, *BACKBONE_LAWS,
+)  # fmt: skip
 """Every law; `law.hold(plug_in, **settings)` holds a plug-in to one."""

@@ -1,0 +1,575 @@
+"""The laws of guidances, noises, caches, upscalers and backbones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
+from mrflow.caches import Cache, Look, Rule
+from mrflow.errors import PlanError
+from mrflow.flow import Velocity
+from mrflow.guidance import Guidance
+from mrflow.noise import Noise, PerItem
+from mrflow.spec import FLUX, ModelInfo
+from mrflow.testing.laws import Law, demand
+from mrflow.testing.toy import Toy, toy
+from mrflow.upscaler import Upscaler
+
+POINTS = (1.0, 0.8, 0.55, 0.3, 0.1)
+_ALONE = "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`"
+
+
+def check_guidance(guidance: Guidance, *, model: Backbone | None = None) -> None:
+    """Hold a guidance to the laws of guidances in `LAWS`, on `model` (default: the toy, which has no embedding).
+
+    Raises:
+        LawBroken: naming the law. PlanError: the guidance refuses the model.
+    """
+    for law in GUIDANCE_LAWS:
+        law.hold(guidance, model=model)
+
+
+def check_noise(noise: Noise) -> None:
+    """Hold a source of noise to the laws of noises in `LAWS`.
+
+    Raises:
+        LawBroken: naming the law and what was measured.
+    """
+    for law in NOISE_LAWS:
+        law.hold(noise)
+
+
+def check_cache(cache: Cache, *, info: ModelInfo = FLUX) -> None:
+    """Hold a cache to the laws of caches in `LAWS`: its rule, span and forecast for a model with these facts.
+
+    Raises:
+        LawBroken: naming the law. PlanError: the cache refuses the model.
+    """
+    cache.check(info)
+    for law in CACHE_LAWS:
+        law.hold(cache, info=info)
+
+
+def check_upscaler(upscaler: Upscaler) -> None:
+    """Hold an upscaler to the laws of upscalers in `LAWS`, on small pictures that are not square.
+
+    Raises:
+        LawBroken: naming the law and what was measured.
+    """
+    for law in UPSCALER_LAWS:
+        law.hold(upscaler)
+
+
+def check_backbone(model: Backbone, *, size: tuple[int, int] | None = None) -> None:
+    """Hold a model to the laws of backbones in `LAWS`; `size` is a picture's (height, width) in pixels.
+
+    The default is 4 tokens down and 6 across.
+
+    Raises:
+        LawBroken: naming the law and what was measured.
+    """
+    for law in BACKBONE_LAWS:
+        law.hold(model, size=size)
+
+
+class _Watched(Wrapper):
+    """A model that keeps the levels at which each of its fields is asked, and what they gave."""
+
+    def __init__(self, model: Backbone) -> None:
+        super().__init__(model)
+        self.asked: list[list[float]] = []
+        self.gave: list[tuple[Tensor, Tensor]] = []
+
+    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
+        inner, own = self.model.field(cond, options), list[float]()
+        self.asked.append(own)
+
+        def watched(x: Tensor, sigma: float) -> Tensor:
+            own.extend([sigma] * (1 + len(options.beside)))
+            v = inner(x, sigma)
+            self.gave.append((v, v.clone()))
+            return v
+
+        return watched
+
+
+class _Guided:
+    """A guidance on a model: both conditions, and latents."""
+
+    def __init__(self, guidance: Guidance, model: Backbone | None) -> None:
+        self.guidance, self.model = guidance, _Watched(model or toy())
+        self.cond, self.negative = self.model.condition(["a", "b"]), self.model.condition([""])
+        patch, channels = self.model.info.space.patch, self.model.info.space.channels
+        shape = (2, channels, 4 * patch, 6 * patch)
+        self.x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, cond: Condition, negative: Condition | None, x: Tensor) -> list[Tensor]:
+        field = self.guidance.field(self.model, cond, negative, FieldOptions(sigmas=POINTS))
+        return [field(x, sigma).clone() for sigma in POINTS]
+
+
+def _same_branches(guidance: Guidance, model: Backbone | None) -> None:
+    g = _Guided(guidance, model)
+    field = g.model.field(g.cond.item(0))
+    for got, sigma in zip(g(g.cond.item(0), g.cond.item(0), g.x[:1]), POINTS, strict=True):
+        error = float((got - field(g.x[:1], sigma)).abs().max())
+        text = f"where both prompts are the same it is off the model's field by {error:.2g} at sigma {sigma:g}"
+        demand(error < 1e-3, text)
+
+
+def _passes(guidance: Guidance, model: Backbone | None) -> None:
+    g = _Guided(guidance, model)
+    g(g.cond, g.negative, g.x)
+    made, said = sum(map(len, g.model.asked)), guidance.evals(POINTS)
+    demand(made == said, f"{len(POINTS)} evaluations take {made} passes, and `evals` says {said}")
+    demand(made <= guidance.passes * len(POINTS), f"{made} passes are more than `passes` {guidance.passes} a time")
+    asked = sorted(sigma for own in g.model.asked for sigma in own)
+    branches = sorted(sigma for branch in guidance.branches(POINTS) for sigma in branch)
+    demand(asked == branches, f"fields are asked at {asked}, and `branches` says {branches}")
+
+
+def _guidance_items(guidance: Guidance, model: Backbone | None) -> None:
+    g = _Guided(guidance, model)
+    whole = g(g.cond, g.negative, g.x)
+    for i in range(2):
+        for got, both in zip(g(g.cond.item(i), g.negative, g.x[i : i + 1]), whole, strict=True):
+            error = float((got - both[i : i + 1]).abs().max())
+            demand(error < 1e-3, f"item {i} alone differs from item {i} of a batch by {error:.2g}")
+
+
+def _guidance_fresh(guidance: Guidance, model: Backbone | None) -> None:
+    g = _Guided(guidance, model)
+    one = g(g.cond, g.negative, g.x)
+    g(g.cond, g.negative, -g.x)
+    same = all(torch.equal(a, b) for a, b in zip(one, g(g.cond, g.negative, g.x), strict=True))
+    demand(same, "a second integration gives something else; what it remembers must lie in the field")
+
+
+def _guidance_untouched(guidance: Guidance, model: Backbone | None) -> None:
+    g = _Guided(guidance, model)
+    kept = g.x.clone()
+    g(g.cond, g.negative, g.x)
+    same = torch.equal(g.x, kept) and all(torch.equal(now, then) for now, then in g.model.gave)
+    demand(same, "it changed the state or a velocity in place; make new tensors")
+
+
+@dataclass(frozen=True)
+class SpoiledGuidance(Guidance):
+    """u + 2 (c - u), with one thing wrong."""
+
+    how: str = ""
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.how == "passes" else 2
+
+    def field(
+        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
+    ) -> Velocity:
+        assert negative is not None
+        c, u = model.field(cond, options), model.field(negative.repeat(cond.batch), options)
+
+        def guided(x: Tensor, sigma: float) -> Tensor:
+            one, other = c(x, sigma), u(x, sigma)
+            if self.how == "items":
+                one = 0.9 * one + 0.1 * one.mean(0, keepdim=True)
+            if self.how == "in place":
+                return one.mul_(2).sub_(other)
+            out = (2.1 if self.how == "branches" else 2.0) * one - other
+            if self.how == "holds":
+                out = out + 0.01 * _held.get("v", torch.zeros(())).mean()
+                _held["v"] = out
+            return out
+
+        return guided
+
+
+_held: dict[str, Tensor] = {}
+_CFG = "Ho & Salimans 2022, arXiv 2207.12598"
+_ON: dict[str, object] = {"model": None}
+GUIDANCE_LAWS: tuple[Law, ...] = (
+    Law(
+        "guidance", "same branches", "Where both prompts are the same, guidance changes nothing.",
+        "c = u => u + w (c - u) = c",
+        _CFG, _same_branches, SpoiledGuidance("branches"), _ON,
+    ),
+    Law(
+        "guidance", "passes", "It asks the model as often, and where, as `evals` and `branches` say.",
+        "evals = sum of |branch|", "what `plan` counts: `mrflow.Plan.nfe`", _passes, SpoiledGuidance("passes"), _ON,
+    ),
+    Law(
+        "guidance", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", _ALONE, _guidance_items,
+        SpoiledGuidance("items"), _ON,
+    ),
+    Law(
+        "guidance", "fresh", "Each integration has a field of its own.", "field() = field()",
+        "the contract of `mrflow.Guidance`", _guidance_fresh, SpoiledGuidance("holds"), _ON,
+    ),
+    Law(
+        "guidance", "untouched", "It changes no tensor that it is given.", "v' is a new tensor",
+        "the contract of `mrflow.Guidance`", _guidance_untouched, SpoiledGuidance("in place"), _ON,
+    ),
+)  # fmt: skip
+
+
+SHAPE = (8, 4, 16, 24)
+
+
+def _draw(noise: Noise, seeds: Sequence[int] = range(8), draw: int = 0) -> Tensor:
+    return noise(list(seeds), (len(seeds), *SHAPE[1:]), scope="law/0", draw=draw)
+
+
+def _noise_kind(noise: Noise) -> None:
+    x = _draw(noise)
+    ok = tuple(x.shape) == SHAPE and x.dtype == torch.float32 and x.device.type == "cpu"
+    demand(ok, f"it gives {x.dtype} {tuple(x.shape)} on {x.device}, not float32 {SHAPE} on the CPU")
+
+
+def _normal(noise: Noise) -> None:
+    x = _draw(noise, range(32)).double()
+    mean, variance, fourth = float(x.mean()), float(x.var()), float(x.pow(4).mean())
+    ok = abs(mean) < 0.03 and abs(variance - 1) < 0.05 and abs(fourth - 3) < 0.3
+    demand(ok, f"mean {mean:.3f}, variance {variance:.3f}, fourth moment {fourth:.2f}; they must be 0, 1 and 3")
+    for axis in (1, 2, 3):
+        together = float((x.narrow(axis, 1, x.shape[axis] - 1) * x.narrow(axis, 0, x.shape[axis] - 1)).mean())
+        demand(abs(together) < 0.05, f"neighbours along axis {axis} are correlated by {together:.2f}")
+
+
+def _noise_items(noise: Noise) -> None:
+    x = _draw(noise)
+    demand(torch.equal(x, _draw(noise)), "the same seeds give other noise the second time")
+    same = all(torch.equal(_draw(noise, [i]), x[i : i + 1]) for i in (0, 3, 7))
+    demand(same, "an item's noise depends on its neighbours in the batch")
+
+
+def _apart(noise: Noise) -> None:
+    one, two = _draw(noise, range(32)), _draw(noise, range(32), draw=1)
+    for what, a, b in (("seeds", one[:-1], one[1:]), ("draws", one, two)):
+        together = float((a * b).mean())
+        demand(abs(together) < 0.05, f"noise of two {what} is correlated by {together:.2f}")
+
+
+def _own_generator(noise: Noise) -> None:
+    before = torch.get_rng_state()
+    _draw(noise)
+    demand(torch.equal(torch.get_rng_state(), before), "it draws from the global generator; make one for each item")
+
+
+@dataclass(frozen=True)
+class SpoiledNoise(Noise):
+    """`PerItem`, with one thing wrong."""
+
+    how: str = ""
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], *, scope: str, draw: int) -> Tensor:
+        x = PerItem()(seeds, shape, scope=scope, draw=0 if self.how == "draws" else draw)
+        if self.how == "global":
+            torch.rand(())
+        if self.how == "items":
+            x = x.flip(0)
+        if self.how == "uniform":
+            x = 12**0.5 * (torch.special.ndtr(x) - 0.5)
+        return x.double() if self.how == "kind" else x
+
+
+NOISE_LAWS: tuple[Law, ...] = (
+    Law(
+        "noise", "kind", "Noise is float32 of the shape asked for, on the CPU.", "n in R^shape",
+        "so that every device sees the same: `mrflow.noise`", _noise_kind, SpoiledNoise("kind"),
+    ),
+    Law(
+        "noise", "normal", "Noise is standard normal and white.", "E n = 0, E n n^T = I, E n^4 = 3",
+        "x(1) ~ N(0, I): arXiv 2209.03003", _normal, SpoiledNoise("uniform"),
+    ),
+    Law(
+        "noise", "items", "An item's noise depends on its seed alone.", "n(seeds)_i = n(seed_i)", _ALONE, _noise_items,
+        SpoiledNoise("items"),
+    ),
+    Law(
+        "noise", "apart", "Seeds and draws are independent.", "E n(a) n(b) = 0, a != b",
+        "the contract of `mrflow.noise.Noise`",
+        _apart, SpoiledNoise("draws"),
+    ),
+    Law(
+        "noise", "own generator", "The global generator is left alone.", "state' = state",
+        "the contract of `mrflow.noise.Noise`", _own_generator, SpoiledNoise("global"),
+    ),
+)  # fmt: skip
+
+
+def _picture(batch: int = 2) -> Tensor:
+    return torch.rand(batch, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+
+
+def _up(upscaler: Upscaler, pixels: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return upscaler(pixels)
+
+
+def _scale(upscaler: Upscaler) -> None:
+    out, k = _up(upscaler, _picture()), upscaler.scale
+    ok = tuple(out.shape) == (2, 3, 12 * k, 20 * k) and out.dtype == torch.float32
+    demand(ok, f"it makes {out.dtype} {tuple(out.shape)} of a 12x20 picture, and `scale` says {k}")
+
+
+def _upscaler_items(upscaler: Upscaler) -> None:
+    both, x = _up(upscaler, _picture()), _picture()
+    for i in range(2):
+        error = float((_up(upscaler, x[i : i + 1]) - both[i : i + 1]).abs().max())
+        demand(error < 1e-3, f"item {i} alone differs from item {i} of a batch by {error:.2g}")
+
+
+def _upscaler_untouched(upscaler: Upscaler) -> None:
+    x = _picture()
+    kept = x.clone()
+    one = _up(upscaler, x)
+    demand(torch.equal(x, kept), "it changed the picture that it was given; make a new tensor")
+    demand(torch.equal(one, _up(upscaler, x)), "two calls differ")
+
+
+def _coarse(upscaler: Upscaler) -> None:
+    down, across = torch.linspace(0.1, 0.9, 12)[:, None], torch.linspace(0.2, 0.7, 20)
+    x = torch.stack((0.5 * down + 0.5 * across, 0.7 - 0.5 * down + 0 * across, 0.1 + across + 0 * down))[None]
+    out = torch.nn.functional.avg_pool2d(_up(upscaler, x).clamp(0, 1), upscaler.scale)
+    error = float((out - x).abs().mean())
+    demand(error < 0.05, f"reduced to its old size, a smooth picture is off by {error:.3f} on the average")
+
+
+@dataclass(frozen=True)
+class SpoiledUpscaler(Upscaler):
+    """Every pixel four times, with one thing wrong."""
+
+    how: str = ""
+
+    @property
+    def scale(self) -> int:
+        return 3 if self.how == "scale" else 2
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if self.how == "in place":
+            pixels.mul_(0.999)
+        out = pixels.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        if self.how == "items":
+            out = 0.9 * out + 0.1 * out.mean(0, keepdim=True)
+        return out.flip(-1) if self.how == "mirror" else out
+
+
+_UPSCALER = "the contract of `mrflow.Upscaler`"
+UPSCALER_LAWS: tuple[Law, ...] = (
+    Law(
+        "upscaler", "scale", "Both sides are multiplied by `scale`, also where a picture is not square.",
+        "(h, w) -> (k h, k w)", _UPSCALER, _scale, SpoiledUpscaler("scale"),
+    ),
+    Law(
+        "upscaler", "items", "An item of a batch is what it is alone.", "u(x)_i = u(x_i)", _ALONE, _upscaler_items,
+        SpoiledUpscaler("items"),
+    ),
+    Law(
+        "upscaler", "untouched", "It does not change its input, and gives the same again.", "u(x) = u(x)", _UPSCALER,
+        _upscaler_untouched, SpoiledUpscaler("in place"),
+    ),
+    Law(
+        "upscaler", "coarse", "A smooth picture, reduced again, is the picture.", "mean_k(u(x)) = x",
+        "super-resolution leaves the low frequencies: arXiv 2607.01642", _coarse, SpoiledUpscaler("mirror"),
+    ),
+)  # fmt: skip
+
+
+def _rule(cache: Cache, info: ModelInfo) -> list[bool] | None:
+    """What a fresh rule decides along `POINTS` without a picture; None where it must see one."""
+    forecast = cache.forecast(info, POINTS, POINTS)
+    if not forecast.exact:
+        return None
+    rule = cache.rule(info, POINTS)
+    return [bool(rule(Look(i, i, len(POINTS), sigma))) for i, sigma in enumerate(POINTS)]
+
+
+def _fresh_rule(cache: Cache, info: ModelInfo) -> None:
+    one = _rule(cache, info)
+    demand(one == _rule(cache, info), "a second rule decides differently; what it remembers must lie in the rule")
+
+
+def _span(cache: Cache, info: ModelInfo) -> None:
+    a = info.architecture
+    blocks = a.double_blocks + a.single_blocks if a else 57
+    start, stop = cache.span(blocks)
+    demand(0 <= start <= stop <= blocks, f"its span of {blocks} blocks is from {start} to {stop}")
+
+
+def _forecast(cache: Cache, info: ModelInfo) -> None:
+    f = cache.forecast(info, POINTS, POINTS)
+    demand(f.asked == len(POINTS) and 1 <= f.computed <= f.asked, f"it forecasts {f.computed} of {f.asked} evaluations")
+    decided = _rule(cache, info)
+    if decided is not None:
+        computed = sum(decided) + (not decided[0])
+        demand(f.computed == computed, f"it forecasts {f.computed} evaluations, and its rule computes {computed}")
+    share = cache.share(info, 256)
+    demand(0 < share <= 1.5, f"a computed evaluation costs {share:g} of a whole one")
+
+
+@dataclass(frozen=True)
+class SpoiledCache(Cache):
+    """Every second evaluation, with one thing wrong."""
+
+    how: str = ""
+
+    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+        if self.how == "holds":
+
+            def third(look: Look) -> bool:
+                _asked.append(1)
+                return len(_asked) % 3 == 0
+
+            return third
+        return lambda look: look.index % 2 == 0
+
+    def span(self, blocks: int) -> tuple[int, int]:
+        return (1, blocks + 1) if self.how == "span" else (0, blocks)
+
+    def share(self, info: ModelInfo, tokens: int) -> float:
+        return 0.0 if self.how == "share" else 1.0
+
+
+_asked: list[int] = []
+_FLUX: dict[str, object] = {"info": FLUX}
+_CACHE = "the contract of `mrflow.caches.Cache`"
+CACHE_LAWS: tuple[Law, ...] = (
+    Law(
+        "cache", "fresh rule", "Each picture, branch and integration has a rule of its own.", "rule() = rule()", _CACHE,
+        _fresh_rule, SpoiledCache("holds"), _FLUX,
+    ),
+    Law(
+        "cache", "span", "It leaves out blocks that there are.", "0 <= start <= stop <= n", _CACHE, _span,
+        SpoiledCache("span"), _FLUX,
+    ),
+    Law(
+        "cache", "forecast", "It computes what its forecast says, at least once, for a cost above 0.",
+        "1 <= computed <= asked, share > 0", _CACHE, _forecast, SpoiledCache("share"), _FLUX,
+    ),
+)  # fmt: skip
+
+
+class _Model:
+    """A model with two prompts and latents that are not square."""
+
+    def __init__(self, model: Backbone, size: tuple[int, int] | None) -> None:
+        self.model, space = model, model.info.space
+        self.size = size or (4 * space.multiple, 6 * space.multiple)
+        self.cond = model.condition(["a red circle", "a dog"])
+        self.shape = (2, space.channels, self.size[0] // space.downscale, self.size[1] // space.downscale)
+        self.x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+
+    def velocity(self, items: slice = slice(None), x: Tensor | None = None) -> Tensor:
+        cond = self.cond if items == slice(None) else self.cond.item(items.start)
+        with torch.inference_mode():
+            return self.model.field(cond)((self.x if x is None else x)[items], 0.7)
+
+
+def _velocity(model: Backbone, size: tuple[int, int] | None) -> None:
+    m = _Model(model, size)
+    kept = m.x.clone()
+    v = m.velocity()
+    ok = v.shape == m.x.shape and bool(torch.isfinite(v).all())
+    demand(ok, f"the velocity of latents {m.shape} has shape {tuple(v.shape)}, or is not finite")
+    demand(torch.equal(m.x, kept), "its field changed the latents in place")
+    demand(torch.equal(v, m.velocity()), "two fresh fields differ at the same latents")
+
+
+def _backbone_items(model: Backbone, size: tuple[int, int] | None) -> None:
+    m = _Model(model, size)
+    v = m.velocity()
+    bound = 1e-3 * float(v.abs().max())
+    for i in range(2):
+        error = float((m.velocity(slice(i, i + 1)) - v[i : i + 1]).abs().max())
+        demand(error <= bound, f"item {i} alone differs from item {i} of a batch by {error:.2g}")
+
+
+def _pictures(model: Backbone, size: tuple[int, int] | None) -> None:
+    m = _Model(model, size)
+    pixels = torch.rand(2, 3, *m.size, generator=torch.Generator().manual_seed(0)).to(model.device)
+    with torch.inference_mode():
+        latents = model.encode(pixels)
+        back = model.decode(latents)
+    demand(tuple(latents.shape) == m.shape, f"{m.size} pixels encode to {tuple(latents.shape)}, not {m.shape}")
+    demand(back.shape == pixels.shape, f"they decode to {tuple(back.shape)}, not {tuple(pixels.shape)}")
+    demand(float(back.min()) >= 0 and float(back.max()) <= 1, "decoded pixels must be clamped to [0, 1]")
+
+
+def _prompts(model: Backbone, size: tuple[int, int] | None) -> None:
+    m = _Model(model, size)
+    demand(m.cond.batch == 2, f"two prompts are encoded as {m.cond.batch}")
+    net = model.upscaler
+    demand(net is None or net.scale == model.info.upscale, "`upscaler` has another scale than `info.upscale`")
+
+
+def _refuses(model: Backbone, size: tuple[int, int] | None) -> None:
+    if model.info.capabilities.together:
+        return
+    try:
+        model.check(FieldOptions(beside=(model.condition(["a"]),)))
+    except PlanError:
+        return
+    demand(kept=False, text="its facts say one condition at a time, and `check` takes two; call info.require")
+
+
+class SpoiledModel(Toy):
+    """The toy, with one thing wrong."""
+
+    def __init__(self, how: str = "") -> None:
+        super().__init__()
+        self.how = how
+
+    def __repr__(self) -> str:
+        return f"SpoiledModel({self.how!r})"
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        return super().condition(prompts[:1] if self.how == "prompts" else prompts)
+
+    def check(self, options: FieldOptions) -> None:
+        if self.how != "refuses":
+            super().check(options)
+
+    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
+        inner = super().field(cond, options)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            v = inner(x, sigma)
+            if self.how == "velocity":
+                x.mul_(1.01)
+            return 0.9 * v + 0.1 * v.mean(0, keepdim=True) if self.how == "items" else v
+
+        return velocity
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents) * (1.5 if self.how == "pictures" else 1.0)
+
+
+_SIZE: dict[str, object] = {"size": None}
+_BACKBONE = "the contract of `mrflow.Backbone`"
+BACKBONE_LAWS: tuple[Law, ...] = (
+    Law(
+        "backbone", "prompts", "Each prompt is one item; the upscaler is the one that its facts name.",
+        "|condition| = |prompts|",
+        _BACKBONE, _prompts, SpoiledModel("prompts"), _SIZE,
+    ),
+    Law(
+        "backbone", "velocity", "A field is a function of the latents, finite and of their shape.",
+        "v(x, sigma) = E[eps - x0 | x]",
+        "arXiv 2210.02747", _velocity, SpoiledModel("velocity"), _SIZE,
+    ),
+    Law(
+        "backbone", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", _ALONE, _backbone_items,
+        SpoiledModel("items"), _SIZE,
+    ),
+    Law(
+        "backbone", "pictures", "Pictures become latents of its space and come back as pixels in [0, 1].",
+        "(h, w) -> (h / downscale, w / downscale) -> (h, w)", _BACKBONE, _pictures, SpoiledModel("pictures"), _SIZE,
+    ),
+    Law(
+        "backbone", "refuses", "`check` refuses what its facts say that it cannot.", "needs <= capabilities",
+        _BACKBONE, _refuses,
+        SpoiledModel("refuses"), _SIZE,
+    ),
+)  # fmt: skip
