@@ -1,0 +1,127 @@
+"""`pytest --mrflow-laws` on modules of others: the tutorial's, and one whose plug-ins are broken."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULE = """
+from dataclasses import dataclass, replace
+
+import torch
+import mrflow as mf
+
+
+@dataclass(frozen=True)
+class Power(mf.Schedule):
+    steps: int
+
+    def __call__(self, start, tokens, model):
+        return tuple(start BENT * (1 - i / self.steps) ** 2 for i in range(self.steps + 1))
+
+
+@dataclass(frozen=True)
+class Ralston(mf.Solver):
+    evals = 2
+
+    def step(self, v, x, sigma, to, past):
+        h, here = to - sigma, v(x, sigma)
+        there = v(x + (2 / 3) * h * here, sigma + (2 / 3) * h)
+        return x + h * (0.25 * here + 0.75 * there), past
+
+
+@dataclass(frozen=True)
+class Noisy(mf.StochasticEuler):
+    pass
+
+
+@dataclass(frozen=True)
+class Strong(mf.Guidance):
+    scale: float
+
+    @property
+    def passes(self):
+        return 1
+
+    def field(self, model, cond, negative, options=mf.FieldOptions()):
+        return model.field(cond, options)
+
+
+@dataclass(frozen=True)
+class Twice(mf.Stage[mf.Latents, mf.Latents]):
+    def plan(self, spec, model):
+        sides = {"height": 2 * spec.height, "width": 2 * spec.width}
+        return replace(spec, **sides, sigma=mf.schedules.shift_static(spec.sigma, 2.0))
+
+    def apply(self, state, out, ctx):
+        from mrflow.rivals.growth import grown
+
+        return grown(state.data, ctx.noise(out.shape), state.spec.sigma)FLIP
+
+
+EXAMPLES
+"""
+
+
+def laws(folder: Path, text: str) -> tuple[int, dict[str, str], str]:
+    """The exit code, each item's outcome by its name, and everything printed."""
+    (folder / "mine.py").write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "mrflow.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        "-v",
+        "--mrflow-laws",
+    ]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+    done = subprocess.run([*line, "mine.py"], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    found = re.findall(r"^mine\.py::(.+?) (PASSED|FAILED|ERROR)", done.stdout, re.M)
+    return done.returncode, dict(found), done.stdout + done.stderr
+
+
+def test_right_plug_ins_pass_one_test_for_each_law(tmp_path: Path) -> None:
+    text = MODULE.replace(" BENT", "").replace("FLIP", "").replace("EXAMPLES", "kept = [Power(3), Strong(2.0)]")
+    code, found, out = laws(tmp_path, text)
+    assert code == 0, out
+    assert set(found.values()) == {"PASSED"}
+    for name in (
+        "Power: schedule: scales",
+        "Ralston: solver: order on uneven levels",
+        "Noisy: solver: marginal",
+        "Strong: guidance: passes",
+    ):
+        assert name in found
+    assert {"Twice: stage: level", "Twice: transition: white"} <= set(found)
+
+
+def test_broken_plug_ins_fail_by_law_and_say_what_to_do(tmp_path: Path) -> None:
+    text = MODULE.replace(" BENT", " ** 2").replace("FLIP", ".flip(-2)").replace("EXAMPLES", "")
+    code, found, out = laws(tmp_path, text)
+    assert code == 1
+    failed = {name for name, outcome in found.items() if outcome != "PASSED"}
+    assert failed == {
+        "Power: schedule: start",
+        "Power: schedule: scales",
+        "Twice: transition: picture",
+        "Strong: example",
+    }
+    assert "sigma_0 = start" in out and "the law: The first level is the start." in out
+    assert "give the module one: example = Strong(...)" in out
+
+
+@pytest.mark.slow
+def test_the_tutorials_own_stage_and_solver_keep_their_laws(tmp_path: Path) -> None:
+    page = (ROOT / "docs/tutorial.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    code, found, out = laws(tmp_path, "\n".join(blocks))
+    assert code == 0, out
+    assert {"Sharpen: stage: promise", "Ralston: solver: order"} <= set(found)
