@@ -90,7 +90,7 @@ def image_seeds() -> list[bytes]:
     out: list[bytes] = []
     for image, form, how in kinds:
         buffer = io.BytesIO()
-        image.save(buffer, form, **how)  # type: ignore[arg-type]
+        image.save(buffer, form, **how)
         out.append(buffer.getvalue())
     return out
 
@@ -118,7 +118,7 @@ class Inputs:
     def __init__(self, kind: str, folder: Path, seed: int) -> None:
         self.folder, self.seed, self.kind = folder, seed, kind
         self.images = image_seeds()
-        chain = mf.recipes.paper(mf.Blend(mf.Lanczos(2), mf.Interpolate(2), 0.5), low=32, size=64, steps=2)
+        chain = mf.recipes.paper(mf.Blend(mf.Lanczos(2), mf.Interpolate(2), 0.5), low=(32, 32), size=(64, 64), steps=2)
         self.made = mf.run(chain, mf.toy(), "a red circle")
 
     def try_images(self, rng: random.Random) -> None:
