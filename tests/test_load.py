@@ -539,7 +539,7 @@ def test_the_autoencoder_goes_on_in_tiles(
     # Group norms and the middle's attention see a tile only: a seam error that no overlap removes.
     assert 0 < relative(result.pixels, whole) < 0.2
     shrink(model, 8, monkeypatch, error)
-    with pytest.raises(error):
+    with pytest.raises(mf.ResourceError, match=r"stage 2 of 2, Decode\(\): out of memory"):
         draw(model, chain=chain)
 
 

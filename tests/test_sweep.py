@@ -456,15 +456,15 @@ def test_what_a_power_cut_leaves_is_not_taken_for_a_row(tmp_path: Path) -> None:
 
 def test_a_full_disk_stops_it_and_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fifth file that is written finds no space; after that there is space again."""
-    written, replace = [0], os.replace
+    written, replace = [0], Path.replace
 
-    def full(a: Any, b: Any) -> None:
+    def full(self: Path, target: Any) -> Path:
         written[0] += 1
         if written[0] == 5:
             raise OSError(28, "No space left on device")
-        replace(a, b)
+        return replace(self, target)
 
-    monkeypatch.setattr(io.os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(mf.ResourceError, match="No space left"):
         run_sweep(small(), mf.toy(), tmp_path, batch=1)
     monkeypatch.undo()
