@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mrflow._checks import check_whole
 from mrflow.display import console
 from mrflow.errors import PlanError
 from mrflow.notes import printable
@@ -198,6 +199,7 @@ def refine(
             err.print(PHOTOGRAPHS)
         if sr in (None, "own") and not embedded(model):
             raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
+        check_whole("--refine-steps", refine_steps, 1, 1000)
         net = upscaler(sr)
         if isinstance(net, str):
             raise PlanError(f"--sr {net} enlarges latents; refining a picture goes over pixels")

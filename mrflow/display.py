@@ -17,6 +17,7 @@ from mrflow.errors import MrflowError
 from mrflow.notes import printable
 
 CRASHED = 1
+ARGUMENTS = ("device", "offload", "batch", "row_timeout", "steps", "trials")  # each an option of every verb it reaches
 OUTPUT = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 
 
@@ -52,7 +53,7 @@ def console() -> Generator[Console]:
     try:
         yield err
     except MrflowError as error:
-        err.print(f"error: {error}")
+        err.print(f"error: {_in_options(str(error))}")
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         err.print("stopped; every file that was named is whole")
@@ -76,6 +77,12 @@ def console() -> Generator[Console]:
         raise SystemExit(_crash(err, error)) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _in_options(text: str) -> str:
+    """The text of an error, where "row_timeout must be ..." names an argument that is an option by that option."""
+    name, must, rest = text.partition(" must be ")
+    return f"--{name.replace('_', '-')}{must}{rest}" if name in ARGUMENTS else text
 
 
 def _silence() -> None:

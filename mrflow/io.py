@@ -274,7 +274,7 @@ def replay(
     if not (isinstance(prompt, str) and isinstance(seed, int) and isinstance(negative, str) and isinstance(name, str)):
         raise RecordError(f"{path}: its record lacks the prompt, seed, negative or model")
     if "start" in record and start is None:
-        raise RecordError(f"{path} was made from a picture ({record['start']}); pass it as start=")
+        raise RecordError(f"{path} was made from a picture ({record['start']}); give it, --start FILE or start=")
     backbone = load(recorded_model(record)) if model is None else model
     weights = record.get("weights")
     if backbone.info.name != name or backbone.info.version != weights:

@@ -134,7 +134,8 @@ def _type(name: str, allowed: Mapping[str, type]) -> type:
     if not colon or module.split(".")[0] == "mrflow":
         raise RecordError(f"this mrflow has no {name}; the picture was made by another version")
     raise RecordError(
-        f"the picture was made with {qualname} from {module}; pass that class: replay(..., types=[{qualname}])"
+        f"the picture was made with {qualname} from {module}; name its file, --with FILE, or pass "
+        f"that class: replay(..., types=[{qualname}])"
     )
 
 

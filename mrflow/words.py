@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from mrflow._checks import check_whole
 from mrflow.errors import MrflowError, PlanError, named
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def load_model(
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in dtypes:
         raise PlanError(f"--dtype takes {', '.join(dtypes)}, got {dtype!r}")
+    if storage not in (None, "fp8"):
+        raise PlanError(f"--storage takes fp8, got {storage!r}")
     return load(
         where,
         dtype=dtypes[dtype] if dtype else None,
@@ -88,6 +91,7 @@ def build(
     from mrflow import recipes
     from mrflow.cost import half
 
+    check_whole("--refine-steps", refine_steps, 1, 1000)
     if ladder is not None:
         if size or low or recipe != "paper":
             raise PlanError("--ladder gives all sizes, of the recipe paper: leave out --size, --low and --recipe")

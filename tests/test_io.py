@@ -68,7 +68,7 @@ def test_replay_gives_the_same_pixels(tmp_path: Path) -> None:
 
 def test_own_stages_are_replayed_only_when_named(tmp_path: Path) -> None:
     path = mf.run(CHAIN >> Dim(0.25), mf.toy(), "a").save(tmp_path / "x.png")[0]
-    with pytest.raises(mf.RecordError, match=r"pass that class: replay\(..., types=\[Dim\]\)"):
+    with pytest.raises(mf.RecordError, match=r"--with FILE, or pass that class: replay\(..., types=\[Dim\]\)"):
         mf.replay(path, model=mf.toy())
     assert mf.replay(path, model=mf.toy(), types=[Dim]).pixels.max() <= 0.25
 
