@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def _colours(image: Image.Image, profile: bytes | None, path: str) -> Tensor:
 
 def _srgb(image: Image.Image, profile: bytes | None, path: str) -> Image.Image:
     """The colours as sRGB, by LittleCMS with the perceptual intent."""
-    source: object
+    source: Any
     if image.mode == "LAB":
         source = ImageCms.createProfile("LAB")
     elif profile is None:

@@ -35,7 +35,8 @@ class Family(ABC):
 
     `transformer` and `autoencoder` are what errors call the two parts ("a FLUX transformer"). `marks` and
     `autoencoder_marks` are tensor names that only such a checkpoint has, in any of the layouts it is published in.
-    `pipelines` are diffusers' classes of its repositories, `published` the facts of its published models by hub id.
+    `network` is the class of its transformers, `pipelines` are diffusers' classes of its repositories, `published` the
+    facts of its published models by hub id.
     """
 
     name: ClassVar[str]
@@ -43,13 +44,9 @@ class Family(ABC):
     autoencoder: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
     autoencoder_marks: ClassVar[tuple[str, ...]]
+    network: ClassVar[type[Transformer]]
     pipelines: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[Mapping[str, ModelInfo]] = {}
-
-    @property
-    @abstractmethod
-    def network(self) -> type[Transformer]:
-        """The class of its transformers."""
 
     @abstractmethod
     def names(self, parameter: str) -> tuple[str, ...]:

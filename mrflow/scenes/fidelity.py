@@ -189,7 +189,8 @@ def _softened(patch: Array) -> Array:
     for axis in (0, 1):
         padded = np.pad(patch, [(6, 6) if a == axis else (0, 0) for a in range(3)], mode="edge")
         n = patch.shape[axis]
-        patch = sum(w * np.take(padded, np.arange(i, i + n), axis) for i, w in enumerate(row / row.sum()))
+        weights = enumerate(row / row.sum())
+        patch = np.add.reduce([w * np.take(padded, np.arange(i, i + n), axis) for i, w in weights])
     return patch
 
 

@@ -10,7 +10,7 @@ In latent cells of 1/8 of a picture's pixels, a letter of 8 % of the side is 2.6
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mrflow.scenes import grammar
@@ -324,11 +324,11 @@ def _texture(words: _Cursor) -> Scene:
     return Scene("texture", Background(texture=weave, period=period), (Object(shape, colour, x, y, FOREMOST),))
 
 
-_TELLTALE = {
+_TELLTALE: Mapping[str, Callable[[list[str]], bool]] = {
     "sign": lambda words: "sign" in words,
     "faces": lambda words: "faces" in words,
     "grid": lambda words: "grid" in words,
-    "texture": lambda words: words[:1] and words[0].startswith("1/"),
+    "texture": lambda words: bool(words) and words[0].startswith("1/"),
     "objects": lambda words: "," in words,
 }
 _BODIES = {"objects": _objects, "sign": _sign, "faces": _faces, "grid": _grid, "texture": _texture}

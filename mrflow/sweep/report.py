@@ -235,7 +235,7 @@ def page(folder: str | Path, *, title: str | None = None, link: bool = False, be
         cell |= {"stages": stages} if stages else {}
         item["cells"][row.chain] = cell if row.done else {"error": row.error}
         embedded += [(place, name) for name in (picture, *(path for _, path in stages)) if name is not None]
-    known = {**COSTS, **BUILT_IN, **cast("dict[str, Aim]", Store(where).manifest().get("aims", {}))}
+    known: dict[str, Aim] = {**COSTS, **BUILT_IN, **cast("dict[str, Aim]", Store(where).manifest().get("aims", {}))}
     data["aims"] = {name: aim(name, known) for name in (*data["metrics"], *COSTS)}
     data |= {"items": list(items.values()), "sizes": sizes}
     text = _safe(data)

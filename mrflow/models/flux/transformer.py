@@ -116,11 +116,11 @@ class Flux(Transformer):
     keeps the fused projections as the separate matrices that diffusers' files hold, so that those can stay mapped.
     """
 
-    params: FluxParams
+    params: FluxParams  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, params: FluxParams, *, split: bool = False) -> None:
         super().__init__()
-        p = self.params = params
+        self.params = p = params  # pyright: ignore[reportIncompatibleVariableOverride]
         self.attention: Attention = attention
         self.img_in = nn.Linear(p.in_channels, p.hidden)
         self.txt_in = nn.Linear(p.context, p.hidden)

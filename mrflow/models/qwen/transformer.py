@@ -116,11 +116,11 @@ class QwenImage(Transformer):
     `attention` is the function that every block calls, `split` keeps projections apart: see `Flux`.
     """
 
-    params: QwenParams
+    params: QwenParams  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, params: QwenParams, *, split: bool = False) -> None:
         super().__init__()
-        p = self.params = params
+        self.params = p = params  # pyright: ignore[reportIncompatibleVariableOverride]
         self.attention: Attention = attention
         self.img_in = nn.Linear(p.in_channels, p.hidden)
         self.txt_norm = RMSNorm(p.context, late=True)
