@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mrflow.errors import PlanError
+from mrflow._checks import check_whole
 from mrflow.files import read_regular
 from mrflow.flow import finite
 from mrflow.notes import note
@@ -42,8 +42,7 @@ class StageCache:
     """
 
     def __init__(self, folder: str | Path | None = None, *, max_bytes: int = 1 << 30) -> None:
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
-            raise PlanError(f"max_bytes must be a whole number above 0, got {max_bytes!r}")
+        check_whole("max_bytes", max_bytes, 1, wanted="a whole number above 0")
         self.folder = None if folder is None else Path(folder)
         self.max_bytes = max_bytes
         self.hits = self.misses = 0

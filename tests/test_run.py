@@ -198,6 +198,9 @@ def test_inner_chains_run_through_the_context() -> None:
         def apply(self, state: mf.State[mf.Pixels], out: mf.Pixels, ctx: mf.Context) -> torch.Tensor:
             return 0.5 * (ctx.through(inner, state).data + state.data)
 
+        def work(self, spec: mf.Pixels, out: mf.Pixels, model: mf.ModelInfo) -> mf.Work:
+            return mf.Work(nfe=1)
+
     mf.testing.check_stage(Twice())
 
 

@@ -346,8 +346,11 @@ def test_half_precision_that_overflows_is_made_again_in_float32() -> None:
 def test_a_network_that_is_broken_says_so(tmp_path: Path) -> None:
     state = compact()
     state["body.0.bias"][0] = float("nan")
+    with pytest.raises(mf.WeightsError, match=r"body\.0\.bias holds NaN or infinity"):
+        mf.Checkpoint(_file(tmp_path, state))
+    huge = {name: torch.full_like(tensor, 3e38) for name, tensor in compact().items()}
     with pytest.raises(mf.NonFiniteError, match="NaN or infinity in float32; are its weights whole"):
-        mf.Checkpoint(_file(tmp_path, state))(torch.rand(1, 3, 4, 4))
+        mf.Checkpoint(_file(tmp_path, huge))(torch.rand(1, 3, 4, 4))
 
 
 @pytest.mark.gpu
