@@ -98,7 +98,7 @@ def round_trip(names: tuple[str, ...], out: Path) -> None:
             tiles[-1].append(middle(made, 160))
         psnr, ssim, band = np.mean(rows, axis=0)
         print(f"| {name} | {psnr:.2f} | {ssim:.3f} | {band:+.1f} dB | {seconds / len(photos):.2f} |", flush=True)
-    sheet(tiles, labels, out / "real-upscalers.png")
+    sheet(tiles, labels, out / "real-upscalers.jpg")
 
 
 def sheet(tiles: list[list[Tensor]], labels: list[str], path: Path) -> None:
@@ -112,7 +112,7 @@ def sheet(tiles: list[list[Tensor]], labels: list[str], path: Path) -> None:
             values = (255 * tile[0].permute(1, 2, 0)).round().byte().numpy()
             image.paste(Image.fromarray(values), (i * (side + 4), j * (side + 4) + 18))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    image.save(path, quality=92)
 
 
 Box = tuple[int, int, int, int]
