@@ -16,6 +16,7 @@ readings held against another's word, which must be near 0.
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from experiments.real.packages import NETWORKS, PHOTOGRAPHS, network, photograph, shipped
 from experiments.real.reader import read_line
-from mrflow.sweep.metrics import edit_distance
+from mrflow.sweep.metrics import Lpips, edit_distance
 from mrflow.upscaler import Upscaler
 from mrflow.upscalers import Interpolate, Lanczos, load_upscaler
 
@@ -70,7 +71,15 @@ def high_band(pixels: Tensor) -> float:
     return float(power[(f[:, None].square() + f.square()).sqrt() > 0.25].sum())
 
 
-def round_trip(names: tuple[str, ...], out: Path) -> None:
+def perceptual(alexnet: Path | None) -> Callable[[Tensor, Tensor], float] | None:
+    """LPIPS with the real linear weights, where the user gives torchvision's AlexNet checkpoint."""
+    if alexnet is None:
+        return None
+    lpips = Lpips(str(alexnet), str(shipped("lpips", "weights/v0.1/alex.pth")))
+    return lpips.distance
+
+
+def round_trip(names: tuple[str, ...], out: Path, lpips: Callable[[Tensor, Tensor], float] | None) -> None:
     """The table and the picture of photographs."""
     from skimage.metrics import structural_similarity
 
@@ -79,7 +88,8 @@ def round_trip(names: tuple[str, ...], out: Path) -> None:
     ]
     tiles: list[list[Tensor]] = [[resized(middle(p, 160), 160) for p in photos]]
     labels = ["photograph"]
-    print("| upscaler | PSNR | SSIM | upper band | seconds |\n|---|---|---|---|---|")
+    columns = ["upscaler", "PSNR", "SSIM", "upper band", *(["LPIPS"] if lpips else []), "seconds"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for name, up in upscalers(4).items():
         rows, seconds = [], 0.0
         tiles.append([])
@@ -94,10 +104,12 @@ def round_trip(names: tuple[str, ...], out: Path) -> None:
                 a, b, channel_axis=2, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
             )
             psnr = float(-10 * (photo - made).square().mean().log10())
-            rows.append((psnr, float(ssim), 10 * np.log10(high_band(made) / high_band(photo))))
+            distance = lpips(made, photo) if lpips else 0.0
+            rows.append((psnr, float(ssim), 10 * np.log10(high_band(made) / high_band(photo)), distance))
             tiles[-1].append(middle(made, 160))
-        psnr, ssim, band = np.mean(rows, axis=0)
-        print(f"| {name} | {psnr:.2f} | {ssim:.3f} | {band:+.1f} dB | {seconds / len(photos):.2f} |", flush=True)
+        psnr, ssim, band, distance = np.mean(rows, axis=0)
+        more = f" {distance:.3f} |" if lpips else ""
+        print(f"| {name} | {psnr:.2f} | {ssim:.3f} | {band:+.1f} dB |{more} {seconds / len(photos):.2f} |", flush=True)
     sheet(tiles, labels, out / "real-upscalers.jpg")
 
 
@@ -179,10 +191,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/real"), help="folder of the pictures")
     parser.add_argument("--photographs", type=int, default=len(PHOTOGRAPHS), help="how many of them")
     parser.add_argument("--only", choices=("photographs", "text"), help="one of the two tables; both (default)")
+    parser.add_argument("--alexnet", type=Path, help="torchvision's AlexNet checkpoint: adds a column of LPIPS")
     args = parser.parse_args()
     with torch.no_grad():
         if args.only != "text":
-            round_trip(PHOTOGRAPHS[: args.photographs], args.out)
+            round_trip(PHOTOGRAPHS[: args.photographs], args.out, perceptual(args.alexnet))
         if args.only != "photographs":
             small_text(args.out)
 

@@ -325,12 +325,15 @@ class Lpips(Metric):
             return {}
         if min(made.pixels.shape[-2:]) < 64:
             raise PlanError(f"LPIPS needs sides of at least 64 pixels, got {tuple(made.pixels.shape[-2:])}")
+        return {"lpips": self.distance(made.pixels[None], made.reference[None])}
+
+    def distance(self, pixels: Tensor, reference: Tensor) -> float:
+        """Of two pictures (1, 3, h, w) in [0, 1], sides of at least 64 pixels."""
         total = 0.0
-        pair = zip(self.features(made.pixels[None]), self.features(made.reference[None]), self._weights[1], strict=True)
-        for a, b, weight in pair:
+        for a, b, weight in zip(self.features(pixels), self.features(reference), self._weights[1], strict=True):
             a, b = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
             total += float(torch.nn.functional.conv2d((a - b).square(), weight.float()).mean())
-        return {"lpips": total}
+        return total
 
 
 def aims_of(metrics: Iterable[Metric]) -> dict[str, Aim]:
