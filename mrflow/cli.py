@@ -23,6 +23,7 @@ from mrflow.words import (
     RECIPES,
     SR_WORDS,
     build,
+    check_scale,
     embedded,
     free_path,
     load_chain,
@@ -225,25 +226,22 @@ def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force
     """Enlarge a picture by an upscaler alone, and write it."""
     from mrflow.io import png, read_image, to_images
     from mrflow.spec import MAX_SIDE
-    from mrflow.stages.upscale import enlarged, resize
+    from mrflow.stages.upscale import enlarged, passes_to, resize
 
     net = None if sr == "own" else upscaler(sr)
     if net is None or isinstance(net, str):
         raise PlanError(f"--sr-only needs an upscaler of pixels: --sr {SR_WORDS}")
-    if not 1 <= scale <= 16:
-        raise PlanError(f"--scale must be from 1 to 16, got {scale:g}")
+    check_scale(scale)
     pixels = read_image(photo)
     height, width = (round(side * scale) for side in pixels.shape[-2:])
     if max(height, width) > MAX_SIDE:
         raise PlanError(f"{height}x{width} is beyond {MAX_SIDE} pixels a side; take a smaller --scale")
-    if net.scale < 2 and (height, width) != tuple(pixels.shape[-2:]):
-        raise PlanError(f"an upscaler of scale {net.scale} cannot reach {height}x{width}")
+    passes = max(1, passes_to((height, width), *pixels.shape[-2:], net.scale))  # a network of scale 1 may restore
     default = Path(f"{photo.stem}-enlarged.png")
     target = free_path(out, default, 1, force)
-    made = enlarged(net, pixels)
-    while made.shape[-2] < height or made.shape[-1] < width:
-        made = enlarged(net, made.clamp(0, 1))
-    image = png(to_images(resize(made, height, width).clamp(0, 1))[0])
+    for _ in range(passes):
+        pixels = enlarged(net, pixels)
+    image = png(to_images(resize(pixels, height, width).clamp(0, 1))[0])
     return save_free(lambda path: {path: image}, target, out, default, 1, force)
 
 

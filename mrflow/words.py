@@ -213,6 +213,12 @@ def parse_size(option: str, text: str, info: "ModelInfo | None" = None) -> tuple
     return int(parts[0]), int(parts[-1])
 
 
+def check_scale(scale: float) -> None:
+    """Refuse a --scale that makes no sense."""
+    if not 1 <= scale <= 16:
+        raise PlanError(f"--scale must be from 1 to 16, got {scale:g}")
+
+
 def refinement(
     height: int, width: int, scale: float, info: "ModelInfo", *, crop: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -224,8 +230,7 @@ def refinement(
     from fractions import Fraction
     from math import gcd
 
-    if not 1 <= scale <= 16:
-        raise PlanError(f"--scale must be from 1 to 16, got {scale:g}")
+    check_scale(scale)
     exact = Fraction(scale).limit_denominator(64)
     p, m = exact.numerator, exact.denominator * info.space.multiple
     unit = m // gcd(p, m)

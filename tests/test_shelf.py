@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import mrflow as mf
 from mrflow.cli import app
 from mrflow.errors import PlanError, WeightsError
 from mrflow.upscalers import shelf
@@ -78,3 +79,28 @@ def test_the_list_says_what_is_here(tmp_path: Path) -> None:
     shelf.add(network(tmp_path / "realesr-animevideov3.safetensors"))
     text = CliRunner().invoke(app, ["sr", "list"]).output
     assert "video.safetensors" in text and "anime: Real-ESRGAN x4plus anime 6B, BSD-3-Clause; not here" in text
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(1.0, 1), (3.0, 1), (8.0, 2)])
+def test_sr_only_gives_what_the_stage_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, passes: int
+) -> None:
+    """The same passes, the same resize: the picture is that of `Upscale` in a chain."""
+    monkeypatch.chdir(tmp_path)
+    file, start = network(tmp_path / "x4.safetensors"), mf.read_image(picture(tmp_path / "cat.png"))
+    calls, single = [0], mf.Checkpoint.__call__
+
+    def counted(self: mf.Checkpoint, pixels: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return single(self, pixels)
+
+    monkeypatch.setattr(mf.Checkpoint, "__call__", counted)
+    args = ["refine", "cat.png", "--sr-only", "--sr", str(file), "--scale", str(scale)]
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0, done.output
+    assert calls[0] == passes
+    size = (int(12 * scale), int(20 * scale))
+    if scale > 1:  # at the same size a chain has nothing to do
+        stage = mf.Upscale(mf.Checkpoint(str(file)), size)
+        pixels = mf.run(stage >> mf.Upscale(mf.Lanczos(2), size), mf.toy(), "", start=start).pixels
+        assert torch.equal(mf.read_image(tmp_path / "cat-enlarged.png"), (255 * pixels).round() / 255)

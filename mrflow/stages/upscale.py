@@ -39,14 +39,7 @@ class Upscale(Stage[Pixels, Pixels]):
 
     def passes(self, spec: Pixels, model: ModelInfo) -> int:
         """How often the upscaler runs."""
-        if self.size is None:
-            return 1
-        scale, passes, height, width = self.scale(model), 0, spec.height, spec.width
-        while height < self.size[0] or width < self.size[1]:
-            if scale < 2:
-                raise PlanError(f"an upscaler of scale {scale} cannot reach {self.size[0]}x{self.size[1]}")
-            height, width, passes = height * scale, width * scale, passes + 1
-        return passes
+        return 1 if self.size is None else passes_to(self.size, spec.height, spec.width, self.scale(model))
 
     def plan(self, spec: Pixels, model: ModelInfo) -> Pixels:
         """Pixels of `size`, or `scale` times the sides."""
@@ -82,6 +75,20 @@ class Upscale(Stage[Pixels, Pixels]):
         for _ in range(self.passes(state.spec, ctx.model.info)):
             pixels = enlarged(upscaler, pixels)
         return resize(pixels, out.height, out.width).clamp(0, 1)
+
+
+def passes_to(size: tuple[int, int], height: int, width: int, scale: int) -> int:
+    """How often an upscaler of that scale runs until height x width, in pixels, is nowhere below `size`.
+
+    Raises:
+        PlanError: its scale is below 2, and `size` is larger.
+    """
+    passes = 0
+    while height < size[0] or width < size[1]:
+        if scale < 2:
+            raise PlanError(f"an upscaler of scale {scale} cannot reach {size[0]}x{size[1]}")
+        height, width, passes = height * scale, width * scale, passes + 1
+    return passes
 
 
 def enlarged(upscaler: Upscaler, pixels: Tensor) -> Tensor:
