@@ -26,7 +26,7 @@ def own_shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def network(path: Path, convs: int = 16) -> Path:
     torch.manual_seed(0)
-    save_file(dict(SRVGGNetCompact(CompactParams(width=4, convs=convs, scale=4)).state_dict()), path)
+    save_file(dict(SRVGGNetCompact(CompactParams(convs=convs)).state_dict()), path)
     return path
 
 
@@ -104,3 +104,11 @@ def test_sr_only_gives_what_the_stage_gives(
         stage = mf.Upscale(mf.Checkpoint(str(file)), size)
         pixels = mf.run(stage >> mf.Upscale(mf.Lanczos(2), size), mf.toy(), "", start=start).pixels
         assert torch.equal(mf.read_image(tmp_path / "cat-enlarged.png"), (255 * pixels).round() / 255)
+
+
+def test_an_orphan_of_a_pair_is_not_written_over(tmp_path: Path, own_shelf: Path) -> None:
+    own_shelf.mkdir()
+    (own_shelf / "video.bin").write_bytes(b"another's")
+    with pytest.raises(PlanError, match=r"video is taken by .*video\.bin"):
+        shelf.add(network(tmp_path / "realesr-animevideov3.safetensors"))
+    assert (own_shelf / "video.bin").read_bytes() == b"another's"

@@ -1,31 +1,30 @@
 """Networks by a short name: a file that the user gave once (`mrflow sr add FILE`), kept in a folder of mrflow's own."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mrflow.errors import PlanError, ResourceError, WeightsError
-from mrflow.files import temporary_beside
+from mrflow.publish import publish
+from mrflow.upscalers.nets import CompactParams, RRDBParams
 
 
 @dataclass(frozen=True)
 class Known:
-    """A published network: what it is called, the file to get, and its sizes (scale, and blocks or layers)."""
+    """A published network: what it is called, the file to get, and its sizes."""
 
     title: str
     file: str
-    kind: str
-    depth: int
+    params: RRDBParams | CompactParams
     licence: str = "BSD-3-Clause"
     source: str = "the releases of github.com/xinntao/Real-ESRGAN"
 
 
 KNOWN: Mapping[str, Known] = {
-    "realesrgan-x4": Known("Real-ESRGAN x4plus", "RealESRGAN_x4plus.pth", "RRDBParams", 23),
-    "anime": Known("Real-ESRGAN x4plus anime 6B", "RealESRGAN_x4plus_anime_6B.pth", "RRDBParams", 6),
-    "video": Known("Real-ESRGAN animevideov3", "realesr-animevideov3.pth", "CompactParams", 16),
+    "realesrgan-x4": Known("Real-ESRGAN x4plus", "RealESRGAN_x4plus.pth", RRDBParams()),
+    "anime": Known("Real-ESRGAN x4plus anime 6B", "RealESRGAN_x4plus_anime_6B.pth", RRDBParams(blocks=6)),
+    "video": Known("Real-ESRGAN animevideov3", "realesr-animevideov3.pth", CompactParams(convs=16)),
 }
 SUFFIXES = (".safetensors", ".pth", ".param")
 
@@ -73,28 +72,21 @@ def add(file: Path, name: str | None = None) -> tuple[str, Path]:
     if word is None or word not in KNOWN:
         raise PlanError(f"say which one {file.name} is: --name {', '.join(KNOWN)}")
     known = KNOWN[word]
-    if net is None or (type(net.params).__name__, _depth(net.params), net.params.scale) != (known.kind, known.depth, 4):
+    if net is None or net.params != known.params:
         raise WeightsError(f"{file} is not {known.title}: its network is {net.params if net else 'of another kind'}")
     target = folder() / f"{word}{file.suffix if file.suffix in SUFFIXES else '.pth'}"
-    pairs = [(file, target)]
-    if file.suffix == ".param":
-        pairs.insert(
-            0, (weights_beside(file), target.with_suffix(".bin"))
-        )  # the half that `found` looks for comes last
-    taken = [folder() / f"{word}{suffix}" for suffix in SUFFIXES if (folder() / f"{word}{suffix}").exists()]
+    sources = {target: file}
+    if file.suffix == ".param":  # the half that `found` looks for comes last
+        sources = {target.with_suffix(".bin"): weights_beside(file), **sources}
+    taken = [path for suffix in (*SUFFIXES, ".bin") if (path := folder() / f"{word}{suffix}").exists()]
     if taken:
         raise PlanError(f"{word} is taken by {taken[0]}: remove that file first if you want another")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for source, to in pairs:
-            part = temporary_beside(to)
-            try:
-                shutil.copyfile(source, part)
-                os.replace(part, to)
-            finally:
-                part.unlink(missing_ok=True)
+        data = {to: source.read_bytes() for to, source in sources.items()}
     except OSError as error:
         raise ResourceError(f"{file} cannot be copied to {target}: {error.strerror or error}") from None
+    publish(data)
     return word, target
 
 
@@ -105,7 +97,3 @@ def _told(file: Path) -> str | None:
     if "anime" in stem:
         return "anime"
     return "realesrgan-x4" if "x4plus" in stem else None
-
-
-def _depth(params: object) -> int:
-    return int(getattr(params, "blocks", 0) or getattr(params, "convs", 0))
