@@ -11,7 +11,6 @@ namespace of the same boot, or else when its heartbeat is old by the clock of th
 A row is blamed for a death only while it is being computed, alone, after the warm-up.
 """
 
-import errno
 import json
 import os
 import socket
@@ -27,10 +26,10 @@ from typing import Any
 
 from mrflow.errors import ResourceError
 from mrflow.files import parse_table, read_regular, temporary_beside
+from mrflow.publish import NO_LINKS
 
 BEAT, STALE = 5.0, 60.0  # seconds between heartbeats, and after which a lease is dead
 MAX_BYTES = 1 << 16
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 class LeaseLostError(Exception):
