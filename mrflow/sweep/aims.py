@@ -28,7 +28,12 @@ BUILT_IN: Mapping[str, Aim] = {
     "lpips": "lower",
     "text": "higher",
 }
-"""Those of the metrics that come with mrflow, for folders that do not say."""
+"""Those of the metrics that come with mrflow: said by the metrics themselves, and for folders that do not say."""
+
+
+def own(name: str) -> Mapping[str, Aim]:
+    """The part of `BUILT_IN` that a metric of mrflow gives: the number of that name, and the numbers below it."""
+    return {key: aim for key, aim in BUILT_IN.items() if key == name or key.startswith(f"{name}.")}
 
 
 def aim(name: str, aims: Mapping[str, Aim]) -> Aim | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mrflow import metrics as numbers
 from mrflow.errors import PlanError, WeightsError
-from mrflow.sweep.aims import Aim
+from mrflow.sweep.aims import Aim, own
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -60,7 +60,7 @@ class SceneScore(Metric):
     that is not square or has a side below 64.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = {"score": "higher"}
+    aims: ClassVar[Mapping[str, Aim]] = own("score")
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`score`, `score.alignment`, `score.text` and so on, as far as the caption speaks of them."""
@@ -82,18 +82,7 @@ class Fidelity(Metric):
     so that none of it counts as an error. It has no number where `SceneScore` has none.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = {
-        "fit.psnr": "higher",
-        "fit.boundary_iou": "higher",
-        "fit.edge": "lower",
-        "fit.corner": "one",
-        "fit.glyph": "higher",
-        "fit.glyph.right": "higher",
-        "fit.expression": "higher",
-        "fit.expression.right": "higher",
-        "fit.spectrum": "lower",
-        "fit.rank": "uniform",
-    }
+    aims: ClassVar[Mapping[str, Aim]] = own("fit")
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`fit.psnr` and so on, by the names of `mrflow.scenes.fidelity.measure`."""
@@ -115,7 +104,7 @@ class Stray(Metric):
     none.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = {"stray": "lower"}
+    aims: ClassVar[Mapping[str, Aim]] = own("stray")
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`stray`; lower is cleaner."""
@@ -135,7 +124,7 @@ class Psnr(Metric):
     It means something only for chains that stay on the reference's path (caches); staged ones compose anew.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = {"psnr": "higher"}
+    aims: ClassVar[Mapping[str, Aim]] = own("psnr")
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -149,7 +138,7 @@ class Psnr(Metric):
 class Ssim(Metric):
     """Structural similarity to the reference chain's picture (Wang et al. 2004); at most 1. As for `Psnr`."""
 
-    aims: ClassVar[Mapping[str, Aim]] = {"ssim": "higher"}
+    aims: ClassVar[Mapping[str, Aim]] = own("ssim")
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -163,7 +152,7 @@ class Ssim(Metric):
 class Spectrum(Metric):
     """Power in rings of spatial frequency over the reference's: 1 is as much detail, lower is lost, higher is noise."""
 
-    aims: ClassVar[Mapping[str, Aim]] = {"spectrum": "one"}
+    aims: ClassVar[Mapping[str, Aim]] = own("spectrum")
     bands: int = 4
     needs_reference: ClassVar[bool] = True
 
@@ -188,7 +177,7 @@ class Sharpness(Metric):
 class RoundTrip(Metric):
     """The autoencoder's round-trip energy of the latents that are refined; 0 and up, lower is nearer to a picture's."""
 
-    aims: ClassVar[Mapping[str, Aim]] = {"round_trip": "lower"}
+    aims: ClassVar[Mapping[str, Aim]] = own("round_trip")
     needs_latents: ClassVar[bool] = True
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -212,7 +201,7 @@ class ClipScore(Metric):
         WeightsError: there is no such model.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = {"clip": "higher"}
+    aims: ClassVar[Mapping[str, Aim]] = own("clip")
     folder: str
 
     @cached_property
@@ -251,7 +240,7 @@ class ReadText(Metric):
     `ocr` is your function from a picture (3, h, w) in [0, 1] to text; the wanted text is the prompt's tag `text`.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = {"text": "higher"}
+    aims: ClassVar[Mapping[str, Aim]] = own("text")
 
     ocr: Callable[[Tensor], str] = field(compare=False)
 
@@ -286,7 +275,7 @@ class Lpips(Metric):
         WeightsError: a file is missing, or lacks a tensor.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = {"lpips": "lower"}
+    aims: ClassVar[Mapping[str, Aim]] = own("lpips")
 
     alexnet: str
     linear: str
