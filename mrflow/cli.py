@@ -236,7 +236,8 @@ def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force
     height, width = (round(side * scale) for side in pixels.shape[-2:])
     if max(height, width) > MAX_SIDE:
         raise PlanError(f"{height}x{width} is beyond {MAX_SIDE} pixels a side; take a smaller --scale")
-    passes = max(1, passes_to((height, width), *pixels.shape[-2:], net.scale))  # a network of scale 1 may restore
+    # Once at least: a network of scale 1 may restore.
+    passes = max(1, passes_to((height, width), pixels.shape[-2], pixels.shape[-1], net.scale))
     default = Path(f"{photo.stem}-enlarged.png")
     target = free_path(out, default, 1, force)
     for _ in range(passes):

@@ -117,22 +117,29 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def writing(path: Path) -> Generator[IO[bytes]]:
-    """A file that is there whole or not at all: a temporary one beside it, flushed to disk, then renamed.
+    """A file that is there whole or not at all: see `drafting`.
 
     Raises:
         ResourceError: the disk is full or the folder does not take it; the temporary file is removed.
     """
-    temporary = temporary_beside(path)
     try:
-        with temporary.open("xb") as file:
+        with drafting(path) as temporary, temporary.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise ResourceError(
             f"{path} could not be written: {error.strerror or error}; nothing was left behind"
         ) from None
+
+
+@contextmanager
+def drafting(path: Path) -> Generator[Path]:
+    """An unused name beside `path`: what is written there is flushed to disk and renamed to `path`, or removed."""
+    temporary = temporary_beside(path)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
     finally:
         with suppress(OSError):  # it was renamed, or its folder is none
             temporary.unlink()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mrflow.checkpoints.names import plain
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.files import temporary_beside
+from mrflow.files import drafting
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_TENSORS, MAX_AXES, MAX_NUMBER = 100_000, 16, 1 << 62  # far above any published network
@@ -417,19 +417,13 @@ def mapped(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> Tensor:
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file that appears under its name only when it is complete."""
-    temporary = temporary_beside(path)
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        write_safetensors(
-            {k: t.detach().contiguous() for k, t in tensors.items()}, temporary, dict(metadata) if metadata else None
-        )
-        with temporary.open("rb+") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        with drafting(path) as temporary:
+            write_safetensors(whole, temporary, dict(metadata) if metadata else None)
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) else None
         raise ResourceError(f"{path} cannot be written: {why or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def exported(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
