@@ -351,9 +351,7 @@ def flux_params(header: Header, names: Names) -> FluxParams:
             "guidance_embeds": guidance,
         },
     )
-    axes = config.get("axes_dims_rope", FluxParams.axes if head == 128 else None)
-    if axes is None:
-        raise WeightsError(f"{header.path}: heads of {head} channels, but no config.json says their axes_dims_rope")
+    axes = axes_of(header, config, head, FluxParams.axes)
     try:
         return FluxParams(
             in_channels=in_channels,
@@ -362,7 +360,7 @@ def flux_params(header: Header, names: Names) -> FluxParams:
             pooled=pooled,
             hidden=hidden,
             heads=heads,
-            axes=tuple(operator.index(axis) for axis in axes),
+            axes=axes,
             mlp_ratio=mlp / hidden,
             double_blocks=counts[0],
             single_blocks=counts[1],
@@ -424,6 +422,17 @@ def config_of(header: Header, name: str) -> Mapping[str, Any]:
         return {}
     config = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
     return config if config.get("_class_name") == name else {}
+
+
+def axes_of(header: Header, config: Mapping[str, Any], head: int, usual: tuple[int, ...]) -> tuple[int, ...]:
+    """A head's channels for each axis: of the config, else the `usual` ones of heads of 128 channels."""
+    axes = config.get("axes_dims_rope", usual if head == 128 else None)
+    if axes is None:
+        raise WeightsError(f"{header.path}: heads of {head} channels, but no config.json says their axes_dims_rope")
+    try:
+        return tuple(operator.index(axis) for axis in axes)
+    except TypeError as error:
+        raise WeightsError(f"{header.path}: {error}") from None
 
 
 def agree(header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:

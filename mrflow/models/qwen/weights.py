@@ -4,7 +4,6 @@ The transformer is published under diffusers' names alone; the autoencoder under
 """
 
 import copy
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +34,7 @@ from mrflow.models.flux.weights import (
     ATTENTION,
     Names,
     agree,
+    axes_of,
     config_of,
     count,
     one_part,
@@ -206,9 +206,7 @@ def qwen_params(header: Header, names: Names) -> QwenParams:
         raise WeightsError(f"{header.path}: its config sets {odd[0]}: another model than Qwen-Image, not supported")
     sizes = {"attention_head_dim": head, "num_attention_heads": hidden // head, "num_layers": blocks}
     agree(header, config, sizes | {"in_channels": in_channels, "joint_attention_dim": context})
-    axes = config.get("axes_dims_rope", QwenParams.axes if head == 128 else None)
-    if axes is None:
-        raise WeightsError(f"{header.path}: heads of {head} channels, but no config.json says their axes_dims_rope")
+    axes = axes_of(header, config, head, QwenParams.axes)
     try:
         return QwenParams(
             in_channels=in_channels,
@@ -216,7 +214,7 @@ def qwen_params(header: Header, names: Names) -> QwenParams:
             context=context,
             hidden=hidden,
             heads=hidden // head,
-            axes=tuple(operator.index(axis) for axis in axes),
+            axes=axes,
             mlp_ratio=mlp / hidden,
             double_blocks=blocks,
         )
