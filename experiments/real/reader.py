@@ -17,14 +17,16 @@ def _engine() -> Any:  # noqa: ANN401 (an optional package without types)
 
 def read_array(pixels: "np.ndarray[Any, Any]") -> str:
     """The text in (h, w, 3) of 8 bits, red first; its lines joined by spaces, "" where none is found."""
-    found = _engine()(np.ascontiguousarray(pixels[..., ::-1]))
-    return " ".join(found.txts or ())
+    return _text(pixels)
 
 
 def read_line(pixels: "np.ndarray[Any, Any]") -> str:
     """The text in a picture of one line, (h, w, 3) of 8 bits: recognised as it is, not looked for first."""
-    found = _engine()(np.ascontiguousarray(pixels[..., ::-1]), use_det=False, use_cls=False)
-    return " ".join(found.txts or ())
+    return _text(pixels, use_det=False, use_cls=False)
+
+
+def _text(pixels: "np.ndarray[Any, Any]", **how: bool) -> str:
+    return " ".join(_engine()(np.ascontiguousarray(pixels[..., ::-1]), **how).txts or ())
 
 
 def read(paths: list[Path]) -> list[str]:

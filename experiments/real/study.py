@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from experiments.real.packages import NETWORKS, PHOTOGRAPHS, network, photograph, shipped
 from experiments.real.reader import read_line
 from mrflow.sweep.metrics import Lpips, edit_distance
+from mrflow.sweep.statistics import interval
 from mrflow.upscaler import Upscaler
 from mrflow.upscalers import Interpolate, Lanczos, load_upscaler
 
@@ -35,7 +35,6 @@ WORDS = (
     "harbour", "Market", "lantern", "VELVET", "quarter", "Juniper", "bridge", "OXFORD", "window", "Copper", "thistle",
     "GRAVEL", "meadow", "Signal", "walnut", "HEATHER",
 )  # fmt: skip
-Scores = NDArray[np.float64]
 HEIGHTS = (6, 8, 10, 12, 16, 24)
 
 
@@ -146,32 +145,30 @@ def page(height: int) -> tuple[Tensor, list[Box]]:
     return torch.from_numpy(values).permute(2, 0, 1)[None].contiguous(), boxes
 
 
-def legible(pixels: Tensor, boxes: list[Box], shift: int = 0) -> Scores:
+def legible(pixels: Tensor, boxes: list[Box], shift: int = 0) -> list[float]:
     """The score of each word, read from its own box; `shift` compares with another's word."""
-    scores = []
+    scores: list[float] = []
     for i, (left, top, right, bottom) in enumerate(boxes):
         size = 48, round(48 * (right - left) / (bottom - top))
         line = torch.nn.functional.interpolate(pixels[..., top:bottom, left:right], size, mode="bicubic").clamp(0, 1)
         text = read_line((255 * line[0].permute(1, 2, 0)).round().byte().numpy())
         word = WORDS[(i + shift) % len(WORDS)]
         scores.append(max(0.0, 1 - edit_distance(text.replace(" ", "").lower(), word.lower()) / len(word)))
-    return np.asarray(scores)
+    return scores
 
 
 def small_text(out: Path) -> None:
     """The table and a picture of small text."""
     print("\n| path | " + " | ".join(f"{h} px" for h in HEIGHTS) + " |\n" + "|---" * (len(HEIGHTS) + 1) + "|")
     made = {h: page(h) for h in HEIGHTS}
-    rng = np.random.default_rng(0)
     tiles, labels = list[list[Tensor]](), list[str]()
 
     def row(name: str, pictures: dict[int, Tensor], shift: int = 0) -> None:
         cells = []
         for h in HEIGHTS:
             scores = legible(pictures[h], made[h][1], shift)
-            means = rng.choice(scores, (2000, len(scores))).mean(1)
-            low, high = np.quantile(means, (0.025, 0.975))
-            cells.append(f"{scores.mean():.2f} [{low:.2f}, {high:.2f}]")
+            found = interval({word: [score] for word, score in zip(WORDS, scores, strict=True)}, draws=4000)
+            cells.append(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
         if not shift:
             labels.append(name)
