@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import mrflow as mf
+from mrflow.cli.parsing import build, load_chain, load_model, upscaler
 from mrflow.errors import MrflowError, PlanError
-from mrflow.io import make_record, write_bytes
+from mrflow.records.pictures import make_record, write_bytes
 from mrflow.stage import AnyChain
-from mrflow.words import build, load_chain, load_model, upscaler
 
 
 @dataclass(frozen=True)

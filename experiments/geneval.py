@@ -22,7 +22,7 @@ from PIL import Image
 
 from experiments.drawing import Task, draw, guarded, options, quantiles, read_lines, resampled, write_text
 from mrflow.errors import PlanError
-from mrflow.io import write_png
+from mrflow.records.pictures import write_png
 
 PROMPTS = Path(__file__).parent / "data" / "geneval.jsonl"
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -25,8 +25,8 @@ from torch import Tensor
 import mrflow as mf
 from experiments.pocket_scores import interval, pictures, seeds_of
 from experiments.train_pocket.data import rendered, unit
-from mrflow.io import check_writable, write_bytes
 from mrflow.models.pocket.model import SHIPPED, Pocket, load_pocket
+from mrflow.records.pictures import check_writable, write_bytes
 from mrflow.scenes.hard import FACE_SIZES, GRIDS, HARD, LETTER_SIZES, PERIODS, fill, held_out_captions, parse
 from mrflow.scenes.legible import READ_BY, hard_score
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 from experiments.drawing import Task, draw, guarded, options, quantiles, read_lines, resampled, write_text
 from mrflow.errors import PlanError
-from mrflow.io import write_bytes, write_png
+from mrflow.records.pictures import write_bytes, write_png
 
 FOLDERS = {"anime": "anime", "portrait": "human", "human": "human", "object": "object", "text": "text",
            "reasoning": "reasoning", "multilingual": "multilingualism"}  # fmt: skip

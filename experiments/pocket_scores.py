@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 import mrflow as mf
 from experiments.train_pocket.data import WORLDS
-from mrflow.io import check_writable, write_bytes
+from mrflow.records.pictures import check_writable, write_bytes
 from mrflow.scenes.grammar import held_out_captions
 from mrflow.scenes.score import other_captions, score
 from mrflow.sheet import warm_up

@@ -24,8 +24,8 @@ import mrflow as mf
 from experiments.pocket_scores import Row, interval, seeds_of, table
 from experiments.train_pocket.data import pictures, unit
 from mrflow.errors import MrflowError
-from mrflow.io import check_writable, to_images, write_png
 from mrflow.metrics import psnr, round_trip_energy, sharpness
+from mrflow.records.pictures import check_writable, to_images, write_png
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.stray import stray
 from mrflow.stage import Chain

@@ -15,7 +15,6 @@ from mrflow.backbone import Condition as Condition
 from mrflow.backbone import FieldOptions as FieldOptions
 from mrflow.bridge import from_diffusers as from_diffusers
 from mrflow.bridge import to_diffusers as to_diffusers
-from mrflow.cache import StageCache as StageCache
 from mrflow.errors import ChainError as ChainError
 from mrflow.errors import MrflowError as MrflowError
 from mrflow.errors import NonFiniteError as NonFiniteError
@@ -33,9 +32,6 @@ from mrflow.guidance import CFG as CFG
 from mrflow.guidance import Distilled as Distilled
 from mrflow.guidance import Guidance as Guidance
 from mrflow.guidance import Interval as Interval
-from mrflow.io import read_image as read_image
-from mrflow.io import read_record as read_record
-from mrflow.io import replay as replay
 from mrflow.models import load as load
 from mrflow.models.pocket.model import POCKET as POCKET
 from mrflow.noise import Nested as Nested
@@ -44,6 +40,10 @@ from mrflow.noise import PerItem as PerItem
 from mrflow.noise import Stream as Stream
 from mrflow.parts import Level as Level
 from mrflow.parts import Part as Part
+from mrflow.records.pictures import read_image as read_image
+from mrflow.records.pictures import read_record as read_record
+from mrflow.records.pictures import replay as replay
+from mrflow.records.stage_cache import StageCache as StageCache
 from mrflow.rivals import Grow as Grow
 from mrflow.rivals import SampleRegions as SampleRegions
 from mrflow.rivals import SelfLift as SelfLift

@@ -17,8 +17,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from mrflow.errors import PlanError, ResourceError
-from mrflow.files import read_regular
 from mrflow.notes import note
+from mrflow.records.files import read_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
 """What is opened. Not all that Pillow knows: an EPS would start Ghostscript."""

@@ -30,7 +30,7 @@ from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Plan, Stage, Work, pla
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mrflow.cache import StageCache
+    from mrflow.records.stage_cache import StageCache
 
 log = logging.getLogger(__name__)
 MAX_PROMPT = 1_000_000
@@ -226,19 +226,19 @@ class Result:
     @cached_property
     def images(self) -> "list[Image]":
         """PIL pictures, 8 bits a channel."""
-        from mrflow.io import to_images
+        from mrflow.records.pictures import to_images
 
         return to_images(self.pixels)
 
     def record(self, item: int = 0) -> dict[str, object]:
         """Everything needed to make picture `item` again, and what it cost: plain data, written into the PNG."""
-        from mrflow.io import make_record
+        from mrflow.records.pictures import make_record
 
         return make_record(self, item)
 
     def save(self, path: str | Path) -> list[Path]:
         """Write PNGs with their records: `path`, or `path` with -0, -1, ... before its ending for a batch."""
-        from mrflow.io import save_result
+        from mrflow.records.pictures import save_result
 
         return save_result(self, Path(path))
 

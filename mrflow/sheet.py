@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from mrflow.errors import PlanError
-from mrflow.io import to_images
+from mrflow.records.pictures import to_images
 from mrflow.runner import Result, run
 from mrflow.schedules import Shifted
 from mrflow.spec import Pixels

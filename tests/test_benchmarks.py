@@ -15,7 +15,7 @@ from PIL import Image
 from experiments import geneval, oneig
 from experiments.drawing import shard
 from mrflow.errors import PlanError
-from mrflow.io import read_record
+from mrflow.records.pictures import read_record
 
 TOY = """
 import mrflow as mf

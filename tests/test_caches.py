@@ -14,7 +14,7 @@ import mrflow as mf
 from mrflow.caches import Cache, Cached, DBCache, Look, MagCache, Rule, TaylorSeer, TeaCache, memory
 from mrflow.cost import report
 from mrflow.models.pieces import NetPieces
-from mrflow.records import decode_chain, encode_chain, fingerprint
+from mrflow.records.chains import decode_chain, encode_chain, fingerprint
 from tests.parity.test_flux import relative
 from tests.tiny import write_flux_repo, write_qwen_repo
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import mrflow as mf
 from mrflow.adapters import check_loras
-from mrflow.cli import app
-from mrflow.options import ModelOptions
+from mrflow.cli.app import app
+from mrflow.cli.options import ModelOptions
 
 SMALL = ["--size", "64x64", "--low", "32x32", "--steps", "2"]
 MINE = """
@@ -59,7 +59,7 @@ def test_generate_inspect_replay(here: Path) -> None:
     assert code == 0 and "prompt    a big red circle at the left" in text and "Reinject" in text
     code, again, _ = call("replay", out.strip())
     assert code == 0
-    from mrflow.io import read_image
+    from mrflow.records.pictures import read_image
 
     assert bool((read_image(here / again.strip()) == read_image(here / out.strip())).all())
 

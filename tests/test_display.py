@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mrflow import io, publish, words
-from mrflow.cli import app
-from mrflow.display import Plain, console
+from mrflow.cli import parsing as words
+from mrflow.cli.app import app
+from mrflow.cli.display import Plain, console
 from mrflow.errors import ChainError, PlanError, ResourceError
 from mrflow.notes import printable
+from mrflow.records import pictures as io
+from mrflow.records import publish
 
 CHAIN = """
 from dataclasses import dataclass

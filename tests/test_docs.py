@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mrflow.cli import app
+from mrflow.cli.app import app
 from tests.tiny import write_flux_repo, write_qwen_repo
 
 ROOT = Path(__file__).parents[1]

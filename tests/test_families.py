@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import mrflow as mf
 from mrflow.checkpoints.safetensors import save_file
-from mrflow.cli import app
+from mrflow.cli.app import app
 from mrflow.models import family, info
 from mrflow.models.describe import describe
 from tests.tiny import write_flux_repo, write_qwen_repo

@@ -16,9 +16,9 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import mrflow as mf
-from mrflow import io
 from mrflow.caches.dbcache import Similar
-from mrflow.records import decode, decode_chain, encode, encode_chain, name_of
+from mrflow.records import pictures as io
+from mrflow.records.chains import decode, decode_chain, encode, encode_chain, name_of
 from mrflow.stages.integrating import Integrating
 
 CHAIN = mf.recipes.paper(low=(32, 32), size=(64, 64), steps=3)

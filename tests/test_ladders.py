@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import mrflow as mf
+from mrflow.cli.parsing import refinement, upscaler
 from mrflow.stages.lift import nearest_rise
-from mrflow.words import refinement, upscaler
 from tests.sr_files import compact
 from tests.test_cli import call, here  # noqa: F401
 

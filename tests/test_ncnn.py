@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mrflow
 from mrflow.errors import WeightsError
-from mrflow.files import digest
+from mrflow.records.files import digest
 from mrflow.upscalers import load_upscaler
 from mrflow.upscalers.nets import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 
@@ -198,7 +198,7 @@ def test_both_files_make_the_digest(tmp_path: Path, net: RRDBNet) -> None:
 
 def test_is_taken_by_its_word(tmp_path: Path, net: RRDBNet) -> None:
     path = rrdb(net, Writer(half=False)).save(tmp_path / "x4.param")
-    from mrflow.words import upscaler
+    from mrflow.cli.parsing import upscaler
 
     taken = upscaler(str(path))
     assert isinstance(taken, mrflow.Checkpoint) and taken.scale == 4

@@ -21,7 +21,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.errors import DeviceLostError, MrflowError, is_device_lost
 from mrflow.models.digests import hub_digest
-from mrflow.records import fingerprint
+from mrflow.records.chains import fingerprint
 from mrflow.sweep import Measured, Metric, Psnr, Sharpness, Store, leases, maker, read, run_sweep
 from mrflow.sweep.leases import Claim, LeaseLostError
 from mrflow.sweep.report import load, page, write_csv
@@ -307,7 +307,7 @@ def test_what_cannot_be_interrupted_ends_with_its_process(tmp_path: Path) -> Non
 
 TWICE = """
 import sys, time
-from mrflow.verbs import stopping
+from mrflow.cli.sweeps import stopping
 with stopping() as (stop, code):
     print("ready", flush=True)
     stop.wait()
@@ -352,7 +352,7 @@ class Mine(Base):
 
 def test_the_whole_file_of_a_users_stage_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A helper, a constant, a base class, a file beside it: each makes another fingerprint; the same text the same."""
-    from mrflow.words import load_file
+    from mrflow.cli.parsing import load_file
 
     def mark(k: float = 1.0, b: float = 1.0, f: float = 1.0) -> str:
         (tmp_path / "beside.py").write_text(f"def tint(x): return x * {f}\n")

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import mrflow as mf
-from mrflow.cli import app
+from mrflow.cli.app import app
+from mrflow.cli.parsing import upscaler
 from mrflow.errors import PlanError, WeightsError
 from mrflow.upscalers import shelf
 from mrflow.upscalers.nets import CompactParams, SRVGGNetCompact
-from mrflow.words import upscaler
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def picture(path: Path) -> Path:
 
 def test_sr_only_enlarges_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mrflow.options.ModelOptions.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mrflow.cli.options.ModelOptions.load", lambda *_: pytest.fail("a model was loaded"))
     picture(tmp_path / "cat.png")
     args = ["refine", "cat.png", "--sr-only", "--sr", "lanczos", "--scale", "3"]
     done = CliRunner().invoke(app, args)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mrflow as mf
-from mrflow import cache as module
 from mrflow.notes import collected
+from mrflow.records import stage_cache as module
 
 TOY = mf.toy()
 CHAIN = mf.recipes.paper(low=(32, 32), size=(64, 64), steps=2)

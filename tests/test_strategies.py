@@ -8,7 +8,7 @@ from hypothesis import find, given
 
 import mrflow as mf
 from mrflow.backbone import Condition
-from mrflow.records import decode_chain, encode_chain
+from mrflow.records.chains import decode_chain, encode_chain
 from mrflow.spec import FLUX, ModelInfo, Spec
 from mrflow.testing import TOY
 from mrflow.testing import strategies as some

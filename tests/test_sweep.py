@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mrflow as mf
-from mrflow import io
-from mrflow.files import TEMPORARY
-from mrflow.io import read_record
+from mrflow.records import pictures as io
+from mrflow.records.files import TEMPORARY
+from mrflow.records.pictures import read_record
 from mrflow.sweep import (
     Measured,
     Psnr,

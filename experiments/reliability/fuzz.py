@@ -26,8 +26,8 @@ from typer.testing import CliRunner
 
 import mrflow as mf
 from mrflow.errors import MrflowError
-from mrflow.io import describe_record, png
-from mrflow.records import decode_chain
+from mrflow.records.chains import decode_chain
+from mrflow.records.pictures import describe_record, png
 
 LIMIT = 10  # seconds
 GROWTH = 2 << 30  # bytes
@@ -149,7 +149,7 @@ class Inputs:
 
     def try_arguments(self, rng: random.Random) -> None:
         """Call one verb; what would draw for long is planned."""
-        from mrflow.cli import app
+        from mrflow.cli.app import app
 
         verb = rng.choice(VERBS)
         words = [rng.choice(ODD) for _ in range(rng.randint(0, 2))]

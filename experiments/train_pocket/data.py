@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.errors import ResourceError
-from mrflow.io import to_images
+from mrflow.records.pictures import to_images
 from mrflow.scenes.grammar import FULL, POCKET_1, Scene, World, held_out
 from mrflow.scenes.hard import HardWorld, sample
 from mrflow.scenes.render import render

@@ -10,7 +10,7 @@ from torch import Tensor
 from experiments.train_pocket.autoencoder import State
 from experiments.train_pocket.loop import log
 from mrflow.checkpoints.safetensors import read_header
-from mrflow.io import write_bytes
+from mrflow.records.pictures import write_bytes
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

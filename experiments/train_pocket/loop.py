@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.io import write_bytes, write_png, writing
+from mrflow.records.pictures import write_bytes, write_png, writing
 
 log = logging.getLogger("train_pocket")
 CPU = torch.device("cpu")

@@ -27,9 +27,9 @@ from experiments.train_pocket.data import rendered, start_log, unit
 from experiments.train_pocket.loop import Run, keep_settings, part_file
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError
-from mrflow.io import write_bytes
 from mrflow.models import choose_device
 from mrflow.models.pocket.model import SMALL
+from mrflow.records.pictures import write_bytes
 from mrflow.scenes.grammar import POCKET_1, held_out_captions, parse
 from mrflow.sweep import seed_of
 

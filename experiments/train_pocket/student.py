@@ -28,11 +28,11 @@ from experiments.train_pocket.flow import SHOWN, plain_attention
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, keep_settings, log, save_whole
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError
-from mrflow.io import check_writable
 from mrflow.models import choose_device
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, facts, load_pocket
+from mrflow.records.pictures import check_writable
 from mrflow.scenes.grammar import World, held_out, sample_scene
 from mrflow.tokens import pack
 

@@ -6,7 +6,7 @@ Nothing here knows more than mrflow's own objects. ComfyUI itself is only asked 
 from typing import Any, ClassVar
 
 import mrflow as mf
-from mrflow.words import load_model, parse_lora, upscaler
+from mrflow.cli.parsing import load_model, parse_lora, upscaler
 
 Inputs = dict[str, dict[str, Any]]
 SIDE = {"min": 16, "max": 8192, "step": 16}

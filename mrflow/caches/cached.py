@@ -7,7 +7,7 @@ from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.caches.base import Cache, check_cache
 from mrflow.errors import PlanError, RecordError
 from mrflow.flow import Velocity
-from mrflow.records import fingerprint
+from mrflow.records.chains import fingerprint
 from mrflow.spec import ModelInfo
 
 

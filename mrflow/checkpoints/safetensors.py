@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mrflow.checkpoints.names import plain
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.files import drafting
+from mrflow.records.files import drafting
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_TENSORS, MAX_AXES, MAX_NUMBER = 100_000, 16, 1 << 62  # far above any published network

@@ -16,7 +16,7 @@ from typing import Any
 
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError, ResourceError, WeightsError
-from mrflow.files import parse_table, read_regular, write_bytes
+from mrflow.records.files import parse_table, read_regular, write_bytes
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 BLOCK, MOST = 1 << 22, 1 << 26

@@ -28,10 +28,10 @@ from mrflow.adapters import Lora
 from mrflow.checkpoints.names import bare
 from mrflow.checkpoints.safetensors import Entry, Header, mapped, open_checkpoint, read_json, some
 from mrflow.errors import MrflowError, PlanError, WeightsError
-from mrflow.files import located
 from mrflow.models.family import family_of_network
 from mrflow.models.fp8 import Fp8Linear
 from mrflow.models.layers import Folded, SplitLinear
+from mrflow.records.files import located
 
 N = TypeVar("N", bound=nn.Module)
 INFIX = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[\w-]+))?"  # PEFT names adapters: lora_A.default.weight

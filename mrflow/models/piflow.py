@@ -21,11 +21,11 @@ from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.checkpoints.safetensors import Header, checkpoints_in, mapped, open_checkpoint, read_json, some
 from mrflow.errors import WeightsError
-from mrflow.files import located
 from mrflow.flow import Velocity
 from mrflow.models.blocks import Transformer
 from mrflow.models.transformer_model import PolicyModel
 from mrflow.policies import DX, GM, Policy
+from mrflow.records.files import located
 
 PATCH = 2  # latent cells a side of a token
 SHIFT, SEGMENT = 3.2, 1 / 3.5  # of the published adapters: 4 evaluations, the last half as long

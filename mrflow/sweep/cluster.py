@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mrflow import sources
 from mrflow.errors import DeviceLostError, PlanError, ResourceError
-from mrflow.records import sources_of
+from mrflow.records import sources
+from mrflow.records.chains import sources_of
 from mrflow.sweep import leases
 from mrflow.sweep.limits import RETRY
 from mrflow.sweep.local import Progress, Summary, Tally, check_run, manifest

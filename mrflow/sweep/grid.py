@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 from mrflow.errors import PlanError, RecordError
-from mrflow.records import Plain, encode_chain, fingerprint
+from mrflow.records.chains import Plain, encode_chain, fingerprint
 from mrflow.seeds import check_seed
 from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import AnyChain, AnyStage, Chain, Plan, plan
@@ -172,7 +172,7 @@ def weights(info: ModelInfo) -> str:
     """
     if not info.files:
         return info.version
-    from mrflow.files import cache_folder
     from mrflow.models.digests import weights_of
+    from mrflow.records.files import cache_folder
 
     return weights_of(info.version, info.files, cache_folder())

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mrflow.errors import ResourceError
-from mrflow.files import parse_table, read_regular, temporary_beside
-from mrflow.publish import NO_LINKS
+from mrflow.records.files import parse_table, read_regular, temporary_beside
+from mrflow.records.publish import NO_LINKS
 
 BEAT, STALE = 5.0, 60.0  # seconds between heartbeats, and after which a lease is dead
 MAX_BYTES = 1 << 16

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, Wrapper
-from mrflow.cache import StageCache
 from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_device_lost, is_out_of_memory
-from mrflow.files import beneath
-from mrflow.io import make_record, png, to_images
+from mrflow.records.files import beneath
+from mrflow.records.pictures import make_record, png, to_images
+from mrflow.records.stage_cache import StageCache
 from mrflow.runner import Result, run
 from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels

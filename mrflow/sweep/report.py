@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 
 from mrflow.errors import PlanError
-from mrflow.files import read_regular, write_bytes
+from mrflow.records.files import read_regular, write_bytes
 from mrflow.sweep.aims import BUILT_IN, COSTS, Aim, aim
 from mrflow.sweep.rows import Row, row_key, seed_of
 from mrflow.sweep.statistics import (

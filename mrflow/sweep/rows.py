@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mrflow.files import parse_table, read_regular
+from mrflow.records.files import parse_table, read_regular
 from mrflow.seeds import check_seed
 
 FORMAT = 1

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mrflow.errors import PlanError, ResourceError
-from mrflow.files import TEMPORARY, parse_table, read_regular, temporary_beside, write_bytes
+from mrflow.records.files import TEMPORARY, parse_table, read_regular, temporary_beside, write_bytes
 from mrflow.sweep.leases import Claim, LeaseLostError, Leases, clock, is_old_temporary, publish
 from mrflow.sweep.rows import FORMAT, MAX_BYTES, Row, digest_of, read_row
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mrflow import recipes, schedules, solvers
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
-from mrflow.io import write_bytes
+from mrflow.records.pictures import write_bytes
 from mrflow.schedules import Schedule
 from mrflow.solvers import Solver
 from mrflow.spec import ModelInfo, Pixels, Start

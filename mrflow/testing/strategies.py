@@ -20,7 +20,7 @@ from mrflow.adapters import Lora
 from mrflow.backbone import Condition
 from mrflow.guidance import CFG, Distilled, Guidance, Interval
 from mrflow.noise import Nested, Noise, PerItem, Stream
-from mrflow.records import encode_chain
+from mrflow.records.chains import encode_chain
 from mrflow.runner import run
 from mrflow.schedules import (
     Beta,

@@ -11,7 +11,7 @@ import torch
 
 from mrflow._checks import check_whole, is_whole
 from mrflow.errors import PlanError, ResourceError, WeightsError
-from mrflow.files import located
+from mrflow.records.files import located
 from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
 from mrflow.upscalers.torchvision_shim import shimmed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrflow.errors import MrflowError, WeightsError
-from mrflow.files import located
+from mrflow.records.files import located
 from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
 
 if TYPE_CHECKING:

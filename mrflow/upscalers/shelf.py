@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mrflow.errors import PlanError, ResourceError, WeightsError
-from mrflow.publish import publish
+from mrflow.records.publish import publish
 from mrflow.upscalers.nets import CompactParams, RRDBParams
 
 

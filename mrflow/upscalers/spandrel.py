@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError, WeightsError
-from mrflow.files import located
+from mrflow.records.files import located
 from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
 from mrflow.upscalers.torchvision_shim import shimmed
 

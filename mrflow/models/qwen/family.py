@@ -9,13 +9,13 @@ from typing import ClassVar
 from mrflow.backbone import Backbone
 from mrflow.cost import levels
 from mrflow.errors import PlanError
-from mrflow.files import cache_folder
 from mrflow.models.family import Family, Files, Loading
 from mrflow.models.latent_model import count, text_bytes
 from mrflow.models.lora import changes, merge
 from mrflow.models.qwen.backbone import Qwen, qwen_facts, qwen_info
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.weights import AUTOENCODER, TRANSFORMER, prepare_qwen, prepare_vae_qwen, qwen_names
+from mrflow.records.files import cache_folder
 from mrflow.spec import QWEN, ModelInfo
 
 

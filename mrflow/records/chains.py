@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import PurePath
 from typing import cast
 
-from mrflow import sources
 from mrflow.errors import ChainError, RecordError, WeightsError
-from mrflow.files import known_file
+from mrflow.records import sources
+from mrflow.records.files import known_file
 from mrflow.stage import AnyChain, AnyStage, Chain, Stage
 
 ROOMS = ("caches",)  # public modules whose types a chain may hold; all others are names of mrflow itself
@@ -166,7 +166,7 @@ def fingerprint(value: object) -> str:
 
 
 def sources_of(value: object) -> dict[str, str]:
-    """For every class outside mrflow in a stage or slot, by its name, what tells its code (`mrflow.sources`)."""
+    """For every class outside mrflow in a stage or slot, by its name, what tells its code (`records.sources`)."""
     own = [cls for cls in _classes(value) if not cls.__module__.startswith("mrflow.")]
     return {sources.name_of(cls): sources.digest_of(cls) for cls in own}
 

@@ -18,11 +18,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mrflow._checks import check_whole
-from mrflow.files import read_regular
 from mrflow.flow import finite
 from mrflow.notes import note
-from mrflow.publish import publish
-from mrflow.records import fingerprint
+from mrflow.records.chains import fingerprint
+from mrflow.records.files import read_regular
+from mrflow.records.publish import publish
 from mrflow.spec import Pixels, Spec, Start, State
 from mrflow.stage import A, B, Chain, Plan
 

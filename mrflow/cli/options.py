@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from mrflow.words import load_model
+from mrflow.cli.parsing import load_model
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone

@@ -252,7 +252,7 @@ def free_path(out: Path | None, default: Path, count: int, force: bool, extras: 
 
     `extras` are endings of the names that are written beside each picture.
     """
-    from mrflow.io import batch_paths, check_writable
+    from mrflow.records.pictures import batch_paths, check_writable
 
     def names(path: Path) -> list[Path]:
         own = batch_paths(path, count)
@@ -289,7 +289,7 @@ def save_free(
     Raises:
         PlanError: the name that was asked for has been taken.
     """
-    from mrflow.publish import publish, publish_numbered
+    from mrflow.records.publish import publish, publish_numbered
 
     if out is None and not force:
         return publish_numbered(files, target, lambda: free_path(None, default, count, False, extras))

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mrflow.display import console
+from mrflow.cli.display import console
+from mrflow.cli.options import ModelOptions
+from mrflow.cli.parsing import load_file, module_name
 from mrflow.errors import PlanError
-from mrflow.options import ModelOptions
-from mrflow.words import load_file, module_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,7 @@ def sweep(
         backbone = load() if engine == "local" else None
         with stopping() as (stop, code), bar(err) as show:
             if backbone is None:
-                from mrflow.sources import own_files
+                from mrflow.records.sources import own_files
                 from mrflow.sweep.cluster import Pool, package, run_on_ray
 
                 for _, own in own_files(
@@ -241,7 +241,7 @@ def report(
     metric: Annotated[str | None, typer.Option("--metric", help="The quality of the plots.")] = None,
 ) -> None:
     """Make one HTML page of a sweep: trade-off, categories, table, pictures side by side, the worst first."""
-    from mrflow.files import check_writable
+    from mrflow.records.files import check_writable
 
     with console() as err:
         from mrflow.sweep.report import load, summarise, write_csv, write_parquet, write_plots, write_report

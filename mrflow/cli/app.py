@@ -14,12 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mrflow._checks import check_whole
-from mrflow.display import console
-from mrflow.errors import PlanError
-from mrflow.notes import printable
-from mrflow.options import ModelOptions, with_model_options
-from mrflow.verbs import report, sweep, tune
-from mrflow.words import (
+from mrflow.cli.display import console
+from mrflow.cli.options import ModelOptions, with_model_options
+from mrflow.cli.parsing import (
     RECIPES,
     SR_WORDS,
     build,
@@ -32,6 +29,9 @@ from mrflow.words import (
     save_free,
     upscaler,
 )
+from mrflow.cli.sweeps import report, sweep, tune
+from mrflow.errors import PlanError
+from mrflow.notes import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -188,7 +188,7 @@ def refine(
 ) -> None:
     """Enlarge a picture that exists: super-resolve, reinject a little noise, refine."""
     from mrflow import recipes
-    from mrflow.io import read_image
+    from mrflow.records.pictures import read_image
     from mrflow.stages import Crop
 
     with console() as err:
@@ -224,7 +224,7 @@ PHOTOGRAPHS = (
 
 def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force: bool) -> list[Path]:
     """Enlarge a picture by an upscaler alone, and write it."""
-    from mrflow.io import png, read_image, to_images
+    from mrflow.records.pictures import png, read_image, to_images
     from mrflow.spec import MAX_SIDE
     from mrflow.stages.upscale import enlarged, passes_to, resize
 
@@ -331,12 +331,12 @@ def inspect(
     ] = False,
 ) -> None:
     """Say what a file is: how a picture was made, what a checkpoint holds."""
-    from mrflow.io import inspect_file, read_record
+    from mrflow.records.pictures import inspect_file, read_record
 
     with console():
         if verify:
-            from mrflow.files import cache_folder
             from mrflow.models.digests import verify as whole
+            from mrflow.records.files import cache_folder
 
             typer.echo("\n".join(map(printable, whole(file, cache_folder()))))
         elif as_json and file.suffix != ".safetensors":
@@ -364,8 +364,8 @@ def replay(
     options: ModelOptions,
 ) -> None:
     """Make a picture again from the record it carries."""
-    from mrflow.io import read_image, read_record, recorded_model, result_files
-    from mrflow.io import replay as again
+    from mrflow.records.pictures import read_image, read_record, recorded_model, result_files
+    from mrflow.records.pictures import replay as again
 
     with console() as err:
         default = picture.parent / f"{picture.stem}-replay{picture.suffix}"
@@ -408,7 +408,7 @@ def _draw(
 ) -> None:
     """Check, run, save, report."""
     from mrflow import sheet
-    from mrflow.io import make_record, png, result_files, slug
+    from mrflow.records.pictures import make_record, png, result_files, slug
     from mrflow.runner import run as execute
     from mrflow.spec import Pixels
     from mrflow.stage import plan as make_plan

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from mrflow._checks import is_whole
 from mrflow.errors import PlanError, RecordError, ResourceError
-from mrflow.files import check_writable as check_writable
-from mrflow.files import parse_table, read_regular
-from mrflow.files import write_bytes as write_bytes
-from mrflow.files import writing as writing
 from mrflow.images import MAX_FILE, MAX_TEXT, SIGNATURE, chunks, png_text
 from mrflow.images import read_image as read_image
-from mrflow.records import decode_chain, encode_chain
+from mrflow.records.chains import decode_chain, encode_chain
+from mrflow.records.files import check_writable as check_writable
+from mrflow.records.files import parse_table, read_regular
+from mrflow.records.files import write_bytes as write_bytes
+from mrflow.records.files import writing as writing
 from mrflow.spec import Start
 from mrflow.stage import AnyChain
 
@@ -262,8 +262,8 @@ def replay(
     Raises:
         RecordError: there is no record, or this model is not the one that made the picture.
     """
-    from mrflow.files import known_files
     from mrflow.models import load
+    from mrflow.records.files import known_files
     from mrflow.runner import run
 
     record = read_record(path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mrflow.errors import MrflowError, RecordError
-from mrflow.files import digest
+from mrflow.records.files import digest
 
 _known: dict[str, str] = {}
 

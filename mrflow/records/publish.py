@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mrflow.errors import PlanError, ResourceError
-from mrflow.files import temporary_beside
+from mrflow.records.files import temporary_beside
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
 
