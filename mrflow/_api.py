@@ -47,7 +47,6 @@ from mrflow.records.stage_cache import StageCache as StageCache
 from mrflow.rivals import Grow as Grow
 from mrflow.rivals import SampleRegions as SampleRegions
 from mrflow.rivals import SelfLift as SelfLift
-from mrflow.runner import Context as Context
 from mrflow.runner import Event as Event
 from mrflow.runner import Noted as Noted
 from mrflow.runner import Result as Result
@@ -92,6 +91,7 @@ from mrflow.spec import Start as Start
 from mrflow.spec import State as State
 from mrflow.spec import size as size
 from mrflow.stage import Chain as Chain
+from mrflow.stage import Context as Context
 from mrflow.stage import Plan as Plan
 from mrflow.stage import Stage as Stage
 from mrflow.stage import Work as Work
