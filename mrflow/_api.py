@@ -42,14 +42,14 @@ from mrflow.parts import Level as Level
 from mrflow.parts import Part as Part
 from mrflow.records.pictures import read_image as read_image
 from mrflow.records.pictures import read_record as read_record
-from mrflow.records.pictures import replay as replay
+from mrflow.records.replay import replay as replay
 from mrflow.records.stage_cache import StageCache as StageCache
+from mrflow.result import Result as Result
 from mrflow.rivals import Grow as Grow
 from mrflow.rivals import SampleRegions as SampleRegions
 from mrflow.rivals import SelfLift as SelfLift
 from mrflow.runner import Event as Event
 from mrflow.runner import Noted as Noted
-from mrflow.runner import Result as Result
 from mrflow.runner import StageBegan as StageBegan
 from mrflow.runner import StageEnded as StageEnded
 from mrflow.runner import Stepped as Stepped

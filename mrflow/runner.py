@@ -5,8 +5,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +16,15 @@ from mrflow.errors import PlanError, PromptError, named
 from mrflow.flow import finite
 from mrflow.noise import check_seed
 from mrflow.notes import collected, note, tallied
+from mrflow.records.stage_cache import StageCache
+from mrflow.result import Result, StageRecord
 from mrflow.solvers import Step
 from mrflow.spec import ModelInfo, Pixels, Spec, Start, State
-from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Context, Plan, Stage, Work, keep_promise, plan, scopes, short
+from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Context, Stage, Work, keep_promise, plan, scopes, short
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
-    from mrflow.records.stage_cache import StageCache
 
 log = logging.getLogger(__name__)
 MAX_PROMPT = 1_000_000
@@ -70,76 +69,6 @@ Event = StageBegan | Stepped | StageEnded | Noted
 Listener = Callable[[Event], None]
 
 
-@dataclass(frozen=True)
-class StageRecord:
-    """What one stage did. `data` is its tensor where the run was asked to keep it; `nfe` counts forwards a picture.
-
-    With a cache, `nfe` and `flops` are what was computed (a batch's mean, rounded up), and `notes` say so.
-    """
-
-    name: str
-    spec: Spec
-    seconds: float
-    nfe: int
-    flops: float
-    cached: bool
-    data: Tensor | None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run made."""
-
-    data: Tensor
-    spec: Spec
-    stages: tuple[StageRecord, ...]
-    plan: Plan
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    negative: str
-    chain: AnyChain
-    condition_seconds: float
-    peak_bytes: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def seconds(self) -> float:
-        """Wall time from prompt to the last stage's tensor."""
-        return self.condition_seconds + sum(stage.seconds for stage in self.stages)
-
-    @property
-    def nfe(self) -> int:
-        """Network forwards for one picture."""
-        return sum(stage.nfe for stage in self.stages)
-
-    @property
-    def pixels(self) -> Tensor:
-        """float32 (batch, 3, height, width) in [0, 1]."""
-        if not isinstance(self.spec, Pixels):
-            raise PlanError(f"the chain ended in {self.spec}; put Decode() at its end to get pixels")
-        return self.data
-
-    @cached_property
-    def images(self) -> "list[Image]":
-        """PIL pictures, 8 bits a channel."""
-        from mrflow.records.pictures import to_images
-
-        return to_images(self.pixels)
-
-    def record(self, item: int = 0) -> dict[str, object]:
-        """Everything needed to make picture `item` again, and what it cost: plain data, written into the PNG."""
-        from mrflow.records.pictures import make_record
-
-        return make_record(self, item)
-
-    def save(self, path: str | Path) -> list[Path]:
-        """Write PNGs with their records: `path`, or `path` with -0, -1, ... before its ending for a batch."""
-        from mrflow.records.pictures import save_result
-
-        return save_result(self, Path(path))
-
-
 def run(
     chain: Chain[A, B] | Stage[A, B],
     model: Backbone,
@@ -151,7 +80,7 @@ def run(
     condition: Condition | None = None,
     keep: bool = False,
     on_event: Listener | None = None,
-    cache: "StageCache | None" = None,
+    cache: StageCache | None = None,
 ) -> Result:
     """Make pictures. One prompt with several seeds, or several prompts with one seed each or one for all, is a batch.
 
