@@ -650,6 +650,22 @@ def test_a_file_that_is_cut_in_use_is_an_error_and_no_crash(repo: Path, tmp_path
     assert torch.equal(draw(model).pixels, want)
 
 
+@pytest.mark.parametrize("offload", ["none", "phase", "block"])
+def test_a_file_that_is_cut_between_two_blocks_is_an_error_and_no_crash(
+    repo: Path, tmp_path: Path, offload: str
+) -> None:
+    shutil.copytree(repo, tmp_path / "r")
+    model = loaded(tmp_path / "r", offload=offload)
+    file = tmp_path / "r" / "transformer" / "diffusion_pytorch_model.safetensors"
+
+    def cut(*_: object) -> None:
+        os.truncate(file, 0)
+
+    model._net.stack()[0].register_forward_hook(cut)
+    with pytest.raises(WeightsError, match=r"stage 1 of .* was cut while it was in use: .* has 0 now"):
+        draw(model)
+
+
 def test_a_file_that_is_cut_after_its_header_was_read_is_refused(repo: Path, tmp_path: Path) -> None:
     file = shutil.copy(repo / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path)
     header = open_checkpoint(file)

@@ -12,6 +12,7 @@ from mrflow._checks import check_whole, is_number
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.errors import MrflowError, PlanError, WeightsError
+from mrflow.forks import check_process
 from mrflow.models.family import Loading, families
 from mrflow.models.offload import Ways, check_offload
 from mrflow.spec import ModelInfo, Offload, Shift
@@ -73,6 +74,7 @@ def load(
 
     loras = as_loras(lora)
     chosen = choose_device(device)
+    check_process(chosen)
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise PlanError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     if storage not in (None, "fp8"):

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition
-from mrflow.checkpoints.hub import located_folder
 from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed
-from mrflow.models.offload import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of
+from mrflow.models.offload import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of, watch
 from mrflow.models.pieces import NetPieces
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.notes import note
@@ -86,11 +85,11 @@ class LatentModel(TransformerModel):
         for p in vae.parameters():
             if p.ndim == 4 and p.shape[-1] > 1:
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
-        self._residency = Residency(
-            self._phases(flow, vae),
-            moving=ways.offload != "none",
-            files=mapped_files((flow, vae, *(text.modules() if isinstance(text, TextEncoder) else ()))),
-        )
+        files = mapped_files((flow, vae, *(text.modules() if isinstance(text, TextEncoder) else ())))
+        if not ways.compile:
+            layers = text.layers() if isinstance(text, TextEncoder) else ()
+            watch((*flow.stack(), *flow.modulators(), *layers), files)
+        self._residency = Residency(self._phases(flow, vae), moving=ways.offload != "none", files=files)
         self._compile()
         self._graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
         self._whole, self._adapted = step, dict[object, LatentModel]()
@@ -139,7 +138,7 @@ class LatentModel(TransformerModel):
         """
         from mrflow.models import lora, piflow
 
-        file, digest = located_folder(adapter.path, adapter.sha256)
+        file, digest = piflow.located_adapter(adapter)
         key = ("pi-Flow", digest, lora.key_of(loras))
         with _ADAPTING:
             if (known := self._policies.get(key)) is not None:

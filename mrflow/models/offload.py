@@ -189,6 +189,16 @@ class Residency:
             yield
 
 
+def watch(modules: Iterable[nn.Module], files: Mapping[Path, int]) -> None:
+    """Hold mapped files against their sizes before each of these modules runs: see `check_whole`."""
+
+    def check(*_: object) -> None:
+        check_whole(files)
+
+    for module in modules if files else ():
+        module.register_forward_pre_hook(check)
+
+
 def tensors_of(module: nn.Module) -> Iterable[Tensor]:
     """Parameters and buffers."""
     yield from module.parameters()

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -160,7 +160,7 @@ def known_file(name: str) -> Path | None:
     if not name or Path(name).name != name or "\0" in name:
         return None
     beside = [p / name if p.is_dir() else p for p in _known.get()]
-    beside.append(Path(__file__).parent / "models" / "pocket" / name)
+    beside.append(Path(__file__).parents[1] / "models" / "pocket" / name)
     return next((p.absolute() for p in beside if p.name == name and p.is_file()), None)
 
 
@@ -170,7 +170,7 @@ def located(path: str, sha256: str) -> tuple[Path, str]:
     Raises:
         WeightsError: it is not there, or holds something else than `sha256` (if that is not empty) says.
     """
-    where = Path(path).expanduser()
+    where = expanded(path)
     if not where.is_file():
         where = known_file(where.name) or where
     if sha256 and not where.is_file():
@@ -218,7 +218,40 @@ def _digest(paths: tuple[Path, ...], state: tuple[tuple[int, ...], ...]) -> str:
 
 
 def cache_folder() -> Path:
-    """Where results that can be made again are kept: $MRFLOW_CACHE, or mrflow in the user's cache folder."""
+    """Where results that can be made again are kept: $MRFLOW_CACHE, or mrflow in the user's cache folder.
+
+    Of a user without a home it is a temporary folder that goes with the process.
+    """
     if own := os.environ.get("MRFLOW_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mrflow"
+    try:
+        return user_folder("XDG_CACHE_HOME", ".cache") / "mrflow"
+    except ResourceError:
+        return Path(_passing().name)
+
+
+@cache
+def _passing() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="mrflow-cache-")
+
+
+def user_folder(variable: str, usual: str) -> Path:
+    """The folder that an environment variable names, else `usual` in the user's home.
+
+    Raises:
+        ResourceError: the variable is not set, and the user has no home.
+    """
+    if named := os.environ.get(variable):
+        return Path(named)
+    try:
+        return Path.home() / usual
+    except RuntimeError:
+        raise ResourceError(f"this user has no home folder; set {variable}, or HOME") from None
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` as homes; one whose home is not known stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

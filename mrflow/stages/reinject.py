@@ -15,7 +15,7 @@ from mrflow.stage import Stage
 from mrflow.stages.decode import check_space
 
 if TYPE_CHECKING:
-    from mrflow.stage import Context
+    from mrflow.runner import Context
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
-    from mrflow.stage import Context
+    from mrflow.runner import Context
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mrflow.errors import PlanError, ResourceError, WeightsError
+from mrflow.records.files import user_folder
 from mrflow.records.publish import publish
 from mrflow.upscalers.nets import CompactParams, RRDBParams
 
@@ -32,8 +33,7 @@ SUFFIXES = (".safetensors", ".pth", ".param")
 def folder() -> Path:
     """Where they are kept: `$MRFLOW_SR`, else `mrflow/sr` in the user's data folder (XDG)."""
     named = os.environ.get("MRFLOW_SR")
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(named) if named else Path(data) / "mrflow" / "sr"
+    return Path(named) if named else user_folder("XDG_DATA_HOME", ".local/share") / "mrflow" / "sr"
 
 
 def found(name: str) -> Path:
