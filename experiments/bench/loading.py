@@ -79,7 +79,10 @@ def child(side: str, folder: str, where: str, dtype: str) -> None:
     path, kind = Path(folder) / where, getattr(torch, dtype)
     call: Callable[[], Any]
     if side == "ours":
+        from mrflow.models.family import families
         from mrflow.models.flux.weights import load_flux
+
+        families()  # a load asks what else a file could be: imports, not loading
 
         def call() -> Any:  # noqa: ANN401
             return load_flux(path, dtype=kind, device="cpu")

@@ -2,10 +2,10 @@
 
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from mrflow.bridge.version import unwrapped
+from mrflow.checkpoints.blueprint import blueprint
 from mrflow.models.scheduler import FLOW, curve_of
 from mrflow.spec import FLUX, Shift
 
@@ -31,7 +31,7 @@ def parameters(module: nn.Module) -> int:
     net: Any = unwrapped(module)
     if all(p.is_floating_point() and type(p) is nn.Parameter for p in net.parameters()):
         return sum(p.numel() for p in net.parameters())
-    with torch.device("meta"):
+    with blueprint():
         return sum(p.numel() for p in type(net).from_config(dict(net.config)).parameters())
 
 

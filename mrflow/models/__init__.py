@@ -11,6 +11,7 @@ import torch
 from mrflow._checks import check_whole, is_number
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
+from mrflow.checkpoints.blueprint import collection_paused
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.forks import check_process
 from mrflow.models.family import Loading, families
@@ -22,6 +23,7 @@ from mrflow.upscaler import Upscaler
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
+@collection_paused()
 def load(
     where: str | Path = "pocket",
     *,

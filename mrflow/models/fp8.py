@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.names import ends
 from mrflow.checkpoints.safetensors import Entry, Header, mapped, some
 from mrflow.errors import WeightsError
@@ -145,7 +146,7 @@ def store_fp8(module: nn.Module) -> None:
     """Put an `Fp8Linear` in the place of every linear of a module that was built on the meta device."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
-            with torch.device("meta"):
+            with blueprint():
                 setattr(module, name, Fp8Linear(child.in_features, child.out_features))
         else:
             store_fp8(child)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition, FieldOptions
+from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Header, checkpoints_in, mapped, open_checkpoint, read_json, some
 from mrflow.errors import WeightsError
 from mrflow.flow import Velocity
@@ -180,7 +181,7 @@ def read_head(file: Path, net: Transformer, *, device: torch.device) -> Head:
         weight, bias = (torch.cat([mapped(header.tensors[f"{n}.{leaf}"], {}) for n in names]) for leaf in LEAVES)
         if swap:
             weight, bias = (torch.cat(tuple(reversed(t.chunk(2)))) for t in (weight, bias))
-        with torch.device("meta"):
+        with blueprint():
             out = nn.Linear(weight.shape[1], weight.shape[0])
         out.weight, out.bias = (nn.Parameter(t.to(device, net.dtype), requires_grad=False) for t in (weight, bias))
         return out

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.names import plain, shared
 from mrflow.checkpoints.pickles import check_pickles
 from mrflow.checkpoints.safetensors import mapped, read_header, some
@@ -212,7 +213,7 @@ def network(state: State, path: Path) -> RRDBNet | SRVGGNetCompact | None:
     params = recognised(named)
     if params is None:
         return None
-    with torch.device("meta"):
+    with blueprint():
         net = RRDBNet(params) if isinstance(params, RRDBParams) else SRVGGNetCompact(params)
     want: dict[str, Any] = net.state_dict()
     problems = [f"{name} is missing" for name in want if name not in named]

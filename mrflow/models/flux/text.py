@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mrflow._checks import is_whole
+from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
@@ -179,7 +180,7 @@ def built(kind: Any, config: Any, header: Header) -> nn.Module:  # noqa: ANN401
         WeightsError: its configuration makes none.
     """
     try:
-        with torch.device("meta"):
+        with blueprint():
             return cast("nn.Module", kind(config))
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

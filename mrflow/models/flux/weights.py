@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 from torch import Tensor
 
+from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.names import PARTS, before
 from mrflow.checkpoints.safetensors import (
     Header,
@@ -167,7 +168,7 @@ def prepare_flux(
     unchanged = all(entry.dtype == dtype for entry in header.tensors.values())
     if fuse is None:
         fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
-    with torch.device("meta"):
+    with blueprint():
         flux = Flux(params, split=apart and not (fuse or storage))
     flux.final_layer.scale_first = apart and not (fuse or storage)
     if storage == "fp8":
@@ -219,7 +220,7 @@ def prepare_vae_flux(
     header = described(part(where if isinstance(where, Header) else open_checkpoint(where), "a FLUX autoencoder"))
     names = vae_names(header)
     params = vae_params(header, names)
-    with torch.device("meta"):
+    with blueprint():
         vae = VaeFlux(params)
     layout = vae_layout(vae, names)
     check_layout(vae, header, layout, dtype=dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mrflow.adapters import Lora
 from mrflow.backbone import Condition, FieldOptions
+from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Header, read_header
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
@@ -386,7 +387,7 @@ def load_pocket(
     header = read_header(path)
     params, (words, length) = params_of(header), text_sizes(header)
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("text", "flow", "autoencoder", "sr")}
-    with torch.device("meta"):
+    with blueprint():
         text, flow, autoencoder, sr = (
             text_encoder(params.hidden, words=words, length=length),
             Flux(params),

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
@@ -157,7 +158,7 @@ def prepare_qwen(
     unchanged = all(entry.dtype == dtype for entry in header.tensors.values())
     if fuse is None:
         fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
-    with torch.device("meta"):
+    with blueprint():
         net = QwenImage(params, split=not (fuse or storage))
     net.final_layer.scale_first = not (fuse or storage)
     if storage == "fp8":
@@ -266,7 +267,7 @@ def prepare_vae_qwen(
     names = wan if "decoder.middle.0.residual.0.gamma" in header.tensors else same
     params = qwen_vae_params(header, names)
     header = replace(header, tensors={n: e for n, e in header.tensors.items() if ".time_conv." not in n})
-    with torch.device("meta"):
+    with blueprint():
         vae = VaeQwen(params)
     layout = qwen_vae_layout(vae, header, names)
     check_layout(vae, header, layout, dtype=dtype)
