@@ -15,7 +15,8 @@ from PIL import Image
 import mrflow as mf
 from mrflow.cli.parsing import build, load_chain, load_model, upscaler
 from mrflow.errors import MrflowError, PlanError
-from mrflow.records.pictures import make_record, write_bytes
+from mrflow.records.pictures import write_bytes
+from mrflow.result import make_record
 from mrflow.stage import AnyChain
 
 

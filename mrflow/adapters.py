@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from mrflow._checks import check_whole, is_number, require
-from mrflow.errors import PlanError
+from mrflow.errors import MrflowError, PlanError
+from mrflow.records.files import expanded
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Lora:
 
     def recorded(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
-        from mrflow.models.lora import opened
+        from mrflow.checkpoints.lora import opened
 
-        digest = self.sha256 or opened(self)[1]
+        digest = self.sha256 or opened(self.path)[1]
         return {
             "path": Path(self.path).name,
             "strength": float(self.strength),
@@ -62,9 +63,9 @@ class PiFlow:
 
     def recorded(self) -> dict[str, object]:
         """The fields that go into a record: no folder names but the adapter's own."""
-        from mrflow.models.piflow import located_adapter
+        from mrflow.checkpoints.hub import located_folder
 
-        file, digest = located_adapter(self)
+        file, digest = located_folder(self.path, self.sha256)
         name = file.name if file.parent.name in ("", ".") else f"{file.parent.name}/{file.name}"
         return {
             "path": name,
@@ -84,3 +85,17 @@ def check_loras(given: object) -> tuple[Lora, ...]:
         if not isinstance(item, Lora):
             raise PlanError(f'lora takes Lora("file.safetensors", strength), or several, got {item!r}')
     return tuple(cast("Sequence[Lora]", items))
+
+
+def flops_per_token(loras: Sequence[Lora]) -> float:
+    """Operations that adapters add to a forward, per token; 0 for a file that is not here (yet)."""
+    from mrflow.checkpoints.lora import opened
+
+    total = 0.0
+    for lora in loras:
+        try:
+            if expanded(lora.path).is_file():
+                total += 2.0 * opened(lora.path, lora.sha256)[0].parameters
+        except MrflowError:
+            continue
+    return total

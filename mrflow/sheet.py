@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mrflow.errors import PlanError
 from mrflow.records.pictures import to_images
-from mrflow.runner import Result, run
+from mrflow.result import Result
+from mrflow.runner import run
 from mrflow.schedules import Shifted
 from mrflow.spec import Pixels
 from mrflow.stage import AnyChain, Chain, human, plan

@@ -6,19 +6,26 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin, overload
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, overload
 
+import torch
 from torch import Tensor
 
 from mrflow._checks import check_whole
-from mrflow.errors import ChainError, MrflowError, PlanError, named
+from mrflow.adapters import Lora, PiFlow
+from mrflow.backbone import Backbone, Condition, FieldOptions
+from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, named
+from mrflow.flow import finite
+from mrflow.guidance import Distilled, Guidance
+from mrflow.noise import Noise, PerItem
+from mrflow.notes import count
+from mrflow.policies import GM, PolicyField, automatic, follow
+from mrflow.schedules import Sigmas
+from mrflow.solvers import Solver, Step, integrate
 from mrflow.spec import Latents, ModelInfo, Pixels, Spec, Start, State
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
-    from mrflow.runner import Context
 
 A = TypeVar("A", bound=Spec)
 B = TypeVar("B", bound=Spec)
@@ -100,7 +107,7 @@ class Stage(ABC, Generic[A, B]):
         work, evaluations = self.work(spec, out, model), self.evaluations(spec, model)
         return PlannedStage(type(self).__name__, spec, out, work, evaluations=evaluations)
 
-    def check(self, model: "Backbone") -> None:
+    def check(self, model: Backbone) -> None:
         """Raise PlanError for what only the loaded model can tell; called before any work."""
 
     @overload
@@ -302,3 +309,131 @@ def short(stage: object) -> str:
     """`Sample(...)` or `Decode()`: a stage's name for errors."""
     plain = dataclasses.is_dataclass(stage) and not dataclasses.fields(stage)
     return f"{type(stage).__name__}({'' if plain else '...'})"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may use. Nothing in it changes while a chain runs."""
+
+    model: Backbone
+    cond: Condition
+    negative: Condition | None
+    seeds: tuple[int, ...]
+    scope: str
+    on_step: Callable[[Step], None] | None = None
+    prompts: tuple[str, ...] = ()
+    sigmas: Sigmas = ()  # of the stage's schedule, as planned
+
+    def noise(self, shape: tuple[int, ...], *, source: Noise = PerItem(), draw: int = 0) -> Tensor:
+        """Standard normal float32 of `shape` on the model's device; `draw` tells draws within one stage apart."""
+        return source(self.seeds, shape, scope=self.scope, draw=draw).to(self.model.device)
+
+    def integrate(
+        self,
+        solver: Solver,
+        guidance: Guidance,
+        x: Tensor,
+        sigmas: Sigmas,
+        *,
+        source: Noise = PerItem(),
+        options: FieldOptions = FieldOptions(),
+        watch: Callable[[Step], None] | None = None,
+    ) -> Tensor:
+        """Integrate the model's guided field from x along `sigmas`; `watch` is told of each step.
+
+        `options` says what the field is to have: a cache, adapters, positions. Its sigmas are those the solver asks at.
+        """
+        draws = iter(range(1, 1 + len(sigmas)))
+        options = replace(options, sigmas=tuple(solver.points(sigmas)))
+        info = self.model.info
+        if options.cache is None and info.cache is None:
+            evals, patch = guidance.evals(options.sigmas) * len(x), info.space.patch
+            count(None, evals, evals, evals, tokens=(x.shape[-2] // patch) * (x.shape[-1] // patch))
+
+        def told(step: Step) -> None:
+            for listener in (self.on_step, watch):
+                if listener is not None:
+                    listener(step)
+
+        return integrate(
+            solver,
+            guidance.field(self.model, self.cond, self.negative, options),
+            x,
+            sigmas,
+            on_step=told if self.on_step or watch else None,
+            facts=(self.model.info.name,),
+            noise=lambda: self.noise(tuple(x.shape), source=source, draw=next(draws)),
+        )
+
+    def follow(
+        self,
+        adapter: PiFlow,
+        x: Tensor,
+        sigmas: Sigmas,
+        *,
+        guidance: Guidance | None = None,
+        lora: Sequence[Lora] = (),
+    ) -> Tensor:
+        """Ask the network for a policy at each level but the last, and follow it to the next one."""
+        value = guidance.value if isinstance(guidance, Distilled) else None
+        steps = len(sigmas) - 1
+        heat = automatic(steps) if adapter.temperature == "auto" else adapter.temperature
+        options = FieldOptions(guidance=value, sigmas=tuple(sigmas[:-1]), loras=tuple(lora), policy=adapter)
+        field = self.model.field(self.cond, options)
+        if not isinstance(field, PolicyField):
+            raise PlanError(f"{self.model.info.name} gave a velocity where it was asked for pi-Flow's policies")
+        for index, (sigma, to) in enumerate(pairwise(sigmas), 1):
+            policy = field.policy(x, sigma)
+            if heat is not None and index < steps and isinstance(policy, GM):
+                policy = policy.tempered(heat)
+            x = follow(policy, x, sigma, to, shift=field.shift, total=adapter.substeps)
+            if not finite(x):
+                raise NonFiniteError(f"NaN or infinity after step {index} of {steps} ({self.model.info.name})")
+            if self.on_step is not None:
+                self.on_step(Step(index, steps, sigma, to, x, policy.denoised(x, to) if to else x))
+        return x
+
+    def only(self, item: int) -> "Context":
+        """The context of one item of the batch."""
+        negative = None if self.negative is None else self.negative.item(item)
+        seeds, prompts = self.seeds[item : item + 1], self.prompts[item : item + 1]
+        return replace(self, cond=self.cond.item(item), negative=negative, seeds=seeds, prompts=prompts)
+
+    def through(self, chain: Chain[A, B], state: State[A]) -> State[B]:
+        """Run an inner chain on `state`; its stages draw noise of their own."""
+        planned = plan(chain, self.model.info, start=state.spec)
+        stages, data = tuple(chain), state.data
+        for stage, row, scope in zip(stages, planned.rows, scopes(stages), strict=True):
+            inner = replace(self, scope=f"{self.scope}/{scope}", sigmas=row.sigmas)
+            data = keep_promise(stage, State(row.spec, data), row.out, inner, short(stage))
+        return State(planned.out, data)  # type: ignore[arg-type]  # pyright: ignore
+
+
+def scopes(stages: Sequence[AnyStage]) -> list[str]:
+    """`scope/n` for each stage: the n-th use of that scope."""
+    names = [stage.scope for stage in stages]
+    return [f"{name}/{names[:i].count(name)}" for i, name in enumerate(names)]
+
+
+def keep_promise(stage: AnyStage, state: State[Spec], out: Spec, ctx: Context, where: str) -> Tensor:
+    """One stage's work, held against its promise."""
+    given = state.data.clone()
+    try:
+        data = stage.apply(state, out, ctx)
+    except Exception as error:
+        raise named(error, where) from error
+    if not isinstance(data, Tensor):
+        raise PromiseError(f"{where}: apply must give a tensor, got {type(data).__name__}")
+    if tuple(data.shape) != out.shape:
+        raise PromiseError(f"{where} promised {out} {out.shape} but made a tensor of shape {tuple(data.shape)}")
+    if not torch.equal(state.data, given):
+        raise PromiseError(f"{where}: apply changed the tensor it was given; work on a copy")
+    if data.dtype != torch.float32:
+        raise PromiseError(f"{where}: apply made {data.dtype}; between stages everything is float32")
+    if data.device.type != ctx.model.device.type:
+        raise PromiseError(f"{where}: apply made a tensor on {data.device}, the model lives on {ctx.model.device}")
+    if not finite(data):
+        raise NonFiniteError(f"{where}: made NaN or infinity ({ctx.model.info.name})")
+    if isinstance(out, Pixels) and (float(data.min()) < 0 or float(data.max()) > 1):
+        raise PromiseError(f"{where}: pixels must lie in [0, 1], got {float(data.min()):g} to {float(data.max()):g}")
+    return data

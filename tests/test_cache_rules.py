@@ -16,7 +16,7 @@ from mrflow.caches import Cache, DBCache, Look, MagCache, TaylorSeer, TeaCache
 from mrflow.caches.base import Clock, between, difference
 from mrflow.caches.calibrate import fit
 from mrflow.caches.extrapolate import Series
-from mrflow.caches.memory import Memory
+from mrflow.caches.memory import CachedStep
 from mrflow.caches.teacache import COEFFICIENTS, polynomial
 from mrflow.notes import tallied
 from mrflow.spec import FLUX, QWEN
@@ -55,7 +55,7 @@ def drive(
     """Outputs of `count` evaluations, and how many pictures were computed in each; the image is ones."""
     levels = [1 - i / count for i in range(count)]
     clock = Clock(levels)
-    step = Memory(cache, net, clock, info)
+    step = CachedStep(cache, net, clock, info)
     outs, computed = list[Tensor](), list[int]()
     for call, sigma in enumerate(levels):
         clock.tick(sigma)
@@ -245,7 +245,7 @@ def test_pictures_of_a_batch_decide_alone() -> None:
 def test_another_shape_begins_anew() -> None:
     clock = Clock(())
     net = Numbers(lambda i, t: 1.0)
-    step = Memory(TaylorSeer(9, warmup=1), net, clock, FLUX)
+    step = CachedStep(TaylorSeer(9, warmup=1), net, clock, FLUX)
     one = torch.ones(1, 1, 1)
     ran = []
     for size in (4, 4, 6, 6, 4):

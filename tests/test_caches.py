@@ -12,9 +12,10 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.caches import Cache, Cached, DBCache, Look, MagCache, Rule, TaylorSeer, TeaCache, memory
-from mrflow.cost import report
+from mrflow.cli.plan import report
 from mrflow.models.pieces import NetPieces
 from mrflow.records.chains import decode_chain, encode_chain, fingerprint
+from mrflow.records.replay import inspect_file
 from tests.parity.test_flux import relative
 from tests.tiny import write_flux_repo, write_qwen_repo
 
@@ -271,7 +272,7 @@ def test_records_carry_the_cache_and_replay(models: Callable[[str], mf.Backbone]
     record = mf.read_record(path)
     stages = cast("list[dict[str, object]]", record["stages"])
     assert stages[0]["notes"] == [f"DBCache computed {result.nfe} of 12 forwards"]
-    assert any("DBCache computed" in line for line in mf.io.inspect_file(path))
+    assert any("DBCache computed" in line for line in inspect_file(path))
     assert torch.equal(mf.replay(path, model=model).pixels, result.pixels)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import mrflow as mf
 from mrflow.sweep import Measured, Psnr, Sharpness, Space, Tune, read
-from mrflow.sweep.tune import front_file, source, tune
+from mrflow.sweep.tune import front_file, tune
 from tests.test_cli import call, here  # noqa: F401
 
 pytest.importorskip("optuna")
@@ -70,20 +70,6 @@ def test_the_front_is_a_file_that_runs(tmp_path: Path) -> None:
     assert list(names["chains"]) == [t.label for t in found.front]
     for one in found.front:
         assert names["chains"][one.label] == one.chain
-
-
-@pytest.mark.parametrize(
-    "chain",
-    [
-        mf.recipes.paper(mf.Sharpen(mf.Lanczos(2), 0.2), sigma=0.2, solver=mf.Heun(), guidance=mf.CFG(3.0)),
-        mf.recipes.official(eight_bit=True),
-        mf.recipes.ladder([(64, 64), (128, 128), (256, 256)]),
-        mf.recipes.latent("nearest", schedule=mf.Shifted(4, shift=mf.Shift.fixed(3.0))),
-    ],
-)
-def test_source_makes_the_same_chain(chain: Any) -> None:
-    text = " >> ".join(source(stage) for stage in chain)
-    assert eval(text, {"mf": mf}) == chain
 
 
 def test_what_cannot_be_tuned(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from mrflow._checks import check_whole
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.noise import MAX_SEED
-from mrflow.runner import Event, Result, Stepped, run
+from mrflow.result import Result
+from mrflow.runner import Event, Stepped, run
 from mrflow.spec import Latents, Pixels, Start
 from mrflow.stage import A, AnyChain, B, Chain, Stage, plan
 

@@ -6,73 +6,29 @@ each branch of a guidance, and each picture of a batch decides for itself. Nothi
 resolution, prompt, branch or picture.
 """
 
-import math
+import uuid
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
+from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
+from mrflow.caches.clock import Clock as Clock
+from mrflow.caches.clock import Feature as Feature
+from mrflow.caches.clock import Look as Look
+from mrflow.caches.clock import Rule as Rule
+from mrflow.caches.clock import Unseen
 from mrflow.caches.extrapolate import Extrapolation
-from mrflow.errors import PlanError
+from mrflow.caches.memory import CachedStep
+from mrflow.errors import PlanError, RecordError
 from mrflow.flow import Velocity
 from mrflow.pieces import Pieces, Step, StepFactory
+from mrflow.records.chains import fingerprint
 from mrflow.spec import Capabilities, Forecast, ModelInfo
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
-    from mrflow.caches.cached import Cached
-
-Feature = Literal["change", "output", "velocity"]
-"""What is kept: what the skipped blocks add, the image stream after them, or the velocity behind the whole network."""
-
-
-class Unseen(Exception):
-    """A rule looked at a picture while there is none: it was only planned."""
-
-
-class Look:
-    """What a rule may look at: one picture, about to be evaluated for the `index`-th time (from 0) in its branch.
-
-    `place` is where that lies among the `total` evaluations of the integration (0: not known); they differ where a
-    guidance asks a branch at some levels only. What is not looked at is not computed.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        place: int,
-        total: int,
-        sigma: float,
-        *,
-        probe: Callable[[], Tensor] | None = None,
-        change: Callable[[], Tensor] | None = None,
-    ) -> None:
-        self.index, self.place, self.total, self.sigma = index, place, total, sigma
-        self._probe, self._change = probe, change
-
-    @property
-    def last(self) -> bool:
-        """Whether the integration ends here."""
-        return self.place == self.total - 1
-
-    def probe(self) -> Tensor:
-        """The embedded image after the first block's modulated norm, before attention: (1, tokens, width)."""
-        if self._probe is None:
-            raise Unseen
-        return self._probe()
-
-    def change(self) -> Tensor:
-        """What the blocks before the cached span added to the image stream: (1, tokens, width)."""
-        if self._change is None:
-            raise Unseen
-        return self._change()
-
-
-Rule = Callable[[Look], bool]
-"""Whether an evaluation is computed. Called once for each, in order; what it remembers is its own."""
 
 
 class Cache(ABC):
@@ -138,39 +94,20 @@ class Cache(ABC):
             return Forecast(asked, min(asked, max(1, self.estimate(asked))), kept, exact=False)
         return Forecast(asked, computed, kept, exact=True)
 
-    def opened(self, pieces: Pieces, clock: "Clock", info: ModelInfo) -> Step:
+    def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
         """The step that one field takes; what it remembers dies with it."""
-        from mrflow.caches.memory import Memory
-
-        return Memory(self, pieces, clock, info)
+        return CachedStep(self, pieces, clock, info)
 
     def check(self, info: ModelInfo) -> None:  # noqa: B027  (nothing to check is fine)
         """Raise PlanError where this model cannot be cached so."""
 
-    def __call__(self, model: "Backbone") -> "Cached":
+    def __call__(self, model: Backbone) -> "Cached":
         """The model with this cache in all its fields.
 
         Raises:
             PlanError: the model cannot be taken apart, or is cached already.
         """
-        from mrflow.caches.cached import Cached
-
         return Cached(model, self)
-
-
-class Clock:
-    """Where among the announced levels a field is being asked."""
-
-    def __init__(self, levels: Sequence[float]) -> None:
-        self.levels, self.total = tuple(levels), len(levels)
-        self.place, self.sigma = -1, math.nan
-        self.grid: tuple[int, int] | None = None  # tokens down and across, of what is being asked for
-
-    def tick(self, sigma: float) -> None:
-        """The next evaluation is at `sigma`."""
-        after = self.place + 1
-        self.place = self.levels.index(sigma, after) if sigma in self.levels[after:] else after
-        self.sigma = sigma
 
 
 def check_cache(cache: object, info: ModelInfo) -> None:
@@ -188,6 +125,48 @@ def check_cache(cache: object, info: ModelInfo) -> None:
         raise PlanError(f"{info.name} is cached already, by {info.cache!r}; give the stage a model without a cache")
     info.require(Capabilities(cache=True))
     cache.check(info)
+
+
+class Cached(Wrapper):
+    """`model`, with `cache` opened anew in every field. Build it with `cache(model)` or directly.
+
+    The branches of a guidance are asked one after another, each with a memory of its own. `info.version` names the
+    cache, so that results of stages are never taken for those of the bare model.
+
+    Raises:
+        PlanError: the model cannot be taken apart, or is cached already.
+    """
+
+    def __init__(self, model: Backbone, cache: Cache) -> None:
+        super().__init__(model)
+        check_cache(cache, model.info)
+        self._cache = cache
+        try:
+            mark = fingerprint(cache)
+        except RecordError:  # a class whose source cannot be read: its results are never reused
+            mark = uuid.uuid4().hex
+        self._mark = f"+{type(cache).__name__}-{mark[:12]}"
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model's facts, with this cache among them."""
+        info = self.model.info
+        can = replace(info.capabilities, cache=False, policy=False, together=False)
+        return replace(info, version=info.version + self._mark, capabilities=can, cache=self._cache)
+
+    def check(self, options: FieldOptions) -> None:
+        """As the model does, with the cache."""
+        self.model.check(self._with_cache(options))
+
+    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
+        """The model's field with a fresh memory."""
+        return self.model.field(cond, self._with_cache(options))
+
+    def _with_cache(self, options: FieldOptions) -> FieldOptions:
+        if options.cache is not None:
+            raise PlanError(f"{self.info.name} is cached already, by {self._cache!r}; give it a model without a cache")
+        self.info.require(options.needs)
+        return replace(options, cache=self._cache)
 
 
 N = TypeVar("N")

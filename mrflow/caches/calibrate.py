@@ -4,18 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.caches.base import Cache, Clock, Rule, difference
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.guidance import Guidance
+from mrflow.guidance import Guidance, own_guidance
 from mrflow.pieces import Pieces, Step
-from mrflow.runner import run
 from mrflow.schedules import Schedule
-from mrflow.spec import Capabilities, ModelInfo
-from mrflow.stages.sample import Sample
+from mrflow.solvers import Euler
+from mrflow.spec import Capabilities, Latents, ModelInfo, check_size
+from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,18 @@ def observe(
     if not prompts:
         raise PlanError("calibration needs at least one prompt; a dozen different ones are better")
     tracks: list[Track] = []
-    stage = Sample(*(size or model.info.low), schedule, guidance=guidance)
-    for prompt in prompts:
-        run(stage, RecordingModel(model, tracks), prompt, seed=seed)
+    info = model.info
+    height, width = size or info.low
+    check_size(height, width, info.space)
+    scale = info.space.downscale
+    out = Latents(1, height // scale, width // scale, info.space, 1.0)
+    sigmas, chosen = schedule(1.0, out.tokens, info), guidance or own_guidance(info)
+    watched = RecordingModel(model, tracks)
+    with torch.inference_mode():
+        negative = model.condition([info.negative]) if chosen.passes > 1 else None
+        for prompt in prompts:
+            ctx = Context(watched, model.condition([prompt]), negative, (seed,), "Sample/0", prompts=(prompt,))
+            ctx.integrate(Euler(), chosen, ctx.noise(out.shape), sigmas)
     return tracks
 
 

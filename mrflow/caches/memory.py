@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mrflow.caches.base import Cache, Clock, Look, Rule
+from mrflow.caches.clock import Clock, Feature, Look, Rule
+from mrflow.caches.extrapolate import Extrapolation
 from mrflow.notes import count
 from mrflow.pieces import Pieces
 from mrflow.spec import ModelInfo
@@ -26,13 +28,33 @@ class Item:
         self.kept = [*self.kept[-self.order :], (place, features)] if self.order else [(place, features)]
 
 
-class Memory:
+class Settings(Protocol):
+    """What a step asks of its cache (`mrflow.caches.Cache`)."""
+
+    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+        """A fresh rule for one picture."""
+        ...
+
+    def span(self, blocks: int) -> tuple[int, int]:
+        """The blocks that may be left out."""
+        ...
+
+    def feature(self) -> Feature:
+        """What is kept of a computed evaluation."""
+        ...
+
+    def extrapolation(self) -> Extrapolation:
+        """How what was kept becomes what is used."""
+        ...
+
+
+class CachedStep:
     """A step with a cache: blocks in front, the span computed or stood in for, blocks behind, head.
 
     Pictures of a batch that are computed go through the span together. A batch of other shapes starts anew.
     """
 
-    def __init__(self, cache: Cache, pieces: Pieces, clock: Clock, info: ModelInfo) -> None:
+    def __init__(self, cache: Settings, pieces: Pieces, clock: Clock, info: ModelInfo) -> None:
         self.cache, self.pieces, self.clock, self.info = cache, pieces, clock, info
         self.extrapolation, self.feature = cache.extrapolation(), cache.feature()
         start, stop = (0, pieces.count) if self.feature == "velocity" else cache.span(pieces.count)

@@ -292,7 +292,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Check a chain and count its work, without weights."""
-    from mrflow.cost import report
+    from mrflow.cli.plan import report
     from mrflow.models import info as model_info
     from mrflow.stage import plan as make_plan
 
@@ -331,7 +331,8 @@ def inspect(
     ] = False,
 ) -> None:
     """Say what a file is: how a picture was made, what a checkpoint holds."""
-    from mrflow.records.pictures import inspect_file, read_record
+    from mrflow.records.pictures import read_record
+    from mrflow.records.replay import inspect_file
 
     with console():
         if verify:
@@ -364,8 +365,10 @@ def replay(
     options: ModelOptions,
 ) -> None:
     """Make a picture again from the record it carries."""
-    from mrflow.records.pictures import read_image, read_record, recorded_model, result_files
-    from mrflow.records.pictures import replay as again
+    from mrflow.records.pictures import read_image, read_record
+    from mrflow.records.replay import recorded_model
+    from mrflow.records.replay import replay as again
+    from mrflow.result import result_files
 
     with console() as err:
         default = picture.parent / f"{picture.stem}-replay{picture.suffix}"
@@ -382,7 +385,7 @@ def replay(
 
 def describe_plan(planned: object) -> str:
     """A plan for people: the stages, then what it costs beside native sampling."""
-    from mrflow.cost import compared, model_facts
+    from mrflow.cli.plan import compared, model_facts
     from mrflow.stage import Plan
 
     assert isinstance(planned, Plan)
@@ -408,7 +411,8 @@ def _draw(
 ) -> None:
     """Check, run, save, report."""
     from mrflow import sheet
-    from mrflow.records.pictures import make_record, png, result_files, slug
+    from mrflow.records.pictures import png, slug
+    from mrflow.result import make_record, result_files
     from mrflow.runner import run as execute
     from mrflow.spec import Pixels
     from mrflow.stage import plan as make_plan

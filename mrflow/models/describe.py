@@ -70,7 +70,7 @@ def checkpoint(header: Header) -> list[str]:
 
 def adapter(header: Header) -> list[str]:
     """What a LoRA or pi-Flow adapter changes; nothing where it is none."""
-    from mrflow.models.lora import read_groups
+    from mrflow.checkpoints.lora import read_groups
 
     try:
         groups, extra = read_groups(header)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition
+from mrflow.checkpoints.hub import located_folder
 from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.models.blocks import Transformer
@@ -138,7 +139,7 @@ class LatentModel(TransformerModel):
         """
         from mrflow.models import lora, piflow
 
-        file, digest = piflow.located_adapter(adapter)
+        file, digest = located_folder(adapter.path, adapter.sha256)
         key = ("pi-Flow", digest, lora.key_of(loras))
         with _ADAPTING:
             if (known := self._policies.get(key)) is not None:

@@ -9,41 +9,26 @@ given and adds the low-rank products as it goes: nothing is ever changed, so not
 """
 
 import copy
-import json
-import math
-import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mrflow._checks import is_number
 from mrflow.adapters import Lora
+from mrflow.checkpoints.lora import AXES, is_text, number_of, opened, scale_factors, squeezed
 from mrflow.checkpoints.names import bare
-from mrflow.checkpoints.safetensors import Entry, Header, mapped, open_checkpoint, read_json, some
-from mrflow.errors import MrflowError, PlanError, WeightsError
+from mrflow.checkpoints.safetensors import Entry, mapped, some
+from mrflow.errors import PlanError, WeightsError
 from mrflow.models.family import family_of_network
 from mrflow.models.fp8 import Fp8Linear
 from mrflow.models.layers import Folded, SplitLinear
-from mrflow.records.files import expanded, located
 
 N = TypeVar("N", bound=nn.Module)
-INFIX = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[\w-]+))?"  # PEFT names adapters: lora_A.default.weight
-ROLES = (
-    (re.compile(rf"\.lora_A{INFIX}\.weight$|\.(?:lora_down|lora\.down|lora_linear_layer\.down|down)\.weight$"), "down"),
-    (re.compile(rf"\.lora_B{INFIX}\.weight$|\.(?:lora_up|lora\.up|lora_linear_layer\.up|up)\.weight$"), "up"),
-    (re.compile(rf"\.lora_B{INFIX}\.bias$|\.(?:lora_up|lora\.up)\.bias$"), "bias"),
-    (re.compile(r"\.alpha$"), "alpha"),
-    (re.compile(r"\.diff$"), "diff"),
-    (re.compile(r"\.diff_b$"), "diff_b"),
-)
-AXES = {"down": 2, "up": 2, "diff": 2, "bias": 1, "diff_b": 1}
 # How sd-scripts, OneTrainer and LyCORIS begin their names, and what of wrappers is left where dots become underscores.
 PREFIXES = (
     "lora_unet_",
@@ -55,11 +40,6 @@ PREFIXES = (
     "model_",
     "diffusion_model_",
 )
-TEXT = ("text_encoder.", "text_encoder_2.", "text_encoders.", "lora_te", "te1.", "te2.", "conditioner.")
-OTHER = {
-    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1": "LoHa", "lokr_w": "LoKr", "oft_": "OFT",
-    "lora_mid": "a Tucker-decomposed LoRA", "set_weight": "a weight replacement",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,124 +111,6 @@ class Adapted(nn.Module):
         return out if self.diff is None else out + F.linear(x, self.diff)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """An adapter's file: what it holds by the stem of its names, and the factor that its metadata give."""
-
-    header: Header
-    groups: Mapping[str, Mapping[str, Entry]]
-    extra: Mapping[str, Entry] = field(default_factory=dict[str, Entry])
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in the low-rank matrices."""
-        return sum(
-            math.prod(e.shape) for group in self.groups.values() for role, e in group.items() if role in ("down", "up")
-        )
-
-
-def read_groups(header: Header) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:
-    """What a file holds by the stem of its names, and what is no part of a LoRA.
-
-    Raises:
-        WeightsError: it is an adapter of another kind, holds several adapters, or matrices that make no change.
-    """
-    groups: dict[str, dict[str, Entry]] = {}
-    extra: dict[str, Entry] = {}
-    adapters: dict[str, str] = {}
-    twice: list[str] = []
-    for name, entry in header.tensors.items():
-        for other, what in OTHER.items():
-            if f".{other}" in name:
-                raise WeightsError(f"{header.path} is {what} ({name}); mrflow reads LoRA, see docs/how-to/lora.md")
-        for pattern, role in ROLES:
-            if found := pattern.search(name):
-                group = groups.setdefault(stem := name[: found.start()], {})
-                if role in group:
-                    twice.append(f"{role} of {stem}")
-                group[role] = entry
-                if role in ("down", "up") and not is_text(stem):
-                    adapters.setdefault(found.groupdict().get("adapter") or "", name)
-                break
-        else:
-            extra[name] = entry
-    if len(adapters) > 1:
-        names = ", ".join(name or "(no name)" for name in sorted(adapters))
-        raise WeightsError(
-            f"{header.path} holds {len(adapters)} adapters: {names}; "
-            f"save each in a file of its own (names such as {some(list(adapters.values()))})"
-        )
-    problems = [f"{each} is there twice" for each in twice]
-    for stem, group in groups.items():
-        if not is_text(stem) and (problem := _malformed(group)):
-            problems.append(f"{stem} {problem}")
-    if problems:
-        raise WeightsError(f"{header.path} is no sound LoRA: {some(problems)}")
-    return groups, extra
-
-
-def is_text(stem: str) -> bool:
-    """Whether a name is a text encoder's, behind whatever wrappers."""
-    return bare(stem, lambda name: name.startswith(TEXT)) is not None
-
-
-def _malformed(group: Mapping[str, Entry]) -> str:
-    """What is wrong with the tensors of one linear, whatever the linear's size; empty where nothing is."""
-    for role, entry in group.items():
-        if not entry.dtype.is_floating_point and role != "alpha":
-            return f"has {role} of {entry.dtype}"
-        if role != "alpha" and len(_squeezed(entry.shape, AXES[role])) != AXES[role]:
-            return f"has {role} of shape {entry.shape}, expected {AXES[role]} axes"
-    down, up, alpha = (group.get(role) for role in ("down", "up", "alpha"))
-    if (down is None) != (up is None):
-        return f"has only the {'up' if down is None else 'down'} matrix"
-    if set(group) <= {"alpha"}:
-        return "has an alpha and nothing else"
-    if down is None and "bias" in group:
-        return "has a bias of low-rank matrices that are not there"
-    if down is not None and up is not None:
-        if down.shape[0] != up.shape[1]:
-            return f"has matrices of ranks {down.shape[0]} and {up.shape[1]}"
-        if not down.shape[0]:
-            return "has matrices of rank 0"
-    if alpha is not None:
-        if math.prod(alpha.shape) != 1:
-            return f"has an alpha of shape {alpha.shape}, expected one number"
-        if not math.isfinite(value := _number(alpha)):
-            return f"has the alpha {value}"
-    return ""
-
-
-@lru_cache(maxsize=16)
-def _opened(path: Path, sha256: str) -> Opened:
-    header = open_checkpoint(path)
-    groups, extra = read_groups(header)
-    if not groups:
-        raise WeightsError(f"{path} holds no LoRA; its names begin with {some(list(header.tensors))}")
-    return Opened(header, groups, extra)
-
-
-def opened(lora: Lora) -> tuple[Opened, str]:
-    """What an adapter's file holds, and its SHA-256; a hub file is fetched.
-
-    Raises:
-        WeightsError: the file is missing or another one than the adapter names, or holds no LoRA.
-    """
-    where, found = located(str(fetched(lora.path)), lora.sha256)
-    return _opened(where, found), found
-
-
-def fetched(path: str) -> Path:
-    """The local file of `owner/name/file.safetensors` on the hub, where no such path is here; else the path itself."""
-    local = expanded(path)
-    parts = path.split("/")
-    if local.exists() or local.is_absolute() or len(parts) < 3 or not path.endswith(".safetensors"):
-        return local
-    from mrflow.models.sources import fetch_file
-
-    return fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
-
-
 def flat(name: str) -> str:
     """A name as sd-scripts writes it."""
     return name.replace(".", "_")
@@ -298,9 +160,9 @@ def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) 
     Raises:
         WeightsError: once, for all names that belong nowhere and all shapes that do not fit.
     """
-    content, _ = opened(lora)
+    content, _ = opened(lora.path, lora.sha256)
     table, header = targets(net), content.header
-    factors = _factors(header)
+    factors = scale_factors(header)
     pieces: list[Piece] = []
     problems: list[str] = []
     unknown, text = [each for each in content.extra if each not in beside], list[str]()
@@ -315,7 +177,7 @@ def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) 
         factor = 1.0
         if "down" in group:
             rank = group["down"].shape[0]
-            factor = _number(group["alpha"]) / rank if "alpha" in group else factors(module, rank)
+            factor = number_of(group["alpha"]) / rank if "alpha" in group else factors(module, rank)
         pieces.append(Piece(stem, target, lora.strength, lora.strength * factor, group))
     problems += _overlaps(pieces)
     path = header.path
@@ -347,7 +209,7 @@ def _misfit(stem: str, target: Target, group: Mapping[str, Entry]) -> str:
         "diff_b": (target.rows,),
     }
     for role, entry in group.items():
-        if role != "alpha" and _squeezed(entry.shape, len(want[role])) != want[role]:
+        if role != "alpha" and squeezed(entry.shape, len(want[role])) != want[role]:
             return f"{stem}: {role} has shape {entry.shape}, expected {want[role]}"
     return ""
 
@@ -364,71 +226,6 @@ def _overlaps(pieces: Sequence[Piece]) -> list[str]:
                 out.append(f"{other.stem} and {piece.stem} are the same weights")
         seen[t.path].append(piece)
     return out
-
-
-def _squeezed(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """Without trailing axes of length 1: a linear that was saved as a 1 x 1 convolution."""
-    return shape[:rank] if all(n == 1 for n in shape[rank:]) else shape
-
-
-def _factors(header: Header) -> Callable[[str, int], float]:
-    """alpha / rank by module and rank, from the file's metadata or an adapter_config.json beside it; else 1.
-
-    As in PEFT: the first pattern that matches the end of a module's name gives its alpha or rank.
-    """
-    path = header.path
-    try:
-        raw: Any = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        raise WeightsError(f"{path}: its lora_adapter_metadata cannot be read") from None
-    settings: dict[str, Any] = {}
-    for key, value in cast("dict[str, Any]", raw if isinstance(raw, dict) else {}).items():
-        settings[key.removeprefix("transformer.")] = value
-    beside = path.parent / "adapter_config.json"
-    if not settings and path.name == "adapter_model.safetensors" and beside.is_file():
-        path, settings = beside, read_json(beside)
-    if settings.get("use_dora"):
-        raise WeightsError(f"{path} is DoRA; mrflow reads LoRA, see docs/how-to/lora.md")
-    alphas, ranks = (_patterns(settings.get(f"{kind}_pattern"), kind, path) for kind in ("alpha", "rank"))
-
-    def number(kind: str, value: object) -> float:
-        if not is_number(value):
-            raise WeightsError(f"{path} gives {kind} {value!r}, which is no number")
-        return float(value)
-
-    def factor(module: str, rank: int) -> float:
-        alpha, own = (
-            next((value for pattern, value in table if pattern.match(module)), settings.get(key))
-            for table, key in ((alphas, "lora_alpha"), (ranks, "r"))
-        )
-        if alpha is None:
-            return 1.0
-        if own is not None and number("r", own) != rank:
-            raise WeightsError(f"{path} gives {module} rank {own}, but its matrices have {rank}")
-        return number("lora_alpha", alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
-
-    return factor
-
-
-def _patterns(table: object, kind: str, path: Path) -> list[tuple[re.Pattern[str], object]]:
-    """Regular expressions of modules' names, compiled as PEFT's `get_pattern_key` does, with what each gives.
-
-    Expressions whose search can take forever (a repeated group, or many repeats) are refused.
-    """
-    out: list[tuple[re.Pattern[str], object]] = []
-    for pattern, value in cast("dict[str, object]", table if isinstance(table, dict) else {}).items():
-        plain = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", "x", pattern)
-        if len(pattern) > 500 or re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > 3:
-            raise WeightsError(f"{path}: its {kind}_pattern holds {pattern[:60]!r}, which is too involved")
-        try:
-            out.append((re.compile(rf"(.*\.)?({pattern})$"), value))
-        except (re.error, OverflowError, RecursionError):
-            raise WeightsError(f"{path}: its {kind}_pattern holds {pattern[:60]!r}, no regular expression") from None
-    return out
-
-
-def _number(entry: Entry) -> float:
-    return float(mapped(entry, {}).float().reshape(-1)[0])
 
 
 def changes(net: nn.Module, loras: Sequence[Lora], name: str, *, beside: Container[str] = ()) -> dict[str, Change]:
@@ -563,24 +360,12 @@ def _shallow(module: M) -> M:
 
 def key_of(loras: Sequence[Lora]) -> tuple[tuple[str, float], ...]:
     """What tells adapters apart: contents and strengths, in order."""
-    return tuple((opened(lora)[1], lora.strength) for lora in loras)
+    return tuple((opened(lora.path, lora.sha256)[1], lora.strength) for lora in loras)
 
 
 def mark_of(loras: Sequence[Lora]) -> str:
     """What is added to a model's version, so that results with and without adapters are never mixed up."""
     return "".join(f"+lora-{sha[:12]}x{strength:g}" for sha, strength in key_of(loras))
-
-
-def flops_per_token(loras: Sequence[Lora]) -> float:
-    """Operations that adapters add to a forward, per token; 0 for a file that is not here (yet)."""
-    total = 0.0
-    for lora in loras:
-        try:
-            if expanded(lora.path).is_file():
-                total += 2.0 * opened(lora)[0].parameters
-        except MrflowError:
-            continue
-    return total
 
 
 def as_loras(given: object) -> tuple[Lora, ...]:

@@ -17,16 +17,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mrflow.adapters import Lora, PiFlow
+from mrflow.adapters import Lora
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.checkpoints.blueprint import blueprint
-from mrflow.checkpoints.safetensors import Header, checkpoints_in, mapped, open_checkpoint, read_json, some
+from mrflow.checkpoints.safetensors import Header, mapped, open_checkpoint, read_json, some
 from mrflow.errors import WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.blocks import Transformer
 from mrflow.models.transformer_model import PolicyModel
 from mrflow.policies import DX, GM, Policy
-from mrflow.records.files import expanded, located
 
 PATCH = 2  # latent cells a side of a token
 SHIFT, SEGMENT = 3.2, 1 / 3.5  # of the published adapters: 4 evaluations, the last half as long
@@ -116,28 +115,6 @@ class HeadField:
         vector = self.asked.model.conditioning_vector(cond, sigma, guidance=self.guidance)
         found: Tensor = deviation(vector)
         return found.float().view(-1, 1, 1, 1, 1)
-
-
-def located_adapter(adapter: PiFlow) -> tuple[Path, str]:
-    """An adapter's safetensors file and its SHA-256; a hub file is fetched.
-
-    Raises:
-        WeightsError: it is not there, or another one than the adapter names.
-    """
-    path = expanded(adapter.path)
-    parts = adapter.path.split("/")
-    if path.is_dir():
-        found = checkpoints_in(path)
-        if len(found) != 1:
-            raise WeightsError(f"{path} should hold one safetensors file; it holds {len(found)}")
-        path = found[0]
-    elif not path.exists() and not path.is_absolute() and len(parts) == 3 and path.suffix != ".safetensors":
-        from mrflow.models.sources import fetch_file
-
-        repository = "/".join(parts[:2])
-        fetch_file(repository, f"{parts[2]}/config.json")
-        path = fetch_file(repository, f"{parts[2]}/diffusion_pytorch_model.safetensors")
-    return located(str(path), adapter.sha256)
 
 
 def read_head(file: Path, net: Transformer, *, device: torch.device) -> Head:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mrflow.checkpoints.hub import first_line
 from mrflow.checkpoints.safetensors import Header, checkpoints_in, open_checkpoint, read_json, readable
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.family import Family, Files, families
@@ -65,34 +66,13 @@ def fetch(repository: str) -> Path:
         ) from None
     except LocalEntryNotFoundError as error:
         raise ResourceError(
-            f"{name} is not in the local cache and cannot be fetched ({_first_line(error)}); with HF_HUB_OFFLINE=1 "
+            f"{name} is not in the local cache and cannot be fetched ({first_line(error)}); with HF_HUB_OFFLINE=1 "
             "nothing is ever fetched"
         ) from None
     except RepositoryNotFoundError:
         raise WeightsError(f"there is no folder {name}, and no such repository on the hub that you may see") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ResourceError(f"{name} cannot be fetched: {_first_line(error)}") from error
-
-
-def fetch_file(repository: str, name: str) -> Path:
-    """The local path of one file of a hub repository."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    owner, _, revision = repository.partition("@")
-    try:
-        return Path(hf_hub_download(owner, name, revision=revision or None))
-    except LocalEntryNotFoundError as error:
-        raise ResourceError(
-            f"{repository}/{name} is not here and cannot be fetched ({_first_line(error)}); with HF_HUB_OFFLINE=1 "
-            "nothing is ever fetched"
-        ) from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ResourceError(f"{repository}/{name} is not here and cannot be fetched: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ResourceError(f"{name} cannot be fetched: {first_line(error)}") from error
 
 
 def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -> Files:

@@ -55,13 +55,13 @@ def name_of(cls: type) -> str:
     if cls.__module__.split(".")[0] != "mrflow":
         return f"{cls.__module__}:{cls.__qualname__}"
     names = (cls.__qualname__, *(f"{room}.{cls.__qualname__}" for room in ROOMS))
-    found = next((name for name in names if _public(name) is cls), None)
+    found = next((name for name in names if public(name) is cls), None)
     if found is None:
         raise RecordError(f"{cls.__qualname__} is not a public name of mrflow, so a record cannot name it")
     return found
 
 
-def _public(name: str) -> object:
+def public(name: str) -> object:
     """What a public name of mrflow stands for, None if there is none; only listed modules are imported."""
     import mrflow
 
@@ -128,7 +128,7 @@ def _given(name: object) -> str:
 
 def _type(name: str, allowed: Mapping[str, type]) -> type:
     module, colon, qualname = name.partition(":")
-    found: object = allowed.get(name) or allowed.get(qualname) if colon else _public(name)
+    found: object = allowed.get(name) or allowed.get(qualname) if colon else public(name)
     if isinstance(found, type) and dataclasses.is_dataclass(found):
         return found
     if not colon or module.split(".")[0] == "mrflow":

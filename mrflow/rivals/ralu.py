@@ -26,7 +26,7 @@ from mrflow.stage import Stage, Work
 from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 Three = tuple[float, float, float]
 

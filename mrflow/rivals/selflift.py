@@ -17,7 +17,7 @@ from mrflow.stages.decode import check_space
 from mrflow.stages.lift import risen
 
 if TYPE_CHECKING:
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from mrflow.spec import ModelInfo, Pixels, State
 from mrflow.stage import Stage
 
 if TYPE_CHECKING:
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)

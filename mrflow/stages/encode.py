@@ -11,7 +11,7 @@ from mrflow.spec import Latents, ModelInfo, Pixels, State, check_size
 from mrflow.stage import Stage, Work
 
 if TYPE_CHECKING:
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mrflow.stage import PlannedStage, Stage
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 ENOUGH = 0.75  # of the variance that Euler without churn leaves; below, a note says so
 BEGINNING = 1e-5  # how far apart the levels may lie: rounding of float32

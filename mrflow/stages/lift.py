@@ -12,7 +12,7 @@ from mrflow.stage import Stage
 from mrflow.upscalers.interpolate import Filter, check_filter
 
 if TYPE_CHECKING:
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)

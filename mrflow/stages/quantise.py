@@ -10,7 +10,7 @@ from mrflow.stage import Stage
 from mrflow.upscalers.composite import quantise
 
 if TYPE_CHECKING:
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)

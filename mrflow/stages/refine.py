@@ -12,7 +12,7 @@ from mrflow.stages.decode import check_space
 from mrflow.stages.integrating import Integrating
 
 if TYPE_CHECKING:
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mrflow.stage import Stage
 from mrflow.stages.decode import check_space
 
 if TYPE_CHECKING:
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)

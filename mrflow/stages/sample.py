@@ -11,7 +11,7 @@ from mrflow.spec import Latents, ModelInfo, Start, State, check_size
 from mrflow.stages.integrating import Integrating
 
 if TYPE_CHECKING:
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)

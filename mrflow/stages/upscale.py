@@ -13,7 +13,7 @@ from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
-    from mrflow.runner import Context
+    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)

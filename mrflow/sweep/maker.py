@@ -18,9 +18,10 @@ from mrflow.backbone import Backbone, Condition, Wrapper
 from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_device_lost, is_out_of_memory
 from mrflow.forks import check_process
 from mrflow.records.files import beneath
-from mrflow.records.pictures import make_record, png, to_images
+from mrflow.records.pictures import png, to_images
 from mrflow.records.stage_cache import StageCache
-from mrflow.runner import Result, run
+from mrflow.result import Result, make_record
+from mrflow.runner import run
 from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels
 from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions, weights

@@ -5,7 +5,6 @@ What is drawn is drawn on a part of the prompts first, and given up when even th
 floor. Optuna (extra `[tune]`) proposes; the same seed proposes the same.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mrflow import recipes, schedules, solvers
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
+from mrflow.records.expressions import expression
 from mrflow.records.pictures import write_bytes
 from mrflow.schedules import Schedule
 from mrflow.solvers import Solver
@@ -287,21 +287,6 @@ def describe(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in sorted(params.items()))
 
 
-def source(value: object) -> str:
-    """Python that makes a stage, a slot or a plain value again, with mrflow imported as mf."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts: list[str] = []
-        for f in dataclasses.fields(value):
-            mine = getattr(value, f.name)
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            if f.init and not (default is not dataclasses.MISSING and mine == default):
-                parts.append(f"{f.name}={source(mine)}")
-        return f"mf.{type(value).__name__}({', '.join(parts)})"
-    if isinstance(value, tuple):
-        return f"({', '.join(source(v) for v in cast('tuple[object, ...]', value))},)"
-    return repr(value)
-
-
 def front_file(found: Tuned, asked: Tune) -> str:
     """A Python file with the chains of the front by label, each ready for `mrflow run file.py:name`."""
     lines = [
@@ -316,7 +301,7 @@ def front_file(found: Tuned, asked: Tune) -> str:
         names.append(name)
         cost = f"{one.flops:.3g} FLOP" + (f", {one.seconds:.3f} s" if one.seconds is not None else "")
         lines += [f"# {one.label}: {asked.metric} {one.quality}, {cost}", f"{name} = ("]
-        lines += [f"    {'>> ' if i else ''}{source(stage)}" for i, stage in enumerate(one.chain)]
+        lines += [f"    {'>> ' if i else ''}{expression(stage, 'mf.')}" for i, stage in enumerate(one.chain)]
         lines += [")"]
     labels = ", ".join(f"{one.label!r}: {name}" for one, name in zip(found.front, names, strict=True))
     return "\n".join([*lines, f"chains = {{{labels}}}", ""])

@@ -12,10 +12,10 @@ from mrflow.errors import PlanError, PromiseError
 from mrflow.flow import Velocity
 from mrflow.noise import Noise, PerItem
 from mrflow.rivals.growth import dct_matrix, grown
-from mrflow.runner import Context, run
+from mrflow.runner import run
 from mrflow.schedules import shift_static
 from mrflow.spec import Latents, ModelInfo, Pixels, Spec, Start, State
-from mrflow.stage import AnyChain, AnyStage, Stage, Work
+from mrflow.stage import AnyChain, AnyStage, Context, Stage, Work
 from mrflow.testing.laws import Law, demand
 from mrflow.testing.toy import Toy, toy
 

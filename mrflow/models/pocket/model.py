@@ -341,10 +341,10 @@ def text_sizes(header: Header) -> tuple[int, int]:
 
 def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
     """Warn of adapters whose file names other weights of pocket as its teacher's."""
-    from mrflow.models.lora import opened
+    from mrflow.checkpoints.lora import opened
 
     for lora in loras:
-        header = opened(lora)[0].header
+        header = opened(lora.path, lora.sha256)[0].header
         teacher = header.metadata.get("teacher", "")
         name = teacher.partition("+")[0]
         if name in SHIPPED and not version.startswith(teacher):

@@ -1,0 +1,73 @@
+"""What `mrflow plan` says: the model, the levels that are visited, and what a chain costs beside native sampling."""
+
+from mrflow.cost import H200, floor_seconds, memory
+from mrflow.recipes import native as native_chain
+from mrflow.spec import Latents, Pixels
+from mrflow.stage import Plan, human, plan
+
+
+def native_plan(planned: Plan) -> Plan | None:
+    """The plan of 50 native steps for the picture that a plan ends in."""
+    out = planned.out
+    if not isinstance(out, Pixels):
+        return None
+    return plan(native_chain(size=(out.height, out.width)), planned.model, batch=out.batch)
+
+
+def model_facts(planned: Plan) -> list[str]:
+    """The model that was planned: its blocks, parameters, text length and shift, and the levels that stages visit."""
+    info, a, shift = planned.model, planned.model.architecture, planned.model.shift
+    lines = [f"model     {info.name}"]
+    if a is not None:
+        blocks = f"{a.double_blocks} double and {a.single_blocks} single blocks"
+        lines[0] += f": {blocks} of width {a.hidden}, {a.parameters:,} parameters, text of {a.text_tokens} tokens"
+    ends = f"mu {shift.low:g} at {shift.low_tokens} tokens, {shift.high:g} at {shift.high_tokens}"
+    lines.append(f"shift     {ends}" + ("" if shift.terminal is None else f", down to {shift.terminal:g}"))
+    for number, row in enumerate(planned.rows, 1):
+        if row.sigmas:
+            lines.append(f"sigmas    {number} {row.name}: {' '.join(f'{sigma:.4g}' for sigma in row.sigmas)}")
+    return lines
+
+
+def compared(planned: Plan) -> list[str]:
+    """Lines on what a plan costs beside native sampling."""
+    a, lines = planned.model.architecture, list[str]()
+    native = native_plan(planned)
+    if a is not None:
+        lines.append(f"weights   {human(a.parameters)} parameters (transformer)")
+    if memory(planned) is not None and a is not None and a.parameters > 1e9:
+        lines += ["memory    on the device at the worst moment, weights in bfloat16 (in fp8):"]
+        for mode in ("none", "phase", "block"):
+            wide, narrow = memory(planned, offload=mode), memory(planned, offload=mode, storage="fp8")
+            if wide is not None and narrow is not None:
+                lines.append(
+                    f"  offload {mode:<6} {wide.peak / 1e9:5.1f} GB ({narrow.peak / 1e9:.1f} GB), {wide.worst}"
+                )
+    if native is not None and planned.work.flops and native.work.flops:
+        ratio = native.work.flops / planned.work.flops
+        lines.append(
+            f"native    50 steps: {native.nfe} forwards, {human(native.work.flops)}FLOP; this chain: {ratio:.1f}x less"
+        )
+        if a is not None and a.parameters > 1e9:
+            mine, theirs = floor_seconds(planned), floor_seconds(native)
+            lines.append(f"{H200[0]}: at least {mine:.3g} s, native {theirs:.3g} s (arithmetic and memory alone)")
+    return lines
+
+
+def report(planned: Plan) -> dict[str, object]:
+    """A plan as plain data."""
+    native = native_plan(planned)
+    return {
+        "model": planned.model.name,
+        "stages": [
+            {"name": r.name, "in": str(r.spec), "out": str(r.out), "nfe": r.work.nfe, "flops": r.work.flops}
+            | ({"tokens": r.out.tokens} if isinstance(r.out, Latents) else {})
+            | ({"estimated": True} if r.work.estimated else {})
+            for r in planned.rows
+        ],
+        "nfe": planned.nfe,
+        "flops": planned.work.flops,
+        "native_flops": native.work.flops if native else None,
+        "memory": {mode: m.moments for mode in ("none", "phase", "block") if (m := memory(planned, offload=mode))},
+        "parameters": planned.model.architecture.parameters if planned.model.architecture else None,
+    }

@@ -1,0 +1,137 @@
+"""What a run made, and the files and records of its pictures."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mrflow import __version__
+from mrflow.errors import PlanError, RecordError
+from mrflow.records.chains import encode_chain
+from mrflow.records.files import check_writable, write_bytes
+from mrflow.records.pictures import FORMAT, batch_paths, png, to_images
+from mrflow.spec import Pixels, Spec, Start
+from mrflow.stage import AnyChain, Plan
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one stage did. `data` is its tensor where the run was asked to keep it; `nfe` counts forwards a picture.
+
+    With a cache, `nfe` and `flops` are what was computed (a batch's mean, rounded up), and `notes` say so.
+    """
+
+    name: str
+    spec: Spec
+    seconds: float
+    nfe: int
+    flops: float
+    cached: bool
+    data: Tensor | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made."""
+
+    data: Tensor
+    spec: Spec
+    stages: tuple[StageRecord, ...]
+    plan: Plan
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    negative: str
+    chain: AnyChain
+    condition_seconds: float
+    peak_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time from prompt to the last stage's tensor."""
+        return self.condition_seconds + sum(stage.seconds for stage in self.stages)
+
+    @property
+    def nfe(self) -> int:
+        """Network forwards for one picture."""
+        return sum(stage.nfe for stage in self.stages)
+
+    @property
+    def pixels(self) -> Tensor:
+        """float32 (batch, 3, height, width) in [0, 1]."""
+        if not isinstance(self.spec, Pixels):
+            raise PlanError(f"the chain ended in {self.spec}; put Decode() at its end to get pixels")
+        return self.data
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """PIL pictures, 8 bits a channel."""
+        return to_images(self.pixels)
+
+    def record(self, item: int = 0) -> dict[str, object]:
+        """Everything needed to make picture `item` again, and what it cost: plain data, written into the PNG."""
+        return make_record(self, item)
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write PNGs with their records: `path`, or `path` with -0, -1, ... before its ending for a batch."""
+        return save_result(self, Path(path))
+
+
+def save_result(result: Result, path: Path) -> list[Path]:
+    """Write a result's pictures as PNGs with their records, over what has these names."""
+    for each, data in (files := result_files(result, path)).items():
+        write_bytes(each, data)
+    return list(files)
+
+
+def result_files(result: Result, path: Path) -> dict[Path, bytes]:
+    """A result's pictures as PNGs with their records, by the names that they are to have.
+
+    Raises:
+        PlanError: the name is no PNG's. ResourceError: the folder takes no file.
+    """
+    if path.suffix.lower() != ".png":
+        raise PlanError(f"{path.name} should end in .png: only a PNG keeps every bit and the record")
+    paths = batch_paths(path, len(result.seeds))
+    check_writable(path)
+    files: dict[Path, bytes] = {}
+    for item, (each, image) in enumerate(zip(paths, result.images, strict=True)):
+        try:
+            files[each] = png(image, make_record(result, item))
+        except RecordError as error:
+            files[each] = png(image, {"format": FORMAT, "unreplayable": str(error)[:1000]})
+    return files
+
+
+def make_record(result: Result, item: int = 0) -> dict[str, object]:
+    """Plain data that makes picture `item` of a result again, and what each stage of its batch cost."""
+    info = result.plan.model
+    record: dict[str, object] = {
+        "format": FORMAT,
+        "mrflow": __version__,
+        "torch": torch.__version__,
+        "model": info.name,
+        "weights": info.version,
+        "prompt": result.prompts[item],
+        "negative": result.negative,
+        "seed": result.seeds[item],
+        "size": list(result.spec.shape[-2:]),
+        "chain": encode_chain(result.chain),
+        "stages": [
+            {"name": s.name, "out": str(s.spec), "seconds": round(s.seconds, 6), "nfe": s.nfe, "cached": s.cached}
+            | ({"notes": list(s.notes)} if s.notes else {})
+            for s in result.stages
+        ],
+        "batch": len(result.seeds),
+        "condition_seconds": round(result.condition_seconds, 6),
+        "peak_bytes": result.peak_bytes,
+    }
+    if result.notes:
+        record["notes"] = list(result.notes)
+    if not isinstance(result.plan.rows[0].spec, Start):
+        record["start"] = str(result.plan.rows[0].spec)
+    return record

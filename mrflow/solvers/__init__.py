@@ -1,0 +1,16 @@
+"""How the velocity is integrated from one noise level to the next. One file a kind of solver; the loop is `base`'s."""
+
+from mrflow.solvers.base import NOWHERE as NOWHERE
+from mrflow.solvers.base import History as History
+from mrflow.solvers.base import Solver as Solver
+from mrflow.solvers.base import Step as Step
+from mrflow.solvers.base import StochasticSolver as StochasticSolver
+from mrflow.solvers.base import integrate as integrate
+from mrflow.solvers.multistep import AB2 as AB2
+from mrflow.solvers.multistep import AB3 as AB3
+from mrflow.solvers.multistep import DPMpp2M as DPMpp2M
+from mrflow.solvers.runge_kutta import RK4 as RK4
+from mrflow.solvers.runge_kutta import Euler as Euler
+from mrflow.solvers.runge_kutta import Heun as Heun
+from mrflow.solvers.runge_kutta import Midpoint as Midpoint
+from mrflow.solvers.stochastic import StochasticEuler as StochasticEuler

@@ -1,0 +1,161 @@
+"""How the velocity is integrated from one noise level to the next, and the loop that does it, which exists once.
+
+Solvers are frozen and hold nothing: what a multistep solver remembers goes through `step` as `History`. No solver
+evaluates the velocity at noise level 0, where a model was hardly trained and (x - x0) / sigma is 0/0.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mrflow import flow
+from mrflow._checks import check_whole
+from mrflow.errors import NonFiniteError, PlanError, PromiseError
+from mrflow.flow import Velocity
+from mrflow.schedules import Sigmas, check_sigmas
+
+History = tuple[tuple[float, Tensor], ...]
+"""What a solver remembers: (sigma, tensor), newest last; the velocity there, unless the solver says otherwise."""
+
+
+class Solver(ABC):
+    """One step of integration. Write your own: a frozen dataclass with `step`, and `evals` where it is not 1."""
+
+    evals: ClassVar[int] = 1
+    """Evaluations of a full step; `points` has the exact number for a schedule, with its first and last steps."""
+
+    @abstractmethod
+    def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
+        """The state at `to`, from `x` at `sigma`, and the history for the next step. Does not change `x`."""
+
+    def points(self, sigmas: Sequence[float]) -> tuple[float, ...]:
+        """Every noise level at which `integrate` evaluates the velocity, in order.
+
+        Found by integrating a single number, so it cannot differ from what a run does.
+        """
+        return _points(self, check_sigmas(sigmas))
+
+    def evals_for(self, steps: int, *, to_zero: bool = True) -> int:
+        """Exact number of evaluations of this many steps, of a schedule that ends at 0 or (cut) above it."""
+        check_whole("steps", steps, 1)
+        whole = steps if to_zero else steps + 1
+        return len(self.points([(whole - i) / whole for i in range(steps + 1)]))
+
+
+class StochasticSolver(Solver):
+    """A solver that adds noise. It never draws any: `integrate` hands it one tensor for each step."""
+
+    @abstractmethod
+    def step(
+        self, v: Velocity, x: Tensor, sigma: float, to: float, past: History, *, noise: Tensor | None = None
+    ) -> tuple[Tensor, History]:
+        """As `Solver.step`, with Gaussian `noise` of the shape of x."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `integrate` tells after a step: number `index` (from 1) of `steps`, from `sigma` to `to`.
+
+    `x` is the state at `to`; `denoised` is the clean estimate there, from the newest velocity (x itself at 0).
+    """
+
+    index: int
+    steps: int
+    sigma: float
+    to: float
+    x: Tensor
+    denoised: Tensor
+
+
+NOWHERE = "no solver may ask for the field at sigma 0, nor outside (0, 1]"
+
+
+def integrate(
+    solver: Solver,
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Sequence[float],
+    *,
+    on_step: Callable[[Step], None] | None = None,
+    noise: Callable[[], Tensor] | None = None,
+    facts: Sequence[str] = (),
+) -> Tensor:
+    """The state at the last of `sigmas`, from `x` at the first: d x / d sigma = velocity(x, sigma).
+
+    The state is float32 (float64 where `x` is). `noise` is called once for each step of a `StochasticSolver` and never
+    for another solver. `facts` (a dtype, a model's name) are added to the text of a NonFiniteError.
+
+    Raises:
+        PlanError: the levels are not in [0, 1] and falling, `x` holds no floating-point numbers, noise is missing, or
+            the solver asks for the field at sigma 0.
+        PromiseError: the velocity or the noise has another shape than `x`.
+        NonFiniteError: NaN or infinity after a step.
+    """
+    levels = check_sigmas(sigmas)
+    if not x.is_floating_point():
+        raise PlanError(f"a state must hold floating-point numbers, got {x.dtype}; call x.float()")
+    if isinstance(solver, StochasticSolver) and noise is None:
+        raise PlanError(f"{solver!r} adds noise; give integrate(..., noise=...), a function that draws it")
+    x = x if x.dtype == torch.float64 else x.float()
+    steps = len(levels) - 1
+    past: History = ()
+    newest: list[Tensor] = []
+
+    def checked(x: Tensor, sigma: float) -> Tensor:
+        if not 0 < sigma <= 1:
+            raise PlanError(f"{solver!r} asks for the field at sigma {sigma:g}; {NOWHERE}")
+        newest[:] = [_like(x, velocity(x, sigma), "the velocity")]
+        return newest[0]
+
+    for index in range(1, steps + 1):
+        sigma, to = levels[index - 1], levels[index]
+        if isinstance(solver, StochasticSolver):
+            assert noise is not None
+            x, past = solver.step(checked, x, sigma, to, past, noise=_like(x, noise(), "the noise"))
+        else:
+            x, past = solver.step(checked, x, sigma, to, past)
+        if not flow.finite(x):
+            what = "NaN" if bool(torch.isnan(x).any()) else "infinity"
+            where = ", ".join((f"sigma {sigma:g} -> {to:g}", *facts))
+            raise NonFiniteError(f"{what} after step {index} of {steps} ({where})")
+        if on_step is not None:
+            on_step(Step(index, steps, sigma, to, x, flow.denoised(x, newest[0], to)))
+    return x
+
+
+@lru_cache(maxsize=1024)
+def _points(solver: Solver, sigmas: Sigmas) -> tuple[float, ...]:
+    seen: list[float] = []
+
+    def still(x: Tensor, sigma: float) -> Tensor:
+        seen.append(sigma)
+        return torch.zeros_like(x)
+
+    zero = torch.zeros((), device="cpu")
+    integrate(solver, still, zero, sigmas, noise=lambda: zero)
+    return tuple(seen)
+
+
+def _like(x: Tensor, other: Tensor, what: str) -> Tensor:
+    if other.shape != x.shape:
+        raise PromiseError(f"{what} must have the state's shape {tuple(x.shape)}, got {tuple(other.shape)}")
+    return other.to(x.dtype)
+
+
+def combine(x: Tensor, h: float, weights: Sequence[float], velocities: Sequence[Tensor]) -> Tensor:
+    """x + h (w1 v1 + w2 v2 + ...), the terms without weight left out."""
+    for weight, velocity in zip(weights, velocities, strict=True):
+        if weight != 0.0:
+            x = torch.add(x, velocity, alpha=h * weight)
+    return x
+
+
+def half_log_snr(sigma: float) -> float:
+    """lambda = log((1 - sigma) / sigma), as log1p so that levels next to 1 keep their digits."""
+    return math.log1p(-sigma) - math.log(sigma)
