@@ -11,6 +11,7 @@ from mrflow.sweep.local import run_sweep as run_sweep
 from mrflow.sweep.maker import Maker as Maker
 from mrflow.sweep.metrics import ClipScore as ClipScore
 from mrflow.sweep.metrics import Fidelity as Fidelity
+from mrflow.sweep.metrics import Legible as Legible
 from mrflow.sweep.metrics import Lpips as Lpips
 from mrflow.sweep.metrics import Measured as Measured
 from mrflow.sweep.metrics import Metric as Metric

@@ -19,6 +19,7 @@ BUILT_IN: Mapping[str, Aim] = {
     "fit.expression.right": "higher",
     "fit.spectrum": "lower",
     "fit.rank": "uniform",
+    "legible": "higher",
     "stray": "lower",
     "psnr": "higher",
     "ssim": "higher",

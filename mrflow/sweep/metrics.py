@@ -118,6 +118,28 @@ class Stray(Metric):
 
 
 @dataclass(frozen=True)
+class Legible(Metric):
+    """Which parts of what a caption names can be read in the picture, for captions of the hard world; from 0 to 1.
+
+    The exact reader of `mrflow/scenes/legible.py`: letters among 26, expressions among 5, cells, weaves. There is no
+    number for prompts of other grammars.
+    """
+
+    aims: ClassVar[Mapping[str, Aim]] = own("legible")
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        """`legible`, and `legible.letters` and so on, as far as the caption speaks of them."""
+        from mrflow.scenes.grammar import CaptionError
+        from mrflow.scenes.legible import hard_score
+
+        try:
+            found = hard_score(made.pixels, made.prompt)
+        except CaptionError:
+            return {}
+        return {"legible" if name == "overall" else f"legible.{name}": value for name, value in found.items()}
+
+
+@dataclass(frozen=True)
 class Psnr(Metric):
     """Peak signal-to-noise ratio to the reference chain's picture of the same prompt and draw, in dB.
 

@@ -22,7 +22,7 @@ from mrflow.sweep.significance import MANY, clopper_pearson, holm, sign_flip
 Verdict = Literal["higher", "lower", "no difference shown", "too few prompts"]
 K = TypeVar("K", bound=Hashable)
 MIN_PROMPTS = 20  # below, a comparison gets no verdict
-SHARES = ("score", "text")  # metrics, with their parts (score.faces), that are shares of what could succeed
+SHARES = ("score", "text", "legible")  # metrics, with their parts (score.faces), that are shares of what could succeed
 CHUNK = 4_000_000  # indices drawn at once, to bound memory
 
 

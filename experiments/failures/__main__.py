@@ -1,0 +1,102 @@
+"""Where does staged sampling fail: at which size of letters, faces, grids and textures, and why?
+
+Each question is a sweep over held-out captions of the hard world, tagged by size of detail; it goes on where it stopped
+(runs/failures/MODEL/QUESTION), and its tables are printed as Markdown.
+
+    python -m experiments.failures map --model runs/pocket-4/pocket-4.safetensors --figure
+    python -m experiments.failures budget --model FILE --details letters
+    python -m experiments.failures mends --model FILE        # the cheapest chain that keeps what native sampling reads
+    python -m experiments.failures frontier --model FILE     # every method at equal planned cost
+
+`map`: native, staged, rivals, and staged sampling's own settings. `budget`: the truth is put in at each stage in turn,
+and each difference is what one stage loses. Captions and reader are those of the embedded model's world; for large
+models see `experiments.legibility`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import mrflow as mf
+from experiments.failures import tables
+from experiments.failures.details import DETAILS, prompts
+from experiments.failures.questions import QUESTIONS, Setting
+from mrflow.errors import MrflowError
+from mrflow.models import info
+from mrflow.sweep import Legible, Sweep, run_sweep
+from mrflow.sweep.local import Progress
+from mrflow.sweep.report import load, write_report
+
+
+def main() -> int:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=QUESTIONS)
+    parser.add_argument("--model", default="pocket", help="an embedded model, or a file of such weights")
+    parser.add_argument("--captions", type=int, default=20, help="of each size of detail (default: 20)")
+    parser.add_argument("--details", nargs="+", choices=DETAILS, help="(default: all)")
+    parser.add_argument("--methods", nargs="+", metavar="LABEL", help="only these, and the reference (default: all)")
+    parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
+    parser.add_argument("--low", type=int, help="side of the low stage (default: half)")
+    parser.add_argument("--steps", type=int, default=24, help="of native sampling (default: 24)")
+    parser.add_argument("--few", type=int, default=12, help="of the staged low stage (default: 12)")
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="the folder (default: runs/failures/MODEL/QUESTION)")
+    parser.add_argument("--figure", type=Path, help="of `map`: an SVG file")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except MrflowError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the rows that are missing, and print what all of them say.
+
+    Raises:
+        MrflowError: the model is not there, or a size does not fit it; before anything is drawn.
+    """
+    facts = info(args.model)
+    size = args.size or facts.size[0]
+    setting = Setting(args.low or size // 2, size, args.steps, args.few)
+    chains = QUESTIONS[args.question](setting, facts)
+    reference = next(iter(chains))
+    if args.methods:
+        if unknown := set(args.methods) - set(chains):
+            raise mf.PlanError(f"no method is called {', '.join(sorted(unknown))}; there are {', '.join(chains)}")
+        chains = {label: chain for label, chain in chains.items() if label in {reference, *args.methods}}
+    sweep = Sweep(chains, prompts(args.captions, args.details), metrics=[Legible()], model=args.model)
+    sweep.plans(facts)
+    folder = args.out or Path("runs") / "failures" / Path(args.model).stem / args.question
+
+    def show(at: Progress) -> None:
+        if at.done % 100 == 0 or at.done == at.total:
+            print(f"{at.done} of {at.total} rows", file=sys.stderr, flush=True)
+
+    model = mf.load(args.model, device=args.device)
+    done = run_sweep(sweep, model, folder, batch=args.batch, on_progress=show)
+    if done.failed:
+        print(f"{done.failed} rows failed; the report says why", file=sys.stderr)
+    rows, _ = load(folder)
+    texts = {prompt.text for prompt in sweep.prompts}
+    rows = [r for r in rows if r.chain in sweep.chains and r.prompt in texts and r.draw in sweep.seeds]
+    write_report(folder, folder / "report.html", title=f"failures: {args.question}")
+    print(f"{rows[0].weights}, {args.captions} captions a size, {size} px from {setting.low} px\n")
+    if args.question == "budget":
+        print("\n".join(tables.budget(rows)))
+        return
+    print("\n".join([*tables.half_legible(rows, size=size, low=setting.low, reference=reference), ""]))
+    print("\n".join([*tables.by_size(rows, reference), ""]))
+    if args.question in ("mends", "frontier"):
+        print("\n".join(tables.cheapest(rows, reference)))
+    if args.figure is not None:
+        from experiments.failures.figure import draw
+
+        draw(rows, args.figure, size=size, low=setting.low)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

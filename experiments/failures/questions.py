@@ -1,0 +1,169 @@
+"""The chains of each question. `Setting` says at which sizes, and in how many steps."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import mrflow as mf
+from mrflow.spec import ModelInfo
+from mrflow.stage import AnyChain
+from mrflow.sweep.controls import affordable
+
+Chain = mf.Chain[mf.Start, mf.Pixels]
+Chains = dict[str, Chain]
+SIGMAS = (0.05, 0.2, 0.3, 0.4, 0.5)  # beside the paper's, which `staged` has
+SPEEDS = (4, 8, 12, 20)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The sides of the low and the high stage, the steps of native sampling, and those of the staged low stage."""
+
+    low: int
+    size: int
+    steps: int
+    few: int
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Height and width of a picture."""
+        return self.size, self.size
+
+    @property
+    def small(self) -> tuple[int, int]:
+        """Height and width in the low stage."""
+        return self.low, self.low
+
+    def native(self, steps: int, **more: object) -> Chain:
+        """Plain sampling."""
+        return mf.recipes.native(size=self.whole, steps=steps, **more)  # type: ignore[arg-type]
+
+    def staged(self, upscaler: mf.Upscaler | None = None, **more: object) -> Chain:
+        """The paper's chain."""
+        settings = {"low": self.small, "size": self.whole, "steps": self.few} | more
+        return mf.recipes.paper(upscaler, **settings)  # type: ignore[arg-type]
+
+    @property
+    def rung(self) -> int:
+        """A larger first side, three quarters of the picture's, in whole tokens."""
+        return self.size * 3 // 4 // 16 * 16
+
+
+def failure_map(s: Setting, info: ModelInfo) -> Chains:
+    """Native and staged sampling, one forward, the truth through the paths; staged sampling's settings, and rivals."""
+    a, b = max(1, s.few * 2 // 3), max(1, s.few // 3)
+    return {
+        **_base(s),
+        **_controls(s),
+        **{f"sigma {sigma:g}": s.staged(sigma=sigma) for sigma in SIGMAS},
+        **{f"{n} refining steps": s.staged(refine_steps=n) for n in (2, 4)},
+        "Lanczos": s.staged(mf.Lanczos()),
+        "latents enlarged": mf.recipes.latent(low=s.small, size=s.whole, steps=s.few),
+        f"low stage {s.rung} px": s.staged(low=(s.rung, s.rung)),
+        "lift": mf.recipes.lift(low=s.small, size=s.whole, steps=(a, b)),
+        "SelfLift": mf.recipes.selflift(low=s.small, size=s.whole, steps=(a, b)),
+        "SPEED": mf.recipes.speed(sizes=(s.small, s.whole), steps=(a, b)),
+        "RALU": mf.recipes.ralu(size=s.whole, shift=2.0),
+        **{f"native {n}": s.native(n) for n in sorted({affordable(s.staged(), info, size=s.whole), s.few})},
+    }
+
+
+def error_budget(s: Setting, info: ModelInfo) -> Chains:
+    """Staged sampling with the truth put in later and later: each difference is what one stage loses."""
+    end = cast("tuple[mf.Stage[mf.Pixels, mf.Pixels], ...]", tuple(s.staged())[3:])  # from Encode() on
+    truth, large = mf.Truth(*s.small), mf.Truth(*s.whole)
+    enlarged = mf.Upscale(size=s.whole)
+    return {
+        "staged": s.staged(),
+        "true latents": _then(truth >> mf.Encode() >> mf.Decode() >> enlarged, end),
+        "true low picture": _then(truth >> enlarged, end),
+        "true picture": _then(large, end),
+        "no refinement": large >> mf.Encode() >> mf.Decode(),
+        "truth": Chain((large,)),
+    }
+
+
+LOSSES = {  # what is lost between two rows of `error_budget`, the later minus the earlier
+    "low-resolution sampling": ("true latents", "staged"),
+    "low-resolution autoencoder": ("true low picture", "true latents"),
+    "low resolution and super-resolution": ("true picture", "true low picture"),
+    "refinement": ("no refinement", "true picture"),
+    "autoencoder": ("truth", "no refinement"),
+}
+
+
+def mends(s: Setting, info: ModelInfo) -> Chains:
+    """What could win back what staged sampling loses, each with its cost."""
+    out = _base(s)
+    for sigma in (0.2, 0.3, 0.4, 0.5, 0.6):
+        for steps in (1, 2, 4):
+            out[f"sigma {sigma:g}, {steps} refining"] = s.staged(sigma=sigma, refine_steps=steps)
+    sides = sorted({s.rung, s.size * 5 // 8 // 16 * 16})
+    for side in sides:
+        out[f"low stage {side} px"] = s.staged(low=(side, side))
+        out[f"low stage {side} px, sigma 0.3, 2 refining"] = s.staged(low=(side, side), sigma=0.3, refine_steps=2)
+    for n in (s.few // 2, s.few * 3 // 4):
+        three = max(1, n // 4), max(1, n // 2), max(1, n // 2)
+        out[f"RALU {n}"] = mf.recipes.ralu(size=s.whole, steps=three, shift=2.0)
+        out[f"native {n}"] = s.native(n)
+    return out
+
+
+def frontier(s: Setting, info: ModelInfo) -> Chains:
+    """Every method at equal planned cost, 4, 8, 12 and 20 times below native sampling, as far as it goes."""
+    out: Chains = {"native": s.native(s.steps)}
+    whole = mf.plan(out["native"], info).work.flops
+    for label, family in _families(s).items():
+        costs = {name: mf.plan(chain, info).work.flops for name, chain in family.items()}
+        for speed in SPEEDS:
+            fit = {name: cost for name, cost in costs.items() if 0.8 <= cost * speed / whole <= 1.05}
+            if fit:
+                best = max(fit, key=lambda name: fit[name])
+                out[f"{label}, {speed}x"] = family[best]
+    return out
+
+
+def _families(s: Setting) -> dict[str, Chains]:
+    """The operating points of each method, of which `frontier` takes those of the wanted cost."""
+    counts = range(1, s.steps + 1)
+    halves = [(a, b) for a in counts for b in (1, 2, 3, 4, 6, 8)]
+
+    def cached(make: Callable[[float], mf.caches.Cache], values: tuple[float, ...]) -> Chains:
+        return {f"{v:g}": s.native(s.steps, cache=make(v)) for v in values}
+
+    return {
+        "fewer steps": {str(n): s.native(n) for n in counts},
+        "fewer steps, unguided": {str(n): s.native(n, guidance=mf.CFG(1.0)) for n in counts},
+        "staged": {f"{n}": s.staged(steps=n) for n in counts},
+        "lift": {f"{a} {b}": mf.recipes.lift(low=s.small, size=s.whole, steps=(a, b)) for a, b in halves},
+        "SelfLift": {f"{a} {b}": mf.recipes.selflift(low=s.small, size=s.whole, steps=(a, b)) for a, b in halves},
+        "SPEED": {f"{a} {b}": mf.recipes.speed(sizes=(s.small, s.whole), steps=(a, b)) for a, b in halves},
+        "TaylorSeer": cached(lambda v: mf.caches.TaylorSeer(int(v)), tuple(range(2, s.steps // 2))),
+        "DBCache": cached(lambda v: mf.caches.DBCache(v, front=1, warmup=2), (0.05, 0.1, 0.2, 0.4, 0.8)),
+    }
+
+
+def _base(s: Setting) -> Chains:
+    return {"native": s.native(s.steps), "staged": s.staged(), "one forward": s.native(1, guidance=mf.CFG(1.0))}
+
+
+def _controls(s: Setting) -> Chains:
+    path = mf.Truth(*s.small) >> mf.Encode() >> mf.Decode() >> mf.Upscale(size=s.whole) >> mf.Encode() >> mf.Decode()
+    return {
+        "truth": Chain((mf.Truth(*s.whole),)),
+        "truth, autoencoder": mf.Truth(*s.whole) >> mf.Encode() >> mf.Decode(),
+        "truth, staged path": path,
+    }
+
+
+def _then(head: mf.Chain[mf.Start, mf.Pixels] | mf.Stage[mf.Start, mf.Pixels], tail: tuple[object, ...]) -> Chain:
+    stages = tuple(head) if isinstance(head, mf.Chain) else (head,)
+    return cast(Chain, AnyChain((*stages, *cast("tuple[mf.Stage[mf.Pixels, mf.Pixels], ...]", tail))))
+
+
+QUESTIONS: Mapping[str, Callable[[Setting, ModelInfo], Chains]] = {
+    "map": failure_map,
+    "budget": error_budget,
+    "mends": mends,
+    "frontier": frontier,
+}
