@@ -115,7 +115,7 @@ def test_the_cheapest_keeps_what_is_read() -> None:
 
 def test_letters_are_read_by_a_sweep() -> None:
     caption = "a blue sign in 13% letters, RED and FOX and HAT"
-    picture = torch.from_numpy(render(drawn(caption, random.Random(0)), 256)).permute(2, 0, 1).float() / 255
+    picture = torch.tensor(render(drawn(caption, random.Random(0)), 256)).permute(2, 0, 1).float() / 255
 
     def read(prompt: str) -> dict[str, float]:
         return dict(Legible()(Measured(picture, prompt, 0, {}, mf.toy())))
