@@ -105,6 +105,7 @@ from mrflow.stages import Quantise as Quantise
 from mrflow.stages import Refine as Refine
 from mrflow.stages import Reinject as Reinject
 from mrflow.stages import Sample as Sample
+from mrflow.stages import Tiles as Tiles
 from mrflow.stages import Truth as Truth
 from mrflow.stages import Upscale as Upscale
 from mrflow.students import Student as Student

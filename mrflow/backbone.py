@@ -4,7 +4,7 @@
 another backbone and changes a little of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -86,12 +86,29 @@ class Condition:
 class Positions:
     """Rows and columns (n, 2) of n tokens on a grid of height x width tokens, counted from 0; halves are between.
 
-    A field that is given positions takes its n tokens as latents of one row: (batch, channels, patch, patch n).
+    A field that is given positions takes its n tokens as latents of one row: (batch, channels, patch, patch n). They
+    are `parts` sequences of n / parts tokens, one behind the other; each goes through the network by itself.
     """
 
     at: Float[Tensor, "n 2"]
     height: int
     width: int
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.at) % self.parts:
+            raise PlanError(f"{len(self.at)} positions are not {self.parts} sequences of equal length")
+
+    def part(self, index: int) -> Float[Tensor, "m 2"]:
+        """Where the tokens of one part lie."""
+        return self.at.chunk(self.parts)[index]
+
+
+def in_parts(positions: Positions | None, f: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
+    """f(latents, index of the part) for each part of `positions` in turn, one behind the other; else f(x, 0)."""
+    if positions is None or positions.parts == 1:
+        return f(x, 0)
+    return torch.cat([f(part, i) for i, part in enumerate(x.chunk(positions.parts, -1))], -1)
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,8 @@ class FieldOptions:
             raise PlanError(
                 "a cache remembers each branch apart; ask for a field each, not for several conditions at once"
             )
+        if self.cache is not None and self.positions is not None and self.positions.parts > 1:
+            raise PlanError("a cache remembers one sequence of tokens, not several in turn; leave out one of them")
         if self.policy is not None and (self.cache is not None or self.beside or self.positions is not None):
             raise PlanError("a policy's field takes no cache, positions or other conditions")
 

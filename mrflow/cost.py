@@ -117,6 +117,9 @@ def floor_seconds(planned: Plan, *, flops: float = H200[1], bandwidth: float = H
     return total
 
 
+ROWS = 3  # rows of tiles alive at once: measured
+
+
 @dataclass(frozen=True)
 class Memory:
     """Predicted bytes on the device at the worst moment, by what is happening then."""
@@ -171,7 +174,10 @@ def memory(
         values = 0.0
         pixels = next((s for s in (row.out, row.spec) if isinstance(s, Pixels)), None)
         if row.work.nfe and isinstance(row.out, Latents):
-            values = f.forward_values * (row.out.tokens + a.text_tokens) * a.hidden * row.out.batch
+            values = f.forward_values * ((row.tokens or row.out.tokens) + a.text_tokens) * a.hidden * row.out.batch
+            if row.parts > 1:  # tiles lie in a row as float32: what is given and comes back, in parts and whole
+                cells = row.tokens * row.parts * info.space.channels * info.space.patch**2
+                values += ROWS * cells * row.out.batch * 4 / value_bytes
             values *= 2 if row.work.negative else 1  # both branches of the guidance in one pass
         elif pixels is not None and isinstance(row.spec, Latents) != isinstance(row.out, Latents):
             per_pixel = f.encode_values if isinstance(row.out, Latents) else f.decode_values

@@ -19,7 +19,7 @@ from mrflow.schedules import DirectSigma, FlowMap, Schedule, Shifted
 from mrflow.solvers import Euler, Solver
 from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import Chain
-from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Sample, Upscale
+from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Sample, Tiles, Upscale
 from mrflow.students import Student
 from mrflow.upscaler import Upscaler
 from mrflow.upscalers.interpolate import Filter
@@ -98,12 +98,14 @@ def paper(
     cache: "Cache | None" = None,
     lora: Loras = (),
     refine_lora: Loras = (),
+    tiles: Tiles | None = None,
 ) -> Chain[Start, Pixels]:
     """MrFlow (arXiv 2607.01642): sample low, super-resolve, encode, inject noise, refine.
 
     `noise` is what the low-resolution stage begins with, `cache` what leaves out some of its forwards. `lora` are
-    adapters of the low-resolution stage, `refine_lora` of the refinement. `upscaler=None` is the model's own net. The
-    published maths with the posterior's mode and per-item noise; `official` has the published draws.
+    adapters of the low-resolution stage, `refine_lora` of the refinement, which works in `tiles` where some are given.
+    `upscaler=None` is the model's own net. The published maths with the posterior's mode and per-item noise; `official`
+    has the published draws.
     """
     _check_ladder((low, size))
     return (
@@ -112,7 +114,13 @@ def paper(
         >> Upscale(upscaler, size)
         >> Encode()
         >> Reinject(sigma)
-        >> Refine(DirectSigma(refine_steps), solver=solver, guidance=refine_guidance or guidance, lora=refine_lora)
+        >> Refine(
+            DirectSigma(refine_steps),
+            solver=solver,
+            guidance=refine_guidance or guidance,
+            lora=refine_lora,
+            tiles=tiles,
+        )
         >> Decode()
     )
 
@@ -157,11 +165,13 @@ def ladder(
     upscalers: Sequence[Upscaler | None] | Upscaler | None = None,
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
+    tiles: Tiles | None = None,
 ) -> Chain[Start, Pixels]:
     """MrFlow over more than two resolutions: sizes rise, and every rung is upscaled, noised and refined.
 
     `sigmas` and `upscalers` are one for all rungs above the first, or one for each. Steps of any ratio work, each with
     the aspect of the first: an upscaler runs until it is past the size, and an antialiased resize takes off the rest.
+    With `tiles`, rungs larger than a tile are refined in tiles.
     """
     rungs = tuple(sizes)
     _check_ladder(rungs)
@@ -172,7 +182,7 @@ def ladder(
             raise PlanError(f"a ladder of {len(rungs)} sizes needs {len(rungs) - 1} {name}, got {len(given)}")
     chain = Sample(*rungs[0], Shifted(steps), solver=solver, guidance=guidance) >> Decode()
     for size, sigma, net in zip(rungs[1:], levels, nets, strict=True):
-        refine = Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance)
+        refine = Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance, tiles=tiles)
         chain = chain >> Upscale(net, size) >> Encode() >> Reinject(sigma) >> refine >> Decode()
     return chain
 
@@ -423,13 +433,14 @@ def enlarge(
     refine_steps: int = 1,
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
+    tiles: Tiles | None = None,
 ) -> Chain[Pixels, Pixels]:
-    """MrFlow's second half for a picture that exists already: give it to `run` as `start=`."""
+    """MrFlow's second half for a picture that exists already: give it to `run` as `start=`; `tiles` as in `ladder`."""
     return (
         Upscale(upscaler, size)
         >> Encode()
         >> Reinject(sigma)
-        >> Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance)
+        >> Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance, tiles=tiles)
         >> Decode()
     )
 

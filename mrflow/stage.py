@@ -204,7 +204,8 @@ class PlannedStage:
     """One row of a plan.
 
     `sigmas` are the noise levels of its schedule, from where it begins to where it ends; `evaluations` those at which
-    the model is asked, in order.
+    the model is asked, in order. One forward is given `tokens` image tokens (0: all of what comes out), and what comes
+    out is made of `parts` such forwards.
     """
 
     name: str
@@ -213,6 +214,8 @@ class PlannedStage:
     work: Work
     sigmas: tuple[float, ...] = ()
     evaluations: tuple[float, ...] = ()
+    tokens: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A large tensor through a network in overlapping tiles, blended where they overlap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,26 +32,45 @@ def tiled(
     if margin is not None and not 0 <= 2 * margin <= overlap:
         raise PlanError(f"overlap ({overlap}) must hold a margin ({margin}) at both of its ends")
     h, w = x.shape[-2:]
+    begins = windows(h, w, tile, tile, overlap, down)
+    edge = overlap * up // down
+    return blended(
+        (f(x[..., top : top + tile, left : left + tile]) for top, left in begins),
+        [(top * up // down, left * up // down) for top, left in begins],
+        (h * up // down, w * up // down),
+        edge=edge,
+        unused=edge // 3 if margin is None else margin * up // down,
+    )
+
+
+def blended(
+    parts: Iterable[Tensor], begins: Sequence[tuple[int, int]], size: tuple[int, int], *, edge: int, unused: int
+) -> Tensor:
+    """Tiles (b, c, h, w) that begin at `begins` (row, column) as one tensor of `size`, each weighted by its `ramp`.
+
+    Raises:
+        PlanError: there are no tiles.
+    """
     out: Tensor | None = None
     total: Tensor | None = None
-    for top in starts(h, tile, overlap, down):
-        for left in starts(w, tile, overlap, down):
-            y = f(x[..., top : top + tile, left : left + tile])
-            if out is None or total is None:
-                out = y.new_zeros(*y.shape[:2], h * up // down, w * up // down)
-                total = y.new_zeros(1, 1, *out.shape[-2:])
-            i, j = top * up // down, left * up // down
-            edge = overlap * up // down
-            unused = edge // 3 if margin is None else margin * up // down
-            rows = ramp(y.shape[-2], edge, unused, first=i == 0, last=i + y.shape[-2] == out.shape[-2], like=y)
-            columns = ramp(y.shape[-1], edge, unused, first=j == 0, last=j + y.shape[-1] == out.shape[-1], like=y)
-            weight = rows[:, None] * columns
-            here = (..., slice(i, i + y.shape[-2]), slice(j, j + y.shape[-1]))
-            out[here] += y * weight
-            total[here] += weight
+    for (i, j), y in zip(begins, parts, strict=True):
+        if out is None or total is None:
+            out = y.new_zeros(*y.shape[:2], *size)
+            total = y.new_zeros(1, 1, *size)
+        rows = ramp(y.shape[-2], edge, unused, first=i == 0, last=i + y.shape[-2] == size[0], like=y)
+        columns = ramp(y.shape[-1], edge, unused, first=j == 0, last=j + y.shape[-1] == size[1], like=y)
+        weight = rows[:, None] * columns
+        here = (..., slice(i, i + y.shape[-2]), slice(j, j + y.shape[-1]))
+        out[here] += y * weight
+        total[here] += weight
     if out is None or total is None:
-        raise PlanError(f"nothing to tile: {tuple(x.shape)}")
+        raise PlanError(f"nothing to tile in {size}")
     return out.div_(total)
+
+
+def windows(h: int, w: int, tall: int, wide: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
+    """Where tiles of tall x wide cells begin on a grid of h x w, as (row, column), row by row."""
+    return [(top, left) for top in starts(h, tall, overlap, step) for left in starts(w, wide, overlap, step)]
 
 
 def starts(side: int, tile: int, overlap: int, step: int) -> list[int]:

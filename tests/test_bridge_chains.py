@@ -93,6 +93,25 @@ def test_regions_run_where_positions_are_free(name: str, pipes: Pipes) -> None:
         assert relative(alone.pixels, mf.run(chain, own, PROMPTS[1], seed=2).pixels) < 5e-3
 
 
+@pytest.mark.parametrize("name", ["dev", "klein"])
+def test_tiles_run_where_positions_are_free(name: str, pipes: Pipes) -> None:
+    """The same tiles as of mrflow's own network; and what each tile is told of its place is not nothing."""
+    pipe = pipes(name)
+    model = mf.from_diffusers(pipe)
+    side = 2 * model.info.space.multiple
+    low, size = (2 * side, 2 * side), (4 * side, 4 * side)
+    tiled, local = (
+        mf.recipes.paper(UP, low=low, size=size, steps=1, sigma=0.5, tiles=mf.Tiles(2 * side, side, where))  # type: ignore[arg-type]
+        for where in ("global", "local")
+    )
+    result = mf.run(tiled, model, PROMPTS[1], seed=2)
+    assert result.nfe == mf.plan(tiled, model.info).nfe == 1 + 9
+    assert relative(result.pixels, mf.run(local, model, PROMPTS[1], seed=2).pixels) > 1e-5
+    if name == "dev":
+        own = mf.load(pipe.config._name_or_path, device="cpu")
+        assert relative(result.pixels, mf.run(tiled, own, PROMPTS[1], seed=2).pixels) < 5e-3
+
+
 @pytest.mark.parametrize("name", ["qwen", "sd3", "klein"])
 def test_transitions_and_sweeps(name: str, pipes: Pipes, tmp_path: Path) -> None:
     model = mf.from_diffusers(pipes(name), text_tokens=16, upscaler=UP)

@@ -110,7 +110,7 @@ def test_every_type_a_chain_may_hold_has_a_public_name() -> None:
         left, kinds = left + more, kinds + more
     own = [c for c in kinds if c.__module__.startswith("mrflow.") and not inspect.isabstract(c) and is_dataclass(c)]
     own = [c for c in own if not c.__module__.startswith("mrflow.testing.")]  # counterexamples: no chain holds them
-    own += [mf.Level, mf.Lora, mf.PiFlow]
+    own += [mf.Level, mf.Lora, mf.PiFlow, mf.Tiles]
     names = {name_of(c) for c in own}
     assert len(names) == len(set(own)) and {"Sample", "Part", "caches.TeaCache", "BasicSR"} <= names
     assert not [n for n in names if ":" in n or n.removeprefix("caches.").count(".")]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition, FieldOptions
+from mrflow.backbone import Condition, FieldOptions, in_parts
 from mrflow.bridge.base import BRIDGED, KLBridged, Pipeline, check_batch, checked, has_hooks, home, plain, thousandths
 from mrflow.bridge.blocks import FLUX as FAMILY
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
@@ -146,12 +146,11 @@ class BridgedFlux(KLBridged):
         branch, control = self.branch(), self._controlled()
         moved = has_hooks(self.pipe.transformer) or (control is not None and has_hooks(self.pipe.controlnet))
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            check_batch(x, cond.batch)
+        def one(x: Tensor, sigma: float, part: int) -> Tensor:
             h, w = x.shape[2] // 2, x.shape[3] // 2
             ids = image_ids(h, w, device=device)
             if options.positions is not None:
-                ids[:, 1:] = options.positions.at.to(ids)
+                ids[:, 1:] = options.positions.part(part).to(ids)
             with self.working(moved=moved):
                 given: dict[str, Any] = {
                     "hidden_states": pack(plain(x)).to(device, dtype),
@@ -167,6 +166,10 @@ class BridgedFlux(KLBridged):
                 with branch():
                     out = net(**given, guidance=strength)[0]
                 return unpack(out.float(), h, w).to(x.device)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            check_batch(x, cond.batch)
+            return in_parts(options.positions, lambda part, index: one(part, sigma, index), x)
 
         return velocity
 

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mrflow.backbone import Condition, FieldOptions
+from mrflow.backbone import Condition, FieldOptions, in_parts
 from mrflow.bridge.base import BRIDGED, Bridged, check_batch, checked, decoded, has_hooks, plain, posterior, thousandths
 from mrflow.bridge.blocks import FLUX2
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
@@ -86,13 +86,12 @@ class BridgedFlux2(Bridged):
         branch, moved = self.branch(), has_hooks(self.pipe.transformer)
         text_ids = positions(1, 1, context.shape[1], cond.batch, device)
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            check_batch(x, cond.batch)
+        def one(x: Tensor, sigma: float, part: int) -> Tensor:
             h, w = x.shape[2:]
             ids = positions(h, w, 1, cond.batch, device)
             if options.positions is not None:
                 ids = ids.float()
-                ids[..., 1:3] = options.positions.at.to(ids)
+                ids[..., 1:3] = options.positions.part(part).to(ids)
             with self.working(moved=moved), branch():
                 out: Tensor = net(
                     hidden_states=rearrange(plain(x), "b c h w -> b (h w) c").to(device, self.pipe.transformer.dtype),
@@ -104,6 +103,10 @@ class BridgedFlux2(Bridged):
                     return_dict=False,
                 )[0]
                 return rearrange(out.float(), "b (h w) c -> b c h w", h=h, w=w).to(x.device)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            check_batch(x, cond.batch)
+            return in_parts(options.positions, lambda part, index: one(part, sigma, index), x)
 
         return velocity
 

@@ -25,6 +25,7 @@ from mrflow.cli.parsing import (
     free_path,
     load_chain,
     own_types,
+    parse_tiles,
     refinement,
     save_free,
     upscaler,
@@ -72,6 +73,10 @@ Sr = Annotated[str | None, typer.Option("--sr", help=f"The upscaler: {SR_WORDS}.
 Ladder = Annotated[
     str | None, typer.Option("--ladder", help="Sizes to climb, such as 128,256,512, instead of --size and --low.")
 ]
+TileSides = Annotated[
+    str | None,
+    typer.Option("--tiles", help="Refine in tiles of so many pixels, such as 1024, or 1024,256 with their overlap."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first picture.")]
 Batch = Annotated[int, typer.Option("--batch", help="Pictures of each prompt, seeds counting up.")]
 Negative = Annotated[str | None, typer.Option("--negative", help="Negative prompt; the model's own unless said.")]
@@ -111,6 +116,7 @@ def generate(
     refine_steps: RefineSteps = 1,
     sigma: Sigma = 0.12,
     sr: Sr = None,
+    tiles: TileSides = None,
     seed: Seed = 0,
     batch: Batch = 1,
     negative: Negative = None,
@@ -134,7 +140,16 @@ def generate(
         backbone = options.load(model)
         info = backbone.info
         chain = build(
-            recipe, info, size=size, low=low, ladder=ladder, steps=steps, refine_steps=refine_steps, sigma=sigma, sr=net
+            recipe,
+            info,
+            size=size,
+            low=low,
+            ladder=ladder,
+            steps=steps,
+            refine_steps=refine_steps,
+            sigma=sigma,
+            sr=net,
+            tiles=tiles,
         )
         last = ladder.split(",")[-1] if ladder else size
         other = build("native", info, size=last) if compare else None
@@ -175,6 +190,7 @@ def refine(
     model: ModelName = "pocket",
     refine_steps: RefineSteps = 1,
     sr: Sr = None,
+    tiles: TileSides = None,
     sr_only: Annotated[bool, typer.Option("--sr-only", help="Enlarge by --sr alone: no model, no noise.")] = False,
     seed: Seed = 0,
     batch: Batch = 1,
@@ -208,7 +224,7 @@ def refine(
         backbone = options.load(model)
         height, width = pixels.shape[-2:]
         part, size = refinement(height, width, scale, backbone.info, crop=crop)
-        chain = recipes.enlarge(size, net, sigma=sigma, refine_steps=refine_steps)
+        chain = recipes.enlarge(size, net, sigma=sigma, refine_steps=refine_steps, tiles=parse_tiles(tiles))
         whole: AnyChain = chain if part == (height, width) else Crop(*part) >> chain
         name = Path(f"{photo.stem}-refined.png")
         _draw(
@@ -288,6 +304,7 @@ def plan(
     refine_steps: RefineSteps = 1,
     sigma: Sigma = 0.12,
     sr: Sr = None,
+    tiles: TileSides = None,
     batch: Batch = 1,
     as_json: Json = False,
 ) -> None:
@@ -312,6 +329,7 @@ def plan(
                 refine_steps=refine_steps,
                 sigma=sigma,
                 sr=net,
+                tiles=tiles,
             )
         planned = make_plan(own, info, batch=batch)
         typer.echo(json.dumps(report(planned), indent=2) if as_json else describe_plan(planned))

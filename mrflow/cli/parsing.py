@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.spec import ModelInfo, Pixels, Start
     from mrflow.stage import AnyChain, Chain
+    from mrflow.stages import Tiles
     from mrflow.upscaler import Upscaler
     from mrflow.upscalers.interpolate import Filter
 
@@ -86,6 +87,7 @@ def build(
     refine_steps: int = 1,
     sigma: float = 0.12,
     sr: "Upscaler | str | None" = None,
+    tiles: str | None = None,
 ) -> "Chain[Start, Pixels]":
     """A recipe's chain from the words of the command line; `sr` is what `upscaler` gave."""
     from mrflow import recipes
@@ -98,7 +100,16 @@ def build(
         if isinstance(sr, str):
             raise PlanError(f"--ladder goes over pixels; --sr {sr} does not")
         sizes = [parse_size("--ladder", each, info) for each in ladder.split(",")]
-        return recipes.ladder(sizes, steps=one_count(steps, 12), sigmas=sigma, refine_steps=refine_steps, upscalers=sr)
+        return recipes.ladder(
+            sizes,
+            steps=one_count(steps, 12),
+            sigmas=sigma,
+            refine_steps=refine_steps,
+            upscalers=sr,
+            tiles=parse_tiles(tiles),
+        )
+    if tiles is not None and (recipe != "paper" or isinstance(sr, str)):
+        raise PlanError("--tiles goes with the recipe paper, --ladder or refine, over pixels")
     full = parse_size("--size", size, info) if size else info.size
     if recipe == "native":
         return recipes.native(size=full, steps=one_count(steps, 50))
@@ -112,10 +123,27 @@ def build(
         filter = cast("Filter", sr.removeprefix(LATENT))
         return recipes.latent(filter, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
     if recipe == "paper":
-        return recipes.paper(sr, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
+        return recipes.paper(
+            sr, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma, tiles=parse_tiles(tiles)
+        )
     if recipe == "official":
         return recipes.official(sr, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
     raise PlanError(f"there is no recipe {recipe!r}; use {RECIPES}")
+
+
+def parse_tiles(word: str | None) -> "Tiles | None":
+    """Tiles of a side in pixels, or of a side and an overlap: 1024 or 1024,256; a quarter of the side unless said."""
+    from mrflow.stages import Tiles
+
+    if word is None:
+        return None
+    try:
+        found = [int(each) for each in word.split(",")]
+    except ValueError:
+        found = []
+    if len(found) not in (1, 2):
+        raise PlanError(f"--tiles takes pixels a side, or side and overlap such as 1024,256; got {word!r}")
+    return Tiles(found[0], found[1] if len(found) == 2 else found[0] // 4)
 
 
 RIVALS = ("lift", "speed", "selflift", "ralu")

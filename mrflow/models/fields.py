@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Positions
+from mrflow.backbone import Positions, in_parts
 from mrflow.errors import PlanError
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.layers import Rope
@@ -73,7 +73,7 @@ class FluxField:
         self.step, self.using = step, using
         self.table = Tables(self._tables, levels)
         self.text: Tensor | None = None
-        self.ropes: dict[tuple[int, int], Rope] = {}
+        self.ropes: dict[tuple[int, int, int], Rope] = {}
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Latents (b, c, h, w) at a level to their velocity, float32."""
@@ -81,16 +81,25 @@ class FluxField:
             raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {self.context.shape[0]}")
         with self.using():
             table = self.table(sigma)
-            h, w = x.shape[2] // 2, x.shape[3] // 2
-            if (h, w) not in self.ropes:
-                ids = image_ids(h, w, device=x.device)
-                if self.positions is not None:
-                    ids[:, 1:] = self.positions.at.to(ids)
-                self.ropes[h, w] = self.flow.rope(ids, ids.new_zeros(self.context.shape[1], 3))
             if self.text is None:
                 self.text = self.flow.embed_text(self.context)
-            tokens = self.step(pack(x), self.text, *self.ropes[h, w], table, key=self.flow.attention)
-            return unpack(tokens.float(), h, w)
+            text = self.text
+
+            def one(part: Tensor, index: int) -> Tensor:
+                rope = self._rope(part.shape[2] // 2, part.shape[3] // 2, index)
+                tokens = self.step(pack(part), text, *rope, table, key=self.flow.attention)
+                return unpack(tokens.float(), part.shape[2] // 2, part.shape[3] // 2)
+
+            return in_parts(self.positions, one, x)
+
+    def _rope(self, h: int, w: int, part: int) -> Rope:
+        if (h, w, part) not in self.ropes:
+            ids = image_ids(h, w, device=self.context.device)
+            if self.positions is not None:
+                ids[:, 1:] = self.positions.part(part).to(ids)
+            self.ropes.clear()  # the newest alone: those of many parts are large
+            self.ropes[h, w, part] = self.flow.rope(ids, ids.new_zeros(self.context.shape[1], 3))
+        return self.ropes[h, w, part]
 
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:
         sigmas = [torch.full((len(self.pooled),), level, device=self.pooled.device) for level in levels]
@@ -136,7 +145,7 @@ class QwenField:
         self.items = [items[i] for i in self.order]
         self.lengths = tuple(len(item) for item in self.items)
         self.text: Tensor | None = None
-        self.ropes: dict[tuple[int, int], Rope] = {}
+        self.ropes: dict[tuple[int, int, int], Rope] = {}
 
     @property
     def batched(self) -> bool:
@@ -147,19 +156,24 @@ class QwenField:
         """Latents (b, c, h, w) at a level to the velocities (branches b, c, h, w), float32, branch by branch."""
         if x.shape[0] != len(self.branches[0]):
             raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(self.branches[0])}")
-        h, w = x.shape[2] // 2, x.shape[3] // 2
         with self.using():
             table = self.table(sigma)
             if self.text is None:
                 self.text = self._embedded()
-            if (h, w) not in self.ropes:
-                self.ropes[h, w] = self._rope(h, w)
-            packed = pack(x)
-            tokens = torch.stack([packed[i % len(packed)] for i in self.order])  # (items, tokens, channels)
-            key: object = self.net.attention
-            if not self.batched:
-                tokens, key = tokens.flatten(0, 1)[None], (h * w, self.lengths)
-            out = self.step(tokens, self.text, *self.ropes[h, w], table, key=key).float()
+            text = self.text
+            return in_parts(self.positions, lambda part, index: self._one(part, text, table, index), x)
+
+    def _one(self, x: Tensor, text: Tensor, table: Tensor, part: int) -> Tensor:
+        h, w = x.shape[2] // 2, x.shape[3] // 2
+        if (h, w, part) not in self.ropes:
+            self.ropes.clear()  # the newest alone, as above
+            self.ropes[h, w, part] = self._rope(h, w, part)
+        packed = pack(x)
+        tokens = torch.stack([packed[i % len(packed)] for i in self.order])  # (items, tokens, channels)
+        key: object = self.net.attention
+        if not self.batched:
+            tokens, key = tokens.flatten(0, 1)[None], (h * w, self.lengths)
+        out = self.step(tokens, text, *self.ropes[h, w, part], table, key=key).float()
         back = torch.empty(len(self.order), dtype=torch.long)
         back[torch.tensor(self.order)] = torch.arange(len(self.order))
         return unpack(out.view(len(self.order), h * w, -1)[back.to(out.device)], h, w)
@@ -170,10 +184,10 @@ class QwenField:
             return self.net.embed_text(torch.stack(list(self.items)))
         return self.net.embed_text(torch.cat(list(self.items))[None])
 
-    def _rope(self, h: int, w: int) -> Rope:
+    def _rope(self, h: int, w: int, part: int) -> Rope:
         """Rotations of each text in turn, then of each image; of one text and image where they are a batch."""
         device = self.items[0].device
-        whole = self.net.rope(self._positions(h, w).to(device))
+        whole = self.net.rope(self._positions(h, w, part).to(device))
         if self.batched:
             return whole
         start = max(self.lengths)
@@ -182,12 +196,13 @@ class QwenField:
         pick = torch.cat(rows)
         return Rope(whole.cos[pick], whole.sin[pick])
 
-    def _positions(self, h: int, w: int) -> Tensor:
+    def _positions(self, h: int, w: int, part: int) -> Tensor:
         """Positions of the longest text, then of one image: a grid, or tokens at their places on one."""
         text, given = max(self.lengths), self.positions
         if given is None:
             return grid_positions(h, w, text)
         grid = grid_positions(given.height, given.width, text)
-        image = grid[text].repeat(len(given.at), 1)  # the first cell, from which positions count
-        image[:, 1:] += given.at.to(image)
+        at = given.part(part)
+        image = grid[text].repeat(len(at), 1)  # the first cell, from which positions count
+        image[:, 1:] += at.to(image)
         return torch.cat((grid[:text], image))

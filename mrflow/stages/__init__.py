@@ -8,5 +8,6 @@ from mrflow.stages.quantise import Quantise as Quantise
 from mrflow.stages.refine import Refine as Refine
 from mrflow.stages.reinject import Reinject as Reinject
 from mrflow.stages.sample import Sample as Sample
+from mrflow.stages.tiles import Tiles as Tiles
 from mrflow.stages.truth import Truth as Truth
 from mrflow.stages.upscale import Upscale as Upscale

@@ -42,4 +42,4 @@ class Sample(Integrating[Start]):
 
     def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
         """Draw noise and integrate."""
-        return self.integrate(ctx.noise(out.shape, source=self.noise), ctx)
+        return self.integrate(ctx.noise(out.shape, source=self.noise), out, ctx)

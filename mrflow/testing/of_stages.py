@@ -139,7 +139,8 @@ class Counting(Wrapper):
         inner = self.model.field(cond, options)
 
         def counted(x: Tensor, sigma: float) -> Tensor:
-            self.asked.extend([sigma] * (len(x) * (1 + len(options.beside))))
+            parts = options.positions.parts if options.positions else 1
+            self.asked.extend([sigma] * (len(x) * (1 + len(options.beside)) * parts))
             return inner(x, sigma)
 
         return counted
@@ -170,7 +171,8 @@ class _Plain(Toy):
 def _level(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
     if not issubclass(stage.gives, Latents):
         return
-    std, batch, plain = 0.02, 32, _Plain(std=0.02)
+    std, batch = 0.02, 32
+    plain = _Plain(std=std, positions=(model or toy()).info.capabilities.positions)
     first = with_batch(_Run(stage, spec, model).spec, batch)
     out = stage.plan(first, plain.info)
     generator = torch.Generator().manual_seed(0)

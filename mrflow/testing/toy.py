@@ -2,16 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrflow.backbone import Condition, FieldOptions
+from mrflow.backbone import Condition, FieldOptions, in_parts
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.spec import LatentSpace, ModelInfo, Shift
+from mrflow.spec import Capabilities, LatentSpace, ModelInfo, Shift
 from mrflow.upscaler import Upscaler
 from mrflow.upscalers import Interpolate
 
@@ -49,18 +49,20 @@ class Mixture:
 class Toy:
     """A model in closed form: latents are a mixture of two plain colours that the prompt chooses, a little noisy.
 
-    Latents are the 2x-averaged picture on [-1, 1]. Nothing is learned, so samplers can be held against the truth.
+    Latents are the 2x-averaged picture on [-1, 1]. Nothing is learned, so samplers can be held against the truth. With
+    `positions` it takes tokens that lie anywhere: where they lie is nothing to plain colours.
     """
 
-    def __init__(self, *, std: float = 0.1, device: str = "cpu") -> None:
+    def __init__(self, *, std: float = 0.1, device: str = "cpu", positions: bool = False) -> None:
         if not std > 0:
             raise PlanError(f"std must be above 0, got {std!r}")
         self.std, self._device = std, torch.device(device)
+        self._info = replace(TOY, capabilities=Capabilities(positions=positions))
 
     @property
     def info(self) -> ModelInfo:
         """Facts."""
-        return TOY
+        return self._info
 
     @property
     def device(self) -> torch.device:
@@ -95,12 +97,15 @@ class Toy:
         self.check(options)
         colours = cond["colours"]
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
+        def one(x: Tensor, sigma: float) -> Tensor:
             items = [
                 self.mixture(c, x.shape[2], x.shape[3]).velocity(item.reshape(1, -1), sigma)
                 for c, item in zip(colours, x, strict=True)
             ]
             return torch.cat(items).view_as(x)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return in_parts(options.positions, lambda part, _: one(part, sigma), x)
 
         return velocity
 
@@ -114,6 +119,6 @@ class Toy:
         return F.interpolate(0.5 * latents + 0.5, scale_factor=2, mode="nearest").clamp(0, 1)
 
 
-def toy(*, std: float = 0.1) -> Toy:
+def toy(*, std: float = 0.1, positions: bool = False) -> Toy:
     """A tiny model with an exact flow: instant, and right."""
-    return Toy(std=std)
+    return Toy(std=std, positions=positions)
