@@ -53,6 +53,11 @@ def archive(body: bytes) -> bytes:
     return out.getvalue()
 
 
+def words(count: int) -> bytes:
+    """Names of so many values, as a tuple that the memo holds as 0."""
+    return b"(" + b"".join(b"J" + struct.pack("<i", i) for i in range(count)) + b"tq\x00"
+
+
 def nested(depth: int) -> list[Any]:
     out: list[Any] = []
     for _ in range(depth):
@@ -69,9 +74,30 @@ BODIES: dict[str, tuple[bytes, str]] = {
     "deep lists": (pickle.dumps(nested(300), 2), "nests its values more than 100 deep"),
     "deep tuples": (b"\x80\x02)" + b"\x85" * 200_000 + b".", "nests its values more than 100 deep"),
     "a deep key": (b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.", "nests its values more than 100 deep"),
-    "many of one": (b"\x80\x02]q\x00(" + b"h\x00" * 1_100_000 + b"e.", "more than 1000000 steps"),
+    "many of one": (b"\x80\x02]q\x00(" + b"h\x00" * 600_000 + b"e.", "more than 500000 steps"),
     "itself": (SELF, "holds tables in tables, 8 and more"),
     "a long number": (b"\x80\x02\x8b" + struct.pack("<i", 1_000_000) + b"\x7f" * 1_000_000 + b".", "opcode LONG4"),
+    "sets of many": (
+        b"\x80\x02](" + words(90_000) + b"cbuiltins\nset\nh\x00\x85R" * 500 + b"e.",
+        "copies its values more than 5000000 times",
+    ),
+    "dicts of many": (
+        b"\x80\x02](" + words(90_000) + b"ccollections\nCounter\nh\x00\x85R" * 500 + b"e.",
+        "copies its values more than 5000000 times",
+    ),
+    "a key that is hashed for ever": (
+        b"\x80\x02](K\x05q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)) + b"e}h\x3cK\x01s.",
+        "copies its values more than 5000000 times",
+    ),
+    "a heavy key, many times": (
+        b"\x80\x02}(" + words(90_000) + b"K\x01" + b"h\x00K\x01" * 1000 + b"u.",
+        "copies its values more than 5000000 times",
+    ),
+    "a storage of 64 GB": (
+        b"\x80\x02}X\x01\x00\x00\x00actorch.storage\nUntypedStorage\n\x8a\x05\x00\x00\x00\x00\x10\x85Rs.",
+        r"calls torch.storage.UntypedStorage, which torch never writes",
+    ),
+    "a value before a mark": (b"\x80\x02(a.", "not a checkpoint that torch can read, or it is cut off"),
     "an empty stack": (b"\x80\x02a.", "not a checkpoint that torch can read, or it is cut off"),
     "a memo that is not there": (b"\x80\x02h\x09.", "not a checkpoint that torch can read, or it is cut off"),
     "cut off": (b"\x80\x02}q\x00X\x05\x00\x00", "not a checkpoint that torch can read, or it is cut off"),
@@ -144,8 +170,13 @@ def test_what_training_programs_write_is_read(tmp_path: Path) -> None:
     assert set(read_state(tmp_path / "x.pth")) == set(GOOD)
 
 
-def test_a_hostile_file_takes_no_memory_and_no_time(tmp_path: Path) -> None:
-    (tmp_path / "x.pth").write_bytes(older(BODIES["20 GB of bytes"][0]))
+# The most memory for the work that is allowed: sets of 77, for which Python keeps 512 places.
+MOST = b"\x80\x02](" + words(77) + b"cbuiltins\nset\nh\x00\x85R" * 60_000 + b"e."
+
+
+@pytest.mark.parametrize(("body", "ends"), [(BODIES["20 GB of bytes"][0], "WeightsError"), (MOST, "WeightsError")])
+def test_a_hostile_file_takes_no_memory_and_no_time(body: bytes, ends: str, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(older(body))
     code = (
         "import resource, sys; from mrflow.upscalers.weights import read_state; from pathlib import Path\n"
         "try: read_state(Path(sys.argv[1]))\n"
@@ -156,7 +187,7 @@ def test_a_hostile_file_takes_no_memory_and_no_time(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "x.pth")], capture_output=True, text=True, check=True
     )
     name, megabytes = done.stdout.split()
-    assert name == "WeightsError"
+    assert name == ends
     assert int(megabytes) < 2000
 
 
