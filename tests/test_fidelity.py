@@ -21,8 +21,8 @@ from mrflow.scenes.fit import Adjustable, Edge, Part, Slot, Values, fit
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
 from mrflow.sweep import metrics
-from mrflow.sweep.aims import BUILT_IN, aim
-from mrflow.sweep.metrics import Fidelity, Measured, Metric, aims_of
+from mrflow.sweep.aims import BUILT_IN, NONE, Scale, scale
+from mrflow.sweep.metrics import Fidelity, Measured, Metric, scales_of
 
 N = 256
 STAR = "a big red star at the left"
@@ -343,10 +343,11 @@ def test_as_a_metric_of_a_sweep() -> None:
     found = Fidelity()(made)
     assert found == {f"fit.{name}": value for name, value in fidelity(picture, WORD).items()}
     assert Fidelity()(replace(made, prompt="a lighthouse")) == Fidelity()(replace(made, pixels=picture[:, :63])) == {}
-    aims = {name: aim(name, aims_of([Fidelity()])) for name in found}
-    assert None not in aims.values()
-    assert aims["fit.spectrum.3"] == "lower" and aims["fit.glyph.right"] == "higher"
-    assert aims["fit.rank.cast"] == "uniform"
+    scales = {name: scale(name, scales_of([Fidelity()])) for name in found}
+    assert NONE not in scales.values()
+    assert scales["fit.spectrum.3"].aim == "lower" and scales["fit.glyph.right"] == Scale("higher", 0, 1)
+    assert scales["fit.rank.cast"].aim == "uniform"
     kinds = [k for k in vars(metrics).values() if isinstance(k, type) and issubclass(k, Metric)]
     assert {name: which for kind in kinds for name, which in kind.aims.items()} == BUILT_IN
-    assert aim("fit", BUILT_IN) is None and aim("lpips", BUILT_IN) == "lower" and aim("mine", {"mine": "one"}) == "one"
+    assert scale("fit", BUILT_IN) == NONE and scale("lpips", BUILT_IN).aim == "lower"
+    assert scale("mine.part", {"mine": Scale("one")}) == Scale("one")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import mrflow as mf
 from mrflow.adapters import check_loras
 from mrflow.checkpoints.safetensors import read_header
+from mrflow.records.files import known_file
 from mrflow.scenes import FULL, held_out_captions, score_many
 from mrflow.students import (
     HYPER_8,
@@ -123,3 +124,10 @@ def test_a_student_on_tiny_models(tmp_path: Path, qwen_repo: Path) -> None:  # n
     drawn = mf.run(mf.recipes.few(SCHNELL, size=(64, 96), steps=2), schnell, condition=mf.Condition(words(1)))
     assert drawn.nfe == 2
     assert torch.isfinite(drawn.pixels).all()
+
+
+def test_a_record_finds_the_adapter_that_comes_with_mrflow() -> None:
+    """A record holds a file's name and SHA-256, not its place."""
+    found = known_file("pocket-3-student.safetensors")
+    assert found is not None and found == Path(check_loras(POCKET_3.lora)[0].path)
+    assert known_file("nothing.safetensors") is None

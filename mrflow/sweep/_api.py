@@ -1,6 +1,7 @@
 """The public names of sweeps. `mrflow/sweep/__init__.py` hands them on when first asked for."""
 
 from mrflow.sweep.aims import Aim as Aim
+from mrflow.sweep.aims import Scale as Scale
 from mrflow.sweep.controls import controls as controls
 from mrflow.sweep.grid import Prompt as Prompt
 from mrflow.sweep.grid import Sweep as Sweep

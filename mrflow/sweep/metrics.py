@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mrflow import metrics as numbers
 from mrflow.errors import PlanError, WeightsError
-from mrflow.sweep.aims import Aim, own
+from mrflow.sweep.aims import Aim, Scale, as_scale, own
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -40,10 +40,11 @@ class Measured:
 class Metric(ABC):
     """Numbers for one picture. A number that does not apply is left out, never set to 0.
 
-    `aims` says which value of each number is good, for reports; parts of a name (`a.b` of `a`) share what it says.
+    `aims` says for reports which values of each number are good, and as a `Scale` also its range and unit; parts of a
+    name (`a.b` of `a`) share what it says.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = {}
+    aims: ClassVar[Mapping[str, Aim | Scale]] = {}
     needs_reference: ClassVar[bool] = False
     needs_latents: ClassVar[bool] = False
 
@@ -60,7 +61,7 @@ class SceneScore(Metric):
     that is not square or has a side below 64.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = own("score")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("score")
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`score`, `score.alignment`, `score.text` and so on, as far as the caption speaks of them."""
@@ -82,7 +83,7 @@ class Fidelity(Metric):
     so that none of it counts as an error. It has no number where `SceneScore` has none.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = own("fit")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("fit")
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`fit.psnr` and so on, by the names of `mrflow.scenes.fidelity.measure`."""
@@ -104,7 +105,7 @@ class Stray(Metric):
     none.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = own("stray")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("stray")
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`stray`; lower is cleaner."""
@@ -146,7 +147,7 @@ class Psnr(Metric):
     It means something only for chains that stay on the reference's path (caches); staged ones compose anew.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = own("psnr")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("psnr")
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -160,7 +161,7 @@ class Psnr(Metric):
 class Ssim(Metric):
     """Structural similarity to the reference chain's picture (Wang et al. 2004); at most 1. As for `Psnr`."""
 
-    aims: ClassVar[Mapping[str, Aim]] = own("ssim")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("ssim")
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -174,7 +175,7 @@ class Ssim(Metric):
 class Spectrum(Metric):
     """Power in rings of spatial frequency over the reference's: 1 is as much detail, lower is lost, higher is noise."""
 
-    aims: ClassVar[Mapping[str, Aim]] = own("spectrum")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("spectrum")
     bands: int = 4
     needs_reference: ClassVar[bool] = True
 
@@ -190,6 +191,8 @@ class Spectrum(Metric):
 class Sharpness(Metric):
     """Variance of the Laplacian of the luma, 0 and up; higher is sharper, or noisier."""
 
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("sharpness")
+
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`sharpness`."""
         return {"sharpness": float(numbers.sharpness(made.pixels[None]))}
@@ -199,7 +202,7 @@ class Sharpness(Metric):
 class RoundTrip(Metric):
     """The autoencoder's round-trip energy of the latents that are refined; 0 and up, lower is nearer to a picture's."""
 
-    aims: ClassVar[Mapping[str, Aim]] = own("round_trip")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("round_trip")
     needs_latents: ClassVar[bool] = True
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
@@ -223,7 +226,7 @@ class ClipScore(Metric):
         WeightsError: there is no such model.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = own("clip")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("clip")
     folder: str
 
     @cached_property
@@ -262,7 +265,7 @@ class ReadText(Metric):
     `ocr` is your function from a picture (3, h, w) in [0, 1] to text; the wanted text is the prompt's tag `text`.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = own("text")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("text")
 
     ocr: Callable[[Tensor], str] = field(compare=False)
 
@@ -297,7 +300,7 @@ class Lpips(Metric):
         WeightsError: a file is missing, or lacks a tensor.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = own("lpips")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("lpips")
 
     alexnet: str
     linear: str
@@ -347,9 +350,13 @@ class Lpips(Metric):
         return total
 
 
-def aims_of(metrics: Iterable[Metric]) -> dict[str, Aim]:
-    """What all of them say of their numbers."""
-    return {name: which for metric in metrics for name, which in metric.aims.items()}
+def scales_of(metrics: Iterable[Metric]) -> dict[str, Scale]:
+    """What all of them say of their numbers.
+
+    Raises:
+        PlanError: a metric names an aim that there is not.
+    """
+    return {name: as_scale(said) for metric in metrics for name, said in metric.aims.items()}
 
 
 def named(metrics: Sequence[Metric]) -> tuple[bool, bool]:

@@ -273,7 +273,7 @@ def _table_of(kind: type) -> Callable[[object], bool]:
 
 _MANIFEST: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("negative", "model", "weights", "reference"), lambda v: isinstance(v, str)),
-    **dict.fromkeys(("prints", "versions", "aims"), _table_of(str)),
+    **dict.fromkeys(("prints", "versions", "own"), _table_of(str)),
     "chains": _table_of(list),
 }
 
