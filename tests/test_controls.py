@@ -16,7 +16,7 @@ from mrflow.scenes import score
 from mrflow.scenes.fidelity import fidelity
 from mrflow.sweep import controls, read, run_sweep
 from mrflow.sweep.controls import affordable
-from mrflow.sweep.report import summarise
+from mrflow.sweep.summary import summarise
 from tests.test_statistics import row
 
 CAPTIONS = ["the big blue word CAT", "a big happy face at the centre"]

@@ -26,7 +26,10 @@ from mrflow.stage import AnyChain
             mf.recipes.native(size=(64, 32), steps=50, guidance=mf.CFG(3.5), cache=TeaCache(0.25)),
             ["Sample 64x32, Euler, CFG(scale 3.5, packed), TeaCache(threshold 0.25), Shifted(50 steps)", "Decode"],
         ),
-        (mf.recipes.ralu(size=(64, 64)), ["SampleRegions 64x64, steps 5, 6, 7, ends 0.3, 0.45, shifts 5.019, 2.589, 2.226, z 6.317, share 0.3", "Decode"]),
+        (mf.recipes.ralu(size=(64, 64)), [
+                "SampleRegions 64x64, steps 5, 6, 7, ends 0.3, 0.45, shifts 5.019, 2.589, 2.226, z 6.317, share 0.3",
+                "Decode",
+            ]),
     ],
 )  # fmt: skip
 def test_every_setting_is_said(chain: AnyChain, texts: list[str]) -> None:

@@ -24,8 +24,10 @@ from mrflow.models.digests import hub_digest
 from mrflow.records.chains import fingerprint
 from mrflow.sweep import Measured, Metric, Psnr, Sharpness, Store, leases, maker, read, run_sweep
 from mrflow.sweep.leases import Claim, LeaseLostError
-from mrflow.sweep.report import load, page, write_csv
+from mrflow.sweep.report import page
 from mrflow.sweep.rows import Row, read_row
+from mrflow.sweep.summary import load
+from mrflow.sweep.tables import write_csv
 from tests.test_cli import call, here  # noqa: F401
 from tests.test_sweep import SIZE, paper, small
 

@@ -15,7 +15,11 @@ import mrflow as mf
 from mrflow.errors import PlanError
 from mrflow.sweep import Sharpness, Store, read, run_sweep, seed_of
 from mrflow.sweep.grid import fingerprints, row_key
-from mrflow.sweep.report import load, page, speedup, summarise, write_csv, write_parquet, write_plots
+from mrflow.sweep.plots import write_plots
+from mrflow.sweep.report import page
+from mrflow.sweep.summary import load, summarise
+from mrflow.sweep.tables import write_csv, write_parquet
+from mrflow.sweep.timing import speedup
 from tests.test_cli import call, here  # noqa: F401
 from tests.test_pocket import older
 from tests.test_statistics import row
@@ -227,7 +231,7 @@ def opened(browser: Any, folder: Path) -> Any:
 def texts(driver: Any, query: str) -> list[str]:
     """The text of what a selector finds."""
     found: list[str] = driver.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", query
+        "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent.trim())", query
     )
     return found
 

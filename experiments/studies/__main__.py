@@ -20,8 +20,10 @@ from experiments.studies.common import LOW, SIZE
 from mrflow.models import info
 from mrflow.sweep import Comparison, Interval, Row, Sweep, compare, controls, family, interval, run_sweep, values
 from mrflow.sweep.local import Progress
-from mrflow.sweep.report import load, summarise, write_plots, write_report
+from mrflow.sweep.plots import write_plots
+from mrflow.sweep.report import write_report
 from mrflow.sweep.statistics import MIN_PROMPTS, grouped
+from mrflow.sweep.summary import load, summarise
 from mrflow.sweep.timing import speedup
 
 NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "nested_noise", "failures", "rivals")

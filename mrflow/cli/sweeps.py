@@ -244,7 +244,11 @@ def report(
     from mrflow.records.files import check_writable
 
     with console() as err:
-        from mrflow.sweep.report import load, summarise, write_csv, write_parquet, write_plots, write_report
+        from mrflow.sweep.plots import write_plots
+        from mrflow.sweep.report import write_report
+        from mrflow.sweep.store import Store
+        from mrflow.sweep.summary import load, summarise
+        from mrflow.sweep.tables import write_csv, write_parquet
 
         rows, reference = load(folder)
         target = out or folder / "report.html"
@@ -262,7 +266,9 @@ def report(
             made.append(target.with_suffix(".parquet"))
             write_parquet(rows, made[-1])
         if plots:
-            made += write_plots(summarise(rows, reference), target.with_suffix(""), metric=metric)
+            made += write_plots(
+                summarise(rows, reference, Store(folder).manifest()), target.with_suffix(""), metric=metric
+            )
         bad = sum(not row.done for row in rows)
         err.print(f"{len(rows)} rows, {bad} failed; {target.stat().st_size / 1e6:.1f} MB")
         for path in made:

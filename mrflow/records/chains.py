@@ -7,9 +7,12 @@ record is data from outside, and never decides what is imported.
 
 import dataclasses
 import hashlib
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import cast
 
 from mrflow.errors import ChainError, RecordError, WeightsError
@@ -169,6 +172,31 @@ def sources_of(value: object) -> dict[str, str]:
     """For every class outside mrflow in a stage or slot, by its name, what tells its code (`records.sources`)."""
     own = [cls for cls in _classes(value) if not cls.__module__.startswith("mrflow.")]
     return {sources.name_of(cls): sources.digest_of(cls) for cls in own}
+
+
+def files_of(value: object) -> tuple[dict[str, str], list[str]]:
+    """What a chain needs besides mrflow: by module the files of its own types, and the files that its fields name."""
+    modules = {cls.__module__ for cls in _classes(value) if not cls.__module__.startswith("mrflow.")}
+    own = {name: str(getattr(sys.modules.get(name), "__file__", None) or "") for name in sorted(modules)}
+    inside = Path(__file__).parents[1]
+    used = dict.fromkeys(path.absolute() for path in _paths(value) if inside not in path.absolute().parents)
+    return {name: os.path.abspath(file) for name, file in own.items() if file}, [str(path) for path in used]
+
+
+def _paths(value: object) -> Iterable[Path]:
+    """The files that fields of stages and slots name."""
+    if isinstance(value, list | tuple):
+        for each in cast(Sequence[object], value):
+            yield from _paths(each)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            inner = getattr(value, f.name)
+            if isinstance(inner, str | PurePath):
+                with suppress(OSError, ValueError):
+                    if str(inner) and (path := Path(inner).expanduser()).is_file():
+                        yield path
+            else:
+                yield from _paths(inner)
 
 
 def _classes(value: object) -> Iterable[type]:

@@ -1,4 +1,4 @@
-"""A recorded stage in words for people: its name and its settings, from plain data alone, so that no torch is needed."""
+"""A recorded stage in words for people: its name and its settings. From plain data alone, so it needs no torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -8,7 +8,7 @@ DEEPEST = 12
 
 
 def stage_text(stage: object) -> tuple[str, str]:
-    """The name and the settings of a stage as `encode_chain` writes it: `("Sample", "128x128, Euler, Shifted(12 steps)")`.
+    """The name and the settings of a stage as `encode_chain` writes it: `("Sample", "128x128, Shifted(12 steps)")`.
 
     What is left at nothing (no cache, no adapter, the usual noise) is not named. Data of another form give its text.
     """

@@ -1,9 +1,13 @@
 """What a sweep is: chains x prompts x draws, the seed of each draw, and the key of each row."""
 
 import hashlib
+import os
+import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from mrflow.errors import PlanError, RecordError
@@ -15,6 +19,8 @@ from mrflow.sweep.rows import row_key as row_key
 from mrflow.sweep.rows import seed_of as seed_of
 
 if TYPE_CHECKING:
+    import torch
+
     from mrflow.sweep.metrics import Metric
 
 Pictures = Literal["last", "stages"]
@@ -160,6 +166,40 @@ def versions() -> dict[str, str]:
     from mrflow import __version__
 
     return {"mrflow": __version__, "torch": torch.__version__}
+
+
+def model_at(info: ModelInfo) -> str:
+    """What `--model` must name to load a model again; empty for one that comes with mrflow.
+
+    `MODEL`, to be filled in, where the files of a model lie in several places.
+    """
+    if len(info.files) < 2:
+        return "".join(info.files)
+    try:
+        folder = os.path.commonpath([os.path.dirname(file) for file in info.files])
+    except ValueError:  # on several drives
+        return "MODEL"
+    return folder if os.path.isfile(os.path.join(folder, "model_index.json")) else "MODEL"
+
+
+def machine(device: "torch.device") -> str:
+    """What pictures are made on, for people: processor or GPU, threads, system, Python; no part of any key."""
+    import torch
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{name}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+
+
+def _processor() -> str:
+    """The processor's name as Linux says it, else as Python does; never an error."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "processor"
 
 
 def weights(info: ModelInfo) -> str:

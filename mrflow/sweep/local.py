@@ -9,9 +9,11 @@ from pathlib import Path
 from mrflow._checks import check_whole
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
-from mrflow.sweep.grid import Sweep, fingerprints, versions, weights
+from mrflow.records.chains import files_of
+from mrflow.sweep.aims import to_plain
+from mrflow.sweep.grid import Sweep, fingerprints, model_at, versions, weights
 from mrflow.sweep.maker import Maker
-from mrflow.sweep.metrics import aims_of
+from mrflow.sweep.metrics import scales_of
 from mrflow.sweep.rows import Row
 from mrflow.sweep.store import Store
 
@@ -135,7 +137,12 @@ def check_run(batch: int, shard: tuple[int, int], row_timeout: float | None) -> 
 
 
 def manifest(sweep: Sweep, model: Backbone) -> Mapping[str, object]:
-    """What sweep.json says."""
+    """What sweep.json says.
+
+    Raises:
+        PlanError: a metric names an aim that there is not.
+    """
+    needs = {label: files_of(chain) for label, chain in sweep.chains.items()}
     return {
         "chains": sweep.encoded(),
         "prints": {label: fingerprints(chain)[-1] for label, chain in sweep.chains.items()},
@@ -147,5 +154,9 @@ def manifest(sweep: Sweep, model: Backbone) -> Mapping[str, object]:
         "seeds": len(sweep.seeds),
         "rows": sweep.rows,
         "reference": sweep.reference,
-        "aims": aims_of(sweep.metrics),
+        "aims": to_plain(scales_of(sweep.metrics)),
+        "measures": {repr(metric): sorted(metric.aims) for metric in sweep.metrics},
+        "own": {module: file for own, _ in needs.values() for module, file in own.items()},
+        "used": {label: used for label, (_, used) in needs.items() if used},
+        "model_at": model_at(model.info),
     }

@@ -24,7 +24,7 @@ from mrflow.result import Result, make_record
 from mrflow.runner import run
 from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels
-from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions, weights
+from mrflow.sweep.grid import Prompt, Sweep, fingerprints, machine, row_key, seed_of, versions, weights
 from mrflow.sweep.leases import Claim, LeaseLostError
 from mrflow.sweep.limits import RowTimeoutError, time_limit
 from mrflow.sweep.metrics import Measured, Metric, named
@@ -72,7 +72,7 @@ class Maker:
         self.plans = sweep.plans(model.info)
         self.negative = sweep.negative_for(model.info)
         self.weights = weights(model.info)
-        self.made_by = versions()
+        self.made_by, self.machine = versions(), machine(model.device)
         self._cache = StageCache(max_bytes=CACHE_BYTES)
         self._took: dict[tuple[str, Pair], tuple[float, int, float]] = {}
         self._warm = set[tuple[object, ...]]() if warm else None
@@ -367,6 +367,7 @@ class Maker:
             stage_pictures=self._stage_pictures(result, item, claim.key) if self.sweep.pictures == "stages" else (),
             versions=self.made_by,
             device=str(self.model.device),
+            machine=self.machine,
             batch=batch,
             timed=timed,
             time=datetime.now(UTC).isoformat(timespec="microseconds"),
@@ -390,6 +391,7 @@ class Maker:
             tries=claim.tries + (cause != "death"),
             versions=self.made_by,
             device=str(self.model.device),
+            machine=self.machine,
             time=datetime.now(UTC).isoformat(timespec="microseconds"),
         )
 

@@ -28,8 +28,9 @@ class Row:
     `draw` numbers the pictures of a prompt, `seed` is what its noise was drawn from (`mrflow run --seed`). `tries`
     counts how often it was begun, itself included. `cause` says why a failed row failed: its own error, the death of
     the process that made it, or the time limit. `picture_bytes` and `picture_sha256` tell whether the picture is still
-    the one that was measured. `seconds` are those of its batch over the pictures in it; rows of
-    one batch share what `timed` says. `unmeasured` holds, by metric, the error that kept it from giving numbers.
+    the one that was measured. `seconds` are those of its batch over the pictures in it; rows of one batch share what
+    `timed` says. `machine` names the processor, the system and the Python. `unmeasured` holds, by metric, the error
+    that kept it from giving numbers.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Row:
     stage_pictures: Sequence[Sequence[str]] = ()
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     device: str = ""
+    machine: str = ""
     batch: int = 1
     timed: str = ""
     time: str = ""
@@ -175,7 +177,7 @@ def _stages(value: object) -> bool:
 _CHECKS: Mapping[str, Callable[[object], bool]] = {
     "key": _text,
     "status": lambda v: v in ("done", "failed"),
-    **dict.fromkeys(("chain", "model", "weights", "prompt", "negative", "device", "timed", "time"), _text),
+    **dict.fromkeys(("chain", "model", "weights", "prompt", "negative", "device", "machine", "timed", "time"), _text),
     "picture_sha256": _text,
     **dict.fromkeys(("seed", "draw", "nfe", "peak_bytes", "picture_bytes"), _count),
     **dict.fromkeys(("tries", "batch"), lambda v: _count(v) and v > 0),  # type: ignore[operator]

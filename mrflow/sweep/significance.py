@@ -73,6 +73,11 @@ def clopper_pearson(hits: int, count: int, level: float = 0.95) -> tuple[float, 
     return low, high
 
 
+def rule_of_three(count: int, level: float = 0.95) -> float:
+    """The largest share that none of `count` still allows: the one-sided exact bound, about 3 / count at 95 %."""
+    return float(1 - (1 - level) ** (1 / count))
+
+
 def _at_least(hits: int, count: int, p: float) -> float:
     """P(X >= hits) of a binomial X, for 0 < p < 1."""
     ks = range(hits, count + 1)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mrflow.errors import PlanError
 from mrflow.sweep.rows import Row
-from mrflow.sweep.significance import MANY, clopper_pearson, holm, sign_flip
+from mrflow.sweep.significance import MANY, clopper_pearson, holm, rule_of_three, sign_flip
 
 Verdict = Literal["higher", "lower", "no difference shown", "too few prompts"]
 K = TypeVar("K", bound=Hashable)
@@ -50,7 +50,8 @@ class Comparison:
     """a - b over the prompts and draws that both have. `missing` counts pictures that only one of them has.
 
     `p` is of the sign-flip test, None below `MIN_PROMPTS` prompts; `adjusted` is it by Holm's correction over the
-    `family` comparisons that are read together, and alone decides the verdict.
+    `family` comparisons that are read together, and alone decides the verdict. `caveat` says so where the interval is
+    no evidence of spread (as the function `caveat` does).
     """
 
     metric: str
@@ -61,6 +62,7 @@ class Comparison:
     groups: Mapping[str, "Comparison"] = field(default_factory=dict[str, "Comparison"])
     adjusted: float | None = None
     family: int = 1
+    caveat: str = ""
 
 
 def interval(
@@ -89,7 +91,7 @@ def interval(
     sums = np.array([v[0] if len(v) == 1 else np.sum(v, dtype=np.float64) for v in groups], dtype=np.float64)
     sizes = np.array([len(v) for v in groups], dtype=np.float64)
     each = sums / sizes
-    if share and len({*sizes}) == 1 and np.isin(each, (0, 1)).all():
+    if share and np.isin(each, (0, 1)).all() and 1 in (len({*sizes}), len({*each})):
         ends = clopper_pearson(int(each.sum()), len(groups), level)
         return Interval(float(each.mean()), *ends, len(groups), int(sizes.sum()))
     mean = float(sums.sum() / sizes.sum())
@@ -108,6 +110,23 @@ def interval(
             means[start : start + step] = sums[pick].sum(1) / sizes[pick].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high), len(groups), int(sizes.sum()))
+
+
+def caveat(values: Mapping[str, Sequence[float]], found: Interval, *, share: bool) -> str:
+    """What a reader must know of an interval that shows no spread; empty for all others.
+
+    A share that is 1 (or 0) for each of n prompts: failures (successes) may still be as frequent as 1 - 0.05^(1/n),
+    the one-sided 95 % bound of Clopper and Pearson, about 3 / n (the "rule of three", Hanley and Lippman-Hand 1983).
+    """
+    each = {v for group in values.values() for v in group}
+    if share and each in ({0}, {1}):
+        kind = "failure" if each == {1} else "success"
+        return f"no {kind} in {found.units}: up to {rule_of_three(found.units):.2g} could hide"
+    if found.units == 1:
+        return "one prompt: no interval"
+    if found.high - found.low <= 1e-12 * max(1.0, abs(found.mean)):
+        return f"all {found.units} prompts alike: no interval"
+    return ""
 
 
 @lru_cache(maxsize=2)
@@ -205,11 +224,13 @@ def paired(
     share = is_share(metric) if share is None else share
     found = interval(differences, level=level, draws=draws, seed=seed)
     sums = [sum(d) for d in differences.values()]
+    said = caveat(differences, found, share=False)
     if share and not any(map(any, differences.values())):
         most = clopper_pearson(0, found.units, level)[1]  # of the prompts that may yet differ, by at most 1
         found = replace(found, low=-most, high=most)
+        said = f"equal in all {found.units}: up to {rule_of_three(found.units):.2g} could differ"
     p = sign_flip(sums) if found.units >= MIN_PROMPTS else None
-    return family({"": Comparison(metric, found, p, "too few prompts")}, level=level)[""]
+    return family({"": Comparison(metric, found, p, "too few prompts", caveat=said)}, level=level)[""]
 
 
 def is_share(metric: str) -> bool:

@@ -50,7 +50,7 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             old, new = self._begun(), dict(manifest)
-            for part in ("chains", "prints"):  # by label; those of sweeps before stay
+            for part in ("chains", "prints", "own", "used"):  # by label; those of sweeps before stay
                 new[part] = {
                     **cast("dict[str, object]", old.get(part, {})),
                     **cast("dict[str, object]", manifest.get(part, {})),
@@ -272,9 +272,10 @@ def _table_of(kind: type) -> Callable[[object], bool]:
 
 
 _MANIFEST: Mapping[str, Callable[[object], bool]] = {
-    **dict.fromkeys(("negative", "model", "weights", "reference"), lambda v: isinstance(v, str)),
+    **dict.fromkeys(("negative", "model", "weights", "reference", "model_at"), lambda v: isinstance(v, str)),
     **dict.fromkeys(("prints", "versions", "own"), _table_of(str)),
-    "chains": _table_of(list),
+    **dict.fromkeys(("chains", "measures", "used"), _table_of(list)),
+    "aims": _table_of(dict),
 }
 
 
