@@ -25,7 +25,8 @@ from mrflow.errors import MrflowError
 from mrflow.models import info
 from mrflow.sweep import Legible, Sweep, run_sweep
 from mrflow.sweep.local import Progress
-from mrflow.sweep.report import load, write_report
+from mrflow.sweep.report import write_report
+from mrflow.sweep.summary import load
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from mrflow.errors import PlanError
 Aim = Literal["higher", "lower", "one", "uniform"]
 """More is better, less is better, 1 is best, or values should be spread evenly over [0, 1] (ranks in a known law)."""
 
+
 @dataclass(frozen=True)
 class Scale:
     """The aim of a number (None: neither direction is better), the least and largest value it can have, its unit.

@@ -126,7 +126,7 @@ class Legible(Metric):
     number for prompts of other grammars.
     """
 
-    aims: ClassVar[Mapping[str, Aim]] = own("legible")
+    aims: ClassVar[Mapping[str, Aim | Scale]] = own("legible")
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`legible`, and `legible.letters` and so on, as far as the caption speaks of them."""
