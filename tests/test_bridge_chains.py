@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mrflow as mf
-from mrflow.caches import DBCache, TaylorSeer, TeaCache, ToMA
+from mrflow.caches import DMD, DBCache, SeaCache, Spectrum, TaylorSeer, TeaCache, ToMA
 from mrflow.errors import PlanError
 from tests.parity.test_bridge import PROMPTS, UP, native, pipes
 from tests.parity.test_flux import relative
@@ -44,6 +44,10 @@ def test_a_cache_that_leaves_nothing_out_changes_nothing(name: str, pipes: Pipes
         ("sd3", DBCache(9.0, front=1, warmup=1)),
         ("klein base", DBCache(9.0, front=2, warmup=1)),
         ("z-image", DBCache(9.0, front=1, warmup=2, order=1)),
+        ("dev", Spectrum(warmup=2)),
+        ("klein", SeaCache(9.0, of="latents")),
+        ("z-image", SeaCache(9.0)),
+        ("sd3", DMD(9.0, front=1, warmup=4)),
     ],
     ids=str,
 )
@@ -56,7 +60,9 @@ def test_caches_leave_out_what_they_plan_and_items_are_independent(name: str, ca
     assert "computed" in alone.stages[0].notes[0]
 
 
-@pytest.mark.parametrize("cache", [TaylorSeer(2), DBCache(0.3, front=1, warmup=1, order=1), TeaCache(0.3)], ids=str)
+@pytest.mark.parametrize(
+    "cache", [TaylorSeer(2), DBCache(0.3, front=1, warmup=1, order=1), TeaCache(0.3), SeaCache(0.2)], ids=str
+)
 @pytest.mark.parametrize("name", ["dev", "qwen"])
 def test_caches_agree_with_those_in_our_own_transformers(name: str, cache: Any, pipes: Pipes) -> None:
     pipe = pipes(name)

@@ -11,7 +11,21 @@ import torch
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.caches import Cache, Cached, DBCache, Look, MagCache, Rule, TaylorSeer, TeaCache, memory
+from mrflow.caches import (
+    DMD,
+    L2P,
+    Cache,
+    Cached,
+    DBCache,
+    Look,
+    MagCache,
+    Rule,
+    SeaCache,
+    Spectrum,
+    TaylorSeer,
+    TeaCache,
+    memory,
+)
 from mrflow.cli.plan import report
 from mrflow.models.pieces import NetPieces
 from mrflow.records.chains import decode_chain, encode_chain, fingerprint
@@ -28,6 +42,10 @@ NONE: list[Cache] = [
     DBCache(0.0, front=2, warmup=0, order=1),
     TaylorSeer(1),
     TaylorSeer(1, of="velocity"),
+    Spectrum(1, 0, warmup=1),
+    SeaCache(0.0),
+    DMD(0.0, front=1, warmup=0),
+    L2P(((),) * 3),
 ]
 SOME: list[Cache] = [
     TeaCache(0.5, coefficients=LINE),
@@ -37,6 +55,12 @@ SOME: list[Cache] = [
     DBCache(0.45, front=1, warmup=1, order=1),
     TaylorSeer(2),
     TaylorSeer(3, order=2, of="velocity"),
+    L2P(((), (), (-1.0, 2.0), (), (-0.5, 1.5), ())),
+    Spectrum(warmup=3),
+    SeaCache(0.3),
+    SeaCache(0.4, of="latents", power=3.0, order=1, limit=2),
+    Spectrum(warmup=3, mix=0.5, of="velocity"),
+    DMD(0.45, front=1, warmup=4),
 ]
 LARGE = ["flux", "flux bfloat16", "qwen", "qwen bfloat16"]
 PROMPTS = {"pocket": ["a big red circle at the left", "the big blue word CAT"], "large": ["a cat", "a longer tale"]}
@@ -195,7 +219,16 @@ def fields(model: Cached, conds: Sequence[mf.Condition], levels: Sequence[float]
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["pocket", "flux", "qwen"])
-@pytest.mark.parametrize("cache", [TeaCache(0.2, coefficients=LINE), DBCache(0.3, front=1, back=1, warmup=1)], ids=str)
+@pytest.mark.parametrize(
+    "cache",
+    [
+        TeaCache(0.2, coefficients=LINE),
+        DBCache(0.3, front=1, back=1, warmup=1),
+        SeaCache(0.2),
+        SeaCache(0.3, of="latents"),
+    ],
+    ids=str,
+)
 def test_a_picture_does_not_depend_on_its_batch(
     name: str, cache: Cache, models: Callable[[str], mf.Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,7 +264,8 @@ def test_the_plan_counts_a_fixed_cadence_exactly(
     solver: mf.Solver, guidance: mf.Guidance | None, models: Callable[[str], mf.Backbone]
 ) -> None:
     model = models("pocket")
-    for cache in (TaylorSeer(3), MagCache(0.2), DBCache(1.0, front=2, warmup=2, limit=2), DBCache(0.0, front=2)):
+    fixed = DBCache(1.0, front=2, warmup=2, limit=2), DMD(1.0, front=2, warmup=4), DBCache(0.0, front=2)
+    for cache in (TaylorSeer(3), MagCache(0.2), Spectrum(2, 1, warmup=2), *fixed):
         chain = sample(cache, 7, solver=solver, guidance=guidance)
         result = made(chain, model)
         planned = result.plan.work
@@ -377,9 +411,26 @@ def test_calibrated(models: Callable[[str], mf.Backbone]) -> None:
     assert mag.ratios is not None and len(mag.ratios) == 8 and mag.ratios[0] == 1.0
     assert (mag.limit, mag.retention) == (2, 0.2)
     assert all(0.5 < r < 1.5 for r in mag.ratios)
-    for cache in (tea, mag):
+    line = L2P.calibrated(3, model, PROMPTS["pocket"], warmup=2, history=2, **settings)
+    assert [len(row) for row in line.rows] == [0, 0, 2, 2, 0, 2, 2, 0]
+    for cache in (tea, mag, line):
         result = made(mf.Sample(64, 64, mf.Shifted(8), cache=cache), model)
         assert result.nfe < 16
         assert decode_chain(encode_chain(mf.Chain((sample(cache),)))) == mf.Chain((sample(cache),))
     with pytest.raises(mf.PlanError, match="at least one prompt"):
         MagCache.calibrated(0.2, model, [], **settings)
+
+
+def test_l2p_is_nearer_than_the_curve_that_it_replaces(models: Callable[[str], mf.Backbone]) -> None:
+    """On prompts and a seed that it was not fitted to, at the same evaluations: least squares against a line."""
+    model = models("pocket")
+    settings: dict[str, Any] = dict(size=(64, 64), schedule=mf.Shifted(12))
+    line = L2P.calibrated(3, model, PROMPTS["pocket"], **settings)
+    prompts = ["a small green square", "the big white word DOG"]
+
+    def drawn(cache: Cache | None) -> mf.Result:
+        return made(mf.Sample(64, 64, mf.Shifted(12), cache=cache), model, prompts, seed=7)
+
+    whole, fitted, curve = drawn(None), drawn(line), drawn(TaylorSeer(3))
+    assert fitted.nfe == curve.nfe < whole.nfe
+    assert psnr(fitted.data, whole.data) > psnr(curve.data, whole.data)

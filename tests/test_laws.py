@@ -55,6 +55,8 @@ RIGHT: list[Callable[[], None]] = [
     *(lambda n=n: check_noise(n) for n in (mf.PerItem(), mf.Stream(1, skip=1), mf.Nested(2))),
     *(lambda u=u: check_upscaler(u) for u in (mf.Lanczos(3), mf.Interpolate(2))),
     *(lambda c=c: check_cache(c) for c in (mf.caches.TaylorSeer(2), mf.caches.DBCache(0.1))),
+    *(lambda c=c: check_cache(c) for c in (mf.caches.Spectrum(warmup=2), mf.caches.SeaCache(), mf.caches.DMD(1.0))),
+    lambda: check_cache(mf.caches.L2P(((), (), (-1.0, 2.0), (), (-0.5, 1.5)))),
     lambda: check_transition(mf.Grow(), sigma=0.8),
 ]
 

@@ -22,7 +22,7 @@ from mrflow.caches.clock import Feature as Feature
 from mrflow.caches.clock import Look as Look
 from mrflow.caches.clock import Rule as Rule
 from mrflow.caches.clock import Unseen
-from mrflow.caches.extrapolate import Extrapolation
+from mrflow.caches.extrapolate import Extrapolation, Predictor
 from mrflow.caches.memory import CachedStep
 from mrflow.errors import PlanError, RecordError
 from mrflow.flow import Velocity
@@ -49,7 +49,7 @@ class Cache(ABC):
         """What is kept of a computed evaluation."""
         return "change"
 
-    def extrapolation(self) -> Extrapolation:
+    def extrapolation(self) -> Predictor:
         """How what was kept becomes what is used."""
         return Extrapolation()
 
@@ -70,7 +70,7 @@ class Cache(ABC):
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             clock.tick(sigma)
-            clock.grid = (x.shape[-2] // patch, x.shape[-1] // patch)
+            clock.grid, clock.latents = (x.shape[-2] // patch, x.shape[-1] // patch), x
             return inner(x, sigma)
 
         return velocity

@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.caches.base import Cache, Clock, Rule, difference
+from mrflow.caches.memory import products
+from mrflow.caches.taylorseer import Of
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance, own_guidance
-from mrflow.pieces import Pieces, Step
+from mrflow.pieces import Pieces, Step, StepFactory
 from mrflow.schedules import Schedule
 from mrflow.solvers import Euler
 from mrflow.spec import Capabilities, Latents, ModelInfo, check_size
@@ -57,11 +61,32 @@ class RecordingStep:
         return velocity
 
 
-class Recording(Cache):
-    """A cache that leaves nothing out and writes down how each branch changed."""
+class ProductsStep:
+    """A step that computes everything and writes down the inner products of its features: a row for each evaluation,
+    with all evaluations before and itself."""
 
-    def __init__(self, tracks: list[Track]) -> None:
-        self.tracks = tracks
+    def __init__(self, pieces: Pieces, *, rows: list[list[NDArray[np.float64]]], of: Of) -> None:
+        self.pieces, self.of, self.row, self.features = pieces, of, list[NDArray[np.float64]](), list[Tensor]()
+        rows.append(self.row)
+
+    def __call__(
+        self, tokens: Tensor, text: Tensor, cos: Tensor, sin: Tensor, table: Tensor, /, *, key: object = None
+    ) -> Tensor:
+        """The velocity's tokens."""
+        p = self.pieces
+        out, _ = p.run(p.embed(tokens), text, cos, sin, table, 0, p.count)
+        velocity = p.head(out, table)
+        feature = out if self.of == "output" else velocity
+        self.features.append(feature.clone())
+        self.row.append(products([feature], self.features)[0])
+        return velocity
+
+
+class Recording(Cache):
+    """A cache that leaves nothing out and writes down what `step` sees in each branch."""
+
+    def __init__(self, step: StepFactory) -> None:
+        self.step = step
 
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """Everything is computed."""
@@ -69,25 +94,57 @@ class Recording(Cache):
 
     def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
         """The step that writes down."""
-        return RecordingStep(pieces, tracks=self.tracks)
+        return self.step(pieces)
 
 
 class RecordingModel(Wrapper):
-    """A model whose fields write down how they change; all else is the model's own."""
+    """A model whose fields are opened around `step`, which writes down what it sees; all else is the model's own."""
 
-    def __init__(self, model: Backbone, tracks: list[Track]) -> None:
+    def __init__(self, model: Backbone, step: StepFactory) -> None:
         super().__init__(model)
-        self._cache = Recording(tracks)
+        self._cache = Recording(step)
 
     @property
     def info(self) -> ModelInfo:
-        """The model's facts; each branch has a track of its own, so none are run together."""
+        """The model's facts; each branch is written down by itself, so none are run together."""
         info = self.model.info
         return replace(info, capabilities=replace(info.capabilities, together=False))
 
     def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
         """The model's field, watched."""
         return self.model.field(cond, replace(options, cache=self._cache))
+
+
+def record(
+    step: StepFactory,
+    model: Backbone,
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int] | None,
+    schedule: Schedule,
+    guidance: Guidance | None,
+    seed: int,
+) -> None:
+    """Sample each prompt by itself with `schedule`, through a new `step` in each branch of the guidance.
+
+    Raises:
+        PlanError: the model cannot be taken apart, or there are no prompts.
+    """
+    model.info.require(Capabilities(cache=True))
+    if not prompts:
+        raise PlanError("calibration needs at least one prompt; a dozen different ones are better")
+    info = model.info
+    height, width = size or info.low
+    check_size(height, width, info.space)
+    scale = info.space.downscale
+    out = Latents(1, height // scale, width // scale, info.space, 1.0)
+    sigmas, chosen = schedule(1.0, out.tokens, info), guidance or own_guidance(info)
+    watched = RecordingModel(model, step)
+    with torch.inference_mode():
+        negative = model.condition([info.negative]) if chosen.passes > 1 else None
+        for prompt in prompts:
+            ctx = Context(watched, model.condition([prompt]), negative, (seed,), "Sample/0", prompts=(prompt,))
+            ctx.integrate(Euler(), chosen, ctx.noise(out.shape), sigmas)
 
 
 def observe(
@@ -104,23 +161,36 @@ def observe(
     Raises:
         PlanError: the model cannot be taken apart, or there are no prompts.
     """
-    model.info.require(Capabilities(cache=True))
-    if not prompts:
-        raise PlanError("calibration needs at least one prompt; a dozen different ones are better")
     tracks: list[Track] = []
-    info = model.info
-    height, width = size or info.low
-    check_size(height, width, info.space)
-    scale = info.space.downscale
-    out = Latents(1, height // scale, width // scale, info.space, 1.0)
-    sigmas, chosen = schedule(1.0, out.tokens, info), guidance or own_guidance(info)
-    watched = RecordingModel(model, tracks)
-    with torch.inference_mode():
-        negative = model.condition([info.negative]) if chosen.passes > 1 else None
-        for prompt in prompts:
-            ctx = Context(watched, model.condition([prompt]), negative, (seed,), "Sample/0", prompts=(prompt,))
-            ctx.integrate(Euler(), chosen, ctx.noise(out.shape), sigmas)
+    step = partial(RecordingStep, tracks=tracks)
+    record(step, model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
     return tracks
+
+
+def inner_products(
+    model: Backbone,
+    prompts: Sequence[str],
+    *,
+    of: Of,
+    size: tuple[int, int] | None,
+    schedule: Schedule,
+    guidance: Guidance | None,
+    seed: int,
+) -> list[NDArray[np.float64]]:
+    """<F_s, F_t> (evaluations, evaluations) for each prompt in each branch; F is the last block's output or the
+    velocity, as `of` says.
+
+    Raises:
+        PlanError: the model cannot be taken apart, or there are no prompts.
+    """
+    tracks: list[list[NDArray[np.float64]]] = []
+    step = partial(ProductsStep, rows=tracks, of=of)
+    record(step, model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
+    found = list[NDArray[np.float64]]()
+    for rows in tracks:
+        lower = np.stack([np.pad(row, (0, len(rows) - len(row))) for row in rows])
+        found.append(lower + np.tril(lower, -1).T)
+    return found
 
 
 def fit(pairs: Sequence[tuple[float, float]], degree: int) -> tuple[float, ...]:

@@ -30,9 +30,12 @@ class Look:
         *,
         probe: Callable[[], Tensor] | None = None,
         change: Callable[[], Tensor] | None = None,
+        latents: Callable[[], Tensor] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         self.index, self.place, self.total, self.sigma = index, place, total, sigma
-        self._probe, self._change = probe, change
+        self.grid = grid  # tokens down and across
+        self._probe, self._change, self._latents = probe, change, latents
 
     @property
     def last(self) -> bool:
@@ -51,6 +54,12 @@ class Look:
             raise Unseen
         return self._change()
 
+    def latents(self) -> Tensor:
+        """The noisy latents that the network is asked about: (1, channels, height, width)."""
+        if self._latents is None:
+            raise Unseen
+        return self._latents()
+
 
 Rule = Callable[[Look], bool]
 """Whether an evaluation is computed. Called once for each, in order; what it remembers is its own."""
@@ -63,6 +72,7 @@ class Clock:
         self.levels, self.total = tuple(levels), len(levels)
         self.place, self.sigma = -1, math.nan
         self.grid: tuple[int, int] | None = None  # tokens down and across, of what is being asked for
+        self.latents: Tensor | None = None  # (items, channels, height, width), what is being asked for
 
     def tick(self, sigma: float) -> None:
         """The next evaluation is at `sigma`."""

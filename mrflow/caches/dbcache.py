@@ -1,5 +1,6 @@
 """DBCache: the first blocks are always computed, and what they add says whether the others may be left out."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from mrflow._checks import check_number, check_whole
 from mrflow.caches.base import Cache, Look, Rule, between, difference
-from mrflow.caches.extrapolate import Extrapolation, Series
+from mrflow.caches.extrapolate import Extrapolation, Predictor, Series
 from mrflow.spec import ModelInfo
 
 # Share of evaluations after the warm-up that are computed, by threshold: from the speed-ups that cache-dit publishes
@@ -64,17 +65,8 @@ class Similar:
 
 
 @dataclass(frozen=True)
-class DBCache(Cache):
-    """Dual-block cache (cache-dit): the first `front` and last `back` blocks always run; what those between added is
-    reused while the front's change differs by less than `threshold` from what it was when they were last computed.
-
-    Of the first `warmup` evaluations each `every`-th is computed; at most `limit` in a row and `most` in all are cached
-    (None: no limit). `front=1, warmup=0` is the first-block cache. Blocks of both kinds count as one list.
-
-    With `order` above 0 what is cached is extrapolated over steps instead of reused (DB-Taylor; see `Extrapolation`).
-    Published for FLUX.1-dev at 50 steps: DBCache(0.2, front=1, warmup=4, limit=4, order=1) takes 3.23 times fewer
-    operations, (0.8, front=1, warmup=8, every=2, limit=8, order=1) 5.72 times.
-    """
+class DualBlock(Cache):
+    """What DBCache and DMD share: which blocks always run, and when the others do; the fields are DBCache's."""
 
     threshold: float = 0.08
     front: int = field(default=8, kw_only=True)
@@ -83,8 +75,6 @@ class DBCache(Cache):
     every: int = field(default=1, kw_only=True)
     limit: int | None = field(default=None, kw_only=True)
     most: int | None = field(default=None, kw_only=True)
-    order: int = field(default=0, kw_only=True)
-    series: Series = field(default="newton", kw_only=True)
 
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold, 0)
@@ -95,9 +85,9 @@ class DBCache(Cache):
                 check_whole(name, bound, 0)
         self.extrapolation()
 
-    def extrapolation(self) -> Extrapolation:
+    @abstractmethod
+    def extrapolation(self) -> Predictor:
         """Of what the blocks between added."""
-        return Extrapolation(self.order, self.series)
 
     def span(self, blocks: int) -> tuple[int, int]:
         """Between front and back."""
@@ -114,3 +104,24 @@ class DBCache(Cache):
     @property
     def _similar(self) -> Similar:
         return Similar(self.threshold, self.warmup, self.every, self.limit, self.most)
+
+
+@dataclass(frozen=True)
+class DBCache(DualBlock):
+    """Dual-block cache (cache-dit): the first `front` and last `back` blocks always run; what those between added is
+    reused while the front's change differs by less than `threshold` from what it was when they were last computed.
+
+    Of the first `warmup` evaluations each `every`-th is computed; at most `limit` in a row and `most` in all are cached
+    (None: no limit). `front=1, warmup=0` is the first-block cache. Blocks of both kinds count as one list.
+
+    With `order` above 0 what is cached is extrapolated over steps instead of reused (DB-Taylor; see `Extrapolation`).
+    Published for FLUX.1-dev at 50 steps: DBCache(0.2, front=1, warmup=4, limit=4, order=1) takes 3.23 times fewer
+    operations, (0.8, front=1, warmup=8, every=2, limit=8, order=1) 5.72 times.
+    """
+
+    order: int = field(default=0, kw_only=True)
+    series: Series = field(default="newton", kw_only=True)
+
+    def extrapolation(self) -> Extrapolation:
+        """Of what the blocks between added."""
+        return Extrapolation(self.order, self.series)

@@ -1,14 +1,36 @@
 """What a feature will be at a later step, from what it was at computed ones: weights for a sum. Pure, floats only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import factorial
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mrflow._checks import check_whole
 from mrflow.errors import PlanError
 
 Series = Literal["newton", "taylor"]
+Gram = Callable[[], NDArray[np.float64]]
+"""Inner products of the kept features, (features, features), in float64; computed when called."""
+
+
+class Predictor(Protocol):
+    """How kept features become the one that is used: as a sum with weights."""
+
+    @property
+    def keep(self) -> int:
+        """How many computed features are remembered, the newest."""
+        ...
+
+    def weights(self, steps: Sequence[int], at: int, *, total: int = 0, gram: Gram | None = None) -> tuple[float, ...]:
+        """One weight for each of the features computed at `steps` (rising), for the one at `at`.
+
+        `total`: evaluations of the whole integration, 0 where it was not announced. `gram`: asked where the weights
+        depend on the features themselves.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +52,12 @@ class Extrapolation:
         if self.series not in get_args(Series):
             raise PlanError(f"series must be one of {', '.join(get_args(Series))}, got {self.series!r}")
 
-    def weights(self, steps: Sequence[int], at: int) -> tuple[float, ...]:
+    @property
+    def keep(self) -> int:
+        """The points that fix the curve."""
+        return self.order + 1
+
+    def weights(self, steps: Sequence[int], at: int, *, total: int = 0, gram: Gram | None = None) -> tuple[float, ...]:
         """Weights of the features computed at `steps` (rising, the newest order + 1 of them) for the one at `at`."""
         if self.series == "newton" or len(steps) < 3:
             return lagrange(steps, at)

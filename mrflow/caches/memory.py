@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mrflow.caches.clock import Clock, Feature, Look, Rule
-from mrflow.caches.extrapolate import Extrapolation
+from mrflow.caches.extrapolate import Predictor
 from mrflow.notes import count
 from mrflow.pieces import Pieces
 from mrflow.spec import ModelInfo
@@ -19,13 +21,13 @@ Streams = tuple[Tensor, ...]
 class Item:
     """One picture's rule, and what was kept of it: (place, features), oldest first."""
 
-    def __init__(self, rule: Rule, order: int) -> None:
-        self.rule, self.order = rule, order
+    def __init__(self, rule: Rule, most: int) -> None:
+        self.rule, self.most = rule, most
         self.kept: list[tuple[int, Streams]] = []
 
     def keep(self, place: int, features: Streams) -> None:
-        """Remember a computed evaluation; the newest order + 1 are."""
-        self.kept = [*self.kept[-self.order :], (place, features)] if self.order else [(place, features)]
+        """Remember a computed evaluation; the newest `most` are."""
+        self.kept = [*self.kept, (place, features)][-self.most :]
 
 
 class Settings(Protocol):
@@ -43,7 +45,7 @@ class Settings(Protocol):
         """What is kept of a computed evaluation."""
         ...
 
-    def extrapolation(self) -> Extrapolation:
+    def extrapolation(self) -> Predictor:
         """How what was kept becomes what is used."""
         ...
 
@@ -108,7 +110,7 @@ class CachedStep:
     def _open(self, tokens: torch.Size, text: torch.Size) -> None:
         self.shapes, self.index = (tokens, text), 0
         self.items = [
-            Item(self.cache.rule(self.info, self.clock.levels), self.extrapolation.order) for _ in range(tokens[0])
+            Item(self.cache.rule(self.info, self.clock.levels), self.extrapolation.keep) for _ in range(tokens[0])
         ]
 
     def _due(self, img: Tensor, front: Tensor, table: Tensor) -> list[bool]:
@@ -125,10 +127,12 @@ class CachedStep:
                 seen["change"] = front - img
             return seen["change"][i : i + 1]
 
-        clock, due = self.clock, list[bool]()
+        clock, due, latents = self.clock, list[bool](), self.clock.latents
         for i, item in enumerate(self.items):
             eyes = {"probe": partial(probe, i), "change": partial(change, i)}
-            look = Look(self.index, clock.place, clock.total, clock.sigma, **eyes)
+            if latents is not None:
+                eyes["latents"] = partial(latents.narrow, 0, i, 1)
+            look = Look(self.index, clock.place, clock.total, clock.sigma, **eyes, grid=clock.grid)
             due.append(item.rule(look) or not item.kept or self.start == self.stop)
         return due
 
@@ -151,15 +155,17 @@ class CachedStep:
 
     def _predicted(self, item: Item) -> Streams:
         """The features at this place, from those that were kept; sums are float32."""
-        places = [place for place, _ in item.kept]
-        if len(places) == 1:
-            return item.kept[0][1]
-        weights = self.extrapolation.weights(places, self.clock.place)
-        out: list[Tensor] = []
+        places, clock, out = [place for place, _ in item.kept], self.clock, list[Tensor]()
         for stream in zip(*(features for _, features in item.kept), strict=True):
+            gram = partial(products, stream, stream)
+            weights = self.extrapolation.weights(places, clock.place, total=clock.total, gram=gram)
+            if weights == (1.0,):
+                out.append(stream[0])
+                continue
             total = torch.zeros_like(stream[0], dtype=torch.float32)
             for weight, feature in zip(weights, stream, strict=True):
-                total.add_(feature, alpha=weight)
+                if weight:
+                    total.add_(feature, alpha=weight)
             out.append(total.to(stream[0].dtype))
         return tuple(out)
 
@@ -168,3 +174,12 @@ class CachedStep:
         kept = 0.0 if self.feature == "velocity" else 1 - span / blocks
         forwards = sum(due) + kept * (len(due) - sum(due))
         count(type(self.cache).__name__, len(due), sum(due), forwards, tokens=tokens)
+
+
+def products(left: Sequence[Tensor], right: Sequence[Tensor]) -> NDArray[np.float64]:
+    """Inner products (left, right) of features of one shape, summed in float64, a piece at a time."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left[0].device)
+    pieces = [[f.flatten().split(1 << 20) for f in side] for side in (left, right)]
+    for ours, theirs in zip(zip(*pieces[0], strict=True), zip(*pieces[1], strict=True), strict=True):
+        total += torch.stack(ours).double() @ torch.stack(theirs).double().T
+    return total.cpu().numpy()

@@ -31,8 +31,7 @@ class TaylorSeer(Cache):
     def __post_init__(self) -> None:
         check_whole("interval", self.interval, 1)
         check_whole("warmup", self.warmup, 1)
-        if self.of not in get_args(Of):
-            raise PlanError(f"of must be one of {', '.join(get_args(Of))}, got {self.of!r}")
+        check_of(self.of)
         self.extrapolation()
 
     def feature(self) -> Feature:
@@ -47,6 +46,21 @@ class TaylorSeer(Cache):
         """A fixed cadence: 0, 1, 2, 8, 14, 20, ... as published."""
 
         def due(look: Look) -> bool:
-            return look.index < self.warmup or (look.index - self.warmup + 1) % self.interval == 0
+            return regular(look.index, self.interval, self.warmup)
 
         return due
+
+
+def regular(index: int, interval: int, warmup: int) -> bool:
+    """Whether evaluation `index` is among the first `warmup` or a whole number of intervals after the last of them."""
+    return index < warmup or (index - warmup + 1) % interval == 0
+
+
+def check_of(of: str) -> None:
+    """Refuse what is no `Of`.
+
+    Raises:
+        PlanError: naming those there are.
+    """
+    if of not in get_args(Of):
+        raise PlanError(f"of must be one of {', '.join(get_args(Of))}, got {of!r}")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.caches import Cache, DBCache, Extrapolation, Look, MagCache, Rule, TaylorSeer, TeaCache, memory
+from mrflow.caches import Cache, DBCache, Extrapolation, Look, MagCache, Rule, SeaCache, TaylorSeer, TeaCache, memory
 from mrflow.caches.base import Feature
-from mrflow.caches.calibrate import RecordingModel, Track
+from mrflow.caches.calibrate import RecordingModel, RecordingStep, Track
 from mrflow.caches.magcache import RATIOS
 from mrflow.caches.teacache import COEFFICIENTS
 from tests.parity.test_flux import relative
@@ -73,6 +75,7 @@ class Pair:
             config.apply(net)
         elif config is not None:
             net.enable_cache(config)
+            net.cache_context = partial(located, net.cache_context, self.pipe.scheduler, Counter())
         net.register_forward_pre_hook(lambda *_: ran.append(False))
         flux: dict[str, Any] = dict(guidance_scale=3.5)
         qwen: dict[str, Any] = dict(negative_prompt=[" "], true_cfg_scale=4.0)
@@ -157,7 +160,58 @@ def taylor(interval: int, warmup: int, order: int, *, lite: bool) -> Callable[[s
     return make
 
 
+def located(context: Any, scheduler: Any, calls: Counter[str], name: str) -> Any:
+    """A cache's context with the step and its level, which the pipelines leave out and SeaCache's hook needs."""
+    calls[name] += 1
+    step = calls[name] - 1
+    return context(name, step_index=step, sigma=float(scheduler.sigmas[step]), num_inference_steps=STEPS)
+
+
+def unpacked(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """What the hook shall filter, as (channels, frames, height, width): the noisy latents."""
+    return list(rearrange(kwargs["hidden_states"], "b (h w) (c p q) -> b c 1 (h p) (w q)", h=4, p=2, q=2))
+
+
+def modulated(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """As `unpacked`: what the first block's attention is about to see of the image."""
+    block, time = module.transformer_blocks[0], kwargs["timestep"]
+    if hasattr(module, "x_embedder"):
+        x, guidance = module.x_embedder(kwargs["hidden_states"]), kwargs["guidance"]
+        temb = module.time_text_embed(time * 1000, guidance * 1000, kwargs["pooled_projections"])
+        probe = block.norm1(x, emb=temb)[0]
+    else:
+        x = module.img_in(kwargs["hidden_states"])
+        temb = module.time_text_embed(time, x)
+        probe = block._modulate(block.img_norm1(x), block.img_mod(temb).chunk(2, -1)[0])[0]
+    return list(rearrange(probe, "b (h w) c -> b c 1 h w", h=4))
+
+
+def sea(
+    threshold: float, *, power: float, order: int, limit: int | None, seen: Any
+) -> Callable[[str], tuple[Any, Cache]]:
+    def make(kind: str) -> tuple[Any, Cache]:
+        from diffusers.hooks.sea_cache import SeaCacheConfig
+
+        config = SeaCacheConfig(
+            threshold=threshold,
+            residual_order=order,
+            retention_steps=2,
+            cache_end_steps=1,
+            max_consecutive_cached=limit or 0,
+            power_exp=power,
+            raw_vision_callback=seen,
+        )
+        of: Any = "latents" if seen is unpacked else "input"
+        return config, SeaCache(threshold, of=of, power=power, order=order, first=2, limit=limit)
+
+    return make
+
+
 CASES = {
+    "sea": sea(0.25, power=3.0, order=1, limit=2, seen=unpacked),
+    "sea, far": sea(0.6, power=3.0, order=1, limit=None, seen=unpacked),
+    "sea, input": sea(0.3, power=2.0, order=0, limit=None, seen=modulated),
+    "sea, input, far": sea(0.5, power=2.0, order=1, limit=4, seen=modulated),
     "first block, low": first_block(0.45),
     "first block, middle": first_block(0.5),
     "first block, high": first_block(0.7),
@@ -258,7 +312,7 @@ def test_ratios_are_measured_as_theirs(pair: Pair, capsys: pytest.CaptureFixture
     pair.theirs(MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
     want = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("[1.0")]
     tracks: list[Track] = []
-    watched = RecordingModel(pair.model, tracks)
+    watched = RecordingModel(pair.model, partial(RecordingStep, tracks=tracks))
     mf.run(mf.Sample(64, 64, mf.Shifted(STEPS), noise=mf.Stream(0)), watched, "a cat", seed=SEED)
     got = [[1.0, *(step.ratio for step in track)] for track in tracks]
     assert len(want) == len(got) == (1 if pair.kind == "flux" else 2)

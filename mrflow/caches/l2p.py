@@ -1,0 +1,145 @@
+"""L2P: skipped evaluations are sums of computed ones, with weights that were fitted to the model step by step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mrflow._checks import check_whole
+from mrflow.backbone import Backbone
+from mrflow.caches.base import Cache, Feature, Look, Rule
+from mrflow.caches.extrapolate import Gram
+from mrflow.caches.taylorseer import Of, check_of, regular
+from mrflow.errors import PlanError
+from mrflow.guidance import Guidance
+from mrflow.schedules import Schedule, Shifted
+from mrflow.spec import ModelInfo
+
+Rows = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class L2P(Cache):
+    """L2P, a learnable linear predictor (Shen et al. 2026, arXiv 2604.26365): one row of weights for each evaluation of
+    an integration. An empty row is computed; another holds the weights of the newest computed features, the newest
+    last, whose sum stands in.
+
+    Rows belong to a model, a schedule and a number of evaluations: `calibrated` fits them. A stage with another number
+    is refused. Where a guidance asks a branch so seldom that the features of a row were not computed, the evaluation
+    is. `of` as for `TaylorSeer`.
+    """
+
+    rows: Rows
+    of: Of = field(default="output", kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_of(self.of)
+        computed = 0
+        for step, row in enumerate(self.rows):
+            if len(row) > computed or not all(map(math.isfinite, row)):
+                raise PlanError(
+                    f"row {step} must be empty (computed) or hold finite weights of at most {computed} features "
+                    f"computed before it, got {row!r}"
+                )
+            computed += not row
+        if not computed:
+            raise PlanError("rows must begin with an empty one, the first evaluation, which is computed")
+
+    @staticmethod
+    def calibrated(
+        interval: int,
+        model: Backbone,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int] | None = None,
+        schedule: Schedule = Shifted(28),
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        warmup: int = 3,
+        history: int = 4,
+        of: Of = "output",
+    ) -> "L2P":
+        """A cache whose weights are fitted while `model` draws these prompts, each whole, at `size` (None: its low
+        size). Computed are the evaluations of `TaylorSeer(interval, warmup=warmup)`.
+
+        The weights of a step minimise the squared error of the sum against the feature, over all prompts, branches,
+        tokens and channels, as in the paper; here in closed form (normal equations), there by gradient descent. The
+        number of features in a sum, the newest `history`, is our choice: the authors' code is not public.
+
+        Raises:
+            PlanError: the model cannot be taken apart, or there are no prompts.
+        """
+        from mrflow.caches.calibrate import inner_products
+
+        check_whole("interval", interval, 1)
+        check_whole("warmup", warmup, 1)
+        check_whole("history", history, 1)
+        check_of(of)
+        grams = inner_products(model, prompts, of=of, size=size, schedule=schedule, guidance=guidance, seed=seed)
+        steps = max(map(len, grams))
+        computed = [regular(i, interval, warmup) for i in range(steps)]
+        whole = [gram for gram in grams if len(gram) == steps]  # not of a branch that was asked in an interval only
+        return L2P(fitted(np.sum(whole, axis=0), computed, history), of=of)
+
+    def feature(self) -> Feature:
+        """What is predicted."""
+        return self.of
+
+    def extrapolation(self) -> "Table":
+        """The rows."""
+        return Table(self.rows)
+
+    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+        """The empty rows, and what they need."""
+        if levels and len(levels) != len(self.rows):
+            raise PlanError(
+                f"this L2P was fitted to {len(self.rows)} evaluations, and the stage has {len(levels)}; give it that "
+                "many steps, or fit another: L2P.calibrated(interval, model, prompts, schedule=...)"
+            )
+        table, done = self.extrapolation(), list[int]()
+
+        def due(look: Look) -> bool:
+            needed = table.needed(look.place)
+            if needed and set(needed) <= set(done[-table.keep :]):
+                return False
+            done.append(look.place)
+            return True
+
+        return due
+
+
+@dataclass(frozen=True)
+class Table:
+    """Weights by row."""
+
+    rows: Rows
+
+    @property
+    def keep(self) -> int:
+        """The most that a row asks for."""
+        return max(1, *map(len, self.rows))
+
+    def needed(self, at: int) -> tuple[int, ...]:
+        """The evaluations whose features a row weighs; none where the evaluation is computed."""
+        row = self.rows[at] if at < len(self.rows) else ()
+        return tuple(step for step in range(at) if not self.rows[step])[-len(row) :] if row else ()
+
+    def weights(self, steps: Sequence[int], at: int, *, total: int = 0, gram: Gram | None = None) -> tuple[float, ...]:
+        """The row, and 0 for features that it does not weigh; the rule has made sure that all others are there."""
+        row = dict(zip(self.needed(at), self.rows[at], strict=True))
+        return tuple(row.get(step, 0.0) for step in steps)
+
+
+def fitted(gram: NDArray[np.float64], computed: Sequence[bool], history: int) -> Rows:
+    """Weights that minimise |sum_i w_i F_i - F|^2 at each step that is not computed, from inner products of all steps.
+
+    `gram`: <F_s, F_t> (steps, steps), summed over trajectories; the sum is over the newest `history` computed features.
+    """
+    rows = list[tuple[float, ...]]()
+    for step, kept in enumerate(computed):
+        used = [i for i in range(step) if computed[i]][-history:]
+        row = () if kept else np.linalg.lstsq(gram[np.ix_(used, used)], gram[used, step], rcond=1e-10)[0]
+        rows.append(tuple(map(float, row)))
+    return tuple(rows)
