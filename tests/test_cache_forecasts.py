@@ -135,13 +135,13 @@ def test_dmd_takes_even_distances_only() -> None:
     weights = dmd.weights((0, 1, 5, 6, 7, 8), 9, gram=gram)
     assert weights[:2] == (0, 0) and weights[2:] != (0, 0, -1, 2)
     assert dmd.weights((1, 2, 3, 4), 5, gram=lambda: np.zeros((4, 4))) == (0, 0, 0, 1)
-    wild = np.diag([1e-280, 1e-200, 1e-100, 1e100])
-    assert all(map(math.isfinite, Modes(4, 1e-300).weights((1, 2, 3, 4), 90, gram=lambda: wild)))
+    wild = np.array([[1e30**t] for t in range(4)])
+    assert dmd.weights((1, 2, 3, 4), 90, gram=lambda: wild @ wild.T) == (0, 0, 0, 1)
 
 
 def test_products_are_summed_in_float64() -> None:
     g = torch.Generator().manual_seed(0)
-    features = [torch.randn(1, 3, 5, generator=g).bfloat16() for _ in range(3)]
+    features = [torch.randn(1, 3, 5, generator=g) for _ in range(3)]
     want = np.stack([f.double().numpy().ravel() for f in features])
     assert products(features[:2], features) == pytest.approx(want[:2] @ want.T, abs=1e-14)
     large = torch.full((1, 1 << 12, 513), 1.0)  # more than two pieces
