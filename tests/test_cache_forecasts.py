@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,8 @@ def test_dmd_is_what_the_features_themselves_give() -> None:
 def test_dmd_takes_even_distances_only() -> None:
     def gram() -> NDArray[np.float64]:
         states = np.array([[0.9**t, 0.5**t] for t in range(6)])
-        return states @ states.T
+        inner: NDArray[np.float64] = states @ states.T
+        return inner
 
     dmd = Modes(6, 1e-4)
     assert dmd.weights((0, 1, 2, 3, 6, 9), 11, gram=gram) == pytest.approx((0, 0, 0, 0, -2 / 3, 5 / 3))
@@ -183,11 +185,10 @@ def test_l2p_finds_linear_predictors_and_is_exact_with_them() -> None:
         f[3], f[4], f[6] = np.array(true[3]) @ f[:3], np.array(true[4]) @ f[:3], np.array(true[6]) @ f[[1, 2, 5]]
         return f
 
-    gram = sum(f @ f.T for f in (trajectory() for _ in range(3)))
-    rows = fitted(gram, computed, 3)
+    rows = fitted(np.sum([f @ f.T for f in (trajectory() for _ in range(3))], axis=0), computed, 3)
     assert [len(row) for row in rows] == [0, 0, 0, 3, 3, 0, 3]
-    for row, want in zip(rows, true, strict=True):
-        assert row == pytest.approx(want, abs=1e-9)
+    for row, weights in zip(rows, true, strict=True):
+        assert row == pytest.approx(weights, abs=1e-9)
     other = torch.tensor(trajectory(), dtype=torch.float32)
     outs, ran = drive(L2P(rows), Numbers(lambda i, t: (other[t] - 1) / 6), 7)  # six blocks, and an image of ones
     want, _ = drive(WHOLE, Numbers(lambda i, t: (other[t] - 1) / 6), 7)
@@ -218,7 +219,7 @@ def sea(cache: SeaCache, pictures: Sequence[Tensor]) -> list[int]:
     """Which evaluations of these latents are computed; the levels fall evenly from 1."""
     count = len(pictures)
     rule = cache.rule(FLUX, ())
-    looks = [Look(i, i, count, 1 - i / count, latents=lambda x=x: x[None]) for i, x in enumerate(pictures)]
+    looks = [Look(i, i, count, 1 - i / count, latents=partial(torch.unsqueeze, x, 0)) for i, x in enumerate(pictures)]
     return [i for i, look in enumerate(looks) if rule(look)]
 
 

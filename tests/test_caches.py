@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from mrflow.caches import (
     TeaCache,
     memory,
 )
+from mrflow.caches.calibrate import inner_products
 from mrflow.cli.plan import report
 from mrflow.models.pieces import NetPieces
 from mrflow.records.chains import decode_chain, encode_chain, fingerprint
@@ -419,6 +420,26 @@ def test_calibrated(models: Callable[[str], mf.Backbone]) -> None:
         assert decode_chain(encode_chain(mf.Chain((sample(cache),)))) == mf.Chain((sample(cache),))
     with pytest.raises(mf.PlanError, match="at least one prompt"):
         MagCache.calibrated(0.2, model, [], **settings)
+
+
+@pytest.mark.parametrize("of", ["output", "velocity"])
+def test_inner_products_are_those_of_the_features(
+    of: Literal["output", "velocity"], models: Callable[[str], mf.Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen at the network's last layer: what goes in, or what comes out."""
+    seen: list[Tensor] = []
+    head = NetPieces.head
+
+    def watched(self: NetPieces, img: Tensor, table: Tensor) -> Tensor:
+        out = head(self, img, table)
+        seen.append((img if of == "output" else out).double().flatten())
+        return out
+
+    monkeypatch.setattr(NetPieces, "head", watched)
+    settings: dict[str, Any] = dict(size=(64, 48), schedule=mf.Shifted(4), guidance=mf.Distilled(), seed=1)
+    [gram] = inner_products(models("pocket"), ["a cat"], of=of, **settings)
+    features = torch.stack(seen)
+    assert torch.from_numpy(gram).allclose(features @ features.T, rtol=1e-9)
 
 
 def test_l2p_is_nearer_than_the_curve_that_it_replaces(models: Callable[[str], mf.Backbone]) -> None:

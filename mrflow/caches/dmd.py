@@ -73,10 +73,11 @@ def modes(gram: NDArray[np.float64], ahead: float, tolerance: float) -> NDArray[
     u, s, vh = np.linalg.svd(states[:, :-1], full_matrices=False)
     rank = int((s > tolerance * s[0]).sum())
     if rank == 0:  # nothing but zeros
-        return np.eye(len(gram))[-1]
+        return np.array([*[0.0] * (len(gram) - 1), 1.0])
     back = vh[:rank].T / s[:rank]  # (n - 1, rank)
     factors, vectors = np.linalg.eig(u[:, :rank].T @ states[:, 1:] @ back)
     mixed = np.concatenate((np.zeros((1, rank)), back @ vectors))  # (n, rank): each mode as a sum of snapshots
     amplitudes = np.linalg.lstsq(states @ mixed, states[:, -1].astype(complex), rcond=None)[0]
-    found: NDArray[np.float64] = (mixed @ (factors.astype(complex) ** ahead * amplitudes)).real
+    with np.errstate(over="ignore", invalid="ignore"):  # a mode that diverges is seen by the caller
+        found: NDArray[np.float64] = (mixed @ (factors.astype(complex) ** ahead * amplitudes)).real
     return found

@@ -107,4 +107,5 @@ def filtered(x: Float[Tensor, "c h w"], sigma: float, power: float) -> Float[Ten
         signal = 1 / (f.abs() ** power + 1e-16)
         along = (1 - sigma) * signal / ((1 - sigma) ** 2 * signal + sigma**2)
         gain = gain * (along[:, None] if axis == -2 else along)
-    return torch.fft.ifft2(torch.fft.fft2(x.float()) * (gain / gain.mean())).real
+    out: Tensor = torch.fft.ifft2(torch.fft.fft2(x.float()) * (gain / gain.mean())).real
+    return out
