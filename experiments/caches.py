@@ -14,7 +14,7 @@ import torch
 
 import mrflow as mf
 from experiments.pocket_scores import seeds_of
-from mrflow.caches import Cache, DBCache, MagCache, TaylorSeer, TeaCache
+from mrflow.caches import DMD, L2P, Cache, DBCache, MagCache, SeaCache, Spectrum, TaylorSeer, TeaCache
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score_many
 
@@ -31,6 +31,11 @@ CACHES: tuple[Cache, ...] = (
     TaylorSeer(2),
     TaylorSeer(3),
     TaylorSeer(3, of="velocity"),
+    SeaCache(0.15),
+    SeaCache(0.3),
+    Spectrum(warmup=4),
+    Spectrum(warmup=4, mix=0.5),
+    DMD(1.0, front=1, warmup=4, limit=2),
 )
 
 
@@ -58,6 +63,9 @@ def main() -> None:
 
     chains = {"no cache": plain}
     chains |= {repr(cache): cached(cache) for cache in CACHES}
+    for interval in (2, 3):  # fitted to other captions
+        line = L2P.calibrated(interval, model, held_out_captions(FULL, 12, seed=1), schedule=mf.Shifted(12))
+        chains[f"L2P({interval})"] = cached(line)
     chains |= {f"{steps} steps": mf.recipes.paper(low=low, size=size, steps=steps) for steps in (8, 6, 4)}
     bare: torch.Tensor | None = None
     whole, seeds = 0.0, seeds_of(captions)

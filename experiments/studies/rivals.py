@@ -9,7 +9,7 @@ from pathlib import Path
 import mrflow as mf
 from experiments.studies.common import LOW, METRICS, MODEL, SIZE, captions, native, paper
 from experiments.studies.figure import speed_figure
-from mrflow.caches import DBCache, MagCache, TaylorSeer, TeaCache, ToMA
+from mrflow.caches import DMD, DBCache, MagCache, SeaCache, Spectrum, TaylorSeer, TeaCache, ToMA
 from mrflow.students import POCKET_3
 from mrflow.sweep import Row, Sweep
 
@@ -30,6 +30,9 @@ chains = {
     **{f"DBCache {t:g}": cached(DBCache(t, front=1, warmup=2)) for t in (0.1, 0.2, 0.4)},
     **{f"DBTaylor {t:g}": cached(DBCache(t, front=1, warmup=2, order=1)) for t in (0.1, 0.2, 0.4)},
     **{f"TaylorSeer {n}": cached(TaylorSeer(n)) for n in (3, 6, 12)},
+    **{f"SeaCache {t:g}": cached(SeaCache(t)) for t in (0.15, 0.3, 0.6)},
+    **{f"Spectrum {g:g}": cached(Spectrum(growth=g)) for g in (0.25, 0.75, 3.0)},
+    **{f"DMD {n}": cached(DMD(1.0, front=1, warmup=4, limit=n - 1)) for n in (3, 6, 12)},
     **{f"ToMA {r:g}": cached(ToMA(r, every=1, skip=1)) for r in (0.25, 0.5, 0.75)},
     **{f"lift {a} + {b}": mf.recipes.lift(low=LOW, size=SIZE, steps=(a, b)) for a, b in SPLITS},
     **{f"SelfLift {a} + {b}": mf.recipes.selflift(low=LOW, size=SIZE, steps=(a, b)) for a, b in SPLITS},
