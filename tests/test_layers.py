@@ -12,8 +12,10 @@ from mrflow.models.layers import (
     QKNorm,
     RMSNorm,
     Rope,
+    Stream,
     apply_rope,
     attention,
+    joint_heads,
     modulated,
     rope_tables,
     sinusoid,
@@ -89,7 +91,8 @@ def test_norms_do_not_see_the_scale_of_their_input() -> None:
     pair = QKNorm(16)
     with torch.no_grad():
         pair.key_norm.scale.fill_(3.0)
-    q, k = pair(x, x)
+    streams = (Stream(x[None, :, None], x[None, :, None], x[None, :, None], *pair.scales),)
+    q, k, _ = joint_heads(streams, Rope(torch.ones(3, 8), torch.zeros(3, 8)))
     torch.testing.assert_close(3 * q, k)
 
 

@@ -37,9 +37,9 @@ def test_merging_is_a_weighted_mean_on_any_grid(grid: tuple[int, int], ratio: fl
     fewer = how.down(ones)
     torch.testing.assert_close(fewer, torch.ones_like(fewer))  # rows sum to 1
     torch.testing.assert_close(how.up(fewer), ones)  # and so do the shares that come back
-    assert how.rope.cos.shape == (2, 1, 3 + fewer.shape[1], 1)
+    assert how.rope.cos.shape == (2, 3 + fewer.shape[1], 1)
     assert fewer.shape[1] <= h * w
-    places = how.rope.cos[0, 0, :, 0]
+    places = how.rope.cos[0, :, 0]
     assert places[:3].tolist() == [0, 1, 2]  # text keeps its positions
     assert len(set(places.tolist())) == len(places)  # no destination twice
 

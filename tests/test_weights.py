@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mrflow.checkpoints.safetensors import Source, exported, load_into, mapped, open_checkpoint, read_header, save_file
 from mrflow.errors import ResourceError, WeightsError
+from mrflow.models.flux.initial import reset
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.flux.weights import (
@@ -57,7 +58,7 @@ def linear() -> nn.Linear:
 def flux_file(path: Path, *, change: Callable[[dict[str, Tensor]], object] | None = None) -> Path:
     """A small FLUX in diffusers' layout with its config, after a change to its tensors."""
     net = Flux(PARAMS)
-    net.reset(torch.Generator().manual_seed(0))
+    reset(net, torch.Generator().manual_seed(0))
     tensors = exported(net.state_dict(), flux_layout(net, flux_diffusers))
     if change:
         change(tensors)

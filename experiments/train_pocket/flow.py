@@ -21,6 +21,7 @@ from experiments.train_pocket.autoencoder import State, loaded
 from experiments.train_pocket.data import grid, pictures, unit
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log, save_whole
 from experiments.train_pocket.muon import Muon
+from mrflow.models.flux.initial import reset
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.pocket.model import TEXT_LENGTH, VOCABULARY, Pocket, flux_params, text_encoder
 from mrflow.models.pocket.networks import CompactSR, tokenise
@@ -196,7 +197,7 @@ def train(
         data = {size: (latents.to(device), ids.to(device)) for size, (latents, ids) in data.items()}
     torch.manual_seed(0)
     net = Trainee(width, head)
-    net.flow.reset(torch.Generator().manual_seed(0))
+    reset(net.flow, torch.Generator().manual_seed(0))
     if start is not None:
         net.load_state_dict(start)
     net = net.to(device)

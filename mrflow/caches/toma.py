@@ -174,7 +174,7 @@ def chosen(x: Float[Tensor, "b l d"], grid: tuple[int, int], rope: Rope, toma: T
 
     def turned(table: Tensor) -> Tensor:
         ours = table[text:][spots]
-        return torch.cat((table[:text].expand(len(x), -1, -1), ours), 1)[:, None]
+        return torch.cat((table[:text].expand(len(x), -1, -1), ours), 1)
 
     return Merged(down, up, Rope(turned(rope.cos), turned(rope.sin)), text)
 

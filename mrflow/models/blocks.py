@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.layers import Attention, Merge, QKNorm, Rope, SplitLinear, apply_rope, modulated, project
+from mrflow.models.layers import PLAIN, Attention, Merge, Ops, QKNorm, Rope, SplitLinear, Stream, project
 
 FP16_MAX = 65504.0
 
@@ -23,7 +22,6 @@ class Sizes:
     axes: tuple[int, ...]
     mlp_ratio: float
     out_channels: int
-    late_scale: ClassVar[bool] = False  # whether norms of queries and keys round before their scale multiplies
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -56,7 +54,7 @@ def fused(width: int, rows: tuple[int, ...], *, split: bool) -> nn.Module:
 
 
 class SelfAttention(nn.Module):
-    """The parameters of one stream's attention; `q_k_v` and `proj` stand before and after the joint attention."""
+    """The parameters of one stream's attention; `stream` and `proj` stand before and after the joint attention."""
 
     def __init__(self, p: Sizes, *, split: bool) -> None:
         super().__init__()
@@ -65,21 +63,16 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(p.head)
         self.proj = nn.Linear(p.hidden, p.hidden)
 
-    def q_k_v(self, x: Float[Tensor, "b n d"]) -> list[Tensor]:
-        """Normed queries and keys, and values, each of shape (b, heads, n, head)."""
-        q, k, v = (by_head(part, self.heads) for part in project(self.qkv, x, self.rows))
-        return [*self.norm(q, k), v]
+    def stream(self, x: Float[Tensor, "b n d"]) -> Stream:
+        """Queries, keys and values, each of shape (b, n, heads, head), and the scales of their norms."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in project(self.qkv, x, self.rows))
+        return Stream(q, k, v, *self.norm.scales)
 
 
-def by_head(x: Float[Tensor, "b n e"], heads: int) -> Float[Tensor, "b h n d"]:
-    """Channels ordered (head)(channel) to one axis each; a view."""
-    split: Tensor = x.unflatten(-1, (heads, -1))
-    return split.transpose(1, 2)
-
-
-def joined(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n e"]:
-    """Heads side by side again."""
-    return x.transpose(1, 2).flatten(2)
+def attended(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b n e"]:
+    """Attention over (b, n, heads, head), which an `Attention` is given as (b, heads, n, head); heads side by side."""
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
 
 
 def mlp(p: Sizes) -> nn.Sequential:
@@ -111,6 +104,7 @@ class DoubleBlock(nn.Module):
         *,
         last: bool = False,
         merge: Merge | None = None,
+        ops: Ops = PLAIN,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b u d"]]:
         """Both streams after the block; `vectors`: (shift, scale, gate) x (attention, MLP) of image, then text.
 
@@ -119,24 +113,21 @@ class DoubleBlock(nn.Module):
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors[:6]
         tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = vectors[6:]
-        theirs = self.txt_attn.q_k_v(modulated(txt, tshift1, tscale1))
-        x = modulated(img, shift1, scale1)
+        theirs = self.txt_attn.stream(ops.norm(txt, tshift1, tscale1))
+        x = ops.norm(img, shift1, scale1)
         merged = merge(x) if merge is not None else None
         if merged is not None:
             x, rope = merged.down(x), merged.rope
-        ours = self.img_attn.q_k_v(x)
-        q, k, v = (torch.cat(pair, 2) for pair in zip(theirs, ours, strict=True))  # (b, heads, t + l, head)
-        out = joined(attend(apply_rope(q, rope), apply_rope(k, rope), v))
+        out = attended(attend, *ops.joint_heads((theirs, self.img_attn.stream(x)), rope))
         t = txt.shape[1]
 
         seen = out[:, t:] if merged is None else merged.up(out[:, t:])
-        img = torch.addcmul(img, gate1, self.img_attn.proj(seen))
-        img = torch.addcmul(img, gate2, self.img_mlp(modulated(img, shift2, scale2)))
+        img, x = ops.gated_norm(img, gate1, self.img_attn.proj(seen), shift2, scale2)
+        img = ops.gated(img, gate2, self.img_mlp(x))
         if last:
             return img, txt[:, :0]
-        txt = torch.addcmul(txt, tgate1, self.txt_attn.proj(out[:, :t]))
-        txt = torch.addcmul(txt, tgate2, self.txt_mlp(modulated(txt, tshift2, tscale2)))
-        return img, bounded(txt)
+        txt, x = ops.gated_norm(txt, tgate1, self.txt_attn.proj(out[:, :t]), tshift2, tscale2)
+        return img, bounded(ops.gated(txt, tgate2, self.txt_mlp(x)))
 
 
 class FinalLayer(nn.Module):
@@ -181,6 +172,7 @@ class Transformer(nn.Module, ABC):
 
     params: Sizes
     attention: Attention
+    ops: Ops = PLAIN
     final_layer: FinalLayer
 
     @property

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mrflow.errors import PlanError
-
 EPS = 1e-6
 SINUSOID = 256  # channels of the embedding of level and guidance
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -72,7 +70,7 @@ def apply_rope(x: Float[Tensor, "*b n d"], rope: Rope) -> Float[Tensor, "*b n d"
         first, second = pairs.unbind(-1)
         even = torch.addcmul(first * rope.cos, second, rope.sin, value=-1)
         odd = torch.addcmul(second * rope.cos, first, rope.sin)
-        turned = torch.stack((even, odd), -1)
+        return torch.stack((even.to(x.dtype), odd.to(x.dtype)), -1).flatten(-2)  # rounded first: half the bytes
     return turned.flatten(-2).to(x.dtype)
 
 
@@ -99,11 +97,17 @@ class SplitLinear(nn.Module):
         return torch.cat([part(x) for part in self.parts], -1)
 
 
-def project(layer: nn.Module, x: Float[Tensor, "*b i"], rows: Sequence[int]) -> list[Tensor]:
-    """What a fused linear gives, cut into groups of `rows` output channels: views, or the parts as they were made."""
+def project(
+    layer: nn.Module, x: Float[Tensor, "b n i"], rows: Sequence[int], *, first: Sequence[int] | None = None
+) -> list[Tensor]:
+    """What a fused linear gives, cut into groups of `rows` output channels: views, or the parts as they were made.
+
+    `first` says, for each group, from which token on it is wanted.
+    """
+    first = first or (0,) * len(rows)
     if isinstance(layer, SplitLinear):
-        return [part(x) for part in layer.parts]
-    return list(layer(x).split(list(rows), -1))
+        return [part(x[:, at:]) for part, at in zip(layer.parts, first, strict=True)]
+    return [part[:, at:] for part, at in zip(layer(x).split(list(rows), -1), first, strict=True)]
 
 
 class Embedder(nn.Module):
@@ -138,16 +142,24 @@ class RMSNorm(nn.Module):
 class QKNorm(nn.Module):
     """One RMS norm for queries, one for keys, over a head's channels."""
 
-    def __init__(self, width: int, *, late: bool = False) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.query_norm = RMSNorm(width, late=late)
-        self.key_norm = RMSNorm(width, late=late)
+        self.query_norm, self.key_norm = RMSNorm(width), RMSNorm(width)
 
-    def forward(
-        self, q: Float[Tensor, "*b d"], k: Float[Tensor, "*c d"]
-    ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*c d"]]:
-        """The same shapes."""
-        return self.query_norm(q), self.key_norm(k)
+    @property
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Of queries, and of keys: (head,) each."""
+        return self.query_norm.scale, self.key_norm.scale
+
+
+class Stream(NamedTuple):
+    """One stream's queries (of its last tokens, or all), keys and values, and the scales of the first two's norms."""
+
+    q: Float[Tensor, "b m h d"]
+    k: Float[Tensor, "b n h d"]
+    v: Float[Tensor, "b n h d"]
+    q_scale: Float[Tensor, " d"]
+    k_scale: Float[Tensor, " d"]
 
 
 def modulated(
@@ -157,13 +169,45 @@ def modulated(
     return torch.addcmul(shift, F.layer_norm(x, (x.shape[-1],), eps=EPS), scale)
 
 
-class Folded(nn.Module):
-    """In the place of a linear whose results were made beforehand."""
+def gated(x: Float[Tensor, "b n d"], gate: Float[Tensor, "m 1 d"], change: Float[Tensor, "b n d"]) -> Tensor:
+    """x + gate * change, (b, n, d)."""
+    return torch.addcmul(x, gate, change)
 
-    def __init__(self, width: int, rows: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = width, rows
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Never."""
-        raise PlanError("this model was loaded with fold=chain: its modulation weights were not read")
+def gated_norm(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`gated`, and the modulated norm of what it gives."""
+    x = gated(x, gate, change)
+    return x, modulated(x, shift, scale)
+
+
+def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed and turned queries and keys, and values, of all streams in turn: (b, n, heads, head) each.
+
+    Each stream is turned, and rounded, before it is put beside the others. `rope`: (n, half) or (b, n, half).
+    """
+    at, parts = 0, list[tuple[Tensor, Tensor, Tensor]]()
+    for q, k, v, *scales in streams:
+        at += k.shape[1]
+        by_head = [Rope(*(table[..., at - x.shape[1] : at, None, :] for table in rope)) for x in (q, k)]
+        q, k = (F.rms_norm(x, s.shape, s, EPS) for x, s in zip((q, k), scales, strict=True))
+        parts.append((apply_rope(q, by_head[0]), apply_rope(k, by_head[1]), v))
+    q, k, v = parts[0] if len(parts) == 1 else (torch.cat(same, 1) for same in zip(*parts, strict=True))
+    return q, k, v
+
+
+def gelu_beside(out: Float[Tensor, "b n d"], inner: Float[Tensor, "b n m"]) -> Float[Tensor, "b n e"]:
+    """What attention gives, and GELU (tanh form) of an MLP's first half, side by side: (b, n, d + m)."""
+    return torch.cat((out, F.gelu(inner, approximate="tanh")), -1)
+
+
+class Ops(NamedTuple):
+    """What blocks do between their matrix products; these are the definitions, others stand in on a GPU (`kernels`)."""
+
+    norm: Callable[[Tensor, Tensor, Tensor], Tensor] = modulated
+    gated: Callable[[Tensor, Tensor, Tensor], Tensor] = gated
+    gated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = gated_norm
+    joint_heads: Callable[[Sequence[Stream], Rope], tuple[Tensor, Tensor, Tensor]] = joint_heads
+    gelu_beside: Callable[[Tensor, Tensor], Tensor] = gelu_beside
+
+
+PLAIN = Ops()

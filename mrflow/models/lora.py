@@ -25,8 +25,9 @@ from mrflow.checkpoints.names import bare
 from mrflow.checkpoints.safetensors import Entry, mapped, some
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.family import family_of_network
+from mrflow.models.folded import Folded
 from mrflow.models.fp8 import Fp8Linear
-from mrflow.models.layers import Folded, SplitLinear
+from mrflow.models.layers import SplitLinear
 
 N = TypeVar("N", bound=nn.Module)
 # How sd-scripts, OneTrainer and LyCORIS begin their names, and what of wrappers is left where dots become underscores.

@@ -15,23 +15,23 @@ from mrflow.models.blocks import (
     Modulate,
     Sizes,
     Transformer,
+    attended,
     bounded,
-    by_head,
     fused,
-    joined,
     tables,
 )
 from mrflow.models.layers import (
+    PLAIN,
     SINUSOID,
     Attention,
     Blocks,
     Embedder,
     Merge,
+    Ops,
     QKNorm,
     Rope,
-    apply_rope,
+    Stream,
     attention,
-    modulated,
     project,
     rope_tables,
     sinusoid,
@@ -69,6 +69,11 @@ def image_ids(h: int, w: int, *, device: torch.device | str | None = None) -> Fl
     return ids.flatten(0, 1)
 
 
+def rows_alone(x: Tensor) -> bool:
+    """Whether products of these rows (b, n, d) alone have the bits they have among others: not of few, nor of half."""
+    return x.device.type != "cpu" or (x.dtype == torch.float32 and x.shape[1] >= 64)
+
+
 class SingleBlock(nn.Module):
     """Attention and MLP side by side on the joint sequence: one linear in, one out."""
 
@@ -88,25 +93,29 @@ class SingleBlock(nn.Module):
         attend: Attention,
         *,
         text: int = 0,
+        last: bool = False,
         merge: Merge | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """The joint sequence after the block; `vectors` are shift, scale, gate.
+        ops: Ops = PLAIN,
+    ) -> Float[Tensor, "b m d"]:
+        """The joint sequence after the block, of which the `last` gives the image alone; `vectors`: shift, scale, gate.
 
-        With `merge` it works on merged image tokens, which are those behind the first `text` ones.
+        Text that nobody reads any more is left out where `rows_alone` allows. With `merge` it works on merged image
+        tokens; `text` ones stand before them.
         """
+        first = text if last and rows_alone(x[:, text:]) else 0
         shift, scale, gate = vectors
-        given = modulated(x, shift, scale)
+        given = ops.norm(x, shift, scale)
         merged = merge(given[:, text:]) if merge is not None else None
         if merged is not None:
             given, rope = torch.cat((given[:, :text], merged.down(given[:, text:])), 1), merged.rope
-        *qkv, inner = project(self.linear1, given, self.rows)
-        q, k, v = (by_head(part, self.heads) for part in qkv)
-        q, k = self.norm(q, k)
-        out = joined(attend(apply_rope(q, rope), apply_rope(k, rope), v))
-        change: Tensor = self.linear2(torch.cat((out, F.gelu(inner, approximate="tanh")), -1))
+        *qkv, inner = project(self.linear1, given, self.rows, first=(first, 0, 0, first))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv)
+        out = attended(attend, *ops.joint_heads((Stream(q, k, v, *self.norm.scales),), rope))
+        change: Tensor = self.linear2(ops.gelu_beside(out, inner))
         if merged is not None:
-            change = torch.cat((change[:, :text], merged.up(change[:, text:])), 1)
-        return bounded(torch.addcmul(x, gate, change))
+            change = torch.cat((change[:, : text - first], merged.up(change[:, text - first :])), 1)
+        x = bounded(ops.gated(x[:, first:], gate, change))
+        return x[:, text - first :] if last else x
 
 
 class Flux(Transformer):
@@ -154,8 +163,8 @@ class Flux(Transformer):
             modulation = self.modulate(sigma, guidance, pooled)
         if rope is None:
             rope = self.rope(ids, context_ids)
-        img, txt = self.embed(tokens, context)
-        return self.head(self.blocks(img, txt, rope, modulation), modulation)
+        img = self.blocks(self.embed_image(tokens), self.embed_text(context), rope, modulation)
+        return self.head(img, modulation)
 
     def rope(self, ids: Float[Tensor, "l 3"], context_ids: Float[Tensor, "t 3"]) -> Rope:
         """Rotations of the joint sequence, text first."""
@@ -206,12 +215,6 @@ class Flux(Transformer):
             raise PlanError("this transformer has no guidance embedding: `guidance` must be None")
         return F.silu(vector + self.vector_in(pooled.to(dtype)))
 
-    def embed(
-        self, tokens: Float[Tensor, "b l i"], context: Float[Tensor, "b t c"]
-    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b t d"]]:
-        """The image stream and the text stream."""
-        return self.embed_image(tokens), self.embed_text(context)
-
     def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
         """The image stream, from tokens of any floating dtype."""
         image: Tensor = self.img_in(tokens.to(self.dtype))
@@ -242,51 +245,34 @@ class Flux(Transformer):
         stop: int,
         *,
         merge: Callable[[str, int], Merge | None] | None = None,
-    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b t d"]]:
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b u d"]]:
         """Both streams after the blocks from `start` to before `stop`, counted through both kinds.
 
-        `merge` says, for the n-th block of a kind ("double", "single"), how it merges image tokens.
+        The last of all leaves the text empty. `merge` says, for the n-th block of a kind ("double", "single"), how it
+        merges image tokens.
         """
         vectors = modulation.unsqueeze(2).unbind(1)
         doubles = len(self.double_blocks)
         for i, block in enumerate(self.double_blocks):
             if start <= i < stop:
                 how = merge("double", i) if merge is not None else None
-                img, txt = block(img, txt, rope, vectors[12 * i : 12 * i + 12], self.attention, merge=how)
+                img, txt = block(img, txt, rope, vectors[12 * i : 12 * i + 12], self.attention, merge=how, ops=self.ops)
         if stop <= max(start, doubles):
             return img, txt
         x = torch.cat((txt, img), 1)
+        count = doubles + len(self.single_blocks)
         for i, single in enumerate(self.single_blocks, doubles):
             if start <= i < stop:
                 at = 9 * doubles + 3 * i
                 how = merge("single", i - doubles) if merge is not None else None
-                x = single(x, rope, vectors[at : at + 3], self.attention, text=txt.shape[1], merge=how)
+                own, last = vectors[at : at + 3], i == count - 1
+                x = single(x, rope, own, self.attention, text=txt.shape[1], last=last, merge=how, ops=self.ops)
+        if stop == count and self.single_blocks:
+            return x, txt[:, :0]
         return x[:, txt.shape[1] :], x[:, : txt.shape[1]]
 
     def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "b m d"]) -> Float[Tensor, "b l o"]:
         """The image stream to the velocity."""
         shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)
-        velocity: Tensor = self.final_layer.linear(modulated(img, shift, scale))
+        velocity: Tensor = self.final_layer.linear(self.ops.norm(img, shift, scale))
         return velocity
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Values to train from: modulation and output zero (every block is the identity), embeddings of level and
-        guidance normal with deviation 0.02, the rest Xavier-uniform, each part of a fused linear by itself."""
-        d = self.params.hidden
-        modules: Iterator[tuple[str, nn.Module]] = self.named_modules()
-        for name, module in modules:
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-                if "mod" in name or name.startswith("final_layer"):
-                    nn.init.zeros_(module.weight)
-                elif name.startswith(("time_in", "guidance_in")):
-                    nn.init.normal_(module.weight, std=0.02, generator=generator)
-                else:
-                    fused = name.endswith(("qkv", "linear1"))
-                    rest = module.out_features - 3 * d
-                    parts = [part for part in (d, d, d, rest) if part] if fused else [module.out_features]
-                    for part in torch.split(module.weight, parts):
-                        nn.init.xavier_uniform_(part, generator=generator)
-            elif isinstance(module, QKNorm):
-                nn.init.ones_(module.query_norm.scale)
-                nn.init.ones_(module.key_norm.scale)

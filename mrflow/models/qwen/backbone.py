@@ -12,8 +12,8 @@ from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.models.fields import QwenField, Tables, qwen_step
+from mrflow.models.folded import Folded
 from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, encoded_once, footprint
-from mrflow.models.layers import Folded
 from mrflow.models.offload import Ways
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen

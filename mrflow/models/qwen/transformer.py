@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -27,7 +25,6 @@ from mrflow.models.layers import (
     Rope,
     attention,
     frequencies,
-    modulated,
     rope_tables,
 )
 
@@ -47,8 +44,6 @@ class QwenParams(Sizes):
     mlp_ratio: float = 4.0
     double_blocks: int = 60
     theta: float = 10000.0
-
-    late_scale: ClassVar[bool] = True  # diffusers `normalization.py`
 
 
 def positions(h: int, w: int, text: int, *, device: torch.device | str | None = None) -> Float[Tensor, "n 3"]:
@@ -94,20 +89,18 @@ def packed_attention(
 
     Neighbours with texts of one length are attended to together; nothing is padded or masked.
     """
-    out = torch.empty_like(q)
+    by_token = [x.transpose(1, 2)[0] for x in (q, k, v)]  # (n, h, d), as blocks make them
+    out = torch.empty_like(by_token[0])
     text_at, image_at = 0, sum(texts)
     for length, group in groupby(texts):
         count = len(list(group))
         spans = (slice(text_at, text_at + count * length), slice(image_at, image_at + count * image))
-        parts = [
-            torch.cat([rearrange(x[:, :, span], "1 h (c n) d -> c h n d", c=count) for span in spans], 2)
-            for x in (q, k, v)
-        ]
-        mixed = attend(parts[0], parts[1], parts[2])
-        for span, part in zip(spans, mixed.split((length, image), 2), strict=True):
-            out[:, :, span] = rearrange(part, "c h n d -> 1 h (c n) d")
+        parts = [torch.cat([x[span].unflatten(0, (count, -1)) for span in spans], 1).transpose(1, 2) for x in by_token]
+        mixed = attend(parts[0], parts[1], parts[2]).transpose(1, 2)
+        for span, part in zip(spans, mixed.split((length, image), 1), strict=True):
+            out[span] = part.flatten(0, 1)
         text_at, image_at = spans[0].stop, spans[1].stop
-    return out
+    return out[None].transpose(1, 2)
 
 
 class QwenImage(Transformer):
@@ -228,12 +221,12 @@ class QwenImage(Transformer):
             if start <= i < stop:
                 own = vectors[12 * i : 12 * i + 12]
                 how = merge("double", i) if merge is not None else None
-                img, txt = block(img, txt, rope, own, attend or self.attention, last=i == last, merge=how)
+                img, txt = block(img, txt, rope, own, attend or self.attention, last=i == last, merge=how, ops=self.ops)
                 img = bounded(img)
         return img, txt
 
     def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "m v d"]) -> Float[Tensor, "b l o"]:
         """The image stream to the velocity."""
         shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)
-        velocity: Tensor = self.final_layer.linear(modulated(img, shift, scale))
+        velocity: Tensor = self.final_layer.linear(self.ops.norm(img, shift, scale))
         return velocity

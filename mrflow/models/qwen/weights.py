@@ -42,8 +42,8 @@ from mrflow.models.flux.weights import (
     part,
     shape,
 )
+from mrflow.models.folded import Folded
 from mrflow.models.fp8 import Fp8Linear, described, store_fp8
-from mrflow.models.layers import Folded
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
 from mrflow.notes import note

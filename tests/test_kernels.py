@@ -1,0 +1,88 @@
+"""What blocks do between their products: plain definitions, and that nothing is computed that nobody reads."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.layers import EPS, PLAIN, Rope, Stream, apply_rope
+
+SMALL = FluxParams(hidden=64, heads=2, axes=(8, 12, 12), context=32, pooled=16, double_blocks=1, single_blocks=2)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def angles(tokens: int, half: int) -> Rope:
+    turn = noise(tokens, half, seed=9)
+    return Rope(turn.cos(), turn.sin())
+
+
+def streams(dtype: torch.dtype, *lengths: int, heads: int = 3, head: int = 16, last: int | None = None) -> list[Stream]:
+    """Streams as fused projections give them: views of one tensor each; queries of the `last` tokens alone."""
+    made = list[Stream]()
+    for i, n in enumerate(lengths):
+        scales = ((1 + 0.2 * noise(head, seed=seed + i)).to(dtype) for seed in (20, 30))
+        q, k, v = (
+            part.unflatten(-1, (heads, head)) for part in noise(2, n, 3 * heads * head, seed=i).to(dtype).chunk(3, -1)
+        )
+        made.append(Stream(q if last is None else q[:, -last:], k, v, *scales))
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_stream_by_itself_gives_the_bits_of_all_at_once(dtype: torch.dtype) -> None:
+    """Heads before tokens, put together, then turned: the other order that this was once done in."""
+    given, rope = streams(dtype, 5, 7), angles(12, 8)
+    want = list[list[Tensor]]([[], [], []])
+    for q, k, v, *scales in given:
+        normed = (F.rms_norm(x.transpose(1, 2), s.shape, s, EPS) for x, s in zip((q, k), scales, strict=True))
+        for to, part in zip(want, (*normed, v.transpose(1, 2)), strict=True):
+            to.append(part)
+    q, k, v = (torch.cat(parts, 2) for parts in want)
+    got = PLAIN.joint_heads(given, rope)
+    for mine, other in zip(got, (apply_rope(q, rope), apply_rope(k, rope), v), strict=True):
+        assert torch.equal(mine.transpose(1, 2), other)
+
+
+@torch.no_grad()
+def test_tables_of_each_item_turn_it() -> None:
+    given, rope = streams(torch.float32, 6), angles(6, 8)
+    other = Rope(rope.cos.flip(0), rope.sin.flip(0))
+    both = Rope(*(torch.stack(pair) for pair in zip(rope, other, strict=True)))
+    got = PLAIN.joint_heads(given, both)
+    for item, own in enumerate((rope, other)):
+        assert torch.equal(got[0][item], PLAIN.joint_heads(given, own)[0][item])
+
+
+@torch.no_grad()
+def test_queries_of_the_last_tokens_are_turned_as_among_all() -> None:
+    rope = angles(6, 8)
+    (q, k, _), (few, same, _) = (PLAIN.joint_heads(streams(torch.float32, 6, last=last), rope) for last in (None, 2))
+    assert torch.equal(few, q[:, -2:]) and torch.equal(same, k)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "less"), [(torch.float32, 80, True), (torch.float32, 5, False), (torch.bfloat16, 80, False)]
+)
+def test_the_last_block_leaves_text_out(split: bool, dtype: torch.dtype, tokens: int, less: bool) -> None:
+    """The image is the same to the bit; where it would not be, all rows are computed."""
+    torch.manual_seed(0)
+    block: Any = Flux(SMALL, split=split).to(dtype).single_blocks[0]
+    n = 4 + tokens
+    x, rope = noise(2, n, 64).to(dtype), angles(n, 16)
+    vectors: Any = noise(3, 2, 1, 64, seed=1).to(dtype).unbind(0)
+    rows = list[int]()
+    block.linear2.register_forward_hook(lambda *seen: rows.append(seen[2].shape[1]))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    whole = block(x, rope, vectors, attend, text=4)
+    image = block(x, rope, vectors, attend, text=4, last=True)
+    assert torch.equal(image, whole[:, 4:])
+    assert rows == [n, tokens if less else n]
