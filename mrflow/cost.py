@@ -76,7 +76,7 @@ def sampling_work(
     cache = cache or model.cache
     if cache is None:
         nfe = chosen.evals(points)
-        return Work(nfe=nfe, flops=nfe * whole, negative=chosen.passes > 1)
+        return Work(nfe=nfe, flops=nfe * whole, negative=chosen.passes > 1, estimated=solver.estimated)
 
     parts = [cache.forecast(model, points, branch) for branch in chosen.branches(points)]
     return Work(

@@ -147,9 +147,10 @@ def run(
                 with collected() as notes, tallied() as tally:
                     data = keep_promise(stage, State(row.spec, data), row.out, inner, where)
                 _synchronise(model.device)
-                if tally.caches:
+                if tally.caches or (tally.computed and row.work.estimated):
                     flops = sum(forwards * forward_flops(model.info, tokens) for forwards, tokens in tally.forwards)
                     work = Work(math.ceil(tally.computed / len(prompts)), flops)
+                if tally.caches:
                     notes.append(str(tally))
                 for text in notes:
                     _emit(on_event, Noted(index, text))

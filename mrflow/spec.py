@@ -135,8 +135,8 @@ class Capabilities:
     """What a model's field can be asked for beside its velocity. What a chain needs of the rest, `plan` refuses.
 
     `positions`: tokens that lie on no grid. `cache`: its network can be taken apart. `lora`: adapters that are on in
-    one stage. `policy`: pi-Flow adapters. `together`: several conditions in one pass. `lora_advice` is what to do
-    instead where adapters are put on in another way.
+    one stage. `policy`: pi-Flow adapters. `together`: several conditions in one pass. `zero`: the field at sigma 0.
+    `lora_advice` is what to do instead where adapters are put on in another way.
     """
 
     positions: bool = False
@@ -144,6 +144,7 @@ class Capabilities:
     lora: bool = False
     policy: bool = False
     together: bool = False
+    zero: bool = False
     lora_advice: str = "a backbone of your own says Capabilities(lora=True) and serves options.loras"
 
 
@@ -249,6 +250,11 @@ class ModelInfo:
             raise PlanError(f"{self.name} takes no pi-Flow adapter; load FLUX.1 or Qwen-Image, without a cache")
         if needs.together and not can.together:
             raise PlanError(f"{self.name} takes one condition at a time; ask for a field each")
+        if needs.zero and not can.zero:
+            raise PlanError(
+                f"{self.name} cannot be asked for its field at sigma 0, where it was hardly trained; leave out "
+                "zero=True of the solver"
+            )
 
     def tokens(self, height: int, width: int) -> int:
         """Image tokens of a picture of this many pixels."""

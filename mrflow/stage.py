@@ -346,27 +346,39 @@ class Context:
 
         `options` says what the field is to have: a cache, adapters, positions. Its sigmas are those the solver asks at.
         """
+        if solver.estimated and len(x) > 1:  # each picture has steps of its own
+            inner = (self.only(i) for i in range(len(x)))
+            parts = zip(inner, x.split(1), strict=True)
+            return torch.cat(
+                [one.integrate(solver, guidance, item, sigmas, options=options, watch=watch) for one, item in parts]
+            )
         draws = iter(range(1, 1 + len(sigmas)))
-        options = replace(options, sigmas=tuple(solver.points(sigmas)))
-        info = self.model.info
-        if options.cache is None and info.cache is None:
-            evals, patch = guidance.evals(options.sigmas) * len(x), info.space.patch
-            count(None, evals, evals, evals, tokens=(x.shape[-2] // patch) * (x.shape[-1] // patch))
+        info, asked = self.model.info, list[float]()
+        options = replace(options, sigmas=() if solver.estimated else tuple(solver.points(sigmas)))
+        field = guidance.field(self.model, self.cond, self.negative, options)
 
         def told(step: Step) -> None:
             for listener in (self.on_step, watch):
                 if listener is not None:
                     listener(step)
 
-        return integrate(
+        def counted(x: Tensor, sigma: float) -> Tensor:
+            asked.append(sigma)
+            return field(x, sigma)
+
+        out = integrate(
             solver,
-            guidance.field(self.model, self.cond, self.negative, options),
+            counted,
             x,
             sigmas,
             on_step=told if self.on_step or watch else None,
             facts=(self.model.info.name,),
             noise=lambda: self.noise(tuple(x.shape), source=source, draw=next(draws)),
         )
+        if options.cache is None and info.cache is None:
+            evals, patch = guidance.evals(asked) * len(x), info.space.patch
+            count(None, evals, evals, evals, tokens=(x.shape[-2] // patch) * (x.shape[-1] // patch))
+        return out
 
     def follow(
         self,

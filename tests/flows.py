@@ -8,7 +8,23 @@ import torch
 from torch import Tensor
 
 from mrflow.flow import Velocity
-from mrflow.solvers import AB2, AB3, RK4, DPMpp2M, Euler, Heun, Midpoint, Solver, StochasticEuler
+from mrflow.solvers import (
+    AB2,
+    AB3,
+    DEIS,
+    RES2M,
+    RES2S,
+    RES3S,
+    RK4,
+    DPMpp2M,
+    Euler,
+    Heun,
+    Midpoint,
+    SASolver,
+    Solver,
+    StochasticEuler,
+    UniPC,
+)
 
 ORDERS: list[tuple[Solver, int]] = [
     (Euler(), 1),
@@ -20,7 +36,20 @@ ORDERS: list[tuple[Solver, int]] = [
     (DPMpp2M(), 2),
 ]
 DETERMINISTIC = [solver for solver, _ in ORDERS]
-ALL = [*DETERMINISTIC, StochasticEuler(churn=1.5)]
+EXPONENTIAL: list[tuple[Solver, int]] = [
+    (UniPC(1), 2),
+    (UniPC(), 3),
+    (UniPC(variant="bh1"), 3),
+    (UniPC(3), 4),
+    (DEIS(1), 1),
+    (DEIS(), 2),
+    (DEIS(3), 2),
+    (RES2M(), 2),
+    (RES2S(), 2),
+    (RES3S(), 3),
+]
+STOCHASTIC = [StochasticEuler(churn=1.5), SASolver(), SASolver(0.5, 3, 3), SASolver(1.0, 1, 0, high=0.8)]
+ALL = [*DETERMINISTIC, *(solver for solver, _ in EXPONENTIAL), *STOCHASTIC]
 X = torch.tensor([-1.5, -0.4, 0.1, 0.8, 2.0], dtype=torch.float64)
 
 

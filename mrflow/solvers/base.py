@@ -1,7 +1,8 @@
 """How the velocity is integrated from one noise level to the next, and the loop that does it, which exists once.
 
-Solvers are frozen and hold nothing: what a multistep solver remembers goes through `step` as `History`. No solver
-evaluates the velocity at noise level 0, where a model was hardly trained and (x - x0) / sigma is 0/0.
+Solvers are frozen and hold nothing: what a multistep solver remembers goes through `step` as `History`. A solver
+evaluates the velocity at noise level 0, where a model was hardly trained and (x - x0) / sigma is 0/0, only if it was
+told that it may (`Solver.at_zero`).
 """
 
 import math
@@ -29,6 +30,17 @@ class Solver(ABC):
 
     evals: ClassVar[int] = 1
     """Evaluations of a full step; `points` has the exact number for a schedule, with its first and last steps."""
+
+    order_at_ends: ClassVar[float] = math.inf
+    """The most its order can be where an integration begins at sigma 1 or goes to 0; 2 for steps in log-SNR."""
+
+    estimated: ClassVar[bool] = False
+    """Whether the picture decides how often it asks, so that `points` is an estimate."""
+
+    @property
+    def at_zero(self) -> bool:
+        """Whether it was told that it may ask for the field at sigma 0; a solver that never does needs no telling."""
+        return False
 
     @abstractmethod
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
@@ -73,7 +85,7 @@ class Step:
     denoised: Tensor
 
 
-NOWHERE = "no solver may ask for the field at sigma 0, nor outside (0, 1]"
+NOWHERE = "no solver may ask for the field at sigma 0 unless it was told so, nor outside [0, 1]"
 
 
 def integrate(
@@ -93,7 +105,7 @@ def integrate(
 
     Raises:
         PlanError: the levels are not in [0, 1] and falling, `x` holds no floating-point numbers, noise is missing, or
-            the solver asks for the field at sigma 0.
+            the solver asks for the field at sigma 0 without having been told that it may.
         PromiseError: the velocity or the noise has another shape than `x`.
         NonFiniteError: NaN or infinity after a step.
     """
@@ -108,7 +120,7 @@ def integrate(
     newest: list[Tensor] = []
 
     def checked(x: Tensor, sigma: float) -> Tensor:
-        if not 0 < sigma <= 1:
+        if not 0 < sigma <= 1 and not (sigma == 0 and solver.at_zero):
             raise PlanError(f"{solver!r} asks for the field at sigma {sigma:g}; {NOWHERE}")
         newest[:] = [_like(x, velocity(x, sigma), "the velocity")]
         return newest[0]

@@ -71,13 +71,18 @@ def _adams(x: Tensor, to: float, past: History) -> Tensor:
 
 
 def _adams_weights(h: float, nodes: Sequence[float]) -> list[float]:
-    # Integral from 0 to h of each Lagrange polynomial, whose coefficients are multiplied out factor by factor.
-    weights: list[float] = []
+    # Integral from 0 to h of each Lagrange polynomial.
+    return [sum(c * h ** (k + 1) / (k + 1) for k, c in enumerate(poly)) for poly in lagrange(nodes)]
+
+
+def lagrange(nodes: Sequence[float]) -> list[list[float]]:
+    """The coefficients, constant first, of each polynomial that is 1 at its node and 0 at the others."""
+    polys: list[list[float]] = []
     for i, own in enumerate(nodes):
         poly = [1.0]
         for j, other in enumerate(nodes):
             if j != i:
                 up, down = [0.0, *poly], [*poly, 0.0]
                 poly = [(u - other * d) / (own - other) for u, d in zip(up, down, strict=True)]
-        weights.append(sum(c * h ** (k + 1) / (k + 1) for k, c in enumerate(poly)))
-    return weights
+        polys.append(poly)
+    return polys

@@ -27,7 +27,7 @@ class Heun(Solver):
     evals: ClassVar[int] = 2
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
-        return _runge_kutta(_EULER if to == 0.0 else _HEUN, v, x, sigma, to), ()
+        return runge_kutta(_EULER if to == 0.0 else _HEUN, v, x, sigma, to), ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Midpoint(Solver):
     evals: ClassVar[int] = 2
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
-        return _runge_kutta(_MIDPOINT, v, x, sigma, to), ()
+        return runge_kutta(MIDPOINT, v, x, sigma, to), ()
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class RK4(Solver):
     evals: ClassVar[int] = 4
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
-        return _runge_kutta(_RALSTON if to == 0.0 else _RK4, v, x, sigma, to), ()
+        return runge_kutta(RALSTON if to == 0.0 else _RK4, v, x, sigma, to), ()
 
 
 @dataclass(frozen=True)
-class _Tableau:
+class Tableau:
     """An explicit Runge-Kutta method: stage i lies at node i, reached by row i; the step is made of `weights`."""
 
     nodes: tuple[float, ...]
@@ -62,14 +62,15 @@ class _Tableau:
     weights: tuple[float, ...]
 
 
-_EULER = _Tableau((0.0,), ((),), (1.0,))
-_HEUN = _Tableau((0.0, 1.0), ((), (1.0,)), (0.5, 0.5))
-_MIDPOINT = _Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0))
-_RALSTON = _Tableau((0.0, 0.5, 0.75), ((), (0.5,), (0.0, 0.75)), (2 / 9, 1 / 3, 4 / 9))
-_RK4 = _Tableau((0.0, 0.5, 0.5, 1.0), ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+_EULER = Tableau((0.0,), ((),), (1.0,))
+_HEUN = Tableau((0.0, 1.0), ((), (1.0,)), (0.5, 0.5))
+MIDPOINT = Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0))
+RALSTON = Tableau((0.0, 0.5, 0.75), ((), (0.5,), (0.0, 0.75)), (2 / 9, 1 / 3, 4 / 9))
+_RK4 = Tableau((0.0, 0.5, 0.5, 1.0), ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 
 
-def _runge_kutta(method: _Tableau, v: Velocity, x: Tensor, sigma: float, to: float) -> Tensor:
+def runge_kutta(method: Tableau, v: Velocity, x: Tensor, sigma: float, to: float) -> Tensor:
+    """One step of a method from `sigma` to `to`."""
     stages: list[Tensor] = []
     for node, row in zip(method.nodes, method.rows, strict=True):
         at = to if node == 1.0 else sigma + node * (to - sigma)

@@ -93,7 +93,12 @@ class Integrating(Stage[S, Latents]):
         """
         check_cache(self.cache, model)
         check_policy(self.policy, self.solver, self.guidance, self.cache)
-        model.require(self.options.needs)
+        cache = self.cache or model.cache
+        if self.solver.estimated and cache is not None:
+            raise PlanError(
+                f"{self.solver!r} chooses its sigmas while it runs, and {cache!r} must know them before; leave out one"
+            )
+        model.require(replace(self.options.needs, zero=self.solver.at_zero))
 
     def check_beginning(self, levels: Sigmas, at: float) -> None:
         """Refuse a schedule that does not begin at the noise level of what it is given.

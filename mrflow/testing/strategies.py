@@ -36,7 +36,7 @@ from mrflow.schedules import (
     WithShift,
 )
 from mrflow.seeds import MAX_SEED
-from mrflow.solvers import AB2, AB3, RK4, DPMpp2M, Euler, Heun, Midpoint, Solver
+from mrflow.solvers import AB2, AB3, RES2S, RK4, DPMpp2M, Euler, Heun, Midpoint, Solver, UniPC
 from mrflow.spec import FLUX, QWEN, SCHNELL, Latents, LatentSpace, ModelInfo, Pixels, Shift, Spec
 from mrflow.stage import AnyChain, AnyStage
 from mrflow.stages import Decode, Encode, Quantise, Refine, Reinject, Sample, Upscale
@@ -76,7 +76,9 @@ noises: SearchStrategy[Noise] = (
 )
 """Sources of noise of every kind."""
 
-solvers: SearchStrategy[Solver] = st.sampled_from([Euler(), Heun(), Midpoint(), AB2(), AB3(), RK4(), DPMpp2M()])
+solvers: SearchStrategy[Solver] = st.sampled_from(
+    [Euler(), Heun(), Midpoint(), AB2(), AB3(), RK4(), DPMpp2M(), UniPC(), RES2S()]
+)
 """Deterministic solvers."""
 
 

@@ -22,6 +22,7 @@ TOY = ModelInfo(
     size=(64, 64),
     low=(32, 32),
     upscale=2,
+    capabilities=Capabilities(zero=True),
 )
 
 
