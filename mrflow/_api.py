@@ -47,6 +47,8 @@ from mrflow.records.replay import replay as replay
 from mrflow.records.stage_cache import StageCache as StageCache
 from mrflow.result import Result as Result
 from mrflow.rivals import Grow as Grow
+from mrflow.rivals import SampleAnchors as SampleAnchors
+from mrflow.rivals import SampleConverged as SampleConverged
 from mrflow.rivals import SampleRegions as SampleRegions
 from mrflow.rivals import SelfLift as SelfLift
 from mrflow.runner import Event as Event

@@ -12,8 +12,9 @@ from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, Stream
 from mrflow.parts import Level, Part
-from mrflow.rivals import Grow, SampleRegions, SelfLift
+from mrflow.rivals import Grow, SampleAnchors, SampleConverged, SampleRegions, SelfLift
 from mrflow.rivals.growth import Spectrum
+from mrflow.rivals.jit import JIT_4X, JIT_7X
 from mrflow.rivals.ralu import RALU_4X, RALU_7X, fitted
 from mrflow.schedules import DirectSigma, FlowMap, Schedule, Shifted
 from mrflow.solvers import Euler, Solver
@@ -414,6 +415,41 @@ def ralu(
     one, two, three = counts("steps", steps, 3)
     shifts, z = fitted((one, two, three), ends, shift=shift)
     return SampleRegions(*size, (one, two, three), ends, shifts, z, share, guidance=guidance) >> Decode()
+
+
+@squares
+def jit(
+    *,
+    size: tuple[int, int] = (1024, 1024),
+    steps: tuple[int, int, int] | None = None,
+    shares: tuple[float, float] | None = None,
+    preset: Literal["4x", "7x"] = "4x",
+    schedule: Schedule | None = None,
+    guidance: Guidance | None = None,
+) -> Chain[Start, Pixels]:
+    """Just-in-Time (arXiv 2603.10744): a share of the tokens, then more where the velocity varies, then all.
+
+    `steps` and `shares` are those of a published `preset` unless given; `schedule` is the published beta grid.
+    """
+    if preset not in ("4x", "7x"):
+        raise PlanError(f"preset must be '4x' or '7x', got {preset!r}")
+    given, some = JIT_4X if preset == "4x" else JIT_7X
+    one, two, three = given if steps is None else counts("steps", steps, 3)
+    return SampleAnchors(*size, (one, two, three), shares or some, schedule, guidance=guidance) >> Decode()
+
+
+@squares
+def fresco(
+    *,
+    size: tuple[int, int] = (1024, 1024),
+    steps: tuple[int, int, int] = (8, 4, 6),
+    share: float = 0.5,
+    schedule: Schedule | None = None,
+    guidance: Guidance | None = None,
+) -> Chain[Start, Pixels]:
+    """Fresco (arXiv 2601.07462): coarse, then finer where tokens have converged, then fine, on one noise field."""
+    one, two, three = counts("steps", steps, 3)
+    return SampleConverged(*size, (one, two, three), share, schedule, guidance=guidance) >> Decode()
 
 
 def counts(what: str, given: Sequence[int], number: int) -> tuple[int, ...]:

@@ -244,6 +244,9 @@ def test_rivals_by_name(here: Path) -> None:
         (("ralu",), "SampleRegions"),
         (("ralu", "--steps", "1,2,3"), "SampleRegions"),
         (("selflift", "--steps", "3,1"), "SelfLift"),
+        (("jit",), "SampleAnchors"),
+        (("jit", "--steps", "4,3,4"), "SampleAnchors"),
+        (("fresco", "--steps", "4,2,3"), "SampleConverged"),
         (("lift",), "Lift"),
     ):
         code, out, err = call("plan", "--model", "flux1-dev", "--recipe", *words)
@@ -253,9 +256,10 @@ def test_rivals_by_name(here: Path) -> None:
     assert code == 0, err
     for words, message in (
         (("speed", "--steps", "3,2,7,1"), "--steps must be 3 whole numbers"),
+        (("jit", "--steps", "7,4"), "--steps must be 3 whole numbers"),
         (("lift", "--steps", "x"), "--steps takes a count, or counts for each resolution"),
         (("paper", "--steps", "3,2"), "gives counts for each resolution"),
-        (("best",), "use paper, official, native, lift, speed, selflift or ralu"),
+        (("best",), "use paper, official, native, lift, speed, selflift, ralu, jit or fresco"),
     ):
         code, _, err = call("plan", "--model", "flux1-dev", "--recipe", *words)
         assert code == 2

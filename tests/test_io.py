@@ -125,7 +125,7 @@ def test_noise_does_not_hang_on_the_name_of_a_class() -> None:
     own.remove(Integrating)
     assert sorted(c.scope for c in own) == [
         *("Crop", "Decode", "Encode", "Grow", "Lift", "Quantise", "Refine", "Reinject"),
-        *("Sample", "SampleRegions", "SelfLift", "Truth", "Upscale"),
+        *("Sample", "SampleAnchors", "SampleConverged", "SampleRegions", "SelfLift", "Truth", "Upscale"),
     ]
     assert all(f'scope: ClassVar[str] = "{c.scope}"' in inspect.getsource(c) for c in own)  # written down, not derived
 

@@ -313,6 +313,8 @@ CHAINS = {
     "speed": mf.recipes.speed(sizes=((32, 32), LOW, SIZE), steps=(1, 2, 2)),
     "ralu": mf.recipes.ralu(size=SIZE),
     "ralu 1,2,3": mf.recipes.ralu(size=SIZE, steps=(1, 2, 3)),
+    "jit": mf.recipes.jit(size=SIZE, steps=(2, 1, 2)),
+    "fresco": mf.recipes.fresco(size=SIZE, steps=(2, 1, 2)),
 }
 
 
@@ -350,7 +352,7 @@ def test_chains_come_back_from_their_records(name: str, tmp_path: Path) -> None:
 
 
 def test_folded_models_know_all_levels(qwen_repo: Path) -> None:  # noqa: F811
-    for name in ("speed", "ralu"):
+    for name in ("speed", "ralu", "jit", "fresco"):
         whole = mf.run(CHAINS[name], mf.load(qwen_repo, device="cpu"), "a cat").pixels
         folded = mf.load(qwen_repo, device="cpu", fold=CHAINS[name])
         assert torch.equal(mf.run(CHAINS[name], folded, "a cat").pixels, whole)

@@ -146,7 +146,7 @@ def parse_tiles(word: str | None) -> "Tiles | None":
     return Tiles(found[0], found[1] if len(found) == 2 else found[0] // 4)
 
 
-RIVALS = ("lift", "speed", "selflift", "ralu")
+RIVALS = ("lift", "speed", "selflift", "ralu", "jit", "fresco")
 RECIPES = f"paper, official, native, {', '.join(RIVALS[:-1])} or {RIVALS[-1]}"
 
 
@@ -157,6 +157,12 @@ def rival(recipe: str, steps: str | None, low: tuple[int, int], size: tuple[int,
     if recipe == "ralu":
         given = None if steps is None else recipes.counts("--steps", some_counts(steps), 3)
         return recipes.ralu(size=size, steps=None if given is None else (given[0], given[1], given[2]))
+    if recipe in ("jit", "fresco"):
+        own = recipes.jit if recipe == "jit" else recipes.fresco
+        if steps is None:
+            return own(size=size)
+        one, two, three = recipes.counts("--steps", some_counts(steps), 3)
+        return own(size=size, steps=(one, two, three))
     given = (8, 4) if steps is None else some_counts(steps)
     if recipe == "speed":
         quarter = (low[0] // 2, low[1] // 2)

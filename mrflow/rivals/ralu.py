@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrflow._checks import is_number, is_whole, require
-from mrflow.backbone import FieldOptions, Positions
-from mrflow.cost import decode_flops, forward_flops
+from mrflow.cost import decode_flops
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
 from mrflow.noise import Noise, PerItem
+from mrflow.rivals.shared import at_places, forwards
 from mrflow.schedules import Sigmas, shift_static
 from mrflow.solvers import Euler, Step
 from mrflow.spec import Capabilities, Latents, ModelInfo, Start, State, check_size
@@ -103,12 +103,8 @@ class SampleRegions(Stage[Start, Latents]):
 
     def work(self, spec: Start, out: Latents, model: ModelInfo) -> Work:
         """Forwards on each grid, and one decoding of the small picture."""
-        guidance, nfe, flops = self.guidance or own_guidance(model), 0, 0.0
-        for levels, tokens in zip(self.sigmas(), self.tokens(model), strict=True):
-            evals = guidance.evals(Euler().points(levels))
-            nfe, flops = nfe + evals, flops + evals * forward_flops(model, tokens)
-        flops += decode_flops(model, self.height // 2, self.width // 2)
-        return Work(nfe, spec.batch * flops, negative=guidance.passes > 1)
+        decoding = Work(flops=spec.batch * decode_flops(model, self.height // 2, self.width // 2))
+        return forwards(self.guidance, self.sigmas(), self.tokens(model), spec.batch, model) + decoding
 
     def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
         """Three integrations and two transitions."""
@@ -126,7 +122,7 @@ class SampleRegions(Stage[Start, Latents]):
         kept, copied = taken(tokens, rest), taken(tokens, fine)
         noise = ctx.noise((len(x), rest.shape[1] + 4 * count, width), source=self.noise, draw=1)
         mixed = renewed(kept, copied, noise, self.ends[0], self.z)
-        mixed = self._on_places(ctx, guidance, mixed, second, places_of(rest, fine, h, w), h, w, patch)
+        mixed = at_places(ctx, guidance, mixed, second, places_of(rest, fine, h, w), h, w, patch)
 
         kept, copied = mixed[:, rest.shape[1] :], mixed[:, : rest.shape[1]]
         noise = ctx.noise((len(x), 4 * h * w, width), source=self.noise, draw=2)
@@ -135,25 +131,6 @@ class SampleRegions(Stage[Start, Latents]):
         cells = torch.cat((children(fine, w), children(rest, w)), 1)
         grid.scatter_(1, cells[..., None].expand(-1, -1, width), both)
         return ctx.integrate(Euler(), guidance, unpack(grid, 2 * h, 2 * w, patch=patch), third)
-
-    def _on_places(
-        self,
-        ctx: "Context",
-        guidance: Guidance,
-        tokens: Tensor,
-        sigmas: Sigmas,
-        at: Float[Tensor, "b n 2"],
-        h: int,
-        w: int,
-        patch: int,
-    ) -> Tensor:
-        """Each picture has places of its own, so each is integrated by itself."""
-        out: list[Tensor] = []
-        for i in range(len(tokens)):
-            row = unpack(tokens[i : i + 1], 1, tokens.shape[1], patch=patch)
-            options = FieldOptions(positions=Positions(at[i], h, w))
-            out.append(pack(ctx.only(i).integrate(Euler(), guidance, row, sigmas, options=options), patch=patch))
-        return torch.cat(out)
 
 
 Setting = tuple[tuple[int, int, int], tuple[float, float], Three, float, float]

@@ -10,10 +10,12 @@ from torch import Tensor
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.errors import PlanError, PromiseError
 from mrflow.flow import Velocity
+from mrflow.guidance import Distilled
 from mrflow.noise import Noise, PerItem
 from mrflow.rivals.growth import dct_matrix, grown
 from mrflow.runner import run
 from mrflow.schedules import shift_static
+from mrflow.solvers import Euler
 from mrflow.spec import Latents, ModelInfo, Pixels, Spec, Start, State
 from mrflow.stage import AnyChain, AnyStage, Context, Stage, Work
 from mrflow.testing.laws import Law, demand
@@ -159,6 +161,9 @@ def _forwards(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
         demand(asked == said, f"its plan says evaluations at {sorted(said)}, and it asked at {sorted(asked)}")
 
 
+STD = 0.002
+
+
 class _Plain(Toy):
     """The toy with one colour instead of two: latents are that colour with noise of a known deviation."""
 
@@ -168,28 +173,72 @@ class _Plain(Toy):
         return Condition({"colours": colour.contiguous().to(self.device)})
 
 
-def _level(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
-    if not issubclass(stage.gives, Latents):
-        return
-    std, batch = 0.02, 32
-    plain = _Plain(std=std, positions=(model or toy()).info.capabilities.positions)
-    first = with_batch(_Run(stage, spec, model).spec, batch)
+class _Watching(Wrapper):
+    """A model that keeps what its fields were given, item by item, by the level that they were asked at."""
+
+    def __init__(self, model: Toy) -> None:
+        super().__init__(model)
+        self.given: dict[float, list[Tensor]] = {}
+
+    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
+        """The model's field, watched."""
+        inner = self.model.field(cond, options)
+
+        def watched(x: Tensor, sigma: float) -> Tensor:
+            self.given.setdefault(sigma, []).extend(x)
+            return inner(x, sigma)
+
+        return watched
+
+
+def _on_plain(stage: AnyStage, spec: Spec | None, model: Toy | None) -> tuple[Tensor, Latents, _Watching]:
+    """What a stage makes of a batch of plain pictures of deviation `STD` round one colour, its plan, what was asked."""
+    plain = _Plain(std=STD, positions=(model or toy()).info.capabilities.positions)
+    first = with_batch(_Run(stage, spec, model).spec, 32)
     out = stage.plan(first, plain.info)
+    assert isinstance(out, Latents)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(first.shape, generator=generator)
     data = (0.5 + 0.01 * noise).clamp(0, 1)
     if isinstance(first, Latents):
         colour = plain.condition([""])["colours"][0, 0, :, None, None]
-        clean = colour + std * torch.randn(first.shape, generator=generator)
+        clean = colour + STD * torch.randn(first.shape, generator=generator)
         data = (1 - first.sigma) * clean + first.sigma * noise
     start: State[Spec] = State(first, data)
-    made = run(AnyChain((stage,)), plain, [""] * batch, seed=list(range(batch)), start=start).data
-    got = float(made.var(0).mean().sqrt())
-    want = math.sqrt((1 - out.sigma) ** 2 * std**2 + out.sigma**2)
+    watching = _Watching(plain)
+    return run(AnyChain((stage,)), watching, [""] * 32, seed=list(range(32)), start=start).data, out, watching
+
+
+def _deviation(sigma: float) -> float:
+    return math.sqrt((1 - sigma) ** 2 * STD**2 + sigma**2)
+
+
+def _level(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    if not issubclass(stage.gives, Latents):
+        return
+    made, out, _ = _on_plain(stage, spec, model)
+    got, want = float(made.var(0).mean().sqrt()), _deviation(out.sigma)
     ok = abs(got - want) < 0.03 + 0.06 * out.sigma
     demand(
         ok, f"its plan says sigma {out.sigma:g}, so that pictures differ by {want:.3f}, and they differ by {got:.3f}"
     )
+
+
+def _marginals(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    if not issubclass(stage.gives, Latents):
+        return
+    _, _, watching = _on_plain(stage, spec, model)
+    colour = watching.condition([""])["colours"][0, 0, :, None]
+    for sigma, rows in watching.given.items():
+        cells = [(row.flatten(1) - (1 - sigma) * colour) / _deviation(sigma) for row in rows]
+        each = torch.cat([row.flatten() for row in cells])
+        sums = torch.stack([row.sum(1) / math.sqrt(row.shape[1]) for row in cells])
+        text = (
+            f"asked at sigma {sigma:.4g}, the model was given latents whose cells have "
+            f"{float(each.square().mean()):.3f} of the variance there, and whose sums over a picture have "
+            f"{float(sums.square().mean()):.2f} of it"
+        )
+        demand(abs(float(each.square().mean()) - 1) <= 0.06 and abs(float(sums.square().mean()) - 1) <= 0.6, text)
 
 
 @dataclass(frozen=True)
@@ -209,6 +258,8 @@ class Spoiled(Stage[Latents, Latents]):
 
     def apply(self, state: State[Latents], out: Latents, ctx: Context) -> Tensor:
         x, noise = state.data, ctx.noise(state.data.shape)
+        if self.how == "marginals":
+            ctx.integrate(Euler(), Distilled(), x, (0.9, 0.5))
         if self.how == "level":
             return x.clone()
         if self.how == "seed":
@@ -253,6 +304,11 @@ STAGE_LAWS: tuple[Law, ...] = (
     Law(
         "stage", "level", "Latents hold the noise that the plan says.", "Var x = (1 - sigma')^2 std^2 + sigma'^2",
         "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003", _level, Spoiled("level"), _TWO,
+    ),
+    Law(
+        "stage", "marginals", "Wherever it asks the model, the latents hold noise of that level, and white noise.",
+        "Var x_i = Var (sum x_i) / n = (1 - sigma)^2 std^2 + sigma^2 at every evaluation",
+        "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003", _marginals, Spoiled("marginals"), _TWO,
     ),
 )  # fmt: skip
 
