@@ -41,9 +41,9 @@ class SampleConverged(Stage[Start, Latents]):
     The latter is exact where the noise in z still is the field's, as on straight paths; a network bends them a little.
 
     From the paper's numbered equations alone, since its code could not be had. They leave open the threshold, the
-    steps, beta, alpha, e's scale and where coarse tokens lie in the second stage: here where RALU puts them. Levels are those of `schedule`
-    (None: the model's own, `Shifted`) for the whole size, begun again at sigma' after each growth. The defaults are
-    chosen for the paper's 18 evaluations and 4.7 times the speed on FLUX.1.
+    steps, beta, alpha, e's scale and where coarse tokens lie in the second stage: here where RALU puts them. Levels are
+    those of `schedule` (None: the model's own, `Shifted`) for the whole size, begun again at sigma' after each growth.
+    The defaults are chosen for the paper's 18 evaluations and 4.7 times the speed on FLUX.1.
     """
 
     scope: ClassVar[str] = "SampleConverged"
