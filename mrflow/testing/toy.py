@@ -58,7 +58,7 @@ class Toy:
         if not std > 0:
             raise PlanError(f"std must be above 0, got {std!r}")
         self.std, self._device = std, torch.device(device)
-        self._info = replace(TOY, capabilities=Capabilities(positions=positions))
+        self._info = replace(TOY, capabilities=replace(TOY.capabilities, positions=positions))
 
     @property
     def info(self) -> ModelInfo:
