@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import mrflow as mf
-from mrflow.cli.parsing import build, load_chain, load_model, upscaler
+from mrflow.cli.chains import build
+from mrflow.cli.parsing import load_chain, load_model, upscaler
 from mrflow.errors import MrflowError, PlanError
 from mrflow.records.pictures import write_bytes
 from mrflow.result import make_record

@@ -164,15 +164,17 @@ def ladder(
     sigmas: Sequence[float] | float = SIGMA,
     refine_steps: int = 1,
     upscalers: Sequence[Upscaler | None] | Upscaler | None = None,
+    schedule: Schedule | None = None,
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
+    cache: "Cache | None" = None,
     tiles: Tiles | None = None,
 ) -> Chain[Start, Pixels]:
     """MrFlow over more than two resolutions: sizes rise, and every rung is upscaled, noised and refined.
 
     `sigmas` and `upscalers` are one for all rungs above the first, or one for each. Steps of any ratio work, each with
     the aspect of the first: an upscaler runs until it is past the size, and an antialiased resize takes off the rest.
-    With `tiles`, rungs larger than a tile are refined in tiles.
+    `schedule` and `cache` are the first rung's. With `tiles`, rungs larger than a tile are refined in tiles.
     """
     rungs = tuple(sizes)
     _check_ladder(rungs)
@@ -181,7 +183,7 @@ def ladder(
     for name, given in (("sigmas", levels), ("upscalers", nets)):
         if len(given) != len(rungs) - 1:
             raise PlanError(f"a ladder of {len(rungs)} sizes needs {len(rungs) - 1} {name}, got {len(given)}")
-    chain = Sample(*rungs[0], Shifted(steps), solver=solver, guidance=guidance) >> Decode()
+    chain = Sample(*rungs[0], schedule or Shifted(steps), solver=solver, guidance=guidance, cache=cache) >> Decode()
     for size, sigma, net in zip(rungs[1:], levels, nets, strict=True):
         refine = Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance, tiles=tiles)
         chain = chain >> Upscale(net, size) >> Encode() >> Reinject(sigma) >> refine >> Decode()
@@ -467,8 +469,10 @@ def enlarge(
     *,
     sigma: float = 0.16,
     refine_steps: int = 1,
+    schedule: Schedule | None = None,
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
+    cache: "Cache | None" = None,
     tiles: Tiles | None = None,
 ) -> Chain[Pixels, Pixels]:
     """MrFlow's second half for a picture that exists already: give it to `run` as `start=`; `tiles` as in `ladder`."""
@@ -476,7 +480,7 @@ def enlarge(
         Upscale(upscaler, size)
         >> Encode()
         >> Reinject(sigma)
-        >> Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance, tiles=tiles)
+        >> Refine(schedule or DirectSigma(refine_steps), solver=solver, guidance=guidance, cache=cache, tiles=tiles)
         >> Decode()
     )
 

@@ -1,5 +1,8 @@
 """What a run made, and the files and records of its pictures."""
 
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +13,13 @@ from torch import Tensor
 
 from mrflow import __version__
 from mrflow.errors import PlanError, RecordError
+from mrflow.guidance import CFG, Distilled, own_guidance
+from mrflow.machine import machine
 from mrflow.records.chains import encode_chain
+from mrflow.records.expressions import expression
 from mrflow.records.files import check_writable, write_bytes
 from mrflow.records.pictures import FORMAT, batch_paths, png, to_images
+from mrflow.solvers import Euler
 from mrflow.spec import Pixels, Spec, Start
 from mrflow.stage import AnyChain, Plan
 
@@ -88,23 +95,57 @@ def save_result(result: Result, path: Path) -> list[Path]:
     return list(files)
 
 
-def result_files(result: Result, path: Path) -> dict[Path, bytes]:
-    """A result's pictures as PNGs with their records, by the names that they are to have.
+def result_files(result: Result, path: Path, paths: Sequence[Path] = ()) -> dict[Path, bytes]:
+    """A result's pictures as PNGs with their records, by the names that they are to have: `paths`, or those of `path`.
 
     Raises:
         PlanError: the name is no PNG's. ResourceError: the folder takes no file.
     """
     if path.suffix.lower() != ".png":
         raise PlanError(f"{path.name} should end in .png: only a PNG keeps every bit and the record")
-    paths = batch_paths(path, len(result.seeds))
+    paths = paths or batch_paths(path, len(result.seeds))
     check_writable(path)
     files: dict[Path, bytes] = {}
     for item, (each, image) in enumerate(zip(paths, result.images, strict=True)):
         try:
-            files[each] = png(image, make_record(result, item))
+            files[each] = png(image, make_record(result, item), parameters(result, item))
         except RecordError as error:
-            files[each] = png(image, {"format": FORMAT, "unreplayable": str(error)[:1000]})
+            told = {"format": FORMAT, "unreplayable": str(error)[:1000]}
+            files[each] = png(image, told, parameters(result, item))
     return files
+
+
+def parameters(result: Result, item: int = 0) -> str:
+    """How picture `item` was made, in the form of AUTOMATIC1111's web UI, which other programs read.
+
+    Prompt, negative prompt, and one line of settings: steps, sampler and guidance of the first stage that samples, and
+    what is reinjected as `Denoising strength`. It is for people and other programs; mrflow reads its own record.
+    """
+    info, chain = result.plan.model, tuple(result.chain)
+    sampled = [(stage, row) for stage, row in zip(chain, result.plan.rows, strict=True) if row.sigmas]
+    height, width = result.spec.shape[-2:]
+    told: dict[str, object] = {}
+    if sampled:
+        stage, row = sampled[0]
+        told |= {"Steps": len(row.sigmas) - 1, "Sampler": type(getattr(stage, "solver", Euler())).__name__}
+        told["Schedule type"] = type(getattr(stage, "schedule", None)).__name__
+        guidance = getattr(stage, "guidance", None) or own_guidance(info)
+        if isinstance(guidance, CFG):
+            told["CFG scale"] = f"{guidance.scale:g}"
+        elif isinstance(guidance, Distilled) and (value := guidance.value or info.guidance) is not None:
+            told["Distilled CFG Scale"] = f"{value:g}"
+    told |= {"Seed": result.seeds[item], "Size": f"{width}x{height}", "Model": info.name}
+    strengths = [s for stage in chain if isinstance(s := getattr(stage, "sigma", None), float)]
+    if strengths:
+        told["Denoising strength"] = f"{strengths[0]:g}"
+    told["Version"] = f"mrflow {__version__}"
+    settings = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in told.items())
+    negative = [f"Negative prompt: {result.negative}"] if result.negative and result.plan.work.negative else []
+    return "\n".join([result.prompts[item], *negative, settings])
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
 
 
 def make_record(result: Result, item: int = 0) -> dict[str, object]:
@@ -116,6 +157,9 @@ def make_record(result: Result, item: int = 0) -> dict[str, object]:
         "torch": torch.__version__,
         "model": info.name,
         "weights": info.version,
+        "machine": machine(result.data.device),
+        "guidance": expression(own_guidance(info)),
+        "shift": expression(info.shift),
         "prompt": result.prompts[item],
         "negative": result.negative,
         "seed": result.seeds[item],
@@ -123,8 +167,9 @@ def make_record(result: Result, item: int = 0) -> dict[str, object]:
         "chain": encode_chain(result.chain),
         "stages": [
             {"name": s.name, "out": str(s.spec), "seconds": round(s.seconds, 6), "nfe": s.nfe, "cached": s.cached}
+            | ({"sigmas": [round(sigma, 6) for sigma in row.sigmas]} if row.sigmas else {})
             | ({"notes": list(s.notes)} if s.notes else {})
-            for s in result.stages
+            for s, row in zip(result.stages, result.plan.rows, strict=True)
         ],
         "batch": len(result.seeds),
         "condition_seconds": round(result.condition_seconds, 6),

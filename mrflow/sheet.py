@@ -21,16 +21,23 @@ if TYPE_CHECKING:
 MARGIN, INK, PAPER = 8, (30, 30, 34), (250, 250, 250)
 
 
-def table(result: Result) -> str:
-    """Stages with their seconds, forwards and share of the time."""
+def table(result: Result, columns: int | None = None) -> str:
+    """Stages with their seconds, share of the time and forwards; in a narrow terminal without what each gives."""
     total = result.seconds
-    lines = [f"{'text':<10} {'':<30} {result.condition_seconds:8.3f} s {100 * result.condition_seconds / total:5.1f} %"]
+    rows = [("text", "", result.condition_seconds, "")]
     for stage in result.stages:
         nfe = f"{stage.nfe} forwards" if stage.nfe else ("from cache" if stage.cached else "")
-        share = 100 * stage.seconds / total
-        lines.append(f"{stage.name:<10} {stage.spec!s:<30} {stage.seconds:8.3f} s {share:5.1f} %  {nfe}".rstrip())
+        rows.append((stage.name, str(stage.spec), stage.seconds, nfe))
+    last = ("total", f"batch of {len(result.seeds)}")
+    name, spec = (max(len(row[k]) for row in (*rows, last)) for k in (0, 1))
+    if columns is not None and name + spec + 22 + max(len(row[3]) for row in rows) > columns:
+        spec = 0
+    lines = [
+        f"{which:<{name}} {what[: spec or 0]:<{spec}} {seconds:8.3f} s {100 * seconds / total:5.1f} %  {nfe}".rstrip()
+        for which, what, seconds, nfe in rows
+    ]
     memory = f", peak memory {human(result.peak_bytes)}B" if result.peak_bytes else ""
-    lines.append(f"{'total':<10} {f'batch of {len(result.seeds)}':<30} {total:8.3f} s{memory}")
+    lines.append(f"{last[0]:<{name}} {last[1] if spec else '':<{spec}} {total:8.3f} s{memory}")
     return "\n".join(lines)
 
 

@@ -241,9 +241,20 @@ class Plan:
         return self.work.nfe
 
     def __str__(self) -> str:
-        cells = [(str(i), r.name, str(r.spec), str(r.out), r.work) for i, r in enumerate(self.rows, 1)]
+        return self.table()
+
+    def table(self, columns: int | None = None) -> str:
+        """Stages and their work in lines; where these are longer than `columns`, without what goes into each stage."""
+        text = self._table(with_input=True)
+        narrow = columns is not None and max(map(len, text.splitlines())) > columns
+        return self._table(with_input=False) if narrow else text
+
+    def _table(self, *, with_input: bool) -> str:
+        cells = [
+            (str(i), r.name, f"{r.spec if with_input else ''}", str(r.out), r.work) for i, r in enumerate(self.rows, 1)
+        ]
         name, spec, out = (max(len(c[k]) for c in cells) for k in (1, 2, 3))  # type: ignore[arg-type]
-        lines = []
+        lines, arrow = list[str](), " -> " if with_input else "-> "
         for number, stage, before, after, work in cells:
             about = "~" if work.estimated else ""
             cost = (
@@ -251,12 +262,12 @@ class Plan:
                 if any(c[4] != Work() for c in cells)
                 else ""
             )
-            lines.append(f"{number:<2} {stage:<{name}}  {before:<{spec}} -> {after:<{out}}{cost}".rstrip())
-        total = self.work
+            lines.append(f"{number:<2} {stage:<{name}}  {before:<{spec}}{arrow}{after:<{out}}{cost}".rstrip())
+        total, pad = self.work, name + spec + len(arrow) + out + 5
         if total != Work():
             about = "~" if total.estimated else ""
-            lines.append(f"{'':<{name + spec + out + 9}}  {about + str(total.nfe):>4}  {human(total.flops):>9}")
-            lines.insert(0, f"{'':<{name + spec + out + 9}}   NFE       FLOP")
+            lines.append(f"{'':<{pad}}  {about + str(total.nfe):>4}  {human(total.flops):>9}")
+            lines.insert(0, f"{'':<{pad}}   NFE       FLOP")
         if total.estimated:
             lines.append("~ an estimate: the picture decides what its cache leaves out; a run counts it")
         return "\n".join(lines)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import mrflow as mf
 from mrflow.adapters import check_loras
 from mrflow.cli.app import app
-from mrflow.cli.options import ModelOptions
+from mrflow.cli.options import ModelOptions, option_of
 
 SMALL = ["--size", "64x64", "--low", "32x32", "--steps", "2"]
 MINE = """
@@ -278,11 +278,10 @@ def test_short_help_and_the_version(here: Path) -> None:
 @pytest.mark.parametrize("verb", ["generate", "run", "refine", "replay", "sweep", "tune"])
 def test_every_verb_that_loads_a_model_has_the_same_options_for_it(here: Path, verb: str) -> None:
     words = call(verb, "-h")[1]
-    wanted = {f"--{field.name}" for field in dataclasses.fields(ModelOptions)}
-    assert wanted == {
-        f"--{name}" for name in ["device", "dtype", "offload", "storage", "vae", "text", "compile", "lora"]
-    }
-    assert wanted <= set(re.findall(r"^ +(--[a-z]+)", words, re.MULTILINE))
+    wanted = {option_of(field.name) for field in dataclasses.fields(ModelOptions)}
+    names = ["device", "dtype", "offload", "storage", "vae", "text", "compile", "lora", "shift", "text-tokens"]
+    assert wanted == {f"--{name}" for name in names}
+    assert wanted <= set(re.findall(r"^ +(--[a-z-]+)", words, re.MULTILINE))
 
 
 def test_the_words_reach_the_model(here: Path) -> None:

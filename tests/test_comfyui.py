@@ -86,3 +86,18 @@ def test_mistakes_are_told_in_words(nodes: ModuleType) -> None:
         made["MrflowUpscale"]().make(chain >> mf.Decode(), net="latent-nearest", height=128, width=128)
     with pytest.raises(PlanError, match="chain ended in"):
         made["MrflowRun"]().make(mf.load("pocket"), chain, "a red circle", 0, 1)
+
+
+def test_slots_are_read_by_the_public_parser(nodes: ModuleType) -> None:
+    made = nodes.NODE_CLASS_MAPPINGS
+    (chain,) = made["MrflowSample"]().make(
+        64, 64, 3, solver="Heun", schedule="Karras(rho=5)", guidance="CFG(3)", cache="TeaCache"
+    )
+    want = mf.Sample(
+        64, 64, mf.Karras(3, rho=5), solver=mf.Heun(), guidance=mf.CFG(3), cache=mf.caches.TeaCache(),
+    )  # fmt: skip
+    assert chain.stages == (want,)
+    (longer,) = made["MrflowRefine"]().make(chain >> mf.Reinject(0.2), steps=2, schedule="Linear", guidance="Distilled")
+    assert longer.stages[-1] == mf.Refine(mf.Linear(2), guidance=mf.Distilled())
+    with pytest.raises(PlanError, match="did you mean Heun"):
+        made["MrflowSample"]().make(64, 64, 3, solver="heun")

@@ -247,7 +247,7 @@ def test_tiles_on_the_command_line(here: Path) -> None:  # noqa: F811
     assert call("refine", "t.png", "--tiles", "64", "--out", "u.png")[0] == 0
     for words_, message in (
         (("--tiles", "a"), "--tiles takes pixels a side"),
-        (("--tiles", "64", "--recipe", "native"), "--tiles goes with the recipe paper"),
+        (("--tiles", "64", "--recipe", "native"), "--tiles does nothing with the recipe native"),
     ):
         code, _, err = call("plan", *words_)
         assert code == 2 and message in err.replace("\n", " ")

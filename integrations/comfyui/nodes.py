@@ -11,6 +11,23 @@ from mrflow.cli.parsing import load_model, parse_lora, upscaler
 Inputs = dict[str, dict[str, Any]]
 SIDE = {"min": 16, "max": 8192, "step": 16}
 STEPS = {"min": 1, "max": 1000}
+SLOTS = {
+    "solver": ("STRING", {"default": "", "tooltip": "as in Python, such as Heun or DPMpp2M; empty is Euler"}),
+    "schedule": ("STRING", {"default": "", "tooltip": "such as Karras or Beta(12, alpha=0.5); empty is the usual one"}),
+    "guidance": ("STRING", {"default": "", "tooltip": "such as CFG(4) or Interval(CFG(4), 0.2, 1); empty is its own"}),
+    "cache": ("STRING", {"default": "", "tooltip": "such as TeaCache(0.25); empty is none"}),
+}  # fmt: skip
+KINDS: dict[str, Any] = {
+    "solver": mf.Solver,
+    "schedule": mf.Schedule,
+    "guidance": mf.Guidance,
+    "cache": mf.caches.Cache,
+}
+
+
+def slots(words: dict[str, str], steps: int) -> dict[str, Any]:
+    """What samples, from the words that are not empty; a schedule without steps has these."""
+    return {k: mf.parse(word, KINDS[k], steps=steps) for k, word in words.items() if word.strip()}
 
 
 class Node:
@@ -68,26 +85,20 @@ class Sample(Node):
         "height": ("INT", {"default": 512, **SIDE}),
         "width": ("INT", {"default": 512, **SIDE}),
         "steps": ("INT", {"default": 12, **STEPS}),
-        "solver": (["Euler", "Heun", "AB2", "DPMpp2M"],),
     }
     OPTIONAL = {
-        "guidance": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 30.0, "tooltip": "true CFG; 0 is the model's own"}),
+        **SLOTS,
         "lora": ("STRING", {"default": "", "tooltip": "FILE or FILE:STRENGTH, on in this stage alone"}),
     }
 
     def make(
-        self, height: int, width: int, steps: int, solver: str, guidance: float = 0.0, lora: str = ""
-    ) -> tuple[mf.Chain[Any, Any]]:
+        self, height: int, width: int, steps: int, solver: str = "", schedule: str = "", guidance: str = "",
+        cache: str = "", lora: str = "",
+    ) -> tuple[mf.Chain[Any, Any]]:  # fmt: skip
         """Begin."""
-        stage = mf.Sample(
-            height,
-            width,
-            mf.Shifted(steps),
-            solver=getattr(mf, solver)(),
-            guidance=mf.CFG(guidance) if guidance else None,
-            lora=parse_lora(lora) if lora else (),
-        )
-        return (mf.Chain((stage,)),)
+        words = {"solver": solver, "schedule": schedule, "guidance": guidance, "cache": cache}
+        settings = {"schedule": mf.Shifted(steps), **slots(words, steps)}
+        return (mf.Chain((mf.Sample(height, width, lora=parse_lora(lora) if lora else (), **settings),)),)
 
 
 class Longer(Node):
@@ -154,9 +165,13 @@ class Refine(Longer):
     """Noisy latents to clean ones."""
 
     REQUIRED = {"steps": ("INT", {"default": 1, **STEPS})}
+    OPTIONAL = SLOTS
 
-    def stage(self, steps: int) -> mf.Stage[Any, Any]:
-        return mf.Refine(mf.DirectSigma(steps))
+    def stage(
+        self, steps: int, solver: str = "", schedule: str = "", guidance: str = "", cache: str = ""
+    ) -> mf.Stage[Any, Any]:
+        words = {"solver": solver, "schedule": schedule, "guidance": guidance, "cache": cache}
+        return mf.Refine(**{"schedule": mf.DirectSigma(steps), **slots(words, steps)})
 
 
 class Run(Node):

@@ -3,12 +3,16 @@
 import errno
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import NoReturn
 
 from rich.console import Console
@@ -17,7 +21,7 @@ from mrflow.errors import MrflowError
 from mrflow.notes import printable
 
 CRASHED = 1
-ARGUMENTS = ("device", "offload", "batch", "row_timeout", "steps", "trials")  # each an option of every verb it reaches
+WORDS: ContextVar[Mapping[str, str] | None] = ContextVar("words", default=None)  # options of the verb, by argument
 OUTPUT = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 
 
@@ -34,7 +38,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError, ValueError):
             if sys.stderr is not None:
-                sys.stderr.write(f"{printable(self.format(record))}\n")
+                sys.stderr.write(f"{printable(in_options(self.format(record)))}\n")
 
 
 @contextmanager
@@ -53,7 +57,7 @@ def console() -> Generator[Console]:
     try:
         yield err
     except MrflowError as error:
-        err.print(f"error: {_in_options(str(error))}")
+        err.print(f"error: {in_options(str(error))}")
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         err.print("stopped; every file that was named is whole")
@@ -79,10 +83,58 @@ def console() -> Generator[Console]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _in_options(text: str) -> str:
-    """The text of an error, where "row_timeout must be ..." names an argument that is an option by that option."""
-    name, must, rest = text.partition(" must be ")
-    return f"--{name.replace('_', '-')}{must}{rest}" if name in ARGUMENTS else text
+ALIASES = {"upscaler": "--sr", "net": "--sr", "types": "--with", "files": "--file"}
+VALUES = {"mrflow.FLUX.shift": "flux1-dev"}
+
+
+def in_options(text: str) -> str:
+    """A text of the library in the words of the verb that runs: "row_timeout must be" becomes "--row-timeout must be".
+
+    Arguments that are options of this verb are named so where they begin the text (also behind a stage's name), or are
+    mentioned outside of calls (`device='auto'`); the Python half of "--start FILE or start=" is left out.
+    """
+    options = WORDS.get() or {}
+    known = {**{name: flag for name, flag in ALIASES.items() if flag in options.values()}, **options}
+
+    def mention(found: re.Match[str]) -> str:
+        before = text[: found.start()]
+        if found[1] not in known or before.count("(") > before.count(")"):
+            return found[0]
+        value = VALUES.get(found[2], found[2].strip("'"))
+        return f"{known[found[1]]} {value}".rstrip()
+
+    text = re.sub(r"(--[a-z-]+(?: [A-Z]+)?),? or (?:pass that class: )?(?:\w+\([^)]*\)|\w+=\S*)", r"\1", text)
+    text = re.sub(
+        r"^(stage \d+ of \d+, \S+: |pocket takes no )?(\w+)(?= must be |: it is one)",
+        lambda found: f"{found[1] or ''}{known.get(found[2], found[2])}", text,
+    )  # fmt: skip
+    return re.sub(r"(?<![\w.(-])(\w+)=((?:[\w.']|\([^)]*\))*)", mention, text)
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def wrapped(lines: Iterable[str], columns: int | None) -> list[str]:
+    """Lines that are too long for a terminal's columns, if it is one, as several, indented below the first's text."""
+    if columns is None:
+        return list(lines)
+    out: list[str] = []
+    for line in lines:
+        indent = re.match(r"\s*(?:\S{1,9}\s{2,})?", line)
+        below = " " * min(len(indent.group()) if indent else 0, columns // 3)
+        out += textwrap.wrap(line, columns, subsequent_indent=below, break_on_hyphens=False) or [line]
+    return out
+
+
+def width(console: Console | None = None) -> int | None:
+    """The columns of a terminal, of `console` or of standard output; None where it is none."""
+    if console is not None:
+        return console.width if console.is_terminal else None
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _silence() -> None:

@@ -1,4 +1,4 @@
-"""From the words of the command line to objects: models, chains, upscalers, sizes, files.
+"""From the words of the command line to objects: models, upscalers, sizes, prompts, seeds, files.
 
 Nothing heavy is imported before it is needed.
 """
@@ -6,19 +6,17 @@ Nothing heavy is imported before it is needed.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from mrflow._checks import check_whole
 from mrflow.errors import MrflowError, PlanError, named
 
 if TYPE_CHECKING:
     from mrflow.adapters import Lora
     from mrflow.backbone import Backbone
-    from mrflow.spec import ModelInfo, Pixels, Start
-    from mrflow.stage import AnyChain, Chain
+    from mrflow.spec import ModelInfo, Shift
+    from mrflow.stage import AnyChain
     from mrflow.stages import Tiles
     from mrflow.upscaler import Upscaler
-    from mrflow.upscalers.interpolate import Filter
 
 
 def embedded(where: str) -> bool:
@@ -39,6 +37,8 @@ def load_model(
     text: str | None,
     compile: bool,
     lora: Sequence[str] | None = None,
+    shift: "Shift | float | None" = None,
+    text_tokens: int | None = None,
 ) -> "Backbone":
     """A model from the words of the command line."""
     import torch
@@ -61,7 +61,34 @@ def load_model(
         text=text,
         compile=compile,
         lora=[parse_lora(word) for word in lora or ()],
+        shift=shift,
+        text_tokens=text_tokens,
     )
+
+
+def parse_shift(word: str | None) -> "Shift | float | None":
+    """A shift from a factor, `Shift(low, high)`, or the name of a published model whose shift it is.
+
+    Raises:
+        PlanError: it is none of these.
+    """
+    from mrflow.models import published
+    from mrflow.records.expressions import parse
+    from mrflow.spec import Shift
+
+    if word is None:
+        return None
+    try:
+        return float(word)
+    except ValueError:
+        known = {facts.name: facts.shift for facts in published().values()}
+    if word in known:
+        return known[word]
+    try:
+        return parse(word, Shift)
+    except PlanError as error:
+        names = ", ".join(known)
+        raise PlanError(f"--shift takes a factor, Shift(low, high), or a model's name ({names}): {error}") from None
 
 
 def parse_lora(word: str) -> "Lora":
@@ -74,61 +101,6 @@ def parse_lora(word: str) -> "Lora":
     except ValueError:
         value = None
     return Lora(word) if value is None else Lora(path, value)
-
-
-def build(
-    recipe: str,
-    info: "ModelInfo",
-    *,
-    size: str | None = None,
-    low: str | None = None,
-    ladder: str | None = None,
-    steps: str | None = None,
-    refine_steps: int = 1,
-    sigma: float = 0.12,
-    sr: "Upscaler | str | None" = None,
-    tiles: str | None = None,
-) -> "Chain[Start, Pixels]":
-    """A recipe's chain from the words of the command line; `sr` is what `upscaler` gave."""
-    from mrflow import recipes
-    from mrflow.cost import half
-
-    check_whole("--refine-steps", refine_steps, 1, 1000)
-    if ladder is not None:
-        if size or low or recipe != "paper":
-            raise PlanError("--ladder gives all sizes, of the recipe paper: leave out --size, --low and --recipe")
-        if isinstance(sr, str):
-            raise PlanError(f"--ladder goes over pixels; --sr {sr} does not")
-        sizes = [parse_size("--ladder", each, info) for each in ladder.split(",")]
-        return recipes.ladder(
-            sizes,
-            steps=one_count(steps, 12),
-            sigmas=sigma,
-            refine_steps=refine_steps,
-            upscalers=sr,
-            tiles=parse_tiles(tiles),
-        )
-    if tiles is not None and (recipe != "paper" or isinstance(sr, str)):
-        raise PlanError("--tiles goes with the recipe paper, --ladder or refine, over pixels")
-    full = parse_size("--size", size, info) if size else info.size
-    if recipe == "native":
-        return recipes.native(size=full, steps=one_count(steps, 50))
-    small = parse_size("--low", low, info) if low else (half(full, info) if size else info.low)
-    if recipe in RIVALS:
-        return rival(recipe, steps, small, full)
-    count = one_count(steps, 12)
-    if isinstance(sr, str):
-        if recipe != "paper":
-            raise PlanError(f"--sr {sr} goes with the recipe paper, not {recipe!r}")
-        filter = cast("Filter", sr.removeprefix(LATENT))
-        return recipes.latent(filter, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
-    if recipe == "paper":
-        return recipes.paper(
-            sr, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma, tiles=parse_tiles(tiles)
-        )
-    if recipe == "official":
-        return recipes.official(sr, low=small, size=full, steps=count, refine_steps=refine_steps, sigma=sigma)
-    raise PlanError(f"there is no recipe {recipe!r}; use {RECIPES}")
 
 
 def parse_tiles(word: str | None) -> "Tiles | None":
@@ -144,52 +116,6 @@ def parse_tiles(word: str | None) -> "Tiles | None":
     if len(found) not in (1, 2):
         raise PlanError(f"--tiles takes pixels a side, or side and overlap such as 1024,256; got {word!r}")
     return Tiles(found[0], found[1] if len(found) == 2 else found[0] // 4)
-
-
-RIVALS = ("lift", "speed", "selflift", "ralu", "jit", "fresco")
-RECIPES = f"paper, official, native, {', '.join(RIVALS[:-1])} or {RIVALS[-1]}"
-
-
-def rival(recipe: str, steps: str | None, low: tuple[int, int], size: tuple[int, int]) -> "Chain[Start, Pixels]":
-    """The chain of another way to grow; `steps` are counts for each resolution."""
-    from mrflow import recipes
-
-    if recipe == "ralu":
-        given = None if steps is None else recipes.counts("--steps", some_counts(steps), 3)
-        return recipes.ralu(size=size, steps=None if given is None else (given[0], given[1], given[2]))
-    if recipe in ("jit", "fresco"):
-        own = recipes.jit if recipe == "jit" else recipes.fresco
-        if steps is None:
-            return own(size=size)
-        one, two, three = recipes.counts("--steps", some_counts(steps), 3)
-        return own(size=size, steps=(one, two, three))
-    given = (8, 4) if steps is None else some_counts(steps)
-    if recipe == "speed":
-        quarter = (low[0] // 2, low[1] // 2)
-        sizes = (low, size) if len(given) == 2 else (quarter, low, size)
-        return recipes.speed(sizes=sizes, steps=recipes.counts("--steps", given, len(sizes)))
-    first, rest = recipes.counts("--steps", given, 2)
-    if recipe == "lift":
-        return recipes.lift(low=low, size=size, steps=(first, rest))
-    return recipes.selflift(low=low, size=size, steps=(first, rest))
-
-
-def some_counts(word: str) -> tuple[int, ...]:
-    """Whole numbers, commas between."""
-    try:
-        return tuple(int(each) for each in word.split(","))
-    except ValueError:
-        raise PlanError(f"--steps takes a count, or counts for each resolution such as 8,4; got {word!r}") from None
-
-
-def one_count(word: str | None, usual: int) -> int:
-    """A single count."""
-    if word is None:
-        return usual
-    found = some_counts(word)
-    if len(found) != 1:
-        raise PlanError(f"--steps {word} gives counts for each resolution; this recipe takes one count")
-    return found[0]
 
 
 LATENT = "latent-"
@@ -234,17 +160,76 @@ def upscaler(name: str | None) -> "Upscaler | str | None":
     raise PlanError(f"--sr takes {SR_WORDS}; got {name!r}")
 
 
+def read_prompts(words: Sequence[str]) -> list[str]:
+    """Prompts from arguments: one is itself, `@FILE` the lines of a file, `-` those of standard input.
+
+    Empty lines are skipped. A prompt that begins with @ is written @@.
+
+    Raises:
+        PlanError: there is no such file, it is no text, or it holds no prompt.
+    """
+    prompts: list[str] = []
+    for word in words:
+        if word.startswith("@@"):
+            prompts.append(word[1:])
+        elif word == "-" or word.startswith("@"):
+            prompts += _lines(word)
+        else:
+            prompts.append(word)
+    return prompts
+
+
+def _lines(word: str) -> list[str]:
+    name = "standard input" if word == "-" else word[1:]
+    try:
+        data = sys.stdin.buffer.read() if word == "-" else Path(name).read_bytes()
+        lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise PlanError(f"the prompts in {name} are not UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise PlanError(f"{word} names a file of prompts: {why}; a prompt that begins with @ is written @@") from None
+    if not lines:
+        raise PlanError(f"there is no prompt in {name}; write one a line")
+    return lines
+
+
+def parse_seeds(word: str, batch: int) -> list[int]:
+    """The seeds of each prompt: `batch` of them counting up from one, or those of a list such as 1,5,9.
+
+    Raises:
+        PlanError: they are no whole numbers, or a list beside --batch.
+    """
+    try:
+        seeds = [int(each) for each in word.split(",")]
+    except ValueError:
+        raise PlanError(f"--seed takes a whole number, or several such as 1,5,9, got {word!r}") from None
+    if batch < 1:
+        raise PlanError(f"--batch must be at least 1, got {batch}")
+    if len(seeds) == 1:
+        return [seeds[0] + i for i in range(batch)]
+    if batch > 1:
+        raise PlanError(f"--seed {word} gives the seeds of each prompt; leave out --batch {batch}")
+    return seeds
+
+
 def parse_size(option: str, text: str, info: "ModelInfo | None" = None) -> tuple[int, int]:
     """HEIGHTxWIDTH, one number for a square, or an aspect WIDTH:HEIGHT at about the model's own area."""
-    if ":" in text and info is not None:
-        from mrflow.spec import size
+    from mrflow.spec import check_size, size
 
+    if ":" in text and info is not None:
         area = info.size[0] * info.size[1] / 2**20
         return size(text, megapixels=area, multiple=2 * info.space.multiple)
     parts = text.lower().split("x")
     if len(parts) not in (1, 2) or not all(p.isascii() and p.isdigit() and len(p) < 6 for p in parts):
         raise PlanError(f"{option} must be HEIGHTxWIDTH in pixels, such as 256x256, or an aspect (16:9), got {text!r}")
-    return int(parts[0]), int(parts[-1])
+    height, width = int(parts[0]), int(parts[-1])
+    if info is not None:
+        try:
+            check_size(height, width, info.space)
+        except PlanError as error:
+            raise named(error, f"{option} {text}") from None
+    return height, width
 
 
 def check_scale(scale: float) -> None:

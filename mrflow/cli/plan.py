@@ -1,5 +1,6 @@
 """What `mrflow plan` says: the model, the levels that are visited, and what a chain costs beside native sampling."""
 
+from mrflow.cli.display import wrapped
 from mrflow.cost import H200, floor_seconds, memory
 from mrflow.recipes import native as native_chain
 from mrflow.spec import Latents, Pixels
@@ -52,6 +53,11 @@ def compared(planned: Plan) -> list[str]:
             mine, theirs = floor_seconds(planned), floor_seconds(native)
             lines.append(f"{H200[0]}: at least {mine:.3g} s, native {theirs:.3g} s (arithmetic and memory alone)")
     return lines
+
+
+def describe(planned: Plan, columns: int | None = None) -> str:
+    """A plan for people, in a terminal's columns if any: the stages, then what it costs beside native sampling."""
+    return "\n".join([planned.table(columns), "", *wrapped([*model_facts(planned), *compared(planned)], columns)])
 
 
 def report(planned: Plan) -> dict[str, object]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mrflow.cli.display import console
+from mrflow.cli.display import console, duration
 from mrflow.cli.options import ModelOptions
 from mrflow.cli.parsing import load_file, module_name
 from mrflow.errors import PlanError
@@ -221,13 +221,6 @@ def bar(err: "Console") -> "Generator[Callable[[Progress], None]]":
                 err.print(f"{at.done} of {at.total} rows{bad}, {left}")
 
         yield show
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def report(

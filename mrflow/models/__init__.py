@@ -14,7 +14,7 @@ from mrflow.backbone import Backbone
 from mrflow.checkpoints.blueprint import collection_paused
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.forks import check_process
-from mrflow.models.family import Loading, families
+from mrflow.models.family import Family, Loading, families
 from mrflow.models.offload import Ways, check_offload
 from mrflow.spec import ModelInfo, Offload, Shift
 from mrflow.stage import Chain
@@ -109,16 +109,24 @@ def load(
     kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
     version = "/".join((fingerprint(*files.headers), *kept)) + (mark_of(loras) if loras else "")
     chain = fold if isinstance(fold, Chain) else None
-    curve = Shift.fixed(float(shift)) if is_number(shift) else shift
-    if not isinstance(curve, Shift | None):
-        raise PlanError(f"shift must be a Shift or a factor, got {shift!r}")
-    if text_tokens is not None:
-        check_whole("text_tokens", text_tokens, 1, 512)
+    curve = _curve(shift, text_tokens, files.family)
     said = {"shift": curve, "text": text_tokens}
     version += "".join(f"+{name} {value}" for name, value in said.items() if value is not None)
     files = replace(files, curve=curve or files.curve, text_tokens=text_tokens)
     options = Loading(files, version, working, dtype, chosen, storage, ways, upscaler, chain, loras)
     return files.family.load(options)
+
+
+def _curve(shift: Shift | float | None, text_tokens: int | None, family: Family) -> Shift | None:
+    """The curve that `shift` means; `text_tokens` is checked beside it."""
+    if text_tokens is not None and not family.text_tokens:
+        raise PlanError(f"text_tokens= is for FLUX.1; {family.name} is given a prompt's own tokens")
+    curve = Shift.fixed(float(shift)) if is_number(shift) else shift
+    if not isinstance(curve, Shift | None):
+        raise PlanError(f"shift must be a Shift or a factor, got {shift!r}")
+    if text_tokens is not None:
+        check_whole("text_tokens", text_tokens, 1, 512)
+    return curve
 
 
 def published() -> dict[str, ModelInfo]:
@@ -136,8 +144,10 @@ def is_pocket(path: Path) -> bool:
         return False
 
 
-def info(name: str) -> ModelInfo:
+def info(name: str, *, shift: Shift | float | None = None, text_tokens: int | None = None) -> ModelInfo:
     """A model's facts without its weights: by name, or of a folder or a file from its headers and configs.
+
+    `shift` and `text_tokens` are what `load` takes by these names.
 
     Raises:
         PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known, or one that
@@ -147,22 +157,27 @@ def info(name: str) -> ModelInfo:
     from mrflow.models.pocket.model import SHIPPED, facts, shipped
 
     path = shipped(name)
-    if path is not None:
-        return facts(read_header(path))
+    if path is not None or is_pocket(Path(name)):
+        if odd := [what for what, value in (("shift", shift), ("text_tokens", text_tokens)) if value is not None]:
+            raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
+        return facts(read_header(path or Path(name)))
     known = published()
     by_name = known | {facts.name: facts for facts in known.values()}
     path = Path(name)
     if name not in by_name and path.exists():
         from mrflow.models.sources import find
 
-        if is_pocket(path):
-            return facts(read_header(path))
         files = find(path)
-        return files.family.facts(files)
+        curve = _curve(shift, text_tokens, files.family)
+        return files.family.facts(replace(files, curve=curve or files.curve, text_tokens=text_tokens))
     if name not in by_name:
         names = ("pocket", *SHIPPED, *(facts.name for facts in known.values()), *known)
         raise PlanError(f"there is no model {name!r} to plan; known are {', '.join(names)}")
-    return by_name[name]
+    found = by_name[name]
+    curve = _curve(shift, text_tokens, next(f for f in families() if found in f.published.values()))
+    if text_tokens is not None and found.architecture is not None:
+        found = replace(found, architecture=replace(found.architecture, text_tokens=text_tokens))
+    return found if curve is None else replace(found, shift=curve)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

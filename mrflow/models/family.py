@@ -36,7 +36,7 @@ class Family(ABC):
     `transformer` and `autoencoder` are what errors call the two parts ("a FLUX transformer"). `marks` and
     `autoencoder_marks` are tensor names that only such a checkpoint has, in any of the layouts it is published in.
     `network` is the class of its transformers, `pipelines` are diffusers' classes of its repositories, `published` the
-    facts of its published models by hub id.
+    facts of its published models by hub id. `text_tokens` says that its text has a length of its own to choose.
     """
 
     name: ClassVar[str]
@@ -47,6 +47,7 @@ class Family(ABC):
     network: ClassVar[type[Transformer]]
     pipelines: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[Mapping[str, ModelInfo]] = {}
+    text_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def names(self, parameter: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from mrflow._checks import is_whole
 from mrflow.errors import RecordError, ResourceError
 from mrflow.images import MAX_FILE, MAX_TEXT, SIGNATURE, chunks, png_text
 from mrflow.images import read_image as read_image
+from mrflow.records.expressions import expression
 from mrflow.records.files import check_writable as check_writable
 from mrflow.records.files import parse_table, read_regular
 from mrflow.records.files import write_bytes as write_bytes
@@ -39,8 +40,8 @@ def write_png(path: Path, image: Image.Image, record: object | None = None) -> N
     write_bytes(path, png(image, record))
 
 
-def png(image: Image.Image, record: object | None = None) -> bytes:
-    """A PNG file's bytes, with a record where one is given.
+def png(image: Image.Image, record: object | None = None, parameters: str = "") -> bytes:
+    """A PNG file's bytes, with a record where one is given, and the text `parameters` that other programs read.
 
     Raises:
         RecordError: the record is larger than `read_record` reads.
@@ -51,6 +52,8 @@ def png(image: Image.Image, record: object | None = None) -> bytes:
         if len(text) > MAX_TEXT:
             raise RecordError(f"the record has {len(text)} bytes, more than the {MAX_TEXT} that are read again")
         info.add_itxt(KEY, text, zip=True)
+    if parameters:
+        info.add_text("parameters", parameters)  # Latin-1 where that holds it, as its readers expect, else UTF-8
     buffer = BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
@@ -102,8 +105,9 @@ def read_record(path: str | Path) -> dict[str, object]:
     return record
 
 
-TEXTS = ("mrflow", "torch", "model", "weights", "prompt", "negative", "start")
+TEXTS = ("mrflow", "torch", "model", "weights", "machine", "guidance", "shift", "prompt", "negative", "start")
 STAGE_TEXTS = ("name", "out")
+MOST_LEVELS = 52  # of a schedule, that people are shown
 
 
 def check_record(record: dict[str, object]) -> None:
@@ -129,11 +133,13 @@ def check_record(record: dict[str, object]) -> None:
         own = cast(dict[str, object], stage)
         texts = [own.get(name, "") for name in STAGE_TEXTS]
         numbers = [own.get("seconds", 0), own.get("nfe") or 0]
-        notes = own.get("notes", [])
+        notes, sigmas = own.get("notes", []), own.get("sigmas", [])
         if not (
             all(isinstance(text, str) for text in texts)
             and all(isinstance(number, int | float) for number in numbers)
             and isinstance(notes, list)
+            and isinstance(sigmas, list)
+            and all(isinstance(sigma, int | float) for sigma in cast(list[object], sigmas))
         ):
             raise ValueError("a stage holds values of other types")
 
@@ -143,21 +149,30 @@ def _whole(value: object) -> bool:
 
 
 def describe_record(record: dict[str, object]) -> list[str]:
-    """A record in lines for people."""
-    lines = [
-        f"prompt    {record.get('prompt', '')}",
-        f"seed      {record.get('seed', '')}",
-        f"model     {record.get('model', '')} {record.get('weights', '')}".rstrip(),
-        f"made by   mrflow {record.get('mrflow', '?')}, torch {record.get('torch', '?')}",
-    ]
-    if record.get("negative"):
-        lines.insert(1, f"negative  {record['negative']}")
-    stages = record.get("stages")
-    for number, stage in enumerate(cast(list[dict[str, object]], stages) if isinstance(stages, list) else [], 1):
+    """A record in lines for people: what was drawn, on what, and every stage with its settings and levels."""
+    size = record.get("size")
+    lines = [f"prompt    {record.get('prompt', '')}"]
+    lines += [f"negative  {record['negative']}"] if record.get("negative") else []
+    lines.append(f"seed      {record.get('seed', '')}")
+    lines += [f"size      {'x'.join(map(str, cast(list[object], size)))}"] if isinstance(size, list) else []
+    lines.append(f"model     {record.get('model', '')} {record.get('weights', '')}".rstrip())
+    lines += [f"{key:<9} {record[key]} (the model's own)" for key in ("shift", "guidance") if record.get(key)]
+    lines.append(f"made by   mrflow {record.get('mrflow', '?')}, torch {record.get('torch', '?')}")
+    lines += [f"made on   {record['machine']}"] if record.get("machine") else []
+    stages = cast(list[dict[str, object]], record.get("stages") or [])
+    chain = cast(list[object], record.get("chain") or [])
+    name, out = (max((len(str(stage.get(key, ""))) for stage in stages), default=0) for key in ("name", "out"))
+    for number, stage in enumerate(stages, 1):
         lines.append(
-            f"{number:>3}  {stage.get('name', '')!s:<9} {stage.get('out', '')!s:<32}"
+            f"{number:>3}  {stage.get('name', '')!s:<{name}}  {stage.get('out', '')!s:<{out}}"
             f" {cast(float, stage.get('seconds', 0)):7.3f} s  {stage.get('nfe') or ''}".rstrip()
         )
-        notes = stage.get("notes")
-        lines += [f"     {text}" for text in cast(list[object], notes)] if isinstance(notes, list) else []
+        lines += [f"     {expression(chain[number - 1], full=True)}"] if number <= len(chain) else []
+        sigmas = cast(list[float], stage.get("sigmas") or [])
+        shown = [f"{sigma:.4g}" for sigma in sigmas]
+        if len(shown) > MOST_LEVELS:
+            shown = [*shown[: MOST_LEVELS - 1], "...", shown[-1]]
+        steps = f"{len(sigmas) - 1} step{'' if len(sigmas) == 2 else 's'}"
+        lines += [f"     {steps}, sigma {' '.join(shown)}"] if shown else []
+        lines += [f"     {text}" for text in cast(list[object], stage.get("notes") or [])]
     return lines

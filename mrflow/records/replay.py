@@ -71,9 +71,14 @@ def replay(
 CHECKPOINTS = (".safetensors", ".json", ".pth", ".pt", ".ckpt", ".bin", ".param")  # how checkpoints' names end
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a name is that of a checkpoint, or a folder's, and not a picture's."""
+    return path.is_dir() or path.suffix in CHECKPOINTS
+
+
 def inspect_file(path: str | Path) -> list[str]:
     """What a file or folder is, in lines: how a PNG was made, or what a checkpoint holds."""
     where = Path(path)
-    if where.is_dir() or where.suffix in CHECKPOINTS:
+    if is_checkpoint(where):
         return describe(where)
     return describe_record(read_record(where))

@@ -2,12 +2,9 @@
 
 import hashlib
 import os
-import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from mrflow.errors import PlanError, RecordError
@@ -19,8 +16,6 @@ from mrflow.sweep.rows import row_key as row_key
 from mrflow.sweep.rows import seed_of as seed_of
 
 if TYPE_CHECKING:
-    import torch
-
     from mrflow.sweep.metrics import Metric
 
 Pictures = Literal["last", "stages"]
@@ -180,26 +175,6 @@ def model_at(info: ModelInfo) -> str:
     except ValueError:  # on several drives
         return "MODEL"
     return folder if os.path.isfile(os.path.join(folder, "model_index.json")) else "MODEL"
-
-
-def machine(device: "torch.device") -> str:
-    """What pictures are made on, for people: processor or GPU, threads, system, Python; no part of any key."""
-    import torch
-
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
-    return f"{name}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
-
-
-def _processor() -> str:
-    """The processor's name as Linux says it, else as Python does; never an error."""
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "processor"
 
 
 def weights(info: ModelInfo) -> str:

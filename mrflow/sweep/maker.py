@@ -17,6 +17,7 @@ from torch import Tensor
 from mrflow.backbone import Backbone, Condition, Wrapper
 from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_device_lost, is_out_of_memory
 from mrflow.forks import check_process
+from mrflow.machine import machine
 from mrflow.records.files import beneath
 from mrflow.records.pictures import png, to_images
 from mrflow.records.stage_cache import StageCache
@@ -24,7 +25,7 @@ from mrflow.result import Result, make_record
 from mrflow.runner import run
 from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels
-from mrflow.sweep.grid import Prompt, Sweep, fingerprints, machine, row_key, seed_of, versions, weights
+from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions, weights
 from mrflow.sweep.leases import Claim, LeaseLostError
 from mrflow.sweep.limits import RowTimeoutError, time_limit
 from mrflow.sweep.metrics import Measured, Metric, named

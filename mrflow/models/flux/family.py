@@ -49,6 +49,7 @@ class FluxFamily(Family):
         "black-forest-labs/FLUX.1-schnell": SCHNELL,
     }
     network = Flux
+    text_tokens = True
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """diffusers' names."""

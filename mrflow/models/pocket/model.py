@@ -6,7 +6,7 @@ transformer, autoencoder and x2 super-resolution net. The model card is beside i
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,10 @@ from mrflow.models.pieces import NetPieces
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
 from mrflow.models.transformer_model import TransformerModel, repeated, side_by_side
 from mrflow.pieces import StepFactory
-from mrflow.scenes import hard
+from mrflow.scenes import grammar, hard
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
-from mrflow.spec import EVERYTHING, Architecture, Footprint, LatentSpace, ModelInfo, Shift
+from mrflow.spec import EVERYTHING, Architecture, Footprint, Latents, LatentSpace, ModelInfo, Shift
+from mrflow.stage import Plan
 from mrflow.upscaler import Upscaler
 
 log = logging.getLogger(__name__)
@@ -200,14 +201,20 @@ class Pocket(TransformerModel):
         return self._sr
 
     def condition(self, prompts: Sequence[str]) -> Condition:
-        """Encode captions. Words outside the vocabulary are left out, with a warning that names them."""
+        """Encode captions. Words outside the vocabulary are left out, with a warning that names them.
+
+        Known words in an order that no caption of its world has are warned of too: they draw badly.
+        """
         for prompt in prompts:
             check_prompt(prompt)
         words, length = self._text.tokens.num_embeddings, len(self._text.places)
+        read = hard.parse if words > len(VOCABULARY) else grammar.parse
         ids, lost = tokenise(prompts, WORDS[:words], length)
-        for prompt, words in zip(prompts, lost, strict=True):
+        for prompt, words in dict(zip(prompts, lost, strict=True)).items():
             if words:
                 log.warning("pocket does not know %s in %r; %s", ", ".join(map(repr, words[:8])), prompt[:80], ADVICE)
+            elif prompt.strip() and (why := _outside(prompt, read)):
+                log.warning("pocket knows the words of %r, but no such caption: %s; %s", prompt[:80], why, ADVICE)
         context, pooled = self._text(ids.to(self._device))
         return Condition({"context": context, "pooled": pooled})
 
@@ -268,6 +275,29 @@ class Pocket(TransformerModel):
 
 
 QUERY_SCALE = "double_blocks.0.img_attn.norm.query_norm.scale"
+
+
+def _outside(prompt: str, read: Callable[[str], object]) -> str:
+    """Why a prompt is no caption that `read` knows; empty where it is one."""
+    try:
+        read(prompt)
+    except grammar.CaptionError as error:
+        return str(error).rpartition(": ")[2]
+    return ""
+
+
+def untrained(planned: Plan) -> str:
+    """What to say of sizes that a plan samples pocket at and that it was not trained at; empty for other models."""
+    info = planned.model
+    known = sorted({info.low[0] // 2, info.low[0], info.size[0]})
+    sizes = [row.out.shape[-2:] for row in planned.rows if row.sigmas and isinstance(row.out, Latents)]
+    pixels = dict.fromkeys((y * info.space.downscale, x * info.space.downscale) for y, x in sizes)
+    odd = [f"{height}x{width}" for height, width in pixels if height != width or height not in known]
+    if info.name != POCKET.name or not odd:
+        return ""
+    return f"pocket was trained on squares of {', '.join(map(str, known))} pixels; it draws worse at {', '.join(odd)}"
+
+
 ADVICE = "it draws captions such as 'a big red circle at the left on coarse dots' or 'the big blue word CAT'"
 
 

@@ -63,8 +63,6 @@ class QwenFamily(Family):
         from mrflow.models.qwen.text import QwenTextFiles, prepare_text_qwen
 
         files, where, device, resting = loading.files, loading.where, loading.device, loading.resting
-        if files.text_tokens is not None:
-            raise PlanError("text_tokens= is for FLUX.1; Qwen-Image is given a prompt's own tokens")
         prepared_vae = prepare_vae_qwen(files.vae, dtype=loading.working, device=resting)
         prepared = prepare_qwen(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
         parameters = count(prepared.net)

@@ -1,0 +1,237 @@
+"""Chains from the words of the command line: recipes, sizes, steps, slots. What does nothing is refused."""
+
+from collections.abc import Callable
+from inspect import signature
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mrflow._checks import check_whole
+from mrflow.cli.parsing import LATENT, load_file, parse_size, parse_tiles, upscaler
+from mrflow.errors import PlanError, named
+
+if TYPE_CHECKING:
+    from mrflow.guidance import Guidance
+    from mrflow.schedules import Schedule
+    from mrflow.spec import ModelInfo, Pixels, Start
+    from mrflow.stage import Chain
+    from mrflow.upscaler import Upscaler
+
+T = TypeVar("T")
+RIVALS = ("lift", "speed", "selflift", "ralu", "jit", "fresco")
+WORDS = ("paper", "official", "native", *RIVALS)
+RECIPES = f"{', '.join(WORDS[:-1])} or {WORDS[-1]}"
+
+
+def build(
+    recipe: str,
+    info: "ModelInfo",
+    *,
+    size: str | None = None,
+    low: str | None = None,
+    ladder: str | None = None,
+    steps: str | None = None,
+    sr: "Upscaler | str | None" = None,
+    schedule: str | None = None,
+    guidance: str | None = None,
+    **said: Any,  # noqa: ANN401
+) -> "Chain[Start, Pixels]":
+    """A recipe's chain from the words of the command line; `sr` is an upscaler, or its word.
+
+    `said` are its other options: `refine_steps`, `sigma`, `solver`, `cache`, `tiles`; None where not given.
+
+    Raises:
+        PlanError: a word cannot be read, or an option does nothing with this recipe.
+    """
+    from mrflow import recipes
+
+    net = upscaler(sr) if isinstance(sr, str) else sr
+    make, label, names = _recipe(recipe, ladder, size or low, net)
+    said |= {"schedule": schedule, "guidance": guidance, "sr": sr, "low": low}
+    takes = set(signature(make).parameters) | ({"low"} if make is recipes.speed else set())
+    for option, value in said.items():
+        if value is not None and names.get(option, option) not in takes:
+            raise PlanError(f"--{option.replace('_', '-')} does nothing with {label}; leave it out")
+    if said.get("refine_steps") is not None:
+        check_whole("--refine-steps", said["refine_steps"], 1, 1000)
+    settings = _sizes("low" in takes, info, size, low, ladder)
+    count = _counts(make, settings, steps)
+    settings |= {} if count is None else {"steps": count}
+    if schedule is not None:
+        usual = signature(make).parameters["steps"].default
+        settings["schedule"] = _schedule(schedule, count or usual, steps)
+    if guidance is not None:
+        settings["guidance"] = parse_guidance(guidance, info)
+    if isinstance(net, str):
+        settings["filter"] = net.removeprefix(LATENT)
+    elif net is not None:
+        settings[names.get("sr", "sr")] = net
+    settings |= {names.get(k, k): said[k] for k in ("refine_steps", "sigma") if said.get(k) is not None}
+    settings |= _slots(said)
+    return make(**settings)
+
+
+def enlargement(
+    size: tuple[int, int],
+    net: "Upscaler | None",
+    info: "ModelInfo",
+    *,
+    sigma: float | None = None,
+    refine_steps: int | None = None,
+    schedule: str | None = None,
+    guidance: str | None = None,
+    **said: Any,  # noqa: ANN401
+) -> "Chain[Pixels, Pixels]":
+    """The chain that enlarges a picture to `size`, from the words of the command line (`build`).
+
+    Raises:
+        PlanError: a word cannot be read.
+    """
+    from mrflow import recipes
+
+    settings: dict[str, Any] = {} if sigma is None else {"sigma": sigma}
+    if refine_steps is not None:
+        settings["refine_steps"] = refine_steps
+    if schedule is not None:
+        settings["schedule"] = _schedule(schedule, refine_steps or 1, refine_steps, "--refine-steps")
+    if guidance is not None:
+        settings["guidance"] = parse_guidance(guidance, info)
+    return recipes.enlarge(size, net, **settings, **_slots(said))
+
+
+def _slots(said: dict[str, Any]) -> dict[str, Any]:
+    """Solver, cache and tiles, where they were said."""
+    from mrflow.caches import Cache
+    from mrflow.solvers import Solver
+
+    kinds: dict[str, Callable[..., Any]] = {"solver": Solver, "cache": Cache}
+    found = {k: slot(f"--{k}", said[k], kind) for k, kind in kinds.items() if said.get(k) is not None}
+    return found | ({} if said.get("tiles") is None else {"tiles": parse_tiles(said["tiles"])})
+
+
+def _recipe(
+    recipe: str, ladder: str | None, sized: str | None, net: "Upscaler | str | None"
+) -> tuple[Callable[..., "Chain[Start, Pixels]"], str, dict[str, str]]:
+    """The function that makes the chain, what people call it, and its arguments that options call otherwise."""
+    from mrflow import recipes
+
+    if recipe not in WORDS:
+        raise PlanError(f"there is no recipe {recipe!r}; use {RECIPES}")
+    if ladder is not None:
+        if sized or recipe != "paper":
+            raise PlanError("--ladder gives all sizes, of the recipe paper: leave out --size, --low and --recipe")
+        if isinstance(net, str):
+            raise PlanError(f"--ladder goes over pixels; --sr {net} does not")
+        return recipes.ladder, "--ladder", {"sigma": "sigmas", "sr": "upscalers"}
+    if isinstance(net, str):
+        if recipe != "paper":
+            raise PlanError(f"--sr {net} goes with the recipe paper, not {recipe!r}")
+        return recipes.latent, f"--sr {net}", {"sr": "filter"}
+    return getattr(recipes, recipe), f"the recipe {recipe}", {"sr": "upscaler"}
+
+
+def _sizes(two: bool, info: "ModelInfo", size: str | None, low: str | None, ladder: str | None) -> dict[str, Any]:
+    """The sizes of a recipe, one, two or a ladder, by its arguments; each error names those that were given."""
+    from mrflow.cost import half
+
+    if ladder is not None:
+        sizes = [parse_size("--ladder", each, info) for each in ladder.split(",")]
+        for before, after in pairwise(sizes):
+            if not (after[0] > before[0] and after[1] > before[1]):
+                raise PlanError(f"--ladder {ladder}: sizes must rise, {_shown(before)} is followed by {_shown(after)}")
+        return {"sizes": sizes}
+    full = parse_size("--size", size, info) if size else info.size
+    if not two:
+        return {"size": full}
+    small = parse_size("--low", low, info) if low else (half(full, info) if size else info.low)
+    if not (small[0] < full[0] and small[1] < full[1]):
+        whose = f"--size {size}" if size else f"{_shown(full)}, {info.name}'s own size (--size takes another)"
+        raise PlanError(f"--low {low} must be smaller, on both sides, than {whose}")
+    return {"low": small, "size": full}
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _counts(make: Callable[..., Any], settings: dict[str, Any], steps: str | None) -> Any:  # noqa: ANN401
+    """The steps for a recipe: one count, or one for each resolution; None for the recipe's own."""
+    from mrflow import recipes
+
+    if isinstance(signature(make).parameters["steps"].default, int):
+        return None if steps is None else one_count(steps)
+    if make not in (recipes.lift, recipes.selflift, recipes.speed):
+        return None if steps is None else recipes.counts("--steps", some_counts(steps), 3)
+    given = (8, 4) if steps is None else some_counts(steps)
+    if make is not recipes.speed:
+        return recipes.counts("--steps", given, 2)
+    low, size = settings.pop("low"), settings.pop("size")
+    settings["sizes"] = (low, size) if len(given) == 2 else ((low[0] // 2, low[1] // 2), low, size)
+    return recipes.counts("--steps", given, len(settings["sizes"]))
+
+
+def some_counts(word: str) -> tuple[int, ...]:
+    """Whole numbers, commas between."""
+    try:
+        return tuple(int(each) for each in word.split(","))
+    except ValueError:
+        raise PlanError(f"--steps takes a count, or counts for each resolution such as 8,4; got {word!r}") from None
+
+
+def one_count(word: str) -> int:
+    """A single count."""
+    found = some_counts(word)
+    if len(found) != 1:
+        raise PlanError(f"--steps {word} gives counts for each resolution; this recipe takes one count")
+    check_whole("--steps", found[0], 1, 1000)
+    return found[0]
+
+
+def _schedule(
+    word: str, count: int | tuple[int, ...] | None, said: str | int | None, option: str = "--steps"
+) -> "Schedule":
+    """The schedule of a word; one without steps has `count`, which was `said` by an option or is the recipe's.
+
+    Raises:
+        PlanError: it is none, or has steps of its own beside --steps.
+    """
+    from mrflow.schedules import Schedule
+
+    if count is None:
+        return slot("--schedule", word, Schedule)
+    number = count if isinstance(count, int) else sum(count)
+    found = slot("--schedule", word, Schedule, steps=number)
+    if said is not None and isinstance(count, int) and found == slot("--schedule", word, Schedule, steps=number + 1):
+        raise PlanError(f"--schedule {word} has steps of its own; leave out {option} {said}, or the schedule's")
+    return found
+
+
+def parse_guidance(word: str, info: "ModelInfo") -> "Guidance":
+    """A guidance from its word. A number is the model's own way: `Distilled` where it has an embedding, else `CFG`.
+
+    Raises:
+        PlanError: it is neither.
+    """
+    from mrflow.guidance import CFG, Distilled, Guidance
+
+    try:
+        value = float(word)
+    except ValueError:
+        return slot("--guidance", word, Guidance)
+    return Distilled(value) if info.guidance is not None else CFG(value, rescale=info.rescale)
+
+
+def slot(option: str, word: str, kind: Callable[..., T], **fill: object) -> T:
+    """The slot that a word describes (`mrflow.parse`); `file.py:` before it gives it the names of that file.
+
+    Raises:
+        PlanError: it is none.
+    """
+    from mrflow.records.expressions import parse
+
+    file, colon, rest = word.partition(".py:")
+    names = load_file(Path(f"{file}.py")) if colon else {}
+    try:
+        return parse(rest if colon else word, kind, names=names, **fill)
+    except PlanError as error:
+        raise named(error, option) from None

@@ -1,0 +1,204 @@
+"""Draws pictures for the verbs that do: checks, runs, saves as it goes, says what it cost."""
+
+import json
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mrflow.cli.display import duration, width
+from mrflow.cli.options import DrawOptions, refuse
+from mrflow.cli.parsing import free_path, save_free
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from mrflow.backbone import Backbone
+    from mrflow.result import Result
+    from mrflow.runner import Event, Listener
+    from mrflow.spec import Pixels, Start
+    from mrflow.stage import AnyChain, Chain, Plan
+
+TOGETHER = 8  # pictures of several prompts that are drawn at once
+
+
+def draw(
+    err: "Console",
+    chain: "AnyChain",
+    backbone: "Backbone",
+    pairs: Sequence[tuple[str, int]],
+    options: DrawOptions,
+    *,
+    other: "Chain[Start, Pixels] | None" = None,
+    start: "Tensor | None" = None,
+    name: Path | None = None,
+) -> None:
+    """Check, run, save, report. `pairs` are prompts and seeds, those of one prompt in a row.
+
+    `other` is drawn too and compared; `name` is the default of --out.
+
+    Raises:
+        PlanError: an option cannot be, or does nothing with this chain.
+    """
+    from mrflow import sheet
+    from mrflow.models.pocket.model import untrained
+    from mrflow.records.pictures import batch_paths, png, slug
+    from mrflow.result import make_record, result_files
+    from mrflow.spec import Pixels as Picture
+    from mrflow.stage import plan
+
+    count = len(pairs)
+    each = sum(text == pairs[0][0] for text, _ in pairs[: pairs.count(pairs[0]) and count])
+    size = max(TOGETHER // each, 1) * each
+    groups = [pairs[i : i + size] for i in range(0, count, size)]
+    begin = None if start is None else Picture(len(groups[0]), *start.shape[-2:])
+    planned = plan(chain, backbone.info, batch=len(groups[0]), start=begin)
+    refuse(
+        options.negative is not None and not planned.work.negative, "--negative",
+        f"with this chain: {backbone.info.name} draws without a second branch (--guidance 'CFG(4)' has one)",
+    )  # fmt: skip
+    if odd := untrained(planned):
+        err.print(odd)
+    endings = [f"-{stage}" for stage in sheet.stage_names(chain)] if options.stages else []
+    endings += ["-compare"] if other is not None else []
+    default = name or Path(f"{slug(pairs[0][0])}-seed{pairs[0][1]}.png")
+    target = free_path(options.out, default, count, options.force, endings)
+    if other is not None:
+        plan(other, backbone.info, batch=len(groups[0]))
+        sheet.warm_up((chain, other), backbone, len(groups[0]))
+
+    def run(one: "AnyChain", told: "Plan", keep: Callable[["Result", int], None] | None = None) -> "Result":
+        from mrflow.runner import run as execute
+
+        made: list[Result] = []
+        with progress(err, told, [len(group) for group in groups]) as listen:
+            for number, group in enumerate(groups):
+                first = None if start is None else start.expand(len(group), -1, -1, -1)
+                result = execute(
+                    one, backbone, [text for text, _ in group], seed=[seed for _, seed in group], start=first,
+                    negative=options.negative, keep=options.stages and one is chain, on_event=listen,
+                )  # fmt: skip
+                made.append(result)
+                if keep is not None:
+                    keep(result, number)
+        return joined(made)
+
+    paths: list[Path] = []
+    records: list[dict[str, object]] = []
+
+    def keep(result: "Result", number: int) -> None:
+        def files(path: Path) -> dict[Path, bytes]:
+            own = batch_paths(path, count)[number * size :][: len(result.seeds)]
+            made = result_files(result, path, own)
+            for stage, images in sheet.stage_pictures(result) if options.stages else ():
+                made |= {p.with_stem(f"{p.stem}-{stage}"): png(i) for p, i in zip(own, images, strict=True)}
+            return made
+
+        fixed = options.out or (None if len(groups) == 1 else target)  # later groups keep to the first one's name
+        paths.extend(save_free(files, target, fixed, default, count, options.force, endings))
+        if options.as_json:
+            records.extend(make_record(result, i) for i in range(len(result.seeds)))
+
+    result = run(chain, planned, keep)
+    err.print(sheet.table(result, width(err)))
+    speedup = None
+    if other is not None:
+        native = run(other, plan(other, backbone.info, batch=len(groups[0])))
+        err.print(sheet.table(native, width(err)))
+        speedup = native.seconds / result.seconds
+        side = png(sheet.compare(result, native))
+        beside = target.with_stem(f"{target.stem}-compare")
+        paths += save_free(lambda path: {path: side}, beside, options.out, beside, 1, options.force)
+        err.print(f"staged {result.seconds:.2f} s, native {native.seconds:.2f} s: {speedup:.1f}x faster")
+    if options.as_json:
+        typer.echo(json.dumps({"paths": [str(p) for p in paths], "speedup": speedup, "records": records}))
+    else:
+        for path in paths:
+            typer.echo(path)
+
+
+def joined(results: Sequence["Result"]) -> "Result":
+    """Results of one chain and model as one: pictures in their order, seconds and operations added up."""
+    import torch
+
+    from mrflow.stage import plan
+
+    first = results[0]
+    if len(results) == 1:
+        return first
+    total = sum(len(each.seeds) for each in results)
+    spec: Any = first.plan.rows[0].spec
+    before = replace(spec, batch=total)
+    planned = plan(first.chain, first.plan.model, batch=total, start=before)
+    stages = tuple(
+        replace(
+            rows[0], spec=planned.rows[number].out, data=None, seconds=sum(row.seconds for row in rows),
+            flops=sum(row.flops for row in rows), notes=tuple(dict.fromkeys(n for row in rows for n in row.notes)),
+        )
+        for number, rows in enumerate(zip(*(each.stages for each in results), strict=True))
+    )  # fmt: skip
+    return replace(
+        first, data=torch.cat([each.data for each in results]), spec=planned.out, stages=stages, plan=planned,
+        prompts=tuple(p for each in results for p in each.prompts),
+        seeds=tuple(s for each in results for s in each.seeds),
+        condition_seconds=sum(each.condition_seconds for each in results),
+        peak_bytes=max(each.peak_bytes for each in results),
+    )  # fmt: skip
+
+
+@contextmanager
+def progress(err: "Console", planned: "Plan", groups: Sequence[int] = (1,)) -> "Generator[Listener]":
+    """A listener that shows stage, steps, rate and time left on stderr, and nothing where that is no terminal.
+
+    `groups` are how many pictures each run of the chain makes. The time left is what the floating-point operations of
+    the plan leave to do, at the speed of those that are done.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    from mrflow.runner import StageBegan, StageEnded, Stepped
+
+    wide = err.width >= 80
+    columns = [TextColumn("{task.description}"), BarColumn(30 if wide else 10), TextColumn("{task.fields[note]}")]
+    work = [max(row.work.flops, 1.0) for row in planned.rows]
+    began, at, done, total = time.monotonic(), time.monotonic(), 0, sum(groups)
+
+    def left(index: int, share: float) -> str:
+        through = done + (sum(work[:index]) + work[index] * share) / sum(work) * groups[min(group, len(groups) - 1)]
+        seconds = time.monotonic() - began
+        return f", {duration(seconds / through * (total - through))} left" if through and seconds > 1 else ""
+
+    group = 0
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=1, note="")
+
+        def listen(event: "Event") -> None:
+            nonlocal at, done, group
+            if isinstance(event, StageBegan):
+                at = time.monotonic()
+                which = "" if len(groups) == 1 else f"{done + 1}-{done + groups[group]} of {total} "
+                note = f"stage {event.index + 1} of {event.count}{left(event.index, 0)}"
+                bar.reset(task, description=f"{which}{event.name}", total=1, note=note)
+            elif isinstance(event, Stepped):
+                step = event.step
+                note = f"{step.index}/{step.steps} {rate(step.index, time.monotonic() - at)}"
+                note += left(event.index, step.index / step.steps)
+                bar.update(task, completed=step.index, total=step.steps, note=note)
+            elif isinstance(event, StageEnded):
+                bar.update(task, completed=1, total=1)
+                if event.index + 1 == len(work):
+                    done, group = done + groups[group], group + 1
+
+        yield listen
+
+
+def rate(steps: int, seconds: float) -> str:
+    """Steps a second, or seconds a step."""
+    if not seconds:
+        return ""
+    each = seconds / steps
+    return f"{1 / each:.1f} steps/s" if each < 1 else f"{each:.1f} s/step"

@@ -1,0 +1,26 @@
+"""What pictures are made on, for people."""
+
+import platform
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@cache
+def machine(device: torch.device) -> str:
+    """Processor or GPU, threads, system, Python: `AMD EPYC, 2 threads, Linux x86_64, Python 3.11.8`; part of no key."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{'' if device.type == 'cpu' else f'{device.type}, '}{_processor()}, {torch.get_num_threads()} threads"
+    return f"{name}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+
+
+def _processor() -> str:
+    with suppress(OSError, ValueError):  # Linux
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "processor"
