@@ -7,7 +7,7 @@ BASICSR := .venv-basicsr
 REAL := .venv-real
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test mutate test-basicsr test-real figure pocket check lint fast docs parity gpu wheel clean
+.PHONY: help demo test site mutate test-basicsr test-real figure pocket check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -37,6 +37,12 @@ figure: $(VENV)/.installed-dev ## Every method on the embedded model: docs/image
 
 pocket: $(VENV)/.installed-dev ## Train the embedded model again, into runs/pocket-3 (ten minutes on an H200, days without; goes on where it stopped)
 	$(BIN)/python -m experiments.train_pocket --device auto --workers $$($(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 2) - 2))')
+
+site: $(VENV)/.installed-dev ## The documentation as a site, with the API, into build/site; every warning is an error
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,site]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m pytest -q --nbmake docs/notebooks
+	@echo "open build/site/index.html"
 
 mutate: $(VENV)/.installed-dev ## How many small changes of the code does the suite see? (hours; goes on where it stopped)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,mutate]'

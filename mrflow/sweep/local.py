@@ -67,8 +67,9 @@ def run_sweep(
 
     Raises:
         PlanError: a chain cannot work with this model, the batch or the shard make no sense; before anything is made.
-        ResourceError: the folder cannot be written, or the disk is full. DeviceLostError: the device failed. In both
-        cases what is there stays, call it again.
+        ResourceError: the folder cannot be written, or the disk is full. DeviceLostError: the device failed.
+
+    In both cases what is there stays, call it again.
     """
     check_run(batch, shard, row_timeout)
     index, count = shard

@@ -195,8 +195,9 @@ class Maker:
         With `calm`, rows that a process died with are left for later.
 
         Raises:
-            ResourceError: the folder does not take a row. DeviceLostError: nothing can be computed any more. Rows that
-            fail otherwise are committed as failed.
+            ResourceError: the folder does not take a row. DeviceLostError: nothing can be computed any more.
+
+        Rows that fail otherwise are committed as failed.
         """
         rows: list[Row] = []
         for label in self.labels:
