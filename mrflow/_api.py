@@ -28,7 +28,10 @@ from mrflow.flow import Velocity as Velocity
 from mrflow.flow import denoised as denoised
 from mrflow.flow import renoise as renoise
 from mrflow.flow import to_noise as to_noise
+from mrflow.guidance import APG as APG
 from mrflow.guidance import CFG as CFG
+from mrflow.guidance import TCFG as TCFG
+from mrflow.guidance import CFGZero as CFGZero
 from mrflow.guidance import Distilled as Distilled
 from mrflow.guidance import Guidance as Guidance
 from mrflow.guidance import Interval as Interval

@@ -11,7 +11,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from mrflow._checks import check_number
+from mrflow import flow
+from mrflow._checks import check_number, check_whole
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.flow import Velocity
@@ -67,8 +68,46 @@ class Distilled(Guidance):
         return model.field(cond, replace(options, guidance=self.value))
 
 
+Mix = Callable[[Tensor, float, Tensor, Tensor], Tensor]
+"""(x, sigma, conditional velocity, unconditional velocity) -> the guided velocity."""
+
+
+class TwoBranches(Guidance):
+    """Guidance by the conditional and the unconditional velocity; at scale 1 the conditional alone, in one pass.
+
+    Write your own: a frozen dataclass with `scale` and `packed` among its fields, and `mix`.
+    """
+
+    scale: float
+    packed: bool
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale, 0)
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.scale == 1.0 else 2
+
+    @abstractmethod
+    def mix(self, info: ModelInfo) -> Mix:
+        """How both become one, for one integration; what it remembers dies with it."""
+
+    def field(
+        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
+    ) -> Velocity:
+        if self.scale == 1.0:
+            return model.field(cond, options)
+        branches = _branches(model, cond, negative, options, self, packed=self.packed)
+        mix = self.mix(model.info)
+
+        def guided(x: Tensor, sigma: float) -> Tensor:
+            return mix(x, sigma, *branches(x, sigma))
+
+        return guided
+
+
 @dataclass(frozen=True)
-class CFG(Guidance):
+class CFG(TwoBranches):
     """Classifier-free guidance u + scale (c - u) (Ho & Salimans 2022, arXiv 2207.12598); at scale 1, c in one pass.
 
     `rescale` is Qwen-Image's: m ||c|| / ||m|| with m = u + scale (c - u), norms over each token's latent cells (patch x
@@ -80,31 +119,144 @@ class CFG(Guidance):
     rescale: bool = field(default=False, kw_only=True)
     packed: bool = field(default=True, kw_only=True)
 
-    def __post_init__(self) -> None:
-        check_number("scale", self.scale, 0)
+    def mix(self, info: ModelInfo) -> Mix:
+        """The formula above."""
+        patch = info.space.patch
 
-    @property
-    def passes(self) -> int:
-        return 1 if self.scale == 1.0 else 2
+        def mixed(x: Tensor, sigma: float, c: Tensor, u: Tensor) -> Tensor:
+            m = _mix(c, u, self.scale)
+            if not self.rescale:
+                return m
+            ratio = token_norm(c, patch) / token_norm(m, patch)
+            return m * repeat(ratio, "b 1 h w -> b 1 (h p) (w q)", p=patch, q=patch)
+
+        return mixed
+
+
+@dataclass(frozen=True)
+class APG(TwoBranches):
+    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, alg. 1), on clean estimates D = x - sigma v.
+
+    D = D_c + (scale - 1) (orthogonal + eta parallel), the parts of d = D_c - D_u across and along D_c, whose norms are
+    those of whole pictures. `momentum` comes first: d is d + momentum times that sum of the evaluation before. Then
+    `threshold` shortens d to that norm (None: it does not; norms grow with the picture, the paper takes 15 for SDXL).
+    The defaults are the paper's; momentum 0, eta 1 and no threshold are `CFG(scale)`.
+    """
+
+    scale: float
+    momentum: float = field(default=-0.5, kw_only=True)
+    eta: float = field(default=0.0, kw_only=True)
+    threshold: float | None = field(default=None, kw_only=True)
+    packed: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("momentum", self.momentum, -1.0, 1.0)
+        check_number("eta", self.eta, 0.0, 10.0)
+        if self.threshold is not None:
+            check_number("threshold", self.threshold, 0.0)
+
+    def mix(self, info: ModelInfo) -> Mix:
+        """The formula above; the momentum is this integration's."""
+        before: list[Tensor] = []
+
+        def mixed(x: Tensor, sigma: float, c: Tensor, u: Tensor) -> Tensor:
+            d = sigma * (u - c)  # D_c - D_u
+            if self.momentum:
+                d = torch.add(d, before.pop(), alpha=self.momentum) if before else d
+                before.append(d)
+            if self.threshold is not None:
+                d = d * (self.threshold / _inner(d, d).sqrt()).clamp(max=1.0)
+            clean = flow.denoised(x, c, sigma)
+            along = _inner(d, clean) / _inner(clean, clean).clamp(min=torch.finfo(d.dtype).tiny) * clean
+            return torch.add(c, d + (self.eta - 1.0) * along, alpha=-(self.scale - 1.0) / sigma)
+
+        return mixed
+
+
+@dataclass(frozen=True)
+class CFGZero(TwoBranches):
+    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): s u + scale (c - s u), s = <c, u> / ||u||^2 of each picture.
+
+    The paper's optimised scale s corrects the length of u. Its zero-init leaves the state as it is in the first `zero`
+    evaluations of an integration from sigma 1, which take no pass. `star=False` is s = 1; with zero=0 that is
+    `CFG(scale)`.
+    """
+
+    scale: float
+    zero: int = field(default=1, kw_only=True)
+    star: bool = field(default=True, kw_only=True)
+    packed: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("zero", self.zero, 0, 1000)
+
+    def mix(self, info: ModelInfo) -> Mix:
+        """The formula above, without the zeros."""
+
+        def mixed(x: Tensor, sigma: float, c: Tensor, u: Tensor) -> Tensor:
+            if self.star:
+                u = _inner(c, u) / _inner(u, u).clamp(min=torch.finfo(u.dtype).tiny) * u
+            return _mix(c, u, self.scale)
+
+        return mixed
 
     def field(
         self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
     ) -> Velocity:
-        if self.scale == 1.0:
-            return model.field(cond, options)
-        branches = _branches(model, cond, negative, options, self, packed=self.packed)
-
-        patch = model.info.space.patch
+        inner, seen = super().field(model, cond, negative, options), list[float]()
 
         def guided(x: Tensor, sigma: float) -> Tensor:
-            towards, away = branches(x, sigma)
-            mixed = _mix(towards, away, self.scale)
-            if not self.rescale:
-                return mixed
-            ratio = token_norm(towards, patch) / token_norm(mixed, patch)
-            return mixed * repeat(ratio, "b 1 h w -> b 1 (h p) (w q)", p=patch, q=patch)
+            seen.append(sigma)
+            return torch.zeros_like(x) if len(seen) <= self._zeros(seen) else inner(x, sigma)
 
         return guided
+
+    def evals(self, points: Sequence[float]) -> int:
+        return self.passes * len(points[self._zeros(points) :])
+
+    def branches(self, points: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+        return (tuple(points[self._zeros(points) :]),) * self.passes
+
+    def _zeros(self, points: Sequence[float]) -> int:
+        return self.zero if points and points[0] == 1.0 else 0
+
+
+@dataclass(frozen=True)
+class TCFG(TwoBranches):
+    """Tangential damping (Kwon et al. 2025, arXiv 2503.18137): u without what both branches do not share.
+
+    u' + scale (c - u') with u' = u + damping (p - u), p the projection of u on the first right singular vector of the
+    matrix of rows c and u, for each picture. The paper's damping is 1; 0 is `CFG(scale)`.
+    """
+
+    scale: float
+    damping: float = field(default=1.0, kw_only=True)
+    packed: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("damping", self.damping, 0.0, 1.0)
+
+    def mix(self, info: ModelInfo) -> Mix:
+        """The formula above; the vector is c and u weighted by the first eigenvector of their inner products."""
+
+        def mixed(x: Tensor, sigma: float, c: Tensor, u: Tensor) -> Tensor:
+            if self.damping:
+                rows = torch.stack([c, u], 1).flatten(2)
+                first = torch.linalg.eigh(rows @ rows.mT).eigenvectors[..., -1]
+                shared = (first[:, :, None] * rows).sum(1).view_as(u)
+                p = _inner(u, shared) / _inner(shared, shared).clamp(min=torch.finfo(u.dtype).tiny) * shared
+                u = torch.lerp(u, p, self.damping)
+            return _mix(c, u, self.scale)
+
+        return mixed
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each picture, (batch, 1, 1, 1)."""
+    return (a * b).flatten(1).sum(1)[:, None, None, None]
 
 
 @dataclass(frozen=True)
