@@ -15,6 +15,7 @@ import mrflow as mf
 from mrflow.sweep import Fidelity, Lpips, Row, Scale, SceneScore, Sharpness, Store, Stray, seed_of
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
+from mrflow.sweep.plots import front_of, limits, mark, write_plots
 from mrflow.sweep.report import page
 from mrflow.sweep.summary import load, summarise
 from tests.test_cli import call, here  # noqa: F401
@@ -165,6 +166,39 @@ def test_the_copied_command_makes_a_picture_of_a_chain_in_a_file(here: Path) -> 
     with Image.open(here / "again.png") as a, Image.open(here / "s" / picture) as b:
         assert a.convert("RGB").tobytes() == b.convert("RGB").tobytes()
     assert call(*words[:2], "--out", "more.png")[0] != 0  # without the file it cannot
+
+
+def test_plots_follow_the_scale(scored: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for metric, label in (("stray", "stray, %: lower is better ↓"), ("sharpness", "sharpness")):
+        made = write_plots(summary(scored), tmp_path / metric, metric=metric)
+        assert f"<!-- {label} -->" in made[1].read_text("utf-8")
+    points = {"fast": (8.0, 5.0), "middle": (4.0, 0.2), "slow": (1.0, 0.5)}
+    assert front_of(points, Scale("lower")) == ["fast", "middle"] and front_of(points, Scale("higher")) == ["fast"]
+    assert front_of(points, Scale("one")) == ["fast", "middle", "slow"]
+    assert front_of(points, Scale(None)) == front_of(points, Scale("uniform")) == []
+
+
+def test_an_axis_keeps_to_what_can_be_and_is_not_dwarfed_by_an_interval() -> None:
+    share = Scale("higher", 0, 1)
+    low, high = limits([(1.0, 0.6, 1.0), (0.9, 0.8, 0.95)], share)
+    assert 0.7 < low < 0.76 and 1 < high < 1.02  # the first interval goes on below
+    low, high = limits([(1.0, 1.0, 1.0)], share)
+    assert low < 1 < high < 1.1
+    assert limits([(3.0, -50.0, 90.0), (4.0, 3.9, 4.1)], Scale(None)) == pytest.approx((1.34, 5.66))
+
+
+def test_an_interval_beyond_the_axes_ends_in_an_arrow() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot
+
+    _, axes = pyplot.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    mark(axes, (0.5, 0.4, 2.0), (2.0, 0.5, 3.0), "k", "o")
+    drawn = {line.get_marker(): (*map(float, line.get_xdata()), *map(float, line.get_ydata())) for line in axes.lines}
+    pyplot.close()
+    assert drawn[">"] == (1.0, 2.0) and drawn["^"] == (0.5, 1.0) and drawn["o"] == (0.5, 1.0)
+    assert not {"<", "v"} & drawn.keys()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import mrflow as mf
 from experiments.studies import __main__ as studies
 from experiments.studies import rivals, trade_off
 from experiments.studies.common import LOW, SIZE
+from experiments.studies.figure import FAMILIES, METHODS
 from mrflow.models import info
 from mrflow.sweep import Row
 from tests.test_statistics import row
@@ -84,6 +85,9 @@ def test_operating_points_of_a_method_are_one_line_of_the_figure() -> None:
     assert {"student", "student, then MrFlow", "RALU"} < set(points)
     found = {trade_off.method(label) for label in trade_off.chains}
     assert found == {"native", "staged", "staged, more refining steps", "latent nearest", "latent bicubic"}
+    assert found | set(points) <= METHODS.keys()  # each with a colour of its own, but for the two names of one method
+    assert len({colour for colour, _ in METHODS.values()}) == len(METHODS) - 1
+    assert METHODS["staged"] == METHODS["MrFlow"] and {family for _, family in METHODS.values()} == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("study", [rivals, trade_off])
@@ -99,4 +103,5 @@ def test_the_figure_shows_what_lies_below_it(study: Any, tmp_path: Path) -> None
     study.draw(made, "native 50", tmp_path / "b.svg")
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
+    assert "score: higher is better ↑ [95 %]" in text and "faster is better →" in text
     assert "<!-- 0.50 -->" in text and "<!-- native -->" in text and "<!-- 0.90 -->" not in text

@@ -4,10 +4,33 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from mrflow.sweep import Row, interval, values
+from mrflow.sweep.aims import BUILT_IN
+from mrflow.sweep.plots import axis_label
 from mrflow.sweep.statistics import grouped, is_share
 from mrflow.sweep.timing import speedup
 
 FLOOR, CLEAN = 0.8, 0.02  # of the plots; what lies below is marked at their lower edges
+FAMILIES = {"plain": "o", "staged": "s", "latent": "D", "caches": "^", "growth": "v", "students": "P"}  # markers
+METHODS = {  # the same colour and family in every figure; a rival's staged sampling is the same method
+    "native": ("#1c1d21", "plain"),
+    "staged": ("#2458c5", "staged"),
+    "MrFlow": ("#2458c5", "staged"),
+    "staged, more refining steps": ("#3aa0d8", "staged"),
+    "latent nearest": ("#8a6d00", "latent"),
+    "latent bicubic": ("#d0a400", "latent"),
+    "TeaCache": ("#1d7a4c", "caches"),
+    "MagCache": ("#5fae3c", "caches"),
+    "DBCache": ("#00798c", "caches"),
+    "DBTaylor": ("#39b3a6", "caches"),
+    "TaylorSeer": ("#7c8a2c", "caches"),
+    "ToMA": ("#5b616e", "caches"),
+    "lift": ("#b4500a", "growth"),
+    "SelfLift": ("#e58a3c", "growth"),
+    "SPEED": ("#c23a2b", "growth"),
+    "RALU": ("#8c3a1e", "growth"),
+    "student": ("#7a3fc2", "students"),
+    "student, then MrFlow": ("#b8216b", "students"),
+}
 
 
 def speed_figure(
@@ -15,7 +38,8 @@ def speed_figure(
 ) -> None:
     """Score and stray paint, with intervals, against measured speed-up: a line a method, a mark an operating point.
 
-    `method` is a label without its operating point; `strong` are the methods that are drawn with heavy lines.
+    `method` is a label without its operating point, one of `METHODS`; `strong` are those that are drawn with heavy
+    lines. A point below an axis is an arrow at its edge, with its value.
     """
     import matplotlib
 
@@ -32,28 +56,33 @@ def speed_figure(
             sooner, found = fast[label], interval(values(mine, metric), draws=4000, share=is_share(metric))
             if sooner is not None:
                 lines.setdefault(method(label), []).append((sooner.mean, found.mean, found.low, found.high))
-        for (name, points), mark in zip(lines.items(), "osD^vPX*hdp<>H8", strict=False):
+        for name, points in lines.items():
             points.sort()
+            colour, family = METHODS[name]
             x, y = [p[0] for p in points], [max(p[1], floor) for p in points]
             below = [v - min(v, max(p[2], floor)) for v, p in zip(y, points, strict=True)]
             above = [max(v, p[3]) - v for v, p in zip(y, points, strict=True)]
             heavy = name in strong
             axes.errorbar(
-                x, y, (below, above), label=name, marker=mark, markersize=6 if heavy else 5,
+                x, y, (below, above), label=name, color=colour, marker=FAMILIES[family], markersize=6 if heavy else 5,
                 linewidth=2 if heavy else 1, elinewidth=0.6, alpha=1.0 if heavy else 0.75,
             )  # fmt: skip
-            for at, v, *_ in points:
+            for at, v, low, _ in points:
                 if v < floor:
-                    axes.annotate(f"{v:.2f}", (at, floor), (0, 6), textcoords="offset points", ha="center")
+                    axes.annotate(
+                        f"{v:.2f}", (at, floor), (0, 8), textcoords="offset points", ha="center", color=colour
+                    )
+                if min(v, low) < floor:
+                    axes.plot(at, floor, "v", color=colour, markersize=7, clip_on=False)
         axes.grid(alpha=0.25)
-    upper.set(ylabel="score [95 %]", ylim=(FLOOR, 1.01))
-    lower.set(ylabel="stray paint, % of a picture [95 %]", yscale="log", ylim=(CLEAN, 8))
+    upper.set(ylabel=f"{axis_label('score', BUILT_IN['score'])} [95 %]", ylim=(FLOOR, 1.01))
+    lower.set(ylabel="stray paint, % of a picture: lower is better ↓ [95 %]", yscale="log", ylim=(CLEAN, 8))
     shares = (CLEAN, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
     lower.set_yticks(shares, [f"{t:g}" for t in shares])
-    lower.set(xscale="log", xlabel=f"speed-up over {reference}, measured")
+    lower.set(xscale="log", xlabel=f"speed-up over {reference}, measured: faster is better →")
     ticks = (1, 2, 3, 5, 8, 12, 20, 40)
     lower.set_xticks(ticks, [f"{t}x" for t in ticks])
     for axes in (upper, lower):
         axes.minorticks_off()
-    upper.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+    upper.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, title="marker: family")
     figure.savefig(path, metadata={"Date": None})
