@@ -13,6 +13,7 @@ one picture.
 
 import argparse
 import statistics
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -157,14 +158,18 @@ def main() -> None:
 
 
 def sheet(methods: dict[str, Chain[mf.Start, mf.Pixels]], model: mf.Backbone) -> Image.Image:
-    """A column an upscaler; for each caption what it gave, and below that what refinement made of it."""
-    side, gap, head = CELL, 5, 24
-    columns, rows = len(methods), 2 * len(SHOWN)
-    out = Image.new("RGB", (columns * (side + gap) + gap, head + rows * (side + gap) + gap), "white")
+    """A column an upscaler; for each caption what it gave, and below that what refinement made of it; rows named."""
+    side, gap, head, margin = CELL, 5, 24, 118
+    columns, rows, font = len(methods), 2 * len(SHOWN), ImageFont.load_default(12)
+    out = Image.new("RGB", (margin + columns * (side + gap) + gap, head + rows * (side + gap) + gap), "white")
     draw = ImageDraw.Draw(out)
+    for row in range(rows):
+        text = f"{wrapped(SHOWN[row // 2], 17)}\n\n{('enlarged', 'refined')[row % 2]}"
+        middle = head + gap + row * (side + gap) + side // 2
+        draw.multiline_text((gap + 2, middle), text, fill="black", font=font, anchor="lm", spacing=2)
     for x, (name, chain) in enumerate(methods.items()):
-        left = gap + x * (side + gap)
-        draw.text((left, 2), name, fill="black", font=ImageFont.load_default(12))
+        left = margin + gap + x * (side + gap)
+        draw.text((left, 2), name, fill="black", font=font)
         result = mf.run(chain, model, list(SHOWN), seed=1, keep=True)
         with torch.inference_mode():
             before = to_images(enlarged(result, model)[0])
@@ -175,6 +180,11 @@ def sheet(methods: dict[str, Chain[mf.Start, mf.Pixels]], model: mf.Backbone) ->
                     (left, head + gap + (2 * i + j) * (side + gap)),
                 )
     return out
+
+
+def wrapped(text: str, width: int) -> str:
+    """A text in lines of at most so many letters."""
+    return "\n".join(textwrap.wrap(text, width))
 
 
 if __name__ == "__main__":

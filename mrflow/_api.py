@@ -43,6 +43,7 @@ from mrflow.noise import PerItem as PerItem
 from mrflow.noise import Stream as Stream
 from mrflow.parts import Level as Level
 from mrflow.parts import Part as Part
+from mrflow.progress import ShowProgress as ShowProgress
 from mrflow.records.expressions import parse as parse
 from mrflow.records.pictures import read_image as read_image
 from mrflow.records.pictures import read_record as read_record

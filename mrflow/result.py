@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrflow import __version__
+from mrflow import __version__, html
 from mrflow.errors import PlanError, RecordError
 from mrflow.guidance import CFG, Distilled, own_guidance
 from mrflow.machine import machine
 from mrflow.records.chains import encode_chain
 from mrflow.records.expressions import expression
 from mrflow.records.files import check_writable, write_bytes
-from mrflow.records.pictures import FORMAT, batch_paths, png, to_images
+from mrflow.records.pictures import FORMAT, Images, batch_paths, png, to_images, write_animation
 from mrflow.solvers import Euler
 from mrflow.spec import Pixels, Spec, Start
 from mrflow.stage import AnyChain, Plan
@@ -42,8 +42,20 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
+class PathStep:
+    """Where sampling stood after a step of stage `stage` (from 0): at `sigma`, with the clean `estimate` there."""
+
+    stage: int
+    sigma: float
+    estimate: Tensor
+
+
+@dataclass(frozen=True)
 class Result:
-    """What a run made."""
+    """What a run made. Notebooks show its pictures and what each stage cost.
+
+    `path` holds the steps of every sampling stage where the run was asked to keep them (`keep="path"`).
+    """
 
     data: Tensor
     spec: Spec
@@ -56,6 +68,23 @@ class Result:
     condition_seconds: float
     peak_bytes: int
     notes: tuple[str, ...] = ()
+    path: tuple[PathStep, ...] = ()
+    decode: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)  # of the model, with `path` alone
+
+    def __repr__(self) -> str:
+        count, text = len(self.seeds), str(self.spec)
+        return f"Result({count} item{'s' * (count > 1)}, {text}, NFE {self.nfe}, {self.seconds:.3g} s)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the strip of pictures, then the stages with their costs."""
+        lines = [(i, s.name, s.spec, f"{s.seconds:.3f} s", s.nfe or None) for i, s in enumerate(self.stages, 1)]
+        costs = html.table(("", "stage", "gives", "time", "NFE"), lines, caption=repr(self))
+        data = self._repr_png_()
+        return costs if data is None else f"{html.picture(data, '; '.join(self.prompts))}{costs}"
+
+    def _repr_png_(self) -> bytes | None:
+        """The strip of pictures; None where the chain ended in something else."""
+        return self.images._repr_png_() if isinstance(self.spec, Pixels) else None
 
     @property
     def seconds(self) -> float:
@@ -75,9 +104,42 @@ class Result:
         return self.data
 
     @cached_property
-    def images(self) -> list[Image.Image]:
-        """PIL pictures, 8 bits a channel."""
+    def images(self) -> Images:
+        """PIL pictures, 8 bits a channel; notebooks show the list as a strip."""
         return to_images(self.pixels)
+
+    def frames(self, item: int = 0) -> Images:
+        """The sampling path of picture `item`: the decoded clean estimate of every step and every stage's pixels.
+
+        Each has the size of the last one, enlarged without smoothing; what repeats the frame before it is left out.
+        Of a run with `keep="path"`; stages that sample no whole latents (regions) show their pixels alone.
+
+        Raises:
+            PlanError: the run did not keep its path, or there is no such picture.
+        """
+        if self.decode is None:
+            raise PlanError('this result did not keep its path; run(..., keep="path") does')
+        if not 0 <= item < len(self.seeds):
+            raise PlanError(f"there is no picture {item}: the run made {len(self.seeds)}, counted from 0")
+        found = Images()
+        for index, stage in enumerate(self.stages):
+            latents = [step.estimate[item : item + 1] for step in self.path if step.stage == index]
+            with torch.inference_mode():
+                found += [to_images(self.decode(x))[0] for x in latents if x.ndim == 4]
+            if isinstance(stage.spec, Pixels) and stage.data is not None:
+                found += to_images(stage.data[item : item + 1])
+        size = found[-1].size if found else (0, 0)
+        sized = [image if image.size == size else image.resize(size, Image.Resampling.NEAREST) for image in found]
+        return Images(b for a, b in zip([None, *sized], sized, strict=False) if a is None or a.tobytes() != b.tobytes())
+
+    def animate(self, path: str | Path, item: int = 0, *, milliseconds: int = 120) -> Path:
+        """Write the `frames` of picture `item` as GIF, WebP or animated PNG, by the ending of `path`; the path.
+
+        Raises:
+            PlanError: as `frames`; the ending is another. ResourceError: it cannot be written.
+        """
+        write_animation(Path(path), self.frames(item), milliseconds=milliseconds)
+        return Path(path)
 
     def record(self, item: int = 0) -> dict[str, object]:
         """Everything needed to make picture `item` again, and what it cost: plain data, written into the PNG."""

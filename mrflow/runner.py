@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,14 +18,10 @@ from mrflow.forks import check_process
 from mrflow.noise import check_seed
 from mrflow.notes import collected, note, tallied
 from mrflow.records.stage_cache import StageCache
-from mrflow.result import Result, StageRecord
+from mrflow.result import PathStep, Result, StageRecord
 from mrflow.solvers import Step
 from mrflow.spec import ModelInfo, Pixels, Spec, Start, State
 from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Context, Stage, Work, keep_promise, plan, scopes, short
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger(__name__)
 MAX_PROMPT = 1_000_000
@@ -79,7 +75,7 @@ def run(
     negative: str | None = None,
     start: Tensor | State[Spec] | None = None,
     condition: Condition | None = None,
-    keep: bool = False,
+    keep: bool | Literal["path"] = False,
     on_event: Listener | None = None,
     cache: StageCache | None = None,
 ) -> Result:
@@ -87,7 +83,9 @@ def run(
 
     A picture depends on (chain, model, prompt, seed) alone: not on the batch, its neighbours or the device's generator.
     `start` is pixels (b, 3, h, w) in [0, 1] or a State for a chain that does not begin with noise; `condition` replaces
-    the encoded prompts; `keep` keeps every stage's tensor; `cache` reuses stages that were run before.
+    the encoded prompts; `keep` keeps every stage's tensor, and as "path" also every step's estimate, for
+    `Result.animate` (the result then holds the model); `on_event` hears of stages, steps and notes; `cache` reuses
+    stages that were run before.
 
     Raises:
         PlanError: the arguments or the chain cannot work, or a fork broke CUDA; before any tensor is made.
@@ -97,6 +95,8 @@ def run(
         raise PlanError(f"run wants a chain of stages, got {chain!r}; join stages with >>")
     if not isinstance(getattr(model, "info", None), ModelInfo):
         raise PlanError(f"run wants a loaded model, such as mf.load({model if isinstance(model, str) else 'pocket'!r})")
+    if keep not in (False, True, "path"):
+        raise PlanError(f'keep takes False, True or "path", got {keep!r}')
     check_process(model.device)
     prompts, seeds = _batch(prompt, seed, condition)
     whole = chain if isinstance(chain, Chain) else Chain[A, B]((chain,))
@@ -136,13 +136,14 @@ def run(
         context = Context(model, cond, other, seeds, "", prompts=prompts)
         keys = cache.keys(whole, model, prompts, seeds, negative, first, condition) if cache is not None else []
         done, found = cache.longest(keys, planned, model.device) if cache is not None else (0, None)
+        path: list[PathStep] | None = [] if keep == "path" else None
         records, data = [], first.data if found is None else found
         for index, (stage, row, scope) in enumerate(zip(stages, planned.rows, scopes(stages), strict=True)):
             _emit(on_event, StageBegan(index, len(stages), row.name, row.out))
             began, cached, notes = time.perf_counter(), index < done, list[str]()
             work = Work() if cached else row.work
             if not cached:
-                inner = replace(context, scope=scope, on_step=_relay(on_event, index), sigmas=row.sigmas)
+                inner = replace(context, scope=scope, on_step=_relay(on_event, index, path), sigmas=row.sigmas)
                 where = f"stage {index + 1} of {len(stages)}, {short(stage)}"
                 with collected() as notes, tallied() as tally:
                     data = keep_promise(stage, State(row.spec, data), row.out, inner, where)
@@ -173,6 +174,8 @@ def run(
         condition_seconds,
         _peak(model.device),
         tuple(lost),
+        tuple(path or ()),
+        None if path is None else lambda latents: model.decode(latents.to(model.device)),
     )
 
 
@@ -230,8 +233,17 @@ def _first(start: Tensor | State[Spec] | None, batch: int, model: Backbone) -> S
     return State(spec, data)
 
 
-def _relay(listener: Listener | None, index: int) -> Callable[[Step], None] | None:
-    return None if listener is None else lambda step: listener(Stepped(index, step))
+def _relay(listener: Listener | None, index: int, path: list[PathStep] | None) -> Callable[[Step], None] | None:
+    """What a stage tells of its steps: to the listener, and into the path where that is kept."""
+    if listener is None and path is None:
+        return None
+
+    def tell(step: Step) -> None:
+        if path is not None:
+            path.append(PathStep(index, step.to, step.denoised.detach().float().cpu().clone()))
+        _emit(listener, Stepped(index, step))
+
+    return tell
 
 
 def _emit(listener: Listener | None, event: Event) -> None:

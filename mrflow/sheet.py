@@ -18,7 +18,8 @@ from mrflow.stages import Sample
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
 
-MARGIN, INK, PAPER = 8, (30, 30, 34), (250, 250, 250)
+MARGIN, GAP, PAIRS = 8, 20, 2  # pixels within a pair and between pairs; pairs a row
+INK, PAPER = (30, 30, 34), (250, 250, 250)
 
 
 def table(result: Result, columns: int | None = None) -> str:
@@ -68,24 +69,31 @@ def warm_up(chains: Sequence[AnyChain], model: "Backbone", batch: int, prompt: s
 
 
 def compare(staged: Result, native: Result) -> Image.Image:
-    """One labelled sheet: a row for each run, a column for each prompt and seed."""
-    rows = [("staged", staged), ("native", native)]
+    """One labelled sheet: for each prompt and seed the two pictures side by side, two such pairs a row."""
     width, height = staged.images[0].size
-    columns = len(staged.images)
+    across = min(PAIRS, len(staged.images))
+    down = -(-len(staged.images) // across)
     font, small = _font(15), _font(12)
-    head, foot = 26, 22
-    sheet = Image.new("RGB", (MARGIN + columns * (width + MARGIN), 2 * (head + height + MARGIN) + foot), PAPER)
+    head, foot, pair = 24, 22, 2 * width + MARGIN + GAP
+    sheet = Image.new(
+        "RGB", (2 * MARGIN - GAP + across * pair, MARGIN + 2 * head + down * (height + foot + head)), PAPER
+    )
     draw = ImageDraw.Draw(sheet)
-    for row, (name, result) in enumerate(rows):
-        top = row * (head + height + MARGIN)
-        gain = f", {native.seconds / staged.seconds:.1f}x faster" if result is staged else ""
-        steps = f"{result.nfe} forwards"
-        draw.text((MARGIN, top + 5), f"{name}: {result.seconds:.2f} s, {steps}{gain}", fill=INK, font=font)
-        for i, image in enumerate(result.images):
-            sheet.paste(image, (MARGIN + i * (width + MARGIN), top + head))
+    gain = native.seconds / staged.seconds
+    lines = (
+        f"staged: {staged.seconds:.2f} s, {staged.nfe} forwards, {gain:.1f}x as fast",
+        f"native: {native.seconds:.2f} s, {native.nfe} forwards",
+    )
+    for i, line in enumerate(lines):
+        draw.text((MARGIN, 5 + i * head), _fit(draw, line, sheet.width - 2 * MARGIN, font), fill=INK, font=font)
     for i, (prompt, seed) in enumerate(zip(staged.prompts, staged.seeds, strict=True)):
-        text = _fit(draw, f"{prompt} (seed {seed})", width, small)
-        draw.text((MARGIN + i * (width + MARGIN), 2 * (head + height + MARGIN)), text, fill=INK, font=small)
+        left, top = MARGIN + i % across * pair, 2 * head + i // across * (height + foot + head)
+        for place, (name, result) in enumerate((("staged", staged), ("native", native))):
+            x = left + place * (width + MARGIN)
+            draw.text((x, top + 6), name, fill=INK, font=small)
+            sheet.paste(result.images[i], (x, top + head))
+        text = _fit(draw, f"{prompt} (seed {seed})", pair - GAP, small)
+        draw.text((left, top + head + height + 2), text, fill=INK, font=small)
     return sheet
 
 

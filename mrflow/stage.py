@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, overlo
 import torch
 from torch import Tensor
 
+from mrflow import html
 from mrflow._checks import check_whole
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Backbone, Condition, FieldOptions
@@ -23,6 +24,7 @@ from mrflow.guidance import Distilled, Guidance
 from mrflow.noise import Noise, PerItem
 from mrflow.notes import count
 from mrflow.policies import GM, PolicyField, automatic, follow
+from mrflow.records.readable import described
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
 from mrflow.spec import Latents, ModelInfo, Pixels, Spec, Start, State
@@ -172,6 +174,14 @@ class Chain(Generic[A, B]):
     def __str__(self) -> str:
         return "\n>> ".join(repr(stage) for stage in self.stages)
 
+    def __repr__(self) -> str:
+        return f"Chain({' >> '.join(type(stage).__name__ for stage in self.stages)})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: every stage with its settings."""
+        lines = [(number, *described(stage)) for number, stage in enumerate(self.stages, 1)]
+        return html.table(("", "stage", "settings"), lines)
+
 
 AnyChain = Chain[Any, Any]
 _BETWEEN: dict[tuple[type[Spec], type[Spec]], str] = {
@@ -239,6 +249,17 @@ class Plan:
     def nfe(self) -> int:
         """Network forwards for one picture."""
         return self.work.nfe
+
+    def __repr__(self) -> str:
+        flops = f", {human(self.work.flops)}FLOP" if self.work.flops else ""
+        return f"Plan({self.model.name}: {len(self.rows)} stages, NFE {self.nfe}{flops}, {self.out})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what each stage takes, gives and costs."""
+        lines = [
+            (i, r.name, r.spec, r.out, r.work.nfe or None, human(r.work.flops)) for i, r in enumerate(self.rows, 1)
+        ]
+        return html.table(("", "stage", "takes", "gives", "NFE", "FLOP"), lines, caption=repr(self))
 
     def __str__(self) -> str:
         return self.table()

@@ -183,6 +183,7 @@ def test_an_axis_keeps_to_what_can_be_and_is_not_dwarfed_by_an_interval() -> Non
     share = Scale("higher", 0, 1)
     low, high = limits([(1.0, 0.6, 1.0), (0.9, 0.8, 0.95)], share)
     assert 0.7 < low < 0.76 and 1 < high < 1.02  # the first interval goes on below
+    assert limits([(0.9, 0.8, 1.5), (0.7, 0.6, 0.8)], share)[1] < 1.1
     low, high = limits([(1.0, 1.0, 1.0)], share)
     assert low < 1 < high < 1.1
     assert limits([(3.0, -50.0, 90.0), (4.0, 3.9, 4.1)], Scale(None)) == pytest.approx((1.34, 5.66))

@@ -6,6 +6,7 @@ Files appear under their final name only when complete.
 
 import json
 import re
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import cast
@@ -15,8 +16,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from mrflow._checks import is_whole
-from mrflow.errors import RecordError, ResourceError
+from mrflow._checks import check_whole, is_whole
+from mrflow.errors import PlanError, RecordError, ResourceError
 from mrflow.images import MAX_FILE, MAX_TEXT, SIGNATURE, chunks, png_text
 from mrflow.images import read_image as read_image
 from mrflow.records.expressions import expression
@@ -27,12 +28,63 @@ from mrflow.records.files import writing as writing
 
 KEY = "mrflow"
 FORMAT = 1
+GAP = 6  # pixels between the pictures of a strip
+MOVING = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}
 
 
-def to_images(pixels: Tensor) -> list[Image.Image]:
+class Images(list[Image.Image]):
+    """PIL pictures; notebooks show them as one strip."""
+
+    def __repr__(self) -> str:
+        sizes = dict.fromkeys(f"{image.height}x{image.width}" for image in self)
+        return f"<{len(self)} image{'' if len(self) == 1 else 's'}, {', '.join(sizes) or 'none'}>"
+
+    def _repr_png_(self) -> bytes | None:
+        """The strip; None where there is no picture."""
+        return png(strip(self)) if self else None
+
+
+def strip(images: Sequence[Image.Image], *, side: int = 256, across: int = 8, most: int = 32) -> Image.Image:
+    """Pictures beside each other, each at most `side` pixels high and wide, `across` a row; at most `most` of them.
+
+    Raises:
+        PlanError: there is none.
+    """
+    if not images:
+        raise PlanError("there is no picture to show")
+    small = [image.convert("RGB") for image in images[:most]]
+    for image in small:
+        image.thumbnail((side, side))
+    width, height = max(i.width for i in small) + GAP, max(i.height for i in small) + GAP
+    columns = min(across, len(small))
+    sheet = Image.new("RGB", (columns * width - GAP, -(-len(small) // columns) * height - GAP), "white")
+    for number, image in enumerate(small):
+        sheet.paste(image, (number % columns * width, number // columns * height))
+    return sheet
+
+
+def to_images(pixels: Tensor) -> Images:
     """PIL pictures of float (b, 3, h, w) in [0, 1], rounded to 8 bits."""
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(item)) for item in array]
+    return Images(Image.fromarray(np.ascontiguousarray(item)) for item in array)
+
+
+def write_animation(path: Path, frames: Sequence[Image.Image], *, milliseconds: int = 120) -> None:
+    """Frames of one size, each shown so long and the last for a second, as GIF, WebP or animated PNG, for ever.
+
+    Raises:
+        PlanError: there is no frame, the name ends otherwise, or a time makes no sense. ResourceError: it cannot be
+        written.
+    """
+    kind = MOVING.get(path.suffix.lower())
+    if kind is None:
+        raise PlanError(f"an animation must end in {', '.join(MOVING)}, got {path.name!r}")
+    check_whole("milliseconds", milliseconds, 1, 60_000)
+    if not frames:
+        raise PlanError("there is no frame to show")
+    buffer, times = BytesIO(), [milliseconds] * (len(frames) - 1) + [max(1000, milliseconds)]
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=times, loop=0, lossless=True)
+    write_bytes(path, buffer.getvalue())
 
 
 def write_png(path: Path, image: Image.Image, record: object | None = None) -> None:

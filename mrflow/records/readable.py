@@ -1,6 +1,7 @@
 """A recorded stage in words for people: its name and its settings. From plain data alone, so it needs no torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 USUAL: Mapping[str, object] = {"stop": 0.0}  # what a setting is worth no word at
@@ -65,3 +66,17 @@ def _value(value: object, depth: int) -> str:
             return f"{', '.join(_value(v, depth + 1) for v in each[:6])}, ... ({len(each)} in all)"
         return ", ".join(_value(v, depth + 1) for v in each)
     return str(value)
+
+
+def described(stage: object) -> tuple[str, str]:
+    """`stage_text` of a stage itself: of a frozen dataclass of settings."""
+    return stage_text(_plain(stage))
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
+        return {"type": type(value).__name__, **own}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in cast("Sequence[object]", value)]
+    return value if isinstance(value, str | int | float | Mapping) or value is None else str(value)
