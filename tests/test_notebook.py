@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import mrflow as mf
+from mrflow import html
 from mrflow.records.pictures import Images, strip
 from mrflow.sheet import GAP, MARGIN, compare
 from mrflow.sweep import run_sweep
@@ -38,6 +39,7 @@ def test_reprs_are_short_and_say_what_it_is(result: mf.Result) -> None:
 def test_tables_for_notebooks_hold_no_markup_of_prompts(result: mf.Result) -> None:
     text = result._repr_html_()
     assert "<script" not in text and "&lt;script&gt;" in text and text.count("<tr>") == 8
+    assert html.table(["<h>"], [["<i>"]], caption="<c>").count("&lt;") == 3
     assert "Reinject" in paper()._repr_html_() and "sigma 0.12" in paper()._repr_html_()
     planned = mf.plan(paper(), mf.toy())._repr_html_()
     assert planned.count("<tr>") == 8 and '<td style="text-align:left">Refine</td>' in planned
@@ -57,13 +59,14 @@ def test_pictures_are_one_strip(result: mf.Result) -> None:
 
 
 def test_the_path_is_decoded_step_by_step(result: mf.Result, tmp_path: Path) -> None:
-    plain = mf.run(paper(), mf.toy(), ["a", EVIL], seed=(1, 2))
+    seen: list[Any] = []
+    plain = mf.run(paper(), mf.toy(), ["a", EVIL], seed=(1, 2), on_event=seen.append)
+    steps = [(e.index, e.step.to, e.step.denoised) for e in seen if isinstance(e, mf.Stepped)]
+    for (stage, sigma, estimate), kept in zip(steps, result.path, strict=True):
+        assert (stage, sigma) == (kept.stage, kept.sigma) and torch.equal(estimate, kept.estimate)
     assert torch.equal(plain.pixels, result.pixels) and plain.path == ()
-    sampling = [step for step in result.path if step.stage == 0]
-    assert [step.sigma for step in sampling][-1] == 0 and all(len(step.estimate) == 2 for step in result.path)
     frames = result.frames(1)
-    steps = len(result.path)
-    assert steps <= len(frames) <= steps + 2  # what decodes to the frame before it comes once
+    assert len(steps) <= len(frames) <= len(steps) + 2  # what decodes to the frame before it comes once
     assert {frame.size for frame in frames} == {SIZE[::-1]} and frames[-1].tobytes() == result.images[1].tobytes()
     for name in ("a.gif", "a.webp", "a.png"):
         assert result.animate(tmp_path / name, 1, milliseconds=50) == tmp_path / name

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import mrflow as mf
-from mrflow.sweep import Fidelity, Lpips, Row, Scale, SceneScore, Sharpness, Store, Stray, seed_of
+from mrflow.sweep import Fidelity, Lpips, Row, Scale, SceneScore, Sharpness, Store, Stray, seed_of, table
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
 from mrflow.sweep.plots import front_of, limits, mark, write_plots
@@ -326,3 +326,18 @@ def test_twenty_thousand_rows_are_paged(browser: Any, scored: Path, tmp_path: Pa
     browser.execute_script("document.getElementById('previous').click()")
     assert texts(browser, "#place")[0].startswith("5000 of 5000") and "prompt 4999" in texts(browser, "#details p")[0]
     assert len(browser.execute_script("return [...document.querySelectorAll('img')]")) < 60
+
+
+def test_the_table_of_methods(scored: Path) -> None:
+    found = table(scored)
+    assert found.heads == ("method", "rows", "score ↑", "lpips ↓", "sharpness", "stray, % ↓", "speed-up over ref 8 ↑")
+    cells = {line[0]: line[1:] for line in found.lines}
+    assert cells["dirty 2"][0] == "24 (1 failed)" and cells["ref 8"][1].endswith("1.000] *")
+    assert cells["clean 4"][-1].startswith("2.00 [") and cells["slow"][-1].startswith("0.50 [")
+    assert "* no failure in 24: up to 0.12 could hide" in found.notes
+    assert repr(found).startswith("<4 methods: rows, score") and "<td" in found._repr_html_()
+    text = str(found).splitlines()
+    assert len({len(line) for line in text[:6]}) == 1 and text[1].startswith("|---")
+    assert table(scored, "fit.corner").lines[0][2] == "1.000 *"
+    with pytest.raises(mf.PlanError, match="no row of .* has the metric 'nothing'; there are score, "):
+        table(scored, "nothing")

@@ -344,9 +344,10 @@ def test_a_failing_row_is_written_down_and_takes_no_other_with_it(tmp_path: Path
     failed = [r for r in read(tmp_path) if not r.done]
     assert {(r.chain, r.draw) for r in failed} == {("bad", 1)} and {r.seed for r in failed} == {*poison}
     assert all("this seed is poison" in str(r.error) and r.picture is None for r in failed)
-    assert run_sweep(sweep, mf.toy(), tmp_path).made == 0  # they are not tried again by themselves
+    rerun = run_sweep(sweep, mf.toy(), tmp_path)  # they are not tried again by themselves
+    assert (rerun.made, rerun.before, rerun.failed, rerun.stayed) == (0, 12, 0, 2) and done.stayed == 0
     again = run_sweep(sweep, mf.toy(), tmp_path, retry=True)
-    assert (again.made, again.failed) == (0, 2)
+    assert (again.made, again.failed, again.stayed) == (0, 2, 0)
 
 
 def test_a_row_that_kills_its_process_is_given_up(tmp_path: Path) -> None:

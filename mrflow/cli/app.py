@@ -13,6 +13,7 @@ from mrflow.cli import records, sweeps
 from mrflow.cli.chains import enlargement
 from mrflow.cli.display import console, width
 from mrflow.cli.drawing import draw
+from mrflow.cli.export import sweep_verbs
 from mrflow.cli.networks import networks
 from mrflow.cli.options import (
     ChainOptions,
@@ -234,7 +235,7 @@ def plan(
         typer.echo(json.dumps(report(planned), indent=2) if as_json else describe(planned, width()))
 
 
-app.command()(with_options(sweeps.sweep))
+app.add_typer(sweep_verbs, name="sweep")
 app.command()(with_options(sweeps.report))
 app.command()(with_options(sweeps.tune))
 app.command()(with_options(records.inspect))

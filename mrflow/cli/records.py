@@ -56,7 +56,7 @@ def replay(
         bool, typer.Option("--check", help="Compare with the picture's own pixels; write a file only with --out.")
     ] = False,
     own: Annotated[
-        Path | None, typer.Option("--with", help="The Python file with the stages of your own it used.")
+        list[Path] | None, typer.Option("--with", help="A Python file with stages of your own it used; repeatable.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="The weights, where the model is not embedded.")] = None,
     start: Annotated[Path | None, typer.Option("--start", help="The picture it began with, if it did.")] = None,
@@ -78,7 +78,7 @@ def replay(
         default = picture.parent / f"{picture.stem}-replay{picture.suffix}"
         target = free_path(out, default, 1, force) if writes else None
         record = read_record(picture)
-        types = own_types(own) if own is not None else ()
+        types = [kind for each in own or () for kind in own_types(each)]
         pixels = read_image(start) if start is not None else None
         before = read_image(picture) if check else None
         backbone = options.load(model or recorded_model(record))

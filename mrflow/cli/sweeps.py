@@ -46,14 +46,22 @@ def sweep(
     address: Annotated[
         str | None, typer.Option("--address", help="ray: a running cluster; one here unless said.")
     ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option("--log", help="Also to tensorboard:FOLDER, wandb[:PROJECT], trackio[:PROJECT]."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
     *,
     options: ModelOptions,
 ) -> None:
-    """Draw chains x prompts x draws into a folder of rows and pictures; run it again after any interruption."""
+    """Draw chains x prompts x draws into a folder of rows and pictures; run it again after any interruption.
+
+    mrflow sweep export FOLDER writes the rows as CSV, Parquet or a dataset for Hugging Face.
+    """
     with console() as err:
         from mrflow.sweep.limits import RETRY
         from mrflow.sweep.local import check_run, run_sweep
+        from mrflow.sweep.trackers import tracker
 
         asked = load_sweep(file)
         name = model or asked.model
@@ -65,7 +73,10 @@ def sweep(
             return
         if engine not in ("local", "ray"):
             raise PlanError(f"--engine takes local or ray, got {engine!r}")
+        if log and engine != "local":
+            raise PlanError("--log works with --engine local; export a sweep of Ray's when it is done")
         check_run(batch, part, row_timeout)
+        logs = [tracker(word) for word in log or ()]
         load = partial(options.load, name)
         backbone = load() if engine == "local" else None
         with stopping() as (stop, code), bar(err) as show:
@@ -85,11 +96,17 @@ def sweep(
             else:
                 done = run_sweep(
                     asked, backbone, folder, batch=batch, shard=part, retry=retry, row_timeout=row_timeout,
-                    on_progress=show, stop=stop,
+                    on_progress=show, stop=stop, log=logs,
                 )  # fmt: skip
-        err.print(f"{done.made} rows made, {done.before} were there, {done.failed} failed, {done.left} left: {folder}")
+        stay = f", {done.stayed} failed before and stay failed" if done.stayed else ""
+        counts = f"{done.made} rows made, {done.before} were there, {done.failed} failed{stay}, {done.left} left"
+        err.print(f"{counts}: {folder}")
         for text in done.errors:
             err.print(f"  {text}")
+        if not as_json and done.made + done.before > done.stayed:
+            from mrflow.sweep.tables import table
+
+            err.print(str(table(folder)))
         if as_json:
             typer.echo(json.dumps(done.__dict__))
         else:
@@ -100,11 +117,11 @@ def sweep(
         if done.left:
             err.print(f"other processes are making {done.left} rows, or died with them; run the same command again")
             raise SystemExit(RETRY)
-        if done.failed:
+        if done.failed or done.stayed:
             err.print(f"failed rows are in {folder}/rows with their errors; --retry makes them again")
         if done.unmeasured:
             err.print(f"{done.unmeasured} rows lack a metric that failed; the same command measures them again")
-        if done.failed or done.unmeasured:
+        if done.failed or done.stayed or done.unmeasured:
             raise SystemExit(4)
 
 

@@ -35,5 +35,9 @@ from mrflow.sweep.statistics import pareto as pareto
 from mrflow.sweep.statistics import values as values
 from mrflow.sweep.store import Store as Store
 from mrflow.sweep.store import read as read
+from mrflow.sweep.tables import Table as Table
+from mrflow.sweep.tables import table as table
+from mrflow.sweep.trackers import Tracker as Tracker
+from mrflow.sweep.trackers import tracker as tracker
 from mrflow.sweep.tune import Space as Space
 from mrflow.sweep.tune import Tune as Tune

@@ -105,8 +105,10 @@ class Worker:
                 left += 1
             else:
                 tally.add(row)
-        tally.made -= before
-        return tally.summary(before, left, str(self.maker.store.folder), stopped=stopped)
+        stayed = self.maker.stayed
+        tally.made -= before - stayed
+        tally.failed -= stayed
+        return tally.summary(before, left, str(self.maker.store.folder), stopped=stopped, stayed=stayed)
 
 
 def run_on_ray(

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from mrflow.sweep.maker import Maker
 from mrflow.sweep.metrics import scales_of
 from mrflow.sweep.rows import Row
 from mrflow.sweep.store import Store
+from mrflow.sweep.trackers import Logs, Tracker
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Progress:
 class Summary:
     """What a sweep did: rows made now, there before, failed, and left to others (or to the next time).
 
-    `unmeasured` counts rows whose picture is there but which lack a metric that failed; `errors` are the first few
-    texts of failed rows and metrics.
+    `stayed` counts, of those that were there before, rows that had failed and were not made again. `unmeasured` counts
+    rows whose picture is there but which lack a metric that failed; `errors` are the first few texts of failed rows and
+    metrics.
     """
 
     made: int
@@ -45,6 +47,7 @@ class Summary:
     folder: str
     unmeasured: int = 0
     errors: tuple[str, ...] = ()
+    stayed: int = 0
 
 
 def run_sweep(
@@ -58,12 +61,14 @@ def run_sweep(
     row_timeout: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
+    log: Sequence[Tracker] = (),
 ) -> Summary:
     """Make every row of a sweep that is not there yet; call it again after any interruption, it goes on.
 
     `shard` (i, n) takes every n-th pair of prompt and draw from the i-th on; `retry` makes failed rows again, those
     whose process died are made again anyway; `row_timeout` is how many seconds a row may take; `stop` ends it after the
-    batch that is being made. Rows that a process died with come last, each alone.
+    batch that is being made. Rows that a process died with come last, each alone. `log` hears of every row as it is
+    made (`mrflow.sweep.trackers`); one that fails on the way is left out with a warning.
 
     Raises:
         PlanError: a chain cannot work with this model, the batch or the shard make no sense; before anything is made.
@@ -75,7 +80,9 @@ def run_sweep(
     index, count = shard
     store = Store(folder)
     maker = Maker(sweep, model, store, row_timeout=row_timeout)
-    store.open(manifest(sweep, model))
+    said = manifest(sweep, model)
+    store.open(said)
+    logs = Logs(log, store.folder, said)
     pairs = sweep.pairs[index::count]
     total = len(pairs) * len(sweep.chains)
     tally = Tally()
@@ -87,6 +94,7 @@ def run_sweep(
 
         def seen(row: Row) -> None:
             tally.add(row)
+            logs.row(row)
             if on_progress is not None:
                 made = tally.made + tally.failed
                 left = (time.monotonic() - began) * ((total - before) / made - 1)
@@ -102,7 +110,8 @@ def run_sweep(
         if not stopped:
             maker.refresh()
         left = sum(maker.lacking(open_))
-    return tally.summary(before, left, str(folder), stopped=stopped)
+    logs.finish()
+    return tally.summary(before, left, str(folder), stopped=stopped, stayed=maker.stayed)
 
 
 @dataclass
@@ -123,9 +132,10 @@ class Tally:
             if text and len(self.errors) < 3:
                 self.errors.setdefault(f"{row.chain}: {text}")
 
-    def summary(self, before: int, left: int, folder: str, *, stopped: bool) -> Summary:
+    def summary(self, before: int, left: int, folder: str, *, stopped: bool, stayed: int = 0) -> Summary:
         """All of it."""
-        return Summary(self.made, before, self.failed, left, stopped, folder, self.unmeasured, tuple(self.errors))
+        errors = tuple(self.errors)
+        return Summary(self.made, before, self.failed, left, stopped, folder, self.unmeasured, errors, stayed)
 
 
 def check_run(batch: int, shard: tuple[int, int], row_timeout: float | None) -> None:

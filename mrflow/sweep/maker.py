@@ -67,6 +67,7 @@ class Maker:
         check_process(model.device)
         self.sweep, self.store, self.row_timeout = sweep, store, row_timeout
         self.again: dict[str, str] = {}
+        self.stayed = 0  # rows that failed before and are left so
         self._stale: dict[str, tuple[str, Pair]] = {}
         self.model = Remembering(model)
         self.prints = {label: fingerprints(chain) for label, chain in sweep.chains.items()}
@@ -91,7 +92,7 @@ class Maker:
         """How many rows each pair lacks; each row is read once.
 
         What failed because a process died, and with `retry` all that failed, is to be made again: `again` holds when
-        those rows were written, so that each is tried once more and not for ever.
+        those rows were written, so that each is tried once more and not for ever. `stayed` counts other failed ones.
         """
         out: list[int] = []
         for pair in pairs:
@@ -102,6 +103,7 @@ class Maker:
                 if row is not None and not row.done and (retry or row.cause == "death"):
                     self.again[key] = row.time
                 lacking += self._wanted(key, row)
+                self.stayed += row is not None and not row.done and key not in self.again
                 if row is not None and self._outdated(row, label, pair):
                     self._stale[key] = (label, pair)
             out.append(lacking)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from mrflow.errors import PlanError
 from mrflow.records.readable import stage_text
-from mrflow.sweep.aims import BUILT_IN, COSTS, from_plain, scale, to_plain
+from mrflow.sweep.aims import BUILT_IN, COSTS, Scale, from_plain, scale, to_plain
 from mrflow.sweep.rows import Row, row_key, seed_of
 from mrflow.sweep.statistics import (
     MIN_PROMPTS,
@@ -148,15 +148,15 @@ def summarise(
         "chains": chains,
         "done": sum(r.done for r in rows),
         "failed": sum(not r.done for r in rows),
-        "scales": scales(rows, said),
+        "scales": to_plain(scales(rows, said)),
         "origin": origin(rows),
     }
 
 
-def scales(rows: Sequence[Row], said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def scales(rows: Sequence[Row], said: Mapping[str, Any]) -> dict[str, Scale]:
     """The scale of every number that rows have: what their metrics said, else the built-in one."""
     known = {**COSTS, **BUILT_IN, **from_plain(said.get("aims", {}))}
-    return to_plain({name: scale(name, known) for name in (*metrics_of(rows), *COSTS)})
+    return {name: scale(name, known) for name in (*metrics_of(rows), *COSTS)}
 
 
 def origin(rows: Sequence[Row]) -> dict[str, Any]:

@@ -1,16 +1,23 @@
 """The rows of a sweep as a table: CSV, Parquet, a folder that the datasets library loads; and its methods as text."""
 
 import csv
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
+from mrflow import html
 from mrflow.errors import PlanError
 from mrflow.records.files import write_bytes
+from mrflow.sweep.aims import Scale
 from mrflow.sweep.rows import Row
-from mrflow.sweep.statistics import number
-from mrflow.sweep.summary import metrics_of
+from mrflow.sweep.statistics import Interval, caveat, grouped, interval, is_share, number, values
+from mrflow.sweep.store import Store
+from mrflow.sweep.summary import load, metrics_of, scales
+from mrflow.sweep.timing import speedup
 
 COLUMNS = (
     "chain", "prompt", "draw", "seed", "status", "error", "seconds", "nfe", "flops", "peak_bytes", "batch", "timed",
@@ -18,7 +25,86 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
+MOST = 4  # metrics beside each other
+WAYS = {"higher": " ↑", "lower": " ↓", "one": " → 1"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The methods of a sweep in numbers: print it, or let a notebook show it."""
+
+    heads: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.heads, *self.lines, strict=True)]
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(f"{c:<{w}}" for c, w in zip(cells, widths, strict=True)) + " |"
+
+        rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+        return "\n".join((line(self.heads), rule, *map(line, self.lines), *self.notes))
+
+    def __repr__(self) -> str:
+        return f"<{len(self.lines)} methods: {', '.join(self.heads[1:])}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html.table(self.heads, self.lines) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+
+
+def table(folder: str | Path, *metrics: str) -> Table:
+    """Each method of a sweep: its rows, the means of metrics with 95 % intervals, its measured speed-up.
+
+    Metrics are the whole ones (no parts), at most four, unless said. Arrows say which way is better.
+
+    Raises:
+        PlanError: it is no sweep's folder, has no rows yet, or none of its rows has such a metric.
+    """
+    rows, reference = load(folder)
+    known = metrics_of(rows)
+    if missing := [name for name in metrics if name not in known]:
+        raise PlanError(f"no row of {folder} has the metric {missing[0]!r}; there are {', '.join(known) or 'none'}")
+    chosen = metrics or tuple([name for name in known if "." not in name][:MOST])
+    which = scales(rows, Store(folder).manifest())
+    chains, notes = grouped(rows, lambda r: r.chain), dict[str, None]()
+    base = chains.get(reference, [])
+    lines: list[tuple[str, ...]] = []
+    for label, mine in chains.items():
+        failed = sum(not row.done for row in mine)
+        cells = [label, f"{len(mine)}" + (f" ({failed} failed)" if failed else "")]
+        cells += [_cell(mine, metric, notes) for metric in chosen]
+        fast = speedup(base, mine) if base and not any(row.rendered for row in mine) else None
+        cells.append("" if fast is None else _spread(fast, 2))
+        lines.append(tuple(cells))
+    heads = ("method", "rows", *(f"{m}{_unit(which[m])}" for m in chosen), f"speed-up over {reference or 'none'} ↑")
+    return Table(heads, tuple(lines), tuple(notes))
+
+
+def _unit(known: Scale) -> str:
+    return (f", {known.unit}" if known.unit else "") + WAYS.get(known.aim or "", "")
+
+
+def _cell(rows: Sequence[Row], metric: str, notes: dict[str, None]) -> str:
+    """A mean with its interval; what must be known of the interval goes into the notes."""
+    found, share = values(rows, metric), is_share(metric)
+    if not found:
+        return ""
+    whole = interval(found, draws=2000, share=share)
+    said = caveat(found, whole, share=share)
+    if said:
+        notes.setdefault(f"* {said}")
+    return f"{whole.mean:.3f} *" if said and whole.low == whole.high else _spread(whole, 3) + (" *" if said else "")
+
+
+def _spread(found: Interval, digits: int) -> str:
+    if math.isnan(found.low):
+        return f"{found.mean:.{digits}f}"
+    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def flat(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
     """Column names and one line a row: its facts, tags (`tag.x`), metrics (`metric.x`) and seconds of stages."""
     tags = sorted({t for r in rows for t in r.tags})
     metrics = metrics_of(rows)
@@ -36,7 +122,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
 
 def write_csv(rows: Sequence[Row], out: Path) -> None:
     """The table as CSV; a text that a spreadsheet would take for a formula is quoted with an apostrophe."""
-    names, lines = table(rows)
+    names, lines = flat(rows)
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
@@ -61,7 +147,7 @@ def write_parquet(rows: Sequence[Row], out: Path) -> None:
         raise PlanError(
             f"Parquet needs pyarrow, which cannot be imported ({error}): pip install 'mrflow[sweep]'"
         ) from None
-    names, lines = table(rows)
+    names, lines = flat(rows)
     columns = list(zip(*lines, strict=True)) if lines else [()] * len(names)
     whole = arrow.table(dict(zip(names, (list(c) for c in columns), strict=True)))
     buffer = BytesIO()
