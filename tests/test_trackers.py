@@ -124,6 +124,9 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    (tmp_path / "file").touch()
+    with pytest.raises(mf.ResourceError, match="--log tensorboard:.*file/in: Not a directory"):
+        tracker(f"tensorboard:{tmp_path / 'file' / 'in'}")
     run_sweep(SWEEP, mf.toy(), tmp_path / "s", log=[tracker(f"tensorboard:{tmp_path / 'logs'}")])
     found = EventAccumulator(str(tmp_path / "logs" / "s"))
     found.Reload()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from mrflow.errors import PlanError
+from mrflow.errors import PlanError, ResourceError
 from mrflow.records.files import check_writable
 from mrflow.records.readable import stage_text
 from mrflow.sweep.rows import Row
@@ -73,6 +73,10 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._make = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"--log tensorboard:{folder}: {error.strerror or error}") from None
         check_writable(folder / "events")
 
     def begin(self, name: str, config: Mapping[str, Any]) -> None:
