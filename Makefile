@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 OUT ?= out
 BASICSR := .venv-basicsr
 REAL := .venv-real
+WHEEL := .venv-wheel
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test site mutate test-basicsr test-real figure pocket check lint fast docs parity gpu wheel clean
+.PHONY: help demo test site mutate test-basicsr test-real test-wheel figure pocket check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -93,5 +94,12 @@ gpu: $(VENV)/.installed-dev ## The tests that need a CUDA device
 wheel: $(VENV)/.installed-dev ## Build a wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
+test-wheel: ## Install a wheel into an empty environment, and draw the golden picture there without a home folder
+	rm -rf $(WHEEL) build/wheel
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip wheel --quiet --no-deps -w build/wheel .
+	$(WHEEL)/bin/python -m pip install --quiet -c constraints.txt build/wheel/mrflow-*.whl
+	cd build && env -i HOME=/nonexistent PATH=/usr/bin:/bin ../$(WHEEL)/bin/python ../tests/installed.py ../tests/golden/pocket.json
+
 clean: ## Remove the environments, builds and caches; pictures stay
-	rm -rf $(VENV) $(BASICSR) $(REAL) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BASICSR) $(REAL) $(WHEEL) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
