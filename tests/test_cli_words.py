@@ -387,3 +387,32 @@ def test_pocket_says_what_it_was_not_trained_on(caplog: pytest.LogCaptureFixture
         "pocket was trained on squares of 128, 256, 512 pixels; it draws worse at 160x320, 320x640"
     )
     assert untrained(mf.plan(mf.recipes.native(size=(64, 64)), mf.FLUX)) == ""
+
+
+SWEEP = """
+import mrflow as mf
+
+sweep = mf.Sweep({"one": mf.recipes.native(size=(16, 16), steps=1)}, ["a", "b"], model="pocket")
+"""
+
+
+def test_sweeps_as_json_and_options_of_other_engines(here: Path) -> None:  # noqa: F811
+    (here / "s.py").write_text(SWEEP)
+    planned = json.loads(call("sweep", "s.py", "--plan", "--json")[1])
+    assert planned["rows"] == 2 and planned["chains"]["one"]["nfe"] == 2 and planned["flops"] > 0
+    assert call("sweep", "s.py", "--plan")[1].startswith("1 chains x 2 prompts x 1 draws: 2 rows\n  one     2 forwards")
+    code, _, err = call("sweep", "s.py", "--workers", "3", "--gpus", "1")
+    assert code == 2 and "--workers, --gpus does nothing without --engine ray" in err
+    code, _, err = call("report", "none", "--metric", "score")
+    assert code == 2 and "--metric does nothing without --plots" in err
+    code, _, err = call("tune", "s.py", "--captions", "3")
+    assert code == 2 and "--captions does nothing beside s.py" in err
+    code, _, err = call("tune", "--floor", "90")
+    assert code == 2 and "error: --floor must be at least 0 and at most 1, the range of 'score', got 90" in err, err
+    assert not [p for p in here.iterdir() if p.name not in ("s.py", "__pycache__")]
+
+
+def test_lines_hang_below_what_they_explain() -> None:
+    assert wrapped(["made on   one two three"], 20) == ["made on   one two", "      three"]
+    assert wrapped(["     Sample(64, 64, Shifted(2))"], 20) == ["     Sample(64, 64,", "     Shifted(2))"]
+    assert wrapped(["made on   one two three"], None) == ["made on   one two three"]

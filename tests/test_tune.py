@@ -8,7 +8,7 @@ import pytest
 
 import mrflow as mf
 from mrflow.sweep import Measured, Psnr, Sharpness, Space, Tune, read
-from mrflow.sweep.tune import front_file, tune
+from mrflow.sweep.tune import Tried, front_file, lines, outcome, tune
 from tests.test_cli import call, here  # noqa: F401
 
 pytest.importorskip("optuna")
@@ -67,9 +67,43 @@ def test_the_front_is_a_file_that_runs(tmp_path: Path) -> None:
     found = tune(ask, Costly(), tmp_path, trials=8)  # type: ignore[arg-type]
     (tmp_path / "front.py").write_text(front_file(found, ask))
     names = runpy.run_path(str(tmp_path / "front.py"))
-    assert list(names["chains"]) == [t.label for t in found.front]
-    for one in found.front:
+    good = [t for t in found.front if t.good(0.97, higher=True)]
+    assert list(names["chains"]) == [t.label for t in good] and 0 < len(good) < len(found.front)
+    for one in good:
         assert names["chains"][one.label] == one.chain
+    told = outcome(found, ask)
+    assert [row["good"] for row in told["front"]] == [t in good for t in found.front]  # type: ignore[attr-defined]
+    marks = [line[0] for line in lines(found, ask)]
+    assert marks.count("*") == 1 and marks.count("-") == len(found.front) - len(good)
+
+
+def test_the_reference_and_every_trial_are_told(tmp_path: Path) -> None:
+    told: list[tuple[int, Tried]] = []
+    drawing: list[tuple[str, int, int]] = []
+    narrow = Space(steps=(1, 3), lows=(0.5, 0.4), upscalers={"none": None}, solvers={"euler": mf.Euler()})
+    ask = asked(0.97, metrics=[Near()], metric="near", space=narrow)
+    found = tune(
+        ask, Costly(), tmp_path, trials=6,  # type: ignore[arg-type]
+        on_tried=lambda number, one: told.append((number, one)), on_drawing=lambda *at: drawing.append(at),
+    )  # fmt: skip
+    assert [number for number, _ in told] == list(range(1, 8)) and told[0][1].label == "native 50"
+    assert [one for _, one in told] == list(found.tried)
+    assert drawing[0] == ("native 50", 0, 5) and {total for _, _, total in drawing} == {5}
+    assert {label for label, _, _ in drawing} == {one.label for _, one in told if one.quality is not None}
+
+
+def test_floors_lie_in_the_range_of_their_metric() -> None:
+    from mrflow.sweep import SceneScore, Stray
+
+    for metric, floor, higher, said in (
+        (SceneScore(), 90.0, True, "floor must be at least 0 and at most 1, the range of 'score', got 90"),
+        (SceneScore(), -1.0, True, "the range of 'score'"),
+        (Psnr(), 101.0, True, "floor must be at most 100, the range of 'psnr'"),
+        (Stray(), 1.0, True, "lower values of 'stray' are better; say higher=False"),
+    ):
+        with pytest.raises(mf.PlanError, match=said):
+            asked(floor, metrics=[metric], metric=next(iter(metric.aims)), higher=higher)
+    assert asked(1.0, metrics=[Stray()], metric="stray", higher=False).bound == "<="
 
 
 def test_what_cannot_be_tuned(tmp_path: Path) -> None:

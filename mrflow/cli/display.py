@@ -124,7 +124,7 @@ def wrapped(lines: Iterable[str], columns: int | None) -> list[str]:
         return list(lines)
     out: list[str] = []
     for line in lines:
-        indent = re.match(r"\s*(?:\S{1,9}\s{2,})?", line)
+        indent = re.match(r"\s*(?:\S.{0,8}?\s{2,})?", line)
         below = " " * min(len(indent.group()) if indent else 0, columns // 3)
         out += textwrap.wrap(line, columns, subsequent_indent=below, break_on_hyphens=False) or [line]
     return out

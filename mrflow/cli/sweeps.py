@@ -11,14 +11,16 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mrflow.cli.display import console, duration
-from mrflow.cli.options import ModelOptions
+from mrflow._checks import check_whole
+from mrflow.cli.display import console, duration, width, wrapped
+from mrflow.cli.options import Json, ModelOptions, refuse
 from mrflow.cli.parsing import load_file, module_name
 from mrflow.errors import PlanError
+from mrflow.notes import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,16 +43,18 @@ def sweep(
     engine: Annotated[
         str, typer.Option("--engine", help="local, or ray: a pool of workers on a Ray cluster.")
     ] = "local",
-    workers: Annotated[int, typer.Option("--workers", help="ray: how many workers, a model each.")] = 2,
-    gpus: Annotated[float, typer.Option("--gpus", help="ray: GPUs of each worker.")] = 0.0,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="ray: how many workers, a model each (default: 2).")
+    ] = None,
+    gpus: Annotated[float | None, typer.Option("--gpus", help="ray: GPUs of each worker (default: 0).")] = None,
     address: Annotated[
-        str | None, typer.Option("--address", help="ray: a running cluster; one here unless said.")
+        str | None, typer.Option("--address", help="ray: a running cluster (default: one on this machine).")
     ] = None,
     log: Annotated[
         list[str] | None,
         typer.Option("--log", help="Also to tensorboard:FOLDER, wandb[:PROJECT], trackio[:PROJECT]."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
+    as_json: Json = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -69,12 +73,15 @@ def sweep(
         part = parse_shard(shard)
         planned = plan_sweep(asked, name)
         if dry:
-            typer.echo("\n".join(planned))
+            typer.echo(json.dumps(planned) if as_json else "\n".join(wrapped(plan_lines(planned), width())))
             return
         if engine not in ("local", "ray"):
             raise PlanError(f"--engine takes local or ray, got {engine!r}")
         if log and engine != "local":
             raise PlanError("--log works with --engine local; export a sweep of Ray's when it is done")
+        of_ray = {"--workers": workers, "--gpus": gpus, "--address": address}
+        idle = [option for option, value in of_ray.items() if value is not None]
+        refuse(engine == "local" and bool(idle), ", ".join(idle), "without --engine ray")
         check_run(batch, part, row_timeout)
         logs = [tracker(word) for word in log or ()]
         load = partial(options.load, name)
@@ -88,7 +95,7 @@ def sweep(
                     sys.modules[module_name(Path(str(file).partition(".py:")[0]).with_suffix(".py"))]
                 ):
                     package().cloudpickle.register_pickle_by_value(own)  # workers have no such file
-                pool = Pool(workers, gpus=gpus, address=address)
+                pool = Pool(2 if workers is None else workers, gpus=gpus or 0.0, address=address)
                 done = run_on_ray(
                     asked, load, folder, pool, batch=batch, shard=part, retry=retry, row_timeout=row_timeout,
                     on_progress=show, stop=stop,
@@ -153,22 +160,34 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def plan_sweep(asked: "Sweep", name: str) -> list[str]:
-    """Lines on what a sweep will take; every chain is planned, no weight is loaded.
+def plan_sweep(asked: "Sweep", name: str) -> dict[str, Any]:
+    """What a sweep will take, as plain data; every chain is planned, no weight is loaded.
 
     Raises:
         PlanError: a chain cannot work.
     """
     from mrflow.models import info
-    from mrflow.stage import human
 
     plans = asked.plans(info(name))
     pictures = len(asked.prompts) * len(asked.seeds)
-    lines = [f"{len(asked.chains)} chains x {len(asked.prompts)} prompts x {len(asked.seeds)} draws: {asked.rows} rows"]
-    width = max(map(len, plans))
-    lines += [f"  {label:<{width}}  {p.nfe:>4} forwards  {human(p.work.flops)}FLOP" for label, p in plans.items()]
-    lines.append(f"in all {human(pictures * sum(p.work.flops for p in plans.values()))}FLOP, less what stages share")
-    return lines
+    return {
+        "prompts": len(asked.prompts),
+        "draws": len(asked.seeds),
+        "rows": asked.rows,
+        "chains": {label: {"nfe": p.nfe, "flops": p.work.flops} for label, p in plans.items()},
+        "flops": pictures * sum(p.work.flops for p in plans.values()),
+    }
+
+
+def plan_lines(planned: dict[str, Any]) -> list[str]:
+    """What `plan_sweep` found, for people."""
+    from mrflow.stage import human
+
+    chains = planned["chains"]
+    longest = max(map(len, chains))
+    rows = f"{len(chains)} chains x {planned['prompts']} prompts x {planned['draws']} draws: {planned['rows']} rows"
+    each = [f"  {k:<{longest}}  {p['nfe']:>4} forwards  {human(p['flops'])}FLOP" for k, p in chains.items()]
+    return [rows, *each, f"in all {human(planned['flops'])}FLOP, less what stages share"]
 
 
 @contextmanager
@@ -249,6 +268,7 @@ def report(
     parquet: Annotated[bool, typer.Option("--parquet", help="Also the rows as Parquet.")] = False,
     plots: Annotated[bool, typer.Option("--plots", help="Also quality against speed-up as PNG and SVG.")] = False,
     metric: Annotated[str | None, typer.Option("--metric", help="The quality of the plots.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Make one HTML page of a sweep: trade-off, categories, table, pictures side by side, the worst first."""
     from mrflow.records.files import check_writable
@@ -260,6 +280,7 @@ def report(
         from mrflow.sweep.summary import load, summarise
         from mrflow.sweep.tables import write_csv, write_parquet
 
+        refuse(metric is not None and not plots, "--metric", "without --plots")
         rows, reference = load(folder)
         target = out or folder / "report.html"
         if target.suffix.lower() not in (".html", ".htm"):
@@ -281,19 +302,25 @@ def report(
             )
         bad = sum(not row.done for row in rows)
         err.print(f"{len(rows)} rows, {bad} failed; {target.stat().st_size / 1e6:.1f} MB")
-        for path in made:
-            typer.echo(path)
+        if as_json:
+            typer.echo(json.dumps({"paths": [str(path) for path in made], "rows": len(rows), "failed": bad}))
+        else:
+            for path in made:
+                typer.echo(path)
 
 
 def tune(
     file: Annotated[Path | None, typer.Argument(help="A file that defines `tune = mf.Tune(...)`.")] = None,
     floor: Annotated[float | None, typer.Option("--floor", help="What is good enough; the file's, or 0.9.")] = None,
     trials: Annotated[int, typer.Option("--trials", help="Chains to consider.")] = 40,
-    captions: Annotated[int, typer.Option("--captions", help="Held-out captions, where no file is given.")] = 24,
+    captions: Annotated[
+        int | None, typer.Option("--captions", help="Held-out captions, where no file is given (default: 24).")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="The folder of its rows, report and front.py.")] = Path("tuned"),
     model: Annotated[str | None, typer.Option("--model", help="Instead of the model that the file names.")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Pictures of one chain made together.")] = 4,
     seed: Annotated[int, typer.Option("--seed", help="Of the search.")] = 0,
+    as_json: Json = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -304,11 +331,13 @@ def tune(
         from mrflow.scenes import FULL, held_out_captions
         from mrflow.sweep import SceneScore
         from mrflow.sweep.report import write_report
-        from mrflow.sweep.tune import Tried, Tune, lines, write_front
+        from mrflow.sweep.tune import Tried, Tune, lines, outcome, write_front
         from mrflow.sweep.tune import tune as search
 
+        refuse(captions is not None and file is not None, "--captions", f"beside {file}, which says its prompts")
         if file is None:
-            texts = list(dict.fromkeys(held_out_captions(FULL, captions)))
+            check_whole("--captions", captions or 24, 1)
+            texts = list(dict.fromkeys(held_out_captions(FULL, captions or 24)))
             asked = Tune(texts, [SceneScore()], "score", 0.9)
         else:
             found = load_file(file).get("tune")
@@ -318,14 +347,40 @@ def tune(
         if floor is not None:
             asked = replace(asked, floor=floor)
         backbone = options.load(model or asked.model)
+        counted = [0]
+        with status(err) as drawing:
 
-        def show(number: int, one: Tried) -> None:
-            said = one.why or f"{asked.metric} {one.quality}"
-            err.print(f"{number:>4} of {trials + 1}  {said}  ({one.label})")
+            def drawn(label: str, done: int, total: int) -> None:
+                drawing(f"{counted[0] + 1} of {trials + 1}: picture {done + 1} of {total}, {label}")
 
-        result = search(asked, backbone, out, trials=trials, batch=batch, seed=seed, on_tried=show)
+            def show(number: int, one: Tried) -> None:
+                counted[0] = number
+                found = str(one.why if one.quality is None else f"{asked.metric} {one.quality}")
+                early = f", {one.why}" if one.why and one.quality is not None else ""
+                whose = "reference, " if number == 1 else ""
+                err.print(f"{number:>4} of {trials + 1}  {found}{early}  ({whose}{one.label})")
+
+            result = search(
+                asked, backbone, out, trials=trials, batch=batch, seed=seed, on_tried=show, on_drawing=drawn
+            )
         write_front(result, asked, out / "front.py")
-        write_report(out, out / "report.html", title=f"tuned for {asked.metric} >= {asked.floor:g}")
+        write_report(out, out / "report.html", title=f"tuned for {asked.metric} {asked.bound} {asked.floor:g}")
         err.print("\n".join(lines(result, asked)))
-        typer.echo(out / "front.py")
-        typer.echo(out / "report.html")
+        made = [out / "front.py", out / "report.html"]
+        if as_json:
+            typer.echo(json.dumps({"paths": [str(path) for path in made], **outcome(result, asked)}))
+        else:
+            for path in made:
+                typer.echo(path)
+
+
+@contextmanager
+def status(err: "Console") -> "Generator[Callable[[str], None]]":
+    """A line that is written over, on stderr where that is a terminal; nothing elsewhere."""
+    from rich.text import Text
+
+    if not err.is_terminal:
+        yield lambda text: None
+        return
+    with err.status("") as shown:
+        yield lambda text: shown.update(Text(printable(text), no_wrap=True, overflow="ellipsis"))

@@ -20,6 +20,7 @@ from mrflow.schedules import Schedule
 from mrflow.solvers import Solver
 from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import Chain, Plan, plan
+from mrflow.sweep.aims import Scale, as_scale, scale
 from mrflow.sweep.grid import Prompt, Sweep
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
@@ -121,6 +122,9 @@ class Tune:
     """What is good enough: `metric`, one of the numbers that `metrics` give, must reach `floor` on the mean.
 
     `higher=False` for numbers of which less is better.
+
+    Raises:
+        PlanError: there are no metrics, or the floor lies outside the range that they say of this number.
     """
 
     prompts: Sequence[str | Prompt]
@@ -137,6 +141,23 @@ class Tune:
             raise PlanError(f"the floor must be a number, got {self.floor!r}")
         if not self.metrics:
             raise PlanError("tuning needs metrics, such as metrics=[SceneScore()], metric='score'")
+        self._check_scale(scale(self.metric, {k: as_scale(v) for m in self.metrics for k, v in m.aims.items()}))
+
+    def _check_scale(self, known: Scale) -> None:
+        low, high = known.low, known.high
+        if (low is not None and self.floor < low) or (high is not None and self.floor > high):
+            ends = (f"at least {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else "")
+            raise PlanError(
+                f"floor must be {' and '.join(end for end in ends if end)}, the range of {self.metric!r}, "
+                f"got {self.floor:g}"
+            )
+        if known.aim in ("higher", "lower") and self.higher != (known.aim == "higher"):
+            raise PlanError(f"{known.aim} values of {self.metric!r} are better; say higher={known.aim == 'higher'}")
+
+    @property
+    def bound(self) -> str:
+        """`>=`, or `<=` where less is better."""
+        return ">=" if self.higher else "<="
 
 
 @dataclass(frozen=True)
@@ -175,10 +196,13 @@ def tune(
     batch: int = 4,
     seed: int = 0,
     on_tried: Callable[[int, Tried], None] | None = None,
+    on_drawing: Callable[[str, int, int], None] | None = None,
 ) -> Tuned:
     """Search. Rows are kept in `folder`, so the same search again draws nothing twice.
 
-    The native chain of 50 steps (or the longest the space allows) is drawn first: it is the reference.
+    The native chain of 50 steps is drawn first: it is the reference, and number 1 of `trials` + 1. `on_tried` is given
+    each number with what was found, also of chains that were not drawn; `on_drawing` is given label, pictures that are
+    done and pictures in all, while one is.
 
     Raises:
         PlanError: optuna is not installed, no prompt has the metric, or the number of trials makes no sense.
@@ -211,6 +235,8 @@ def tune(
         with store.holding():
             for part in (pairs[:quarter], pairs):
                 for start in range(0, len(part), batch):
+                    if on_drawing is not None:
+                        on_drawing(label, start, len(pairs))
                     maker.make(part[start : start + batch])
                 rows = [r for pair in part if (r := store.get(maker.key(label, pair))) is not None]
                 numbers = values(rows, asked.metric)
@@ -219,13 +245,18 @@ def tune(
                     return Tried(label, chain, planned.work.flops, found, _seconds(rows), "below the floor early")
         return Tried(label, chain, planned.work.flops, found, _seconds(rows))
 
+    def told(one: Tried) -> None:
+        tried.append(one)
+        if on_tried is not None:
+            on_tried(len(tried), one)
+
     def consider(trial: Any) -> float:  # noqa: ANN401
         nonlocal cheapest
         chain = asked.space.chain(_Trial(trial), info)
         try:
             planned = plan(chain, info)
         except PlanError as error:
-            tried.append(Tried(f"{trial.number}", chain, math.inf, None, None, str(error)))
+            told(Tried(describe(trial.params), chain, math.inf, None, None, str(error)))
             raise optuna.TrialPruned from None
         label = describe(trial.params)
         cost = planned.work.flops
@@ -236,9 +267,7 @@ def tune(
         else:
             one = drawn(label, chain, planned)
         seen[label] = one
-        tried.append(one)
-        if on_tried is not None:
-            on_tried(len(tried), one)
+        told(one)
         if one.good(asked.floor, higher=higher):
             cheapest = min(cheapest, cost)
         if one.quality is None:
@@ -249,7 +278,7 @@ def tune(
     first = drawn("native 50", reference, plan(reference, info))
     if first.quality is None:
         raise PlanError(f"no native picture has the number {asked.metric!r}; do the prompts fit the metric?")
-    tried.append(first)
+    told(first)
     if first.good(asked.floor, higher=higher):
         cheapest = first.flops
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(8, trials // 4)))
@@ -288,22 +317,24 @@ def describe(params: Mapping[str, Any]) -> str:
 
 
 def front_file(found: Tuned, asked: Tune) -> str:
-    """A Python file with the chains of the front by label, each ready for `mrflow run file.py:name`."""
+    """A Python file with the chains of the front that are good enough, each ready for `mrflow run file.py:name`."""
+    bound = "at least" if asked.higher else "at most"
     lines = [
-        f'"""Chains found by tuning for {asked.metric} of at least {asked.floor:g}, cheapest first."""',
+        f'"""Chains found by tuning for {asked.metric} of {bound} {asked.floor:g}, cheapest first."""',
         "",
         "import mrflow as mf",
         "",
     ]
     names: list[str] = []
-    for number, one in enumerate(found.front):
+    good = [one for one in found.front if one.good(asked.floor, higher=asked.higher)]
+    for number, one in enumerate(good):
         name = f"front_{number}"
         names.append(name)
         cost = f"{one.flops:.3g} FLOP" + (f", {one.seconds:.3f} s" if one.seconds is not None else "")
         lines += [f"# {one.label}: {asked.metric} {one.quality}, {cost}", f"{name} = ("]
         lines += [f"    {'>> ' if i else ''}{expression(stage, 'mf.')}" for i, stage in enumerate(one.chain)]
         lines += [")"]
-    labels = ", ".join(f"{one.label!r}: {name}" for one, name in zip(found.front, names, strict=True))
+    labels = ", ".join(f"{one.label!r}: {name}" for one, name in zip(good, names, strict=True))
     return "\n".join([*lines, f"chains = {{{labels}}}", ""])
 
 
@@ -312,11 +343,26 @@ def write_front(found: Tuned, asked: Tune, path: Path) -> None:
     write_bytes(path, front_file(found, asked).encode("utf-8"))
 
 
+def outcome(found: Tuned, asked: Tune) -> dict[str, object]:
+    """What a search found, as plain data: the front with what each chain costs and reaches, and the best of it."""
+
+    def row(one: Tried) -> dict[str, object]:
+        quality = one.quality
+        ends = {} if quality is None else {"mean": quality.mean, "low": quality.low, "high": quality.high}
+        good = one.good(asked.floor, higher=asked.higher)
+        return {"label": one.label, "flops": one.flops, "seconds": one.seconds, asked.metric: ends, "good": good}
+
+    best = None if found.best is None else found.best.label
+    return {"tried": len(found.tried), "floor": asked.floor, "best": best, "front": [row(one) for one in found.front]}
+
+
 def lines(found: Tuned, asked: Tune) -> Iterable[str]:
-    """The front for people."""
+    """The front for people: * the cheapest that is good enough, - what is not good enough."""
     for one in found.front:
-        mark = "*" if found.best is not None and one.label == found.best.label else " "
+        best = found.best is not None and one.label == found.best.label
+        mark = "*" if best else (" " if one.good(asked.floor, higher=asked.higher) else "-")
         took = "" if one.seconds is None else f"{one.seconds:8.3f} s"
         yield f"{mark} {asked.metric} {one.quality!s:<24} {one.flops:9.3g} FLOP {took}  {one.label}"
     if found.best is None:
-        yield f"no chain that was tried reaches {asked.metric} {asked.floor:g}: lower the floor or widen the space"
+        wanted = f"{asked.metric} {asked.bound} {asked.floor:g}"
+        yield f"no chain that was tried reaches {wanted}: move the floor or widen the space"
