@@ -1,5 +1,6 @@
 """What a sweep does on bad days: hostile folders, dead and stopped processes, lost devices, rows that hang."""
 
+import hashlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -258,6 +260,22 @@ def test_a_metric_that_fails_costs_its_own_number_only(tmp_path: Path) -> None:
     ACTING.clear()
     assert run_sweep(sweep, mf.toy(), tmp_path).made == 0  # it is measured, not drawn
     assert all(set(r.metrics) == {"sharpness", "picky"} and not r.unmeasured for r in read(tmp_path))
+
+
+def test_a_picture_that_is_too_large_costs_its_own_numbers_only(tmp_path: Path) -> None:
+    """Of a folder that somebody sent: a picture of 400 million pixels in a file of 50 KB."""
+    run_sweep(one(), mf.toy(), tmp_path)
+    path = min(tmp_path.glob("rows/??/*.json"))
+    row = json.loads(path.read_text())
+    Image.new("1", (20_000, 20_000)).save(tmp_path / row["picture"])
+    bomb = (tmp_path / row["picture"]).read_bytes()
+    path.write_text(json.dumps(row | {"picture_bytes": len(bomb), "picture_sha256": hashlib.sha256(bomb).hexdigest()}))
+    done = run_sweep(one(metrics=[Sharpness()]), mf.toy(), tmp_path)
+    assert done.made == 0
+    rows = {r.prompt: r for r in read(tmp_path)}
+    other = next(r for name, r in rows.items() if name != row["prompt"])
+    assert "more than 67 million" in rows[row["prompt"]].unmeasured["Sharpness()"]
+    assert set(other.metrics) == {"sharpness"}
 
 
 def test_a_row_waits_for_its_reference(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
     python -m experiments.reliability.fuzz images --count 10000 --seed 0
 
-Kinds: images (every format that is read), records (PNGs that carry one, read and decoded), arguments (of every verb).
+Kinds: images (every format that is read), records (PNGs that carry one, read and decoded), arguments (of every verb),
+headers (safetensors), pickles (`.pth`), folders (of a model: any of its files), configs (of a model: its JSON files),
+sweeps (received folders: read, reported on, resumed). Folders and configs need diffusers and transformers.
 Each input is a function of the seed and its number: `--first N --count 1` makes one again. Exit code 1 if one was bad.
 """
 
@@ -17,17 +19,37 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save
 from typer.testing import CliRunner
 
 import mrflow as mf
+from experiments.reliability.mutations import (
+    change,
+    changed_header,
+    changed_json,
+    changed_pickle,
+    files_below,
+    image_seeds,
+    mutated,
+    networks,
+    pickles,
+)
 from mrflow.errors import MrflowError
+from mrflow.models import info
+from mrflow.models.describe import describe
 from mrflow.records.chains import decode_chain
 from mrflow.records.pictures import describe_record, png
+from mrflow.sweep import Sharpness, run_sweep
+from mrflow.sweep.report import load, page, write_csv
+from mrflow.upscalers import load_upscaler
+from mrflow.upscalers.weights import read_state
 
 LIMIT = 10  # seconds
 GROWTH = 2 << 30  # bytes
@@ -44,72 +66,11 @@ OPTIONS = (
     "--negative", "--json", "--force", "--stages", "--scale", "--crop", "--prompt", "--shard", "--plan", "--with",
     "--start", "--file", "--floor", "--trials", "--metric", "--title",
 )  # fmt: skip
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """A file with up to eight changes: bits, bytes, cuts, doublings, lengths, and pieces moved."""
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 8)):
-        at, kind = rng.randrange(len(out) or 1), rng.randrange(7)
-        if kind == 0 and out:
-            out[at] ^= 1 << rng.randrange(8)
-        elif kind == 1 and out:
-            out[at] = rng.choice((0, 1, 127, 128, 255))
-        elif kind == 2:
-            del out[at : at + rng.randrange(1, 64)]
-        elif kind == 3:
-            out[at:at] = rng.randbytes(rng.randrange(1, 64))
-        elif kind == 4:
-            out[at : at + 4] = rng.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0"))
-        elif kind == 5:
-            out[at:at] = out[at : at + rng.randrange(1, 256)]
-        elif rng.random() < 0.3:
-            del out[at:]
-    return bytes(out)
-
-
-def image_seeds() -> list[bytes]:
-    """Small images of every format and mode that is read."""
-    rng = np.random.default_rng(0)
-    rgb = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    deep = Image.fromarray(rng.integers(0, 65536, (12, 16), dtype=np.uint16))
-    real = Image.fromarray(rng.random((12, 16), dtype=np.float32))
-    exif = rgb.getexif()
-    exif[0x0112] = 6
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("XML:com.adobe.xmp", "<x/>", zip=True)
-    kinds: list[tuple[Image.Image, str, dict[str, object]]] = [
-        (rgb, form, {}) for form in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
-    ]
-    kinds += [(rgb.convert(mode), "PNG", {"exif": exif, "pnginfo": info}) for mode in ("P", "L", "LA", "RGBA", "1")]
-    kinds += [(rgb.convert("CMYK"), form, {"exif": exif}) for form in ("JPEG", "TIFF")]
-    kinds += [(deep, "PNG", {}), (deep, "TIFF", {}), (real, "TIFF", {})]
-    kinds += [(rgb, "TIFF", {"compression": name}) for name in ("tiff_lzw", "tiff_deflate", "packbits")]
-    profile = b"x" * 200
-    kinds += [(rgb, form, {"icc_profile": profile, "exif": exif}) for form in ("PNG", "JPEG", "WEBP")]
-    out: list[bytes] = []
-    for image, form, how in kinds:
-        buffer = io.BytesIO()
-        image.save(buffer, form, **how)
-        out.append(buffer.getvalue())
-    return out
-
-
-def change(value: object, rng: random.Random) -> object:
-    """A record with one value replaced, removed, wrapped or repeated."""
-    odd: list[object] = [None, True, -1, 10**30, 1e308, "", "\x1b[2J\0", "../x", [], {}, {"type": "Sample"}, [[[[]]]]]
-    odd += [{"type": "os:system", "x": 1}, {"type": "Lora", "path": "/dev/zero"}, "9" * 5000, 10**9, 0.5]
-    if isinstance(value, dict) and value and rng.random() < 0.8:
-        key = rng.choice(list(value))
-        out = dict(value)
-        if rng.random() < 0.1:
-            del out[key]
-            return out
-        return out | {key: change(value[key], rng)}
-    if isinstance(value, list) and value and rng.random() < 0.8:
-        at = rng.randrange(len(value))
-        return [*value[:at], change(value[at], rng), *value[at + (rng.random() < 0.8) :]]
-    return rng.choice([*odd, [value], {"type": value}])
+NEEDS = {
+    "images": ("images",), "records": ("made",), "headers": ("headers",), "pickles": ("pickles",),
+    "folders": ("whole",), "configs": ("whole",), "sweeps": ("sweep",),
+}  # fmt: skip
+KINDS = ("images", "records", "arguments", "headers", "pickles", "folders", "configs", "sweeps")
 
 
 class Inputs:
@@ -117,9 +78,57 @@ class Inputs:
 
     def __init__(self, kind: str, folder: Path, seed: int) -> None:
         self.folder, self.seed, self.kind = folder, seed, kind
-        self.images = image_seeds()
+        for name in NEEDS.get(kind, ()):
+            getattr(self, name)
+
+    @cached_property
+    def images(self) -> list[bytes]:
+        """Images of every format."""
+        return image_seeds()
+
+    @cached_property
+    def made(self) -> mf.Result:
+        """A picture with its record."""
         chain = mf.recipes.paper(mf.Blend(mf.Lanczos(2), mf.Interpolate(2), 0.5), low=(32, 32), size=(64, 64), steps=2)
-        self.made = mf.run(chain, mf.toy(), "a red circle")
+        return mf.run(chain, mf.toy(), "a red circle")
+
+    @cached_property
+    def headers(self) -> list[bytes]:
+        """Safetensors files of every kind that is told apart."""
+        out: list[bytes] = []
+        for state in networks().values():
+            out.append(save(state, {"format": "pt"}))
+            out.append(save({name: tensor.half() for name, tensor in state.items()}))
+        blocks = "transformer.transformer_blocks.0.attn.to_q.lora_"
+        low = {f"{blocks}A.weight": torch.ones(2, 8), f"{blocks}B.weight": torch.ones(8, 2)}
+        out.append(save(low, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4, "transformer.r": 2})}))
+        out += [path.read_bytes() for path in self.model.rglob("*.safetensors")] if find_spec("diffusers") else []
+        return out
+
+    @cached_property
+    def pickles(self) -> list[bytes]:
+        """Networks as torch saves them."""
+        return pickles()
+
+    @cached_property
+    def model(self) -> Path:
+        """A small FLUX repository with every part."""
+        from tests.tiny import write_flux_repo
+
+        return write_flux_repo(self.folder / "model")
+
+    @cached_property
+    def whole(self) -> dict[Path, bytes]:
+        """What lies in it."""
+        return files_below(self.model)
+
+    @cached_property
+    def sweep(self) -> tuple[mf.Sweep, dict[Path, bytes]]:
+        """A finished sweep, and what lies in its folder."""
+        chains = {"native": mf.recipes.native(size=(32, 32), steps=1), "low": mf.recipes.native(size=(32, 32), steps=2)}
+        sweep = mf.Sweep(chains, ["a", "b"], model="toy", metrics=[Sharpness()])
+        run_sweep(sweep, mf.toy(), self.folder / "sweep")
+        return sweep, files_below(self.folder / "sweep")
 
     def try_images(self, rng: random.Random) -> None:
         """Read one image."""
@@ -163,6 +172,74 @@ class Inputs:
         if "(unexpected:" in done.stderr or "Traceback" in done.stderr:
             raise AssertionError(done.stderr)
 
+    def try_headers(self, rng: random.Random) -> None:
+        """Describe one safetensors file, and give it to what takes such files."""
+        path = self.folder / "x.safetensors"
+        path.write_bytes(changed_header(rng.choice(self.headers), rng))
+        takes = (describe, read_state, load_upscaler, lambda p: mf.load(lora=p), mf.load, lambda p: info(str(p)))
+        rng.choice(takes)(path)
+
+    def try_pickles(self, rng: random.Random) -> None:
+        """Load one network."""
+        path = self.folder / "x.pth"
+        path.write_bytes(changed_pickle(rng.choice(self.pickles), rng))
+        load_upscaler(path)
+
+    def try_folders(self, rng: random.Random) -> None:
+        """Plan, describe or load a model of which up to three files are changed, gone, links or swapped."""
+        for path in rng.sample(list(self.whole), rng.randint(1, 3)):
+            act = rng.randrange(8)
+            if act == 0:
+                path.unlink()
+            elif act == 1:
+                path.unlink()
+                path.symlink_to(rng.choice(("/dev/zero", "/nowhere", path.name, "..")))
+            elif act == 2:
+                path.write_bytes(rng.choice(list(self.whole.values())))
+            else:
+                how = {".json": changed_json, ".safetensors": changed_header}.get(path.suffix, mutated)
+                path.write_bytes(how(self.whole[path], rng))
+        self.use_model(rng)
+
+    def try_configs(self, rng: random.Random) -> None:
+        """The same with changed values in its JSON files alone."""
+        found = [path for path in self.whole if path.suffix == ".json" and "tokenizer" not in str(path.parent)]
+        for path in rng.sample(found, rng.randint(1, 2)):
+            path.write_bytes(changed_json(self.whole[path], rng))
+        self.use_model(rng)
+
+    def use_model(self, rng: random.Random) -> None:
+        """Plan, describe or load the folder, which is then as it was."""
+        try:
+            rng.choice((lambda p: info(str(p)), mf.load, mf.load, describe))(self.model)
+        finally:
+            restore(self.model, self.whole)
+
+    def try_sweeps(self, rng: random.Random) -> None:
+        """Report on a folder that was changed, and go on in it."""
+        sweep, whole = self.sweep
+        folder = self.folder / "sweep"
+        try:
+            for path in rng.sample(list(whole), rng.randint(1, 4)):
+                act = rng.randrange(6)
+                if act == 0:
+                    path.unlink()
+                    path.symlink_to(rng.choice(("/dev/zero", "/etc/hostname", path.name, "..")))
+                elif act == 1:
+                    path.write_bytes(rng.choice(list(whole.values())))
+                else:
+                    path.write_bytes((changed_json if path.suffix == ".json" else mutated)(whole[path], rng))
+            act = rng.randrange(3)
+            if act == 0:
+                page(folder)
+            elif act == 1:
+                rows, _ = load(folder)
+                write_csv(rows, folder / "rows.csv")
+            else:
+                run_sweep(sweep, mf.toy(), folder)
+        finally:
+            restore(folder, whole)
+
     def attempt(self, number: int) -> str | None:
         """What is wrong about input `number`, or None."""
         rng = random.Random(f"{self.kind} {self.seed} {number}")
@@ -191,6 +268,17 @@ class Inputs:
         return f"took {time.monotonic() - began:.0f} s" if time.monotonic() - began > LIMIT else None
 
 
+def restore(folder: Path, whole: dict[Path, bytes]) -> None:
+    """Bring a folder back to what it held."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_symlink() or (path.is_file() and path not in whole):
+            path.unlink()
+    for path, data in whole.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_bytes() != data:
+            path.write_bytes(data)
+
+
 def fuzz(kind: str, count: int, seed: int = 0, first: int = 0, *, show: bool = True) -> dict[int, str]:
     """Try inputs `first` to `first + count` of a kind; what was wrong, by number."""
     bad: dict[int, str] = {}
@@ -207,7 +295,7 @@ def fuzz(kind: str, count: int, seed: int = 0, first: int = 0, *, show: bool = T
 def main() -> int:
     """The entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("images", "records", "arguments"))
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)

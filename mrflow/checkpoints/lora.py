@@ -1,6 +1,5 @@
 """What a LoRA's file holds: pairs of matrices by the name of the linear, and the factor that its metadata give."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from mrflow._checks import is_number
+from mrflow.checkpoints.configs import parse_config, read_config
 from mrflow.checkpoints.hub import fetch_file
 from mrflow.checkpoints.names import bare
-from mrflow.checkpoints.safetensors import Entry, Header, mapped, open_checkpoint, read_json, some
+from mrflow.checkpoints.safetensors import Entry, Header, mapped, open_checkpoint, some
 from mrflow.errors import WeightsError
 from mrflow.records.files import expanded, located
 
@@ -160,16 +160,11 @@ def scale_factors(header: Header) -> Callable[[str, int], float]:
     As in PEFT: the first pattern that matches the end of a module's name gives its alpha or rank.
     """
     path = header.path
-    try:
-        raw: Any = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        raise WeightsError(f"{path}: its lora_adapter_metadata cannot be read") from None
-    settings: dict[str, Any] = {}
-    for key, value in cast("dict[str, Any]", raw if isinstance(raw, dict) else {}).items():
-        settings[key.removeprefix("transformer.")] = value
+    raw = parse_config(header.metadata.get("lora_adapter_metadata", "{}"), f"{path}: its lora_adapter_metadata")
+    settings: Mapping[str, Any] = {key.removeprefix("transformer."): value for key, value in raw.items()}
     beside = path.parent / "adapter_config.json"
     if not settings and path.name == "adapter_model.safetensors" and beside.is_file():
-        path, settings = beside, read_json(beside)
+        path, settings = beside, read_config(beside)
     if settings.get("use_dora"):
         raise WeightsError(f"{path} is DoRA; mrflow reads LoRA, see docs/how-to/lora.md")
     alphas, ranks = (_patterns(settings.get(f"{kind}_pattern"), kind, path) for kind in ("alpha", "rank"))

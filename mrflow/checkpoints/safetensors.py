@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file as write_safetensors  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
+from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.names import plain
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.records.files import drafting
@@ -234,7 +235,7 @@ def readable(paths: Sequence[Path]) -> dict[Path, Header]:
 
 
 def _weight_map(index: Path) -> dict[str, Any]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_config(index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
         raise WeightsError(f"{index} has no weight_map")
     return cast("dict[str, Any]", weight_map)
@@ -442,21 +443,6 @@ def exported(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 def some(names: Sequence[str], *, count: int = 4) -> str:
     """The first few of many."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a table."""
-    try:
-        value: Any = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} should hold a table")
-    return cast("dict[str, Any]", value)
 
 
 def compute_dtype(header: Header) -> torch.dtype:

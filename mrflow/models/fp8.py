@@ -6,7 +6,7 @@ older convention marks itself with a tensor `scaled_fp8` and names scales `<laye
 `_quantization_metadata`. In one file some layers may be scaled, others plain casts.
 """
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.checkpoints.blueprint import blueprint
+from mrflow.checkpoints.configs import parse_config
 from mrflow.checkpoints.names import ends
 from mrflow.checkpoints.safetensors import Entry, Header, mapped, some
 from mrflow.errors import WeightsError
@@ -89,12 +90,14 @@ def _listed(header: Header) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     try:
-        table: Any = json.loads(header.metadata.get("_quantization_metadata", "{}"))
+        table: Any = parse_config(header.metadata.get("_quantization_metadata", "{}"), header.path)
         layers = {str(k): dict(v).get("format") for k, v in table.get("layers", {}).items()}
         for name, entry in header.tensors.items():
             if name.endswith(".comfy_quant"):
+                if math.prod(entry.shape) * entry.dtype.itemsize > 1 << 16:
+                    raise ValueError(f"{name} is no text of 64 KiB")
                 said = bytes(mapped(entry, {}).view(torch.uint8).flatten().tolist())
-                kind, layer = dict(json.loads(said)).get("format"), name.removesuffix(".comfy_quant")
+                kind, layer = parse_config(said, header.path).get("format"), name.removesuffix(".comfy_quant")
                 if layers.get(layer) in (None, *FORMATS):
                     layers[layer] = kind
     except (ValueError, TypeError, AttributeError, RecursionError):

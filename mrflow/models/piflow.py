@@ -7,7 +7,6 @@ embedded level); for grids and polynomials a `proj_out` of N rows of tokens. The
 shift, segment and mode; the published values stand in for what it leaves out.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from mrflow.adapters import Lora
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.checkpoints.blueprint import blueprint
-from mrflow.checkpoints.safetensors import Header, mapped, open_checkpoint, read_json, some
+from mrflow.checkpoints.configs import Config, parse_config, read_config
+from mrflow.checkpoints.safetensors import Header, mapped, open_checkpoint, some
 from mrflow.errors import WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.blocks import Transformer
@@ -186,10 +186,7 @@ LEAVES = ("weight", "bias")
 
 def policy_config(header: Header) -> dict[str, Any]:
     """The settings in a file's metadata, those of nested tables too."""
-    try:
-        found: Any = json.loads(header.metadata.get("policy_config", "{}"))
-    except (ValueError, RecursionError):
-        raise WeightsError(f"{header.path}: its policy_config cannot be read") from None
+    found = parse_config(header.metadata.get("policy_config", "{}"), f"{header.path}: its policy_config")
     out: dict[str, Any] = {}
 
     def visit(table: Mapping[str, Any]) -> None:
@@ -199,21 +196,20 @@ def policy_config(header: Header) -> dict[str, Any]:
             else:
                 out[key] = value
 
-    if isinstance(found, dict):
-        visit(cast("dict[str, Any]", found))
+    visit(found)
+    config = Config(out, f"{header.path}: its policy_config")
     for name in ("shift", "segment_size"):
-        if name in out and not (isinstance(out[name], int | float) and out[name] > 0):
-            raise WeightsError(f"{header.path}: its policy_config gives {name} {out[name]!r}")
+        config.number(name, 1.0, low=1e-6)
     return out
 
 
 def constant(header: Header) -> float:
     """The log-deviation that a config.json beside an adapter without an MLP for it gives."""
     beside = header.path.parent / "config.json"
-    value = read_json(beside).get("constant_logstd") if beside.is_file() else None
-    if not isinstance(value, int | float):
+    config = read_config(beside) if beside.is_file() else Config({}, beside)
+    if "constant_logstd" not in config:
         raise WeightsError(f"{header.path} has no {STDS}, and no config.json beside it gives constant_logstd")
-    return float(value)
+    return config.number("constant_logstd", low=-100, high=100)
 
 
 def lora_of(file: Path) -> Lora | None:

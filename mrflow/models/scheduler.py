@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mrflow.checkpoints.configs import Config
 from mrflow.errors import PlanError, WeightsError
 from mrflow.spec import Shift
 
@@ -48,21 +49,23 @@ def curve_of(
     if (count := config.get("num_train_timesteps", 1000)) != 1000:
         raise PlanError(f"{what} has num_train_timesteps={count!r}; the models here were trained on 1000")
     try:
-        terminal = float(config["shift_terminal"]) if config.get("shift_terminal") else None
+        line = Config(LINE | dict(config) if flow else config, f"{what} cannot be used")
+        terminal = line.number("shift_terminal", 0.0, low=0, high=1) or None
         if config.get("use_dynamic_shifting"):
-            line = LINE | dict(config) if flow else config
             return Shift(
-                float(line["base_shift"]),
-                float(line["max_shift"]),
-                int(line["base_image_seq_len"]),
-                int(line["max_image_seq_len"]),
+                line.number("base_shift", low=-100, high=100),
+                line.number("max_shift", low=-100, high=100),
+                line.whole("base_image_seq_len"),
+                line.whole("max_image_seq_len"),
                 terminal=terminal,
                 kind=config.get("time_shift_type", "exponential"),
                 last=last,
             )
-        factor = config.get("flow_shift" if flow else "shift", 1.0) if shift is None else shift
+        factor = line.number("flow_shift" if flow else "shift", 1.0) if shift is None else shift
         return replace(Shift.fixed(float(factor)), terminal=terminal, last=last)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except WeightsError as error:
+        raise PlanError(str(error)) from None
+    except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"{what} cannot be used: {error!r}") from None
 
 

@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.hub import first_line
-from mrflow.checkpoints.safetensors import Header, checkpoints_in, open_checkpoint, read_json, readable
+from mrflow.checkpoints.safetensors import Header, checkpoints_in, open_checkpoint, readable
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.family import Family, Files, families
 from mrflow.models.flux.weights import kind, looks_like, part, refuse
@@ -78,7 +79,7 @@ def fetch(repository: str) -> Path:
 def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -> Files:
     """A folder as diffusers saves a pipeline."""
     index = folder / "model_index.json"
-    name = str(read_json(index).get("_class_name")) if index.is_file() else None
+    name = str(read_config(index).get("_class_name")) if index.is_file() else None
     known = [family.pipelines for family in families() if family.pipelines]
     if name is not None and all(name not in pipelines for pipelines in known):
         raise WeightsError(
@@ -93,7 +94,7 @@ def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -
     auto = part(open_checkpoint(vae or folder / "vae"), family.autoencoder)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     words = text or (folder if (folder / "text_encoder").is_dir() or (folder / "text_encoder_2").is_dir() else None)
-    settings = read_json(scheduler) if scheduler.is_file() else {}
+    settings = read_config(scheduler) if scheduler.is_file() else {}
     curve = shift_of(settings, folder)
     flow = part(transformer, family.transformer)
     return Files(family, flow, auto, find_words(words, family), settings, str(folder), curve)

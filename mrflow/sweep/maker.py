@@ -17,6 +17,7 @@ from torch import Tensor
 from mrflow.backbone import Backbone, Condition, Wrapper
 from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_device_lost, is_out_of_memory
 from mrflow.forks import check_process
+from mrflow.images import read_image
 from mrflow.machine import machine
 from mrflow.records.files import beneath
 from mrflow.records.pictures import png, to_images
@@ -155,10 +156,15 @@ class Maker:
                 continue
             prompt, _ = pair
             new = self._unmeasured(row, label)
-            pixels = self._picture(row) if new else None
             metrics, measured, unmeasured = dict(row.metrics), set(row.measured), dict(row.unmeasured)
+            pixels = reference = None
+            try:
+                pixels = self._picture(row) if new else None
+                reference = self._reference(label, pair) if new and self.needs_reference else None
+            except MrflowError as error:
+                unmeasured = {repr(metric): _say(error) for metric in new}
+                pixels = None
             if pixels is not None:
-                reference = self._reference(label, pair) if self.needs_reference else None
                 looked = Measured(pixels, prompt.text, row.seed, prompt.tags, self.model, reference)
                 found, names, unmeasured = self._numbers(new, looked, label)
                 metrics, measured = metrics | found, measured | names
@@ -427,12 +433,11 @@ class Maker:
         return None if row is None else self._picture(row)
 
     def _picture(self, row: Row) -> Tensor | None:
-        """A row's picture as it was saved; None where there is none."""
+        """A row's picture as it was saved, under the limits of images from outside; None where there is none."""
         path = None if row.picture is None else beneath(self.store.folder, row.picture)
         if path is None:
             return None
-        with Image.open(path, formats=["PNG"]) as image:
-            return _pixels(image)
+        return read_image(path)[0]
 
     def _latents(self, result: Result, item: int) -> Tensor | None:
         """The last clean latents that a stage was given to noise: before Reinject, or before the last Decode."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mrflow._checks import is_whole
 from mrflow.checkpoints.blueprint import blueprint
+from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
@@ -24,7 +25,6 @@ from mrflow.checkpoints.safetensors import (
     compute_dtype,
     fill,
     open_checkpoint,
-    read_json,
     readable,
 )
 from mrflow.errors import PlanError, PromptError, WeightsError
@@ -110,9 +110,10 @@ def find_text(where: Path) -> TextFiles:
             f"{where} lacks {', '.join(missing)}; text encoders and tokenizers are in FLUX.1's repository: say where "
             "with text="
         )
-    configs = [read_json(p) if (p := h.path.parent / "config.json").is_file() else {} for h in (clip, t5)]
+    configs = [read_config(p) if (p := h.path.parent / "config.json").is_file() else {} for h in (clip, t5)]
     clip, t5 = (described(needed(header, *NOT_READ[kind])) for header, kind in ((clip, CLIP), (t5, T5)))
-    return TextFiles(clip, t5, configs[0].get("text_config") or configs[0], configs[1], *tokenizers)
+    inside = configs[0].get("text_config")
+    return TextFiles(clip, t5, inside if isinstance(inside, dict) and inside else configs[0], configs[1], *tokenizers)
 
 
 def needed(header: Header, *beginnings: str) -> Header:
@@ -167,10 +168,38 @@ def configured(kind: Any, header: Header, config: Mapping[str, Any], sizes: Mapp
     told = {k: v for k, v in sizes.items() if k not in (*FREE, *CLIP_CONFIG, *T5_CONFIG)}
     agree(header, config, told)
     try:
-        return kind.from_dict(dict(config) or dict(sizes))
+        return kind.from_dict(_harmless(config, header.path) or dict(sizes))
+    except WeightsError:
+        raise
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise WeightsError(f"{header.path}: its config.json cannot be used: {why}") from None
+
+
+# What a configuration of transformers may hold that has it fetch code, or make tables of a size of its own.
+NOT_READ_SETTINGS = frozenset({
+    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation",
+    "quantization_config", "num_labels", "id2label", "label2id", "_name_or_path",
+})  # fmt: skip
+MAX_LAYERS, MAX_SETTING = 1000, 1 << 24
+
+
+def _harmless(config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Settings, those of tables inside too, without what no encoder here needs; counts of layers and the like bounded.
+
+    Raises:
+        WeightsError: a number is larger than any published encoder's.
+    """
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in NOT_READ_SETTINGS:
+            continue
+        most = MAX_LAYERS if "layers" in name or name == "depth" else MAX_SETTING
+        if isinstance(value, int) and abs(value) > most:
+            raise WeightsError(f"{where}: its config.json has {name} {value}, {most} at most")
+        out[name] = _harmless(cast("dict[str, Any]", value), where) if isinstance(value, dict) else value
+    return out
 
 
 def built(kind: Any, config: Any, header: Header) -> nn.Module:  # noqa: ANN401

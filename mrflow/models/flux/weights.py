@@ -6,17 +6,18 @@ long because names, sizes, loading and saving of one layout are only understood 
 """
 
 import json
-import operator
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 from mrflow.checkpoints.blueprint import blueprint
+from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.names import PARTS, before
 from mrflow.checkpoints.safetensors import (
     Header,
@@ -27,7 +28,6 @@ from mrflow.checkpoints.safetensors import (
     compute_dtype,
     exported,
     open_checkpoint,
-    read_json,
     save_file,
 )
 from mrflow.errors import PlanError, WeightsError
@@ -366,8 +366,10 @@ def flux_params(header: Header, names: Names) -> FluxParams:
             double_blocks=counts[0],
             single_blocks=counts[1],
             guidance=guidance,
-            theta=float(config.get("theta", FluxParams.theta)),
+            theta=config.number("theta", FluxParams.theta, low=1),
         )
+    except WeightsError:
+        raise
     except (PlanError, TypeError, ValueError) as error:
         raise WeightsError(f"{header.path}: {error}") from None
 
@@ -386,10 +388,12 @@ def vae_params(header: Header, names: Names) -> VaeParams:
             channels=tuple(channels),
             latent=latent,
             blocks=count(header, names, "encoder.down.0.block.{}.conv1.weight"),
-            scale=float(config.get("scaling_factor", VaeParams.scale)),
-            shift=float(config.get("shift_factor", VaeParams.shift)),
-            groups=int(config.get("norm_num_groups", VaeParams.groups)),
+            scale=config.number("scaling_factor", VaeParams.scale, low=1e-6),
+            shift=config.number("shift_factor", VaeParams.shift),
+            groups=config.whole("norm_num_groups", VaeParams.groups, high=4096),
         )
+    except WeightsError:
+        raise
     except (PlanError, TypeError, ValueError) as error:
         raise WeightsError(f"{header.path}: {error}") from None
 
@@ -412,35 +416,33 @@ def shape(header: Header, name: str, rank: int) -> tuple[int, ...]:
     return entry.shape
 
 
-def config_of(header: Header, name: str) -> Mapping[str, Any]:
-    """The config.json beside a checkpoint, or the one in its metadata; empty if there is none of this class."""
+def config_of(header: Header, name: str) -> Config:
+    """The config.json beside a checkpoint, or the one in its metadata; empty if there is none of this class.
+
+    Raises:
+        WeightsError: it cannot be used.
+    """
     beside = header.path.parent / "config.json"
-    if beside.is_file() and (config := read_json(beside)).get("_class_name") == name:
+    if beside.is_file() and (config := read_config(beside)).get("_class_name") == name:
         return config
-    try:
-        value: Any = json.loads(header.metadata.get("config", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    config = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-    return config if config.get("_class_name") == name else {}
+    with suppress(WeightsError):  # other programs keep other things there
+        inside = parse_config(header.metadata.get("config", "{}"), f"{header.path}: the config in its metadata")
+        if inside.get("_class_name") == name:
+            return inside
+    return Config({}, header.path)
 
 
-def axes_of(header: Header, config: Mapping[str, Any], head: int, usual: tuple[int, ...]) -> tuple[int, ...]:
+def axes_of(header: Header, config: Config, head: int, usual: tuple[int, ...]) -> tuple[int, ...]:
     """A head's channels for each axis: of the config, else the `usual` ones of heads of 128 channels."""
-    axes = config.get("axes_dims_rope", usual if head == 128 else None)
-    if axes is None:
+    if "axes_dims_rope" not in config and head != 128:
         raise WeightsError(f"{header.path}: heads of {head} channels, but no config.json says their axes_dims_rope")
-    try:
-        return tuple(operator.index(axis) for axis in axes)
-    except TypeError as error:
-        raise WeightsError(f"{header.path}: {error}") from None
+    return config.wholes("axes_dims_rope", usual, most=8)
 
 
 def agree(header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     """Refuse a config that contradicts the shapes."""
-    wrong = [
-        f"{key} {config[key]} (weights: {value})" for key, value in sizes.items() if config.get(key, value) != value
-    ]
+    other = {key: value for key, value in sizes.items() if config.get(key, value) != value}
+    wrong = [f"{key} {str(config[key])[:80]} (weights: {value})" for key, value in other.items()]
     if wrong:
         raise WeightsError(f"{header.path}: its config does not belong to its weights: {', '.join(wrong)}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mrflow._checks import is_whole
+from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
@@ -21,7 +22,6 @@ from mrflow.checkpoints.safetensors import (
     compute_dtype,
     fill,
     open_checkpoint,
-    read_json,
 )
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.flux.text import (
@@ -76,7 +76,7 @@ def find_text_qwen(where: Path) -> QwenTextFiles:
     if missing:
         raise WeightsError(f"{where} lacks {', '.join(missing)} of Qwen-Image's text encoder; say where it is: text=")
     header = described(needed(part(open_checkpoint(folder), ENCODER), *UNUSED))
-    return QwenTextFiles(header, read_json(folder / "config.json"), tokens)
+    return QwenTextFiles(header, read_config(folder / "config.json"), tokens)
 
 
 def prepare_text_qwen(

@@ -219,6 +219,8 @@ def qwen_params(header: Header, names: Names) -> QwenParams:
             mlp_ratio=mlp / hidden,
             double_blocks=blocks,
         )
+    except WeightsError:
+        raise
     except (PlanError, TypeError, ValueError) as error:
         raise WeightsError(f"{header.path}: {error}") from None
 
@@ -309,8 +311,10 @@ def qwen_vae_params(header: Header, names: Names) -> QwenVaeParams:
             channels=tuple(channels),
             latent=latent,
             blocks=residuals // len(channels),
-            mean=QwenVaeParams.mean if mean is None else tuple(float(v) for v in mean),
-            std=QwenVaeParams.std if std is None else tuple(float(v) for v in std),
+            mean=config.numbers("latents_mean", QwenVaeParams.mean, count=latent),
+            std=config.numbers("latents_std", QwenVaeParams.std, count=latent),
         )
+    except WeightsError:
+        raise
     except (PlanError, TypeError, ValueError) as error:
         raise WeightsError(f"{header.path}: {error}") from None
