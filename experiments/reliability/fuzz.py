@@ -47,7 +47,9 @@ from mrflow.models.describe import describe
 from mrflow.records.chains import decode_chain
 from mrflow.records.pictures import describe_record, png
 from mrflow.sweep import Sharpness, run_sweep
-from mrflow.sweep.report import load, page, write_csv
+from mrflow.sweep.report import page
+from mrflow.sweep.summary import load
+from mrflow.sweep.tables import write_csv
 from mrflow.upscalers import load_upscaler
 from mrflow.upscalers.weights import read_state
 
