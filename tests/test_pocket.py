@@ -234,3 +234,31 @@ def test_device_auto_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto").type == "cpu"
     with pytest.raises(mf.PlanError, match="there is no device 'cuda:7' here"):
         choose_device("cuda:7")
+
+
+def test_a_version_may_lie_in_two_files(tmp_path: Path, model: mf.Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too large for one file is the same model from two."""
+    from safetensors.torch import load_file, save_file
+
+    from experiments.train_pocket import export as module
+
+    monkeypatch.setattr(module, "LARGEST", 1_000_000)
+    parts: dict[str, dict[str, torch.Tensor]] = {"flow": {}, "autoencoder": {}, "sr": {}}
+    for key, tensor in load_file(WEIGHTS).items():
+        part, _, rest = key.partition(".")
+        name = key if part in ("flow", "text") else rest
+        parts["flow" if part in ("flow", "text") else part][name] = tensor
+    path = tmp_path / "two.safetensors"
+    version = module.export("two", parts["flow"], parts["autoencoder"], parts["sr"], path, {"cfg": "2"})
+    assert {p.name for p in tmp_path.iterdir()} == {"two.safetensors", "two-autoencoder.safetensors"}
+    loaded = mf.load(path, device="cpu")
+    assert loaded.info.version == version and len(loaded.info.files) == 2
+    small = mf.recipes.native(size=(64, 64), steps=1)
+    assert torch.equal(mf.run(small, loaded, "a").pixels, mf.run(small, model, "a").pixels)
+    beside = tmp_path / "two-autoencoder.safetensors"
+    save_file(load_file(beside), beside, {"version": "three+1"})
+    with pytest.raises(WeightsError, match=r"two-autoencoder\.safetensors belongs to three\+1, and two\.s"):
+        mf.load(path, device="cpu")
+    beside.unlink()
+    with pytest.raises(WeightsError, match="tensors are missing: autoencoder"):
+        mf.load(path, device="cpu")

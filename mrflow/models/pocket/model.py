@@ -402,6 +402,23 @@ def check_parts(header: Header, modules: Mapping[str, nn.Module]) -> None:
         raise WeightsError(f"{header.path.name}: {len(missing)} tensors are missing: {', '.join(missing[:4])}")
 
 
+def open_pocket(path: Path) -> Header:
+    """The header of pocket's file, with that of NAME-autoencoder.safetensors beside it for a version that is in two.
+
+    Raises:
+        WeightsError: a file is broken, or the two are of different versions.
+    """
+    header = read_header(path)
+    beside = path.with_name(f"{path.stem}-autoencoder.safetensors")
+    if any(name.startswith("autoencoder.") for name in header.tensors) or not beside.is_file():
+        return header
+    more = read_header(beside)
+    mine, other = (each.metadata.get("version", "") for each in (header, more))
+    if mine != other:
+        raise WeightsError(f"{beside.name} belongs to {other or 'no version'}, and {path.name} is {mine or 'of none'}")
+    return replace(header, tensors={**header.tensors, **more.tensors})
+
+
 def load_pocket(
     path: Path = WEIGHTS,
     *,
@@ -409,12 +426,12 @@ def load_pocket(
     dtype: torch.dtype = torch.float32,
     loras: Sequence[Lora] = (),
 ) -> Pocket:
-    """The model from its one file; adapters are merged into its weights.
+    """The model from its file, or its two; adapters are merged into its weights.
 
     Raises:
         WeightsError: the file is missing, broken, or lacks a tensor.
     """
-    header = read_header(path)
+    header = open_pocket(path)
     params, (words, length) = params_of(header), text_sizes(header)
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("text", "flow", "autoencoder", "sr")}
     with blueprint():
@@ -426,9 +443,11 @@ def load_pocket(
         )
     modules = dict(zip(parts, (text, flow, autoencoder, sr), strict=True))
     check_parts(header, modules)
-    for name, tensor in load_file(path).items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor.float()
+    files = sorted({entry.file for entry in header.tensors.values()})
+    for file in files:
+        for name, tensor in load_file(file).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor.float()
     for part, module in modules.items():
         module.load_state_dict(parts[part], strict=True, assign=True)
     from mrflow.models import lora
@@ -444,5 +463,5 @@ def load_pocket(
         version=version + lora.mark_of(loras),
         device=device or torch.device("cpu"),
         dtype=dtype,
-        info=replace(facts(header), files=() if path.parent == Path(__file__).parent else (str(path),)),
+        info=replace(facts(header), files=() if path.parent == Path(__file__).parent else tuple(map(str, files))),
     )
