@@ -150,7 +150,8 @@ def by_parent(tokens: Float[Tensor, "b n d"], h: int, w: int) -> Float[Tensor, "
 
 def groups(fours: Float[Tensor, "b m 4 d"], which: Tensor) -> Float[Tensor, "b k 4 d"]:
     """The fours of some coarse tokens of each item."""
-    return taken(fours.flatten(2), which).unflatten(2, (4, -1))
+    out: Tensor = taken(fours.flatten(2), which).unflatten(2, (4, -1))
+    return out
 
 
 def expanded(z: Float[Tensor, "b k d"], fours: Float[Tensor, "b k 4 d"], sigma: float) -> Float[Tensor, "b k 4 d"]:

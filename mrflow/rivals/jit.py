@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mrflow.stage import Context
 
 SOFT = 0.4  # of the mean distance between anchors: the standard deviation of the blur, at least one token
-CHUNK = 1024  # tokens at once, in the search for the nearest anchors
+CHUNK = 256  # tokens at once, in the search for the nearest anchors
 
 
 @dataclass(frozen=True)
