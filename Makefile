@@ -6,9 +6,10 @@ OUT ?= out
 BASICSR := .venv-basicsr
 REAL := .venv-real
 WHEEL := .venv-wheel
+TRITON := .triton
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test site mutate test-basicsr test-real test-wheel figure pocket check lint fast docs parity gpu wheel clean
+.PHONY: help demo test site mutate test-basicsr test-real test-kernels test-wheel figure pocket check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -72,6 +73,13 @@ $(REAL)/.installed: $(INPUTS)
 test-real: $(REAL)/.installed ## Hold mrflow against real trained networks, a real text reader and real vocabularies
 	$(REAL)/bin/python -m pytest tests/test_real.py
 
+$(TRITON)/.installed: $(INPUTS) $(VENV)/.installed-dev # beside the environment: a gigabyte that a CPU needs for tests alone
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TRITON) -c constraints.txt triton
+	@touch $@
+
+test-kernels: $(TRITON)/.installed ## Hold the GPU kernels against their definitions in Triton's interpreter, and compile them
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_triton.py
+
 lint: $(VENV)/.installed-dev ## ruff, layers of imports, mypy, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -102,4 +110,4 @@ test-wheel: ## Install a wheel into an empty environment, and draw the golden pi
 	cd build && env -i HOME=/nonexistent PATH=/usr/bin:/bin ../$(WHEEL)/bin/python ../tests/installed.py ../tests/golden/pocket.json
 
 clean: ## Remove the environments, builds and caches; pictures stay
-	rm -rf $(VENV) $(BASICSR) $(REAL) $(WHEEL) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BASICSR) $(REAL) $(WHEEL) $(TRITON) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

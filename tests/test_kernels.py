@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mrflow import notes
+from mrflow.models import kernels
 from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.kernels import errors, fused
 from mrflow.models.layers import EPS, PLAIN, Rope, Stream, apply_rope
 
 SMALL = FluxParams(hidden=64, heads=2, axes=(8, 12, 12), context=32, pooled=16, double_blocks=1, single_blocks=2)
@@ -28,7 +31,7 @@ def streams(dtype: torch.dtype, *lengths: int, heads: int = 3, head: int = 16, l
     for i, n in enumerate(lengths):
         scales = ((1 + 0.2 * noise(head, seed=seed + i)).to(dtype) for seed in (20, 30))
         q, k, v = (
-            part.unflatten(-1, (heads, head)) for part in noise(2, n, 3 * heads * head, seed=i).to(dtype).chunk(3, -1)
+            part.reshape(2, n, heads, head) for part in noise(2, n, 3 * heads * head, seed=i).to(dtype).chunk(3, -1)
         )
         made.append(Stream(q if last is None else q[:, -last:], k, v, *scales))
     return made
@@ -86,3 +89,33 @@ def test_the_last_block_leaves_text_out(split: bool, dtype: torch.dtype, tokens:
     image = block(x, rope, vectors, attend, text=4, last=True)
     assert torch.equal(image, whole[:, 4:])
     assert rows == [n, tokens if less else n]
+
+
+def test_a_wrong_kernel_is_seen() -> None:
+    """The measure by which kernels are taken or left, for each of them."""
+    cpu = torch.device("cpu")
+    assert max(errors(PLAIN, cpu, torch.float32).values()) == 0
+    wrong: dict[str, Any] = {
+        "norm": lambda x, shift, scale: PLAIN.norm(x, scale, shift),
+        "gated": lambda x, gate, change: x + change,
+        "gated_norm": lambda *given: (PLAIN.gated_norm(*given)[0], given[0]),
+        "joint_heads": lambda streams, rope: PLAIN.joint_heads(streams, Rope(rope.cos, -rope.sin)),
+        "gelu_beside": lambda out, inner: torch.cat((out, F.gelu(inner + 1e-3)), -1),
+    }
+    for name, function in wrong.items():
+        found = errors(PLAIN._replace(**{name: function}), cpu, torch.float32)
+        assert {key.partition(",")[0].partition(" ")[0] for key, error in found.items() if error > 1} == {name}
+
+
+def test_a_cpu_takes_the_definitions() -> None:
+    assert fused(torch.device("cpu")) is PLAIN
+
+
+def test_where_kernels_fail_the_definitions_are_taken_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed for that: without one the kernels fail."""
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    kernels._trouble.cache_clear()
+    with notes.collected() as said:
+        assert fused(torch.device("cuda", 7)) is PLAIN
+    kernels._trouble.cache_clear()
+    assert "without fused kernels" in said[0]

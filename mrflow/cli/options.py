@@ -56,7 +56,7 @@ class ModelOptions(FactOptions):
     text: Annotated[
         str | None, typer.Option("--text", help="Text encoders and tokenizers, where not beside the model.")
     ] = None
-    compile: Annotated[bool, typer.Option("--compile", help="Compile each block with torch.compile.")] = False
+    compile: Annotated[bool, typer.Option("--compile", help="Compile what blocks do between matrix products.")] = False
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="A LoRA to merge into the weights: FILE or FILE:STRENGTH.")
     ] = None

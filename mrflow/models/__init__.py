@@ -37,6 +37,7 @@ def load(
     compile: bool | str | Callable[..., Any] = False,
     graphs: bool = True,
     tile: int | None = None,
+    kernels: bool = True,
     upscaler: Upscaler | None = None,
     lora: Lora | str | Path | Sequence[Lora | str | Path] | None = None,
     shift: Shift | float | None = None,
@@ -57,9 +58,12 @@ def load(
         fold: make the modulations of a schedule once, before its first step; the pictures are the same to the bit. For
             Qwen-Image a chain: those of its levels are made while loading, and kept on disk for the next time, and a
             third of the weights is never loaded; other levels are then refused.
-        compile: compile each block with torch.compile, once a resolution; a string or function is a dynamo backend.
+        compile: compile what blocks do between matrix products with torch.compile, once for all resolutions and
+            prompts; a string or function is a dynamo backend.
         graphs: on CUDA, replay each step as a graph.
         tile: side of the autoencoder's tiles in latent cells; None works whole, and in tiles only out of memory.
+        kernels: on CUDA, where nothing is compiled, Triton's kernels between matrix products; they are held against
+            their definitions first.
         upscaler: what `Upscale()` uses when none is named.
         lora: adapters to merge into the weights, a file or `Lora(file, strength)`, or several. A stage takes them too,
             `Sample(..., lora=...)`, and leaves the weights alone.
@@ -81,7 +85,7 @@ def load(
         raise PlanError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     if storage not in (None, "fp8"):
         raise PlanError(f"storage must be None or 'fp8', got {storage!r}")
-    ways = Ways(check_offload(offload), bool(fold), compile, graphs, tile)
+    ways = Ways(check_offload(offload), bool(fold), compile, graphs, tile, kernels)
     inside = shipped(str(where))
     path = Path(where) if inside is None else inside
     if inside is not None or is_pocket(path):

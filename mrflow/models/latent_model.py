@@ -21,6 +21,7 @@ from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.kernels import compiled, fused
 from mrflow.models.offload import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of, watch
 from mrflow.models.pieces import NetPieces
 from mrflow.models.transformer_model import TransformerModel
@@ -91,7 +92,10 @@ class LatentModel(TransformerModel):
             layers = text.layers() if isinstance(text, TextEncoder) else ()
             watch((*flow.stack(), *flow.modulators(), *layers), files)
         self._residency = Residency(self._phases(flow, vae), moving=ways.offload != "none", files=files)
-        self._compile()
+        if ways.compile:
+            flow.ops = compiled("inductor" if ways.compile is True else ways.compile)
+        elif ways.kernels:
+            flow.ops = fused(device)
         self._graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
         self._whole, self._adapted = step, dict[object, LatentModel]()
         self._policies: dict[object, Policies] = {}
@@ -164,20 +168,11 @@ class LatentModel(TransformerModel):
         other._net = net
         other._info = replace(self._info, version=self._info.version + mark)
         other._adapted, other._policies = {}, {}
-        other._compile()
         other._wire()
         return other
 
     def _check_changes(self, changed: Mapping[str, object]) -> None:
         """Refuse adapters of what this model cannot change."""
-
-    def _compile(self) -> None:
-        """Compile the blocks, if they are to be."""
-        ways = self._ways
-        if ways.compile:
-            backend: Any = "inductor" if ways.compile is True else ways.compile
-            for block in self._net.stack():
-                block.compile(backend=backend, dynamic=False)
 
     def _phases(self, flow: nn.Module, vae: nn.Module) -> dict[str, Phase]:
         """Text encoders are one phase, transformer and autoencoder the other."""

@@ -185,7 +185,7 @@ def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, 
 
     Each stream is turned, and rounded, before it is put beside the others. `rope`: (n, half) or (b, n, half).
     """
-    at, parts = 0, list[tuple[Tensor, Tensor, Tensor]]()
+    at, parts = 0, cast("list[tuple[Tensor, Tensor, Tensor]]", [])
     for q, k, v, *scales in streams:
         at += k.shape[1]
         by_head = [Rope(*(table[..., at - x.shape[1] : at, None, :] for table in rope)) for x in (q, k)]

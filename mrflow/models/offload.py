@@ -28,9 +28,10 @@ class Ways:
     """How a model runs, apart from what it computes.
 
     `offload`: weights stay on the device ("none"), leave it after their phase ("phase"), or visit it block by block
-    ("block"). `fold` makes a schedule's modulations once, before its first step. `compile` compiles each block, with
-    the dynamo backend of that name if it is one. `graphs` replays each step as a CUDA graph. `tile` has the autoencoder
-    work in tiles of so many latent cells; None: whole, and in tiles only when memory runs out.
+    ("block"). `fold` makes a schedule's modulations once, before its first step. `compile` compiles what blocks do
+    between matrix products, with the dynamo backend of that name if it is one; otherwise `kernels` takes Triton's on
+    CUDA. `graphs` replays each step as a CUDA graph. `tile` has the autoencoder work in tiles of so many latent cells;
+    None: whole, and in tiles only when memory runs out.
     """
 
     offload: Offload = "none"
@@ -38,6 +39,7 @@ class Ways:
     compile: bool | str | Callable[..., Any] = False
     graphs: bool = True
     tile: int | None = None
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         if self.compile and self.offload == "block":

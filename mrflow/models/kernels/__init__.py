@@ -1,0 +1,105 @@
+"""What blocks do between matrix products as one kernel each, on a GPU; `layers` holds the definitions."""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from mrflow.models.layers import PLAIN, Ops, Rope, Stream
+from mrflow.notes import note
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def compiled(backend: Any) -> Ops:  # noqa: ANN401
+    """The definitions compiled, for all blocks, resolutions and prompts of one model.
+
+    Matrix products and attention stay as they are, so that no graph depends on how many tokens there are. Functions are
+    copied, since what was compiled is counted by code, and another model's tensors are laid out differently.
+    """
+
+    def own(f: Any) -> Any:  # noqa: ANN401
+        copy = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+        return torch.compile(copy, backend=backend, dynamic=True, fullgraph=True)
+
+    return Ops(*map(own, PLAIN))
+
+
+def fused(device: torch.device) -> Ops:
+    """The kernels, where they work on this device and give what their definitions give; else the definitions."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return PLAIN
+    if (trouble := _trouble(device)) is not None:
+        note(f"blocks run without fused kernels: {trouble}")
+        return PLAIN
+    from mrflow.models.kernels.ops import FUSED
+
+    return FUSED
+
+
+@lru_cache
+def _trouble(device: torch.device) -> str | None:
+    """Why the kernels cannot be used on a device, tried once."""
+    from mrflow.models.kernels.ops import FUSED
+
+    try:
+        return next(
+            (f"{name} differs" for name, error in errors(FUSED, device, torch.bfloat16).items() if error > 1), None
+        )
+    except Exception as error:  # a compiler or driver of which we know nothing
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+@torch.no_grad()
+def errors(
+    ops: Ops, device: torch.device, dtype: torch.dtype, *, width: int = 96, heads: int = 3, seed: int = 0
+) -> dict[str, float]:
+    """The largest difference of each function from its definition, as a multiple of the dtype's tolerance.
+
+    Both are given the same values, views and several items among them.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g).to(device, dtype)
+
+    def differ(got: torch.Tensor, want: torch.Tensor) -> float:
+        if got.shape != want.shape or got.dtype != want.dtype:
+            return float("inf")
+        spread = want.float().abs().max()
+        return float((got.float() - want.float()).abs().max() / spread) / TOLERANCE[dtype]
+
+    head, found = width // heads, dict[str, float]()
+    x, change = some(2, 7, width), some(2, 7, 2 * width)[..., width:]
+    for items in (1, 2):
+        shift, scale, gate = (v.unsqueeze(1) for v in some(items, 3, width).unbind(1))
+        cases = {
+            "norm": ("norm", (x, shift, scale)),
+            "norm of some tokens": ("norm", (x[:, 2:], shift, scale)),
+            "gated": ("gated", (x, gate, change)),
+            "gated_norm": ("gated_norm", (x, gate, change, shift, scale)),
+        }
+        for name, (which, given) in cases.items():
+            got, want = (getattr(o, which)(*given) for o in (ops, PLAIN))
+            pairs = zip(got, want, strict=True) if isinstance(got, tuple) else ((got, want),)
+            found[f"{name}, {items}"] = max(differ(*pair) for pair in pairs)
+    inner = some(2, 7, 5 * width)[..., width:]
+    found["gelu_beside"] = differ(ops.gelu_beside(change, inner), PLAIN.gelu_beside(change, inner))
+
+    def stream(n: int, queries: int) -> Stream:
+        q, k, v = (t.unflatten(-1, (heads, head)) for t in some(2, n, 3 * width).chunk(3, -1))
+        return Stream(q[:, n - queries :], k, v, 1 + 0.1 * some(head), 1 + 0.1 * some(head))
+
+    for name, streams, each in (
+        ("one stream", [stream(7, 7)], ()),
+        ("few queries", [stream(7, 4)], ()),
+        ("two streams", [stream(3, 3), stream(4, 4)], ()),
+        ("tables of each item", [stream(7, 7)], (2,)),
+    ):
+        turn = 3 * torch.randn((*each, 7, head // 2), generator=g).to(device)
+        rope = Rope(turn.cos(), turn.sin())
+        pairs = zip(ops.joint_heads(streams, rope), PLAIN.joint_heads(streams, rope), strict=True)
+        found[f"joint_heads, {name}"] = max(differ(*pair) for pair in pairs)
+    return found

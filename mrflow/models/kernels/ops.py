@@ -1,0 +1,88 @@
+"""The kernels as torch operators, with what they give on the meta device: tracing and counting need no GPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from mrflow.models.layers import Ops, Rope, Stream
+
+
+def _kernels() -> Any:  # noqa: ANN401
+    from mrflow.models.kernels import triton_code  # triton is only where torch for a GPU is
+
+    return triton_code
+
+
+@custom_op("mrflow::norm", mutates_args=())
+def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`layers.modulated`."""
+    return _kernels().norm(x, shift, scale)
+
+
+@norm.register_fake
+def _(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@custom_op("mrflow::gated", mutates_args=())
+def gated(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+    """`layers.gated`."""
+    return _kernels().gated(x, gate, change, None, None)[0]
+
+
+@gated.register_fake
+def _(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@custom_op("mrflow::gated_norm", mutates_args=())
+def gated_norm(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`layers.gated_norm`."""
+    return _kernels().gated(x, gate, change, shift, scale)
+
+
+@gated_norm.register_fake
+def _(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@custom_op("mrflow::turned", mutates_args=("out",))
+def turned(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, out: Tensor, first: int, row: int) -> None:
+    """Normed and turned heads into `out` from token `first` on; their first row of the tables is `row`."""
+    _kernels().turned(x, scale, cos, sin, out, first=first, row=row)
+
+
+@turned.register_fake
+def _(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, out: Tensor, first: int, row: int) -> None:
+    return None
+
+
+@custom_op("mrflow::gelu_beside", mutates_args=())
+def gelu_beside(out: Tensor, inner: Tensor) -> Tensor:
+    """`layers.gelu_beside`."""
+    return _kernels().beside(out, inner)
+
+
+@gelu_beside.register_fake
+def _(out: Tensor, inner: Tensor) -> Tensor:
+    return out.new_empty((*out.shape[:-1], out.shape[-1] + inner.shape[-1]))
+
+
+def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """`layers.joint_heads`: every stream's queries and keys are written where all lie."""
+    b, _, heads, head = streams[0].k.shape
+    queries, keys = (sum(x.shape[1] for x in side) for side in zip(*((s.q, s.k) for s in streams), strict=True))
+    q, k = (streams[0].q.new_empty((b, n, heads, head)) for n in (queries, keys))
+    q_at = k_at = 0
+    for s in streams:
+        end = k_at + s.k.shape[1]
+        turned(s.q, s.q_scale, *rope, q, q_at, end - s.q.shape[1])
+        turned(s.k, s.k_scale, *rope, k, k_at, k_at)
+        q_at, k_at = q_at + s.q.shape[1], end
+    return q, k, streams[0].v if len(streams) == 1 else torch.cat([s.v for s in streams], 1)
+
+
+FUSED = Ops(norm, gated, gated_norm, joint_heads, gelu_beside)

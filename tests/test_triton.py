@@ -1,0 +1,66 @@
+"""The kernels against their definitions, in Triton's interpreter, and compiled for GPUs that are not here.
+
+`make test-kernels` brings Triton; without it these tests are left out.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed; say make test-kernels")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1, as make test-kernels sets it", allow_module_level=True)
+
+from mrflow.models.kernels import errors
+from mrflow.models.kernels.ops import FUSED
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "heads"),
+    [(torch.float32, 96, 3), (torch.float32, 80, 2), (torch.bfloat16, 96, 3), (torch.float16, 128, 1)],
+)
+def test_kernels_give_what_their_definitions_give(dtype: torch.dtype, width: int, heads: int) -> None:
+    """Views, several items, heads of no power of two, more heads than one program turns."""
+    found = errors(FUSED, CPU, dtype, width=width, heads=heads)
+    assert len(found) == 13 and max(found.values()) < 1, found
+
+
+def test_more_heads_than_one_program_turns() -> None:
+    found = errors(FUSED, CPU, torch.float32, width=88, heads=11)
+    assert max(found.values()) < 1, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fakes_say_what_kernels_give(dtype: torch.dtype) -> None:
+    x, vector = torch.randn(2, 3, 16).to(dtype), torch.randn(1, 1, 16).to(dtype)
+    heads, table, out = torch.randn(2, 3, 2, 8).to(dtype), torch.randn(3, 4), torch.zeros(2, 5, 2, 8, dtype=dtype)
+    calls: tuple[tuple[str, tuple[Any, ...]], ...] = (
+        ("norm", (x, vector, vector)),
+        ("gated", (x, vector, x + 1)),
+        ("gated_norm", (x, vector, x + 1, vector, vector)),
+        ("gelu_beside", (x, x + 1)),
+        ("turned", (heads, torch.ones(8, dtype=dtype), table, table, out, 1, 0)),
+    )
+    for name, given in calls:
+        torch.library.opcheck(getattr(torch.ops.mrflow, name), given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_kernels_compile_for_gpus_without_spilling() -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), "80", "90"],
+        capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=500,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert {name.partition(" ")[2] for name in found} == {"sm_80", "sm_90a"} and len(found) == 10
+    assert all(kernel["spilled"] == 0 and kernel["registers"] <= 128 for kernel in found.values()), found
