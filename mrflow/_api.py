@@ -62,12 +62,16 @@ from mrflow.runner import StageEnded as StageEnded
 from mrflow.runner import Stepped as Stepped
 from mrflow.runner import run as run
 from mrflow.schedules import Beta as Beta
+from mrflow.schedules import BongTangent as BongTangent
+from mrflow.schedules import ComfyUI as ComfyUI
 from mrflow.schedules import Cosine as Cosine
 from mrflow.schedules import DirectSigma as DirectSigma
 from mrflow.schedules import Explicit as Explicit
 from mrflow.schedules import FlowMap as FlowMap
 from mrflow.schedules import Karras as Karras
+from mrflow.schedules import KLOptimal as KLOptimal
 from mrflow.schedules import Linear as Linear
+from mrflow.schedules import LinearQuadratic as LinearQuadratic
 from mrflow.schedules import LogitNormal as LogitNormal
 from mrflow.schedules import Schedule as Schedule
 from mrflow.schedules import Shifted as Shifted

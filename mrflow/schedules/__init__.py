@@ -20,3 +20,7 @@ from mrflow.schedules.base import shift_linear as shift_linear
 from mrflow.schedules.base import shift_static as shift_static
 from mrflow.schedules.base import stretch as stretch
 from mrflow.schedules.base import unshift as unshift
+from mrflow.schedules.comfyui import BongTangent as BongTangent
+from mrflow.schedules.comfyui import ComfyUI as ComfyUI
+from mrflow.schedules.comfyui import KLOptimal as KLOptimal
+from mrflow.schedules.comfyui import LinearQuadratic as LinearQuadratic

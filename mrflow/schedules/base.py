@@ -26,7 +26,7 @@ def shift(s: float, mu: float) -> float:
 
     Adds mu to the logit of s, so shifts compose by adding their mu.
     """
-    _within("a noise level", s, 0.0, 1.0)
+    check_within("a noise level", s, 0.0, 1.0)
     check_number("mu", mu)
     if s in (0.0, 1.0):
         return float(s)
@@ -42,7 +42,7 @@ def unshift(s: float, mu: float) -> float:
 
 def shift_static(s: float, k: float) -> float:
     """The static shift k s / (1 + (k - 1) s): the exponential one with mu = ln k (arXiv 2403.03206, eq. 23)."""
-    _within("a noise level", s, 0.0, 1.0)
+    check_within("a noise level", s, 0.0, 1.0)
     _above("a shift factor", k, 0.0)
     return float(s) if s in (0.0, 1.0) else k * s / (k * s + 1.0 - s)
 
@@ -59,7 +59,7 @@ def stretch(sigmas: Sequence[float], terminal: float) -> Sigmas:
     there is nothing to stretch (the reference gives 0/0 there).
     """
     levels = check_sigmas(sigmas)
-    _between("terminal", terminal, 0.0, 1.0)
+    check_between("terminal", terminal, 0.0, 1.0)
     if levels[-1] != 0.0:
         raise PlanError(f"only a schedule that ends at 0 can be stretched, this one ends at {levels[-1]:g}")
     last = levels[-2]
@@ -87,7 +87,7 @@ def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
     if len(sigmas) < 2:
         raise PlanError(f"a schedule needs at least two noise levels, got {tuple(sigmas)!r}; one step is (1.0, 0.0)")
     for i, s in enumerate(sigmas):
-        _within(f"noise level {i + 1} of {len(sigmas)}", s, 0.0, 1.0)
+        check_within(f"noise level {i + 1} of {len(sigmas)}", s, 0.0, 1.0)
     levels = tuple(float(s) for s in sigmas)
     for i in range(1, len(levels)):
         if not levels[i] < levels[i - 1]:
@@ -113,10 +113,10 @@ class Linear(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        check_steps(self.steps)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
-        return _scale(_even(self.steps), start)
+        return scale(_even(self.steps), start)
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ class Shifted(Schedule):
     shift: Shift | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        check_steps(self.steps)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
-        return _scale(_shifted(self.steps, tokens, model.shift if self.shift is None else self.shift), start)
+        return scale(_shifted(self.steps, tokens, model.shift if self.shift is None else self.shift), start)
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ class Explicit(Schedule):
         if self.sigmas[0] != 1.0:
             raise PlanError(
                 f"explicit levels begin at {self.sigmas[0]!r} but are asked to begin at {start!r}; "
-                f"try Explicit({_scale(unit, start)})"
+                f"try Explicit({scale(unit, start)})"
             )
-        return _scale(unit, start)
+        return scale(unit, start)
 
 
 @dataclass(frozen=True)
@@ -177,19 +177,19 @@ class DirectSigma(Schedule):
     mu: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        check_steps(self.steps)
         if self.mu is not None:
-            _within("mu", self.mu, -20.0, 20.0)
+            check_within("mu", self.mu, -20.0, 20.0)
 
     @staticmethod
     def comfyui(steps: int) -> "DirectSigma":
         """The ComfyUI node's own schedule: mu = 0.25 (steps - 1)."""
-        _check_steps(steps)
+        check_steps(steps)
         return DirectSigma(steps, mu=0.25 * (steps - 1))
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         mu = 0.0 if self.mu is None else self.mu
-        return _scale((shift(s, mu) for s in _even(self.steps)), start)
+        return scale((shift(s, mu) for s in _even(self.steps)), start)
 
 
 @dataclass(frozen=True)
@@ -205,19 +205,19 @@ class Karras(Schedule):
     low: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
-        _within("rho", self.rho, 1.0, 100.0)
+        check_steps(self.steps)
+        check_within("rho", self.rho, 1.0, 100.0)
         if self.low is not None:
-            _between("low", self.low, 0.0, 1.0)
+            check_between("low", self.low, 0.0, 1.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         n = self.steps
         if n == 1:
-            return _scale((1.0, 0.0), start)
+            return scale((1.0, 0.0), start)
         low = _shifted(n, tokens, model.shift)[-2] if self.low is None else self.low
         end = low ** (1.0 / self.rho)
         levels = ((1.0 + i / (n - 1) * (end - 1.0)) ** self.rho for i in range(1, n - 1))
-        return _scale((1.0, *levels, low, 0.0), start)
+        return scale((1.0, *levels, low, 0.0), start)
 
 
 @dataclass(frozen=True)
@@ -236,17 +236,17 @@ class Beta(Schedule):
     low: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
-        _within("alpha", self.alpha, 0.25, 100.0)
-        _within("beta", self.beta, 0.25, 100.0)
+        check_steps(self.steps)
+        check_within("alpha", self.alpha, 0.25, 100.0)
+        check_within("beta", self.beta, 0.25, 100.0)
         if self.low is not None:
-            _between("low", self.low, 0.0, 1.0)
+            check_between("low", self.low, 0.0, 1.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         if self.low is not None and self.steps > 1:
             low, grid = self.low, beta_grid(self.steps - 1, float(self.alpha), float(self.beta))
-            return _scale((*(low + q * (1.0 - low) for q in grid), 0.0), start)
-        return _scale(beta_grid(self.steps, float(self.alpha), float(self.beta)), start)
+            return scale((*(low + q * (1.0 - low) for q in grid), 0.0), start)
+        return scale(beta_grid(self.steps, float(self.alpha), float(self.beta)), start)
 
 
 @dataclass(frozen=True)
@@ -263,14 +263,14 @@ class LogitNormal(Schedule):
     std: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
-        _within("mean", self.mean, -5.0, 5.0)
-        _within("std", self.std, 0.01, 8.0)
+        check_steps(self.steps)
+        check_within("mean", self.mean, -5.0, 5.0)
+        check_within("std", self.std, 0.01, 8.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         normal, n = NormalDist(), self.steps
         logits = (self.mean - self.std * normal.inv_cdf(i / n) for i in range(1, n))
-        return _scale((1.0, *(1.0 / (1.0 + math.exp(-z)) for z in logits), 0.0), start)
+        return scale((1.0, *(1.0 / (1.0 + math.exp(-z)) for z in logits), 0.0), start)
 
 
 @dataclass(frozen=True)
@@ -283,11 +283,11 @@ class Cosine(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        check_steps(self.steps)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         angles = (math.pi / 2 * s for s in _even(self.steps)[1:-1])
-        return _scale((1.0, *(math.sin(a) / (math.sin(a) + math.cos(a)) for a in angles), 0.0), start)
+        return scale((1.0, *(math.sin(a) / (math.sin(a) + math.cos(a)) for a in angles), 0.0), start)
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ class WithShift(Schedule):
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         grid = self.inner(1.0, tokens, model)
-        return _scale(_bent(grid, tokens, model.shift if self.shift is None else self.shift), start)
+        return scale(_bent(grid, tokens, model.shift if self.shift is None else self.shift), start)
 
 
 @dataclass(frozen=True)
@@ -327,14 +327,14 @@ class FlowMap(Schedule):
     final_step: float = field(default=0.5, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
-        _within("shift", self.shift, 0.001, 1000.0)
-        _within("final_step", self.final_step, 0.001, 1.0)
+        check_steps(self.steps)
+        check_within("shift", self.shift, 0.001, 1000.0)
+        check_within("final_step", self.final_step, 0.001, 1.0)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         whole = self.steps - 1 + self.final_step
         raw = ((self.steps - 1 - i + self.final_step) / whole for i in range(self.steps))
-        return _scale((*(shift_static(r, self.shift) for r in raw), 0.0), start)
+        return scale((*(shift_static(r, self.shift) for r in raw), 0.0), start)
 
 
 def _even(steps: int) -> Sigmas:
@@ -356,7 +356,12 @@ def _bent(grid: Sigmas, tokens: int, curve: Shift) -> Sigmas:
     return levels if curve.terminal is None else stretch(levels, curve.terminal)
 
 
-def _scale(unit: Iterable[float], start: float) -> Sigmas:
+def scale(unit: Iterable[float], start: float) -> Sigmas:
+    """A unit grid times `start`.
+
+    Raises:
+        PlanError: two of the levels are the same.
+    """
     _check_start(start)
     levels = tuple(start * s for s in unit)
     for i in range(1, len(levels)):
@@ -373,16 +378,19 @@ def _check_start(start: float) -> None:
     require(0.0 < start <= 1.0, "start", "above 0 and at most 1", start)
 
 
-def _check_steps(steps: object) -> None:
+def check_steps(steps: object) -> None:
+    """Refuse what is no whole number of steps from 1 to MAX_STEPS."""
     check_whole("steps", steps, 1, MAX_STEPS)
 
 
-def _within(what: str, value: float, low: float, high: float) -> None:
+def check_within(what: str, value: float, low: float, high: float) -> None:
+    """Refuse what is no number from low to high."""
     check_number(what, value)
     check_number(what, value, low, high)
 
 
-def _between(what: str, value: float, low: float, high: float) -> None:
+def check_between(what: str, value: float, low: float, high: float) -> None:
+    """Refuse what is no number above low and below high."""
     check_number(what, value)
     require(low < value < high, what, f"above {low:g} and below {high:g}", value)
 
