@@ -47,7 +47,7 @@ PARTS: Mapping[str, Part] = {
     "schedules": Part(("mrflow/schedules.py", "mrflow/schedules/*"), _tests("schedules", "laws", "published")),
     "solvers": Part(("mrflow/solvers/*",), _tests("solvers", "integrate", "laws")),
     "guidance": Part(("mrflow/guidance.py", "mrflow/guidance/*"), _tests("guidance", "laws")),
-    "noise": Part(("mrflow/noise.py", "mrflow/seeds.py"), _tests("flow", "laws", "stage")),
+    "noise": Part(("mrflow/noise.py", "mrflow/seeds.py"), _tests("flow", "laws", "stage", "run")),
     "stages": Part(("mrflow/stages/*",), _tests("stage", "run", "controls", "tiles", "transitions", "testing")),
     "rivals": Part(("mrflow/rivals/*",), _tests("transitions", "ladders")),
     "caches": Part(("mrflow/caches/*",), _tests("caches", "cache_rules", "extrapolate", "toma")),
@@ -56,7 +56,10 @@ PARTS: Mapping[str, Part] = {
     "scenes": Part(("mrflow/scenes/*",), _tests("scenes", "hard_scenes", "readable", "fidelity", "places")),
     "testing": Part(("mrflow/testing/*",), _tests("testing", "laws", "strategies", "pytest_plugin")),
 }
-EQUIVALENT: Mapping[str, str] = {}
+EQUIVALENT: Mapping[str, str] = {
+    "mrflow.noise.xǁNestedǁ__call____mutmut_11": "noise has four axes: shape[:+2] is shape[:-2]",
+    "mrflow.noise.xǁNestedǁ__call____mutmut_14": "noise has four axes: shape[+2] is shape[-2]",
+}
 """By mutant: why nothing can tell it from the code."""
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.flow import denoised, raise_noise, renoise, to_noise, velocity_from_denoised
+from mrflow.flow import denoised, finite, raise_noise, renoise, to_noise, velocity_from_denoised
 from tests.strategies import LAW, levels
 
 
@@ -81,3 +81,16 @@ def test_raised_noise_has_the_variance_when_measured() -> None:
 def test_noise_is_only_raised(sigma: float, to: float) -> None:
     with pytest.raises(PlanError, match="noise can only be raised"):
         raise_noise(torch.zeros(1), torch.zeros(1), sigma, to)
+
+
+def test_fresh_noise_is_added_with_its_sign() -> None:
+    """From the clean picture to 0.5, by hand: half the signal and half of the noise itself, not of its mirror."""
+    x, eps = pair(3)
+    torch.testing.assert_close(raise_noise(x, eps, 0.0, 0.5), 0.5 * x + 0.5 * eps)
+
+
+def test_numbers_whose_sum_overflows_are_finite() -> None:
+    large = torch.full((8,), 3e38)
+    assert not bool(torch.isfinite(large.sum())) and finite(large)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not finite(torch.tensor([1.0, bad]))
