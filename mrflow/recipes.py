@@ -108,7 +108,7 @@ def paper(
     `upscaler=None` is the model's own net. The published maths with the posterior's mode and per-item noise; `official`
     has the published draws.
     """
-    _check_ladder((low, size))
+    _check_rise(low, size, "low ", "size ")
     return (
         Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance, noise=noise, cache=cache, lora=lora)
         >> Decode()
@@ -140,7 +140,7 @@ def official(
     """The published procedure, draw for draw: noise from a generator seeded with the seed; then, from one seeded with
     seed + 1, the posterior sample and the injected noise. `eight_bit` adds its rounding between the stages.
     """
-    _check_ladder((low, size))
+    _check_rise(low, size, "low ", "size ")
     small = Sample(*low, Shifted(steps), noise=Stream(0)) >> Decode()
     large = (
         small >> Quantise() >> Upscale(upscaler, size) >> Quantise(truncate=True)
@@ -204,7 +204,7 @@ def latent(
     guidance: Guidance | None = None,
 ) -> Chain[Start, Pixels]:
     """`paper` without pixels between: latents are interpolated. The baseline that shows what the SR network is for."""
-    _check_ladder((low, size))
+    _check_rise(low, size, "low ", "size ")
     return (
         Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance)
         >> Lift(size, filter)
@@ -239,7 +239,7 @@ def stacked(
     levels, the last of them far above 0.12: whether a refinement at `sigma` suits one is to be measured, as are the
     levels of the low stage: the model's own for that size, or with `full_levels` those of the full size.
     """
-    _check_ladder((low, size))
+    _check_rise(low, size, "low ", "size ")
     if refine not in ("student", "base"):
         raise PlanError(f"refine must be 'student' or 'base', got {refine!r}")
     grid = student.schedule(steps)
@@ -277,7 +277,7 @@ def piflow(
     The refinement begins, as in the official code, at the last level of pi-Flow's own schedule with a whole last step:
     0.5161 for 4 steps. That is far above MrFlow's 0.12, which `sigma=0.12` gives, and no level it was trained on.
     """
-    _check_ladder((low, size))
+    _check_rise(low, size, "low ", "size ")
     whole = FlowMap(steps, final_step=1.0)
     again: float | Level = Level(whole, steps - 1) if sigma is None else sigma
     return (
@@ -307,7 +307,7 @@ def lift(
     One grid of steps[0] + steps[1] steps for the full size; after the first ones the clean estimate is enlarged and
     noised to the level that was reached, or to `sigma`, from where the refinement has a grid of its own.
     """
-    _check_ladder((low, size))
+    _check_rise(low, size, "low ", "size ")
     begin, again, rest = _handover(steps, sigma, schedule, size, guidance)
     return Sample(*low, begin, guidance=guidance) >> Lift(size, filter) >> again >> rest >> Decode()
 
@@ -325,7 +325,7 @@ def selflift(
     guidance: Guidance | None = None,
 ) -> Chain[Start, Pixels]:
     """SelfLift-zero (arXiv 2609.02036): as `lift`, with a lift over latents and pixels, mixed where they disagree."""
-    _check_ladder((low, size))
+    _check_rise(low, size, "low ", "size ")
     begin, again, rest = _handover(steps, sigma, schedule, size, guidance)
     mixing = SelfLift(size, share, *weights)
     return Sample(*low, begin, guidance=guidance) >> mixing >> again >> rest >> Decode()
@@ -489,5 +489,10 @@ def _check_ladder(sizes: Sequence[tuple[int, int]]) -> None:
     if len(sizes) < 2:
         raise PlanError(f"a ladder needs at least two sizes, got {len(sizes)}")
     for low, high in pairwise(sizes):
-        if not (high[0] > low[0] and high[1] > low[1]):
-            raise PlanError(f"sizes must rise: {low[0]}x{low[1]} is followed by {high[0]}x{high[1]}")
+        _check_rise(low, high)
+
+
+def _check_rise(low: tuple[int, int], high: tuple[int, int], first: str = "", second: str = "") -> None:
+    """Refuse a size that does not rise on both sides; `first` and `second` are what the user knows the two by."""
+    if not (high[0] > low[0] and high[1] > low[1]):
+        raise PlanError(f"sizes must rise: {first}{low[0]}x{low[1]} is followed by {second}{high[0]}x{high[1]}")

@@ -86,6 +86,8 @@ def test_a_rung_that_cannot_be_is_refused_with_the_nearest() -> None:
         mf.plan(mf.recipes.ladder([(500 + 12, 512), (1000, 1000)], upscalers=mf.Lanczos(2)), mf.FLUX)
     with pytest.raises(mf.PlanError, match="sizes must rise"):
         mf.recipes.ladder([(512, 512), (512, 1024)])
+    with pytest.raises(mf.PlanError, match="sizes must rise: low 2048x2048 is followed by size 1024x1024"):
+        mf.recipes.paper(low=(2048, 2048))  # one of the two was not given, so both are named
 
 
 @pytest.mark.parametrize("filter", ["nearest", "bilinear", "bicubic"])

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,18 +12,15 @@ from mrflow.cli.options import Json, with_options
 from mrflow.cli.sweeps import sweep
 from mrflow.errors import PlanError
 
-if TYPE_CHECKING:
-    from click import Context
-
 KINDS = {"csv": ".csv", "parquet": ".parquet", "hf": ""}
 
 
 class SweepGroup(TyperGroup):
     """`mrflow sweep FILE` is `mrflow sweep run FILE`: what names no other verb is a file or an option of that one."""
 
-    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # typer's own, under changing names
         """Put the verb that is left out."""
-        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])  # type: ignore[arg-type]
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
 
 
 sweep_verbs = typer.Typer(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mrflow.cli.display import console
+from mrflow.cli.display import console, width, wrapped
 from mrflow.cli.options import Json, with_options
 from mrflow.errors import PlanError
 
@@ -50,6 +50,6 @@ def sr_list(as_json: Json = False) -> None:
             rows.append({"name": word, "title": known.title, "licence": known.licence, "path": path})
             where = path or f"not here: mrflow sr add {known.file} (from {known.source})"
             if not as_json:
-                typer.echo(f"{word}: {known.title}, {known.licence}; {where}")
+                typer.echo("\n".join(wrapped([f"{word}: {known.title}, {known.licence}; {where}"], width())))
         if as_json:
             typer.echo(json.dumps(rows))

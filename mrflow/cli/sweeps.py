@@ -237,11 +237,12 @@ def bar(err: "Console") -> "Generator[Callable[[Progress], None]]":
     """Progress on stderr: a bar in a terminal, else a line from time to time."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Shown
+    from rich.table import Column
 
     last = [0]
     columns = (
-        TextColumn("{task.description:<16.16}"),
-        BarColumn(30),
+        TextColumn("{task.description}", table_column=Column(max_width=err.width // 3, no_wrap=True)),
+        BarColumn(30 if err.width >= 80 else 10),
         MofNCompleteColumn(),
         TextColumn("{task.fields[left]}"),
     )
