@@ -41,6 +41,11 @@ chains = {
         f"RALU {'+'.join(map(str, n))}": mf.recipes.ralu(size=SIZE, steps=n, shift=2.0)
         for n in ((5, 6, 7), (2, 3, 5), (1, 2, 3))
     },
+    **{f"JiT {'+'.join(map(str, n))}": mf.recipes.jit(size=SIZE, steps=n) for n in ((7, 4, 7), (4, 3, 4), (2, 2, 3))},
+    **{
+        f"Fresco {'+'.join(map(str, n))}": mf.recipes.fresco(size=SIZE, steps=n)
+        for n in ((8, 4, 6), (5, 3, 4), (2, 2, 3))
+    },
     **{f"student {n}": mf.recipes.few(POCKET_3, size=SIZE, steps=n) for n in (4, 2, 1)},
     **{f"student {n} + 1": mf.recipes.stacked(POCKET_3, low=LOW, size=SIZE, steps=n) for n in (4, 2, 1)},
 }
