@@ -289,7 +289,7 @@ def report(
         if link and target.resolve().parent != folder.resolve():
             raise PlanError(f"with --link the page must lie in {folder}, beside the pictures: leave out --out")
         check_writable(target)
-        write_report(folder, target, title=title, link=link)
+        write_report(folder, target, title=title, link=link, loaded=(rows, reference))
         made = [target]
         if table:
             made.append(target.with_suffix(".csv"))

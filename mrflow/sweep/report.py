@@ -28,17 +28,27 @@ SHOWN = 24  # pictures a chain that are shown as its worst
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def page(folder: str | Path, *, title: str | None = None, link: bool = False, beside: bool = True) -> str:
+Loaded = tuple[list[Row], str]  # what `load` gives
+
+
+def page(
+    folder: str | Path,
+    *,
+    title: str | None = None,
+    link: bool = False,
+    beside: bool = True,
+    loaded: Loaded | None = None,
+) -> str:
     """The HTML of a sweep's folder; pictures are embedded as they are saved, or linked to.
 
     With more than `EMBED_ROWS` rows, as many pictures are embedded as the page may hold, the worst first; the others
-    are shown where the page lies in the folder, `beside` them.
+    are shown where the page lies in the folder, `beside` them. `loaded` is what `load(folder)` gave, where it was read.
 
     Raises:
         PlanError: there are no rows, or the pictures would make the file too large to embed.
     """
     where = Path(folder)
-    rows, reference = load(where)
+    rows, reference = loaded or load(where)
     said = Store(where).manifest()
     data = summarise(rows, reference, said)
     large = len(rows) > EMBED_ROWS
@@ -151,11 +161,13 @@ def _size(path: Path) -> list[int]:
     return list(struct.unpack(">II", head[16:24])) if head.startswith(SIGNATURE) and len(head) == 24 else [1, 1]
 
 
-def write_report(folder: str | Path, out: Path, *, title: str | None = None, link: bool = False) -> None:
+def write_report(
+    folder: str | Path, out: Path, *, title: str | None = None, link: bool = False, loaded: Loaded | None = None
+) -> None:
     """Write the page.
 
     Raises:
         PlanError, ResourceError: as `page`; the file cannot be written.
     """
     beside = out.parent.resolve() == Path(folder).resolve()
-    write_bytes(out, page(folder, title=title, link=link, beside=beside).encode("utf-8"))
+    write_bytes(out, page(folder, title=title, link=link, beside=beside, loaded=loaded).encode("utf-8"))

@@ -96,6 +96,7 @@ def _root(rising: Callable[[float], float]) -> float:
     return (low + high) / 2
 
 
+@lru_cache(maxsize=64)
 def student(level: float, freedom: int) -> float:
     """How many standard errors an interval of Student's law reaches, by the substitution t = sqrt(freedom) tan(a)."""
     angles = np.linspace(0, np.pi / 2, 200_001)

@@ -6,7 +6,7 @@ them are of one comparison each. Times have units of their own: `mrflow.sweep.ti
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrflow.errors import PlanError
+from mrflow.sweep.aims import COSTS
 from mrflow.sweep.rows import Row
 from mrflow.sweep.significance import MANY, clopper_pearson, holm, rule_of_three, sign_flip
 
@@ -140,21 +141,23 @@ def _times(count: int, draws: int, seed: int) -> NDArray[np.float64]:
 def values(rows: Iterable[Row], metric: str) -> dict[str, list[float]]:
     """A metric's values of each prompt's pictures; failed rows and rows without it are left out."""
     out: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        value = number(row, metric)
-        if value is not None:
-            out[row.prompt].append(value)
+    for row, value in _numbers(rows, metric):
+        out[row.prompt].append(value)
     return dict(out)
 
 
 def number(row: Row, metric: str) -> float | None:
     """A metric, or `seconds`, `nfe`, `flops`, `peak_bytes`, of a row that is done; None where there is none."""
-    if row.status != "done":
-        return None
-    if metric in ("seconds", "nfe", "flops", "peak_bytes"):
-        return float(getattr(row, metric))
-    value = row.metrics.get(metric)
-    return None if value is None else float(value)
+    return next((value for _, value in _numbers((row,), metric)), None)
+
+
+def _numbers(rows: Iterable[Row], metric: str) -> Iterator[tuple[Row, float]]:
+    """Rows that have a number, each with it: a report asks for hundreds of thousands."""
+    if metric in COSTS:
+        return ((row, float(getattr(row, metric))) for row in rows if row.status == "done")
+    return (
+        (row, float(value)) for row in rows if row.status == "done" and (value := row.metrics.get(metric)) is not None
+    )
 
 
 def compare(
@@ -193,7 +196,7 @@ def compare(
 
 def by_pair(rows: Iterable[Row], metric: str) -> dict[tuple[str, int], float]:
     """A metric's values by prompt and draw."""
-    return {(r.prompt, r.draw): value for r in rows if (value := number(r, metric)) is not None}
+    return {(row.prompt, row.draw): value for row, value in _numbers(rows, metric)}
 
 
 def differences(

@@ -133,7 +133,9 @@ def summarise(
                 "groups": groups,
                 "stages": stages_of(label, mine, said),
                 "replay": replay_words(label, said),
-                "missing": {m: why for m in metrics if (why := missing(done, m, said)[:REASONS])},
+                "missing": {
+                    m: missing(done, m, said)[:REASONS] for m in metrics if any(m not in r.metrics for r in done)
+                },
             }
         )
     first = rows[0]
