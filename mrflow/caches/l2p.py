@@ -58,7 +58,7 @@ class L2P(Cache):
         guidance: Guidance | None = None,
         seed: int = 0,
         warmup: int = 3,
-        history: int = 4,
+        history: int = 2,
         of: Of = "output",
     ) -> "L2P":
         """A cache whose weights are fitted while `model` draws these prompts, each whole, at `size` (None: its low
@@ -66,7 +66,8 @@ class L2P(Cache):
 
         The weights of a step minimise the squared error of the sum against the feature, over all prompts, branches,
         tokens and channels, as in the paper; here in closed form (normal equations), there by gradient descent. The
-        number of features in a sum, the newest `history`, is our choice: the authors' code is not public.
+        number of features in a sum, the newest `history`, is our choice, since the authors' code is not public: with
+        more, weights grow, sums fit better whole trajectories and worse those that the sums themselves have bent.
 
         Raises:
             PlanError: the model cannot be taken apart, or there are no prompts.
