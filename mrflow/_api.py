@@ -15,6 +15,11 @@ from mrflow.backbone import Condition as Condition
 from mrflow.backbone import FieldOptions as FieldOptions
 from mrflow.bridge import from_diffusers as from_diffusers
 from mrflow.bridge import to_diffusers as to_diffusers
+from mrflow.decoder import Decoder as Decoder
+from mrflow.decoders import POCKET_PREVIEW as POCKET_PREVIEW
+from mrflow.decoders import LinearDecoder as LinearDecoder
+from mrflow.decoders import TinyDecoder as TinyDecoder
+from mrflow.decoders import linear_decoder as linear_decoder
 from mrflow.errors import ChainError as ChainError
 from mrflow.errors import MrflowError as MrflowError
 from mrflow.errors import NonFiniteError as NonFiniteError
@@ -133,6 +138,7 @@ from mrflow.sweep import Sweep as Sweep
 from mrflow.sweep import Tune as Tune
 from mrflow.sweep import run_sweep as run_sweep
 from mrflow.testing import toy as toy
+from mrflow.upscaler import LatentUpscaler as LatentUpscaler
 from mrflow.upscaler import Upscaler as Upscaler
 from mrflow.upscalers import BasicSR as BasicSR
 from mrflow.upscalers import Blend as Blend

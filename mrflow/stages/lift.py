@@ -1,6 +1,6 @@
 """Latents to more latents, without pixels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -8,7 +8,9 @@ from torch.nn.functional import interpolate
 
 from mrflow.errors import PlanError
 from mrflow.spec import Latents, ModelInfo, State, check_size
-from mrflow.stage import Stage
+from mrflow.stage import Stage, Work
+from mrflow.stages.decode import check_known
+from mrflow.upscaler import LatentUpscaler, enlarged, passes_to
 from mrflow.upscalers.interpolate import Filter, check_filter
 
 if TYPE_CHECKING:
@@ -17,33 +19,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lift(Stage[Latents, Latents]):
-    """Clean latents interpolated to a picture size, (height, width) in pixels; twice the sides unless said.
+    """Clean latents interpolated to a picture size, (height, width) in pixels (default: twice the sides).
 
     The baseline that needs neither autoencoder nor network. What it gives is no picture's latents: the autoencoder's
-    round trip changes it many times more than it changes encoded pixels (`metrics.round_trip_energy`).
+    round trip changes it many times more than it changes encoded pixels (`metrics.round_trip_energy`). An `upscaler`
+    that was trained on such latents is run instead, as often as it takes to reach the size (default: once); `filter`
+    then takes off what is too much.
     """
 
     scope: ClassVar[str] = "Lift"
     size: tuple[int, int] | None = None
     filter: Filter = "bicubic"
+    upscaler: LatentUpscaler | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_filter(self.filter)
 
     def plan(self, spec: Latents, model: ModelInfo) -> Latents:
-        """Latents of `size`, of the same noise level 0."""
+        """Latents of `size`, of the same noise level 0.
+
+        Raises:
+            PlanError: they hold noise, the size is none to rise to, or the upscaler knows other latents.
+        """
         if spec.sigma > 0:
             raise PlanError(
                 f"latents hold noise (sigma {spec.sigma:g}), and Lift takes clean ones: put Refine() before it"
             )
-        return risen(spec, self.size, model)
+        if self.upscaler is None:
+            return risen(spec, self.size, model)
+        check_known(self.upscaler.space, spec, type(self.upscaler).__name__)
+        per = model.space.downscale * self.upscaler.scale
+        out = risen(spec, self.size or (per * spec.height, per * spec.width), model)
+        passes_to((out.height, out.width), spec.height, spec.width, self.upscaler.scale)
+        return out
+
+    def work(self, spec: Latents, out: Latents, model: ModelInfo) -> Work:
+        """The upscaler's arithmetic, where it tells."""
+        if (net := self.upscaler) is None:
+            return Work()
+        passes = passes_to((out.height, out.width), spec.height, spec.width, net.scale)
+        cells = sum(spec.height * spec.width * net.scale ** (2 * i) for i in range(passes))
+        return Work(flops=spec.batch * cells * net.flops_per_cell)
 
     def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
-        """Interpolate."""
-        size = (out.height, out.width)
+        """Enlarge."""
+        x, size = state.data, (out.height, out.width)
+        if self.upscaler is not None:
+            for _ in range(passes_to(size, *x.shape[-2:], self.upscaler.scale)):
+                x = enlarged(self.upscaler, x)
+        if tuple(x.shape[-2:]) == size:
+            return x
         if self.filter == "nearest":
-            return interpolate(state.data, size=size, mode="nearest-exact")
-        return interpolate(state.data, size=size, mode=self.filter, align_corners=False)
+            return interpolate(x, size=size, mode="nearest-exact")
+        return interpolate(x, size=size, mode=self.filter, align_corners=False, antialias=self.upscaler is not None)
 
 
 def risen(spec: Latents, size: tuple[int, int] | None, model: ModelInfo) -> Latents:

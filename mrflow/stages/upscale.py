@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from mrflow.errors import PlanError, PromiseError
+from mrflow.errors import PlanError
 from mrflow.spec import MAX_SIDE, ModelInfo, Pixels, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.lift import check_rise
-from mrflow.upscaler import Upscaler
+from mrflow.upscaler import Upscaler, enlarged, passes_to
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -75,36 +75,6 @@ class Upscale(Stage[Pixels, Pixels]):
         for _ in range(self.passes(state.spec, ctx.model.info)):
             pixels = enlarged(upscaler, pixels)
         return resize(pixels, out.height, out.width).clamp(0, 1)
-
-
-def passes_to(size: tuple[int, int], height: int, width: int, scale: int) -> int:
-    """How often an upscaler of that scale runs until height x width, in pixels, is nowhere below `size`.
-
-    Raises:
-        PlanError: its scale is below 2, and `size` is larger.
-    """
-    passes = 0
-    while height < size[0] or width < size[1]:
-        if scale < 2:
-            raise PlanError(f"an upscaler of scale {scale} cannot reach {size[0]}x{size[1]}")
-        height, width, passes = height * scale, width * scale, passes + 1
-    return passes
-
-
-def enlarged(upscaler: Upscaler, pixels: Tensor) -> Tensor:
-    """What an upscaler makes of (b, 3, h, w), held against its scale.
-
-    Raises:
-        PromiseError: it made another shape than (b, 3, scale h, scale w).
-    """
-    b, c, h, w = pixels.shape
-    want, made = (b, c, upscaler.scale * h, upscaler.scale * w), upscaler(pixels)
-    if tuple(made.shape) != want:
-        raise PromiseError(
-            f"{type(upscaler).__name__} says scale {upscaler.scale}, so it must make {want} of {tuple(pixels.shape)}, "
-            f"but made {tuple(made.shape)}"
-        )
-    return made
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -1,0 +1,278 @@
+"""Decoders in a model's decoder's place: linear previews, and the tiny autoencoders that others train."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mrflow.checkpoints.blueprint import blueprint
+from mrflow.checkpoints.safetensors import Entry, Header, Source, load_into, open_checkpoint
+from mrflow.decoder import Decoder
+from mrflow.errors import PlanError, WeightsError
+from mrflow.records.files import located
+
+if TYPE_CHECKING:
+    from mrflow.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class LinearDecoder(Decoder):
+    """Each latent cell to one pixel by a linear map: a preview that costs nothing.
+
+    `weight` has a row of factors for each of red, green and blue, `bias` their values at latents of 0. `linear_decoder`
+    fits one to a model.
+    """
+
+    space: str
+    weight: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    bias: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        rows = tuple(tuple(float(v) for v in row) for row in self.weight)
+        if len(rows) != 3 or len(self.bias) != 3 or len({len(row) for row in rows}) != 1 or not rows[0]:
+            raise PlanError("a linear decoder has three rows of factors, one a colour, and three values of bias")
+        object.__setattr__(self, "weight", rows)
+        object.__setattr__(self, "bias", tuple(float(v) for v in self.bias))
+
+    @property
+    def scale(self) -> int:
+        """One pixel a cell."""
+        return 1
+
+    def __call__(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+        """The map, cell by cell.
+
+        Raises:
+            PlanError: the latents have another number of channels.
+        """
+        if latents.shape[1] != len(self.weight[0]):
+            raise PlanError(f"the decoder takes {len(self.weight[0])} latent channels, got {latents.shape[1]}")
+        weight, bias = (torch.tensor(v, dtype=latents.dtype, device=latents.device) for v in (self.weight, self.bias))
+        return F.conv2d(latents, weight[:, :, None, None], bias)
+
+
+def linear_decoder(model: "Backbone", pixels: Float[Tensor, "b 3 h w"]) -> LinearDecoder:
+    """The linear preview that fits a model's autoencoder best on these images, in [0, 1], by least squares.
+
+    Each cell's latents, and 1, against the mean colour of the pixels it stands for. Images should be of the kind that
+    the model draws: a few hundred cells a channel are enough.
+
+    Raises:
+        PlanError: there are fewer cells than unknowns.
+    """
+    with torch.inference_mode():
+        latents = model.encode(pixels.to(model.device)).double().cpu()
+    colours = F.avg_pool2d(pixels.double().cpu(), model.info.space.downscale)
+    cells = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    unknown = torch.cat((cells, torch.ones(len(cells), 1, dtype=cells.dtype)), 1)
+    if len(unknown) < unknown.shape[1]:
+        raise PlanError(f"{len(unknown)} latent cells cannot fit {unknown.shape[1]} numbers a colour: give more images")
+    found = torch.linalg.lstsq(unknown, colours.permute(0, 2, 3, 1).flatten(0, 2), driver="gelsd").solution
+    rows = [tuple(row) for row in found.T.tolist()]
+    red, green, blue = (row[:-1] for row in rows)
+    return LinearDecoder(model.info.space.name, (red, green, blue), (rows[0][-1], rows[1][-1], rows[2][-1]))
+
+
+POCKET_PREVIEW = LinearDecoder(
+    "pocket",
+    (
+        (
+            0.0098,
+            0.0056,
+            -0.0015,
+            0.0286,
+            -0.0307,
+            -0.0375,
+            -0.0267,
+            0.0281,
+            0.0238,
+            -0.0349,
+            -0.0222,
+            0.0361,
+            -0.0515,
+            -0.0089,
+            0.0067,
+            -0.0019,
+        ),
+        (
+            0.0085,
+            -0.0176,
+            -0.0147,
+            0.0368,
+            -0.0669,
+            -0.0032,
+            -0.0297,
+            0.0302,
+            0.0214,
+            -0.0295,
+            -0.0014,
+            0.0113,
+            -0.0258,
+            -0.0199,
+            0.0210,
+            -0.0186,
+        ),
+        (
+            -0.0450,
+            -0.0231,
+            -0.0630,
+            0.0616,
+            -0.0230,
+            -0.0015,
+            -0.0098,
+            0.0464,
+            0.0408,
+            0.0043,
+            0.0562,
+            -0.0033,
+            -0.0054,
+            -0.0398,
+            -0.0031,
+            -0.0609,
+        ),
+    ),
+    (0.8570, 0.8292, 0.8073),
+)
+"""The preview of pocket: fitted to 160 scenes of its world by `linear_decoder`."""
+
+
+@dataclass(frozen=True)
+class TinyDecoder(Decoder):
+    """The decoder of a tiny autoencoder (TAESD, TAEF1; github.com/madebyollin/taesd) from a file of yours.
+
+    `path` is the decoder's own safetensors file, or the whole autoencoder as diffusers' `AutoencoderTiny` saves it, a
+    file or a folder. `space` is the name of the latents that it was trained on: TAEF1's are "flux1", which Z-Image
+    shares. A record names the file without its folder, and its SHA-256.
+
+    Raises:
+        WeightsError: the file is missing, broken, or holds no such decoder.
+    """
+
+    path: str
+    space: str = "flux1"
+    sha256: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        where = Path(self.path)
+        if where.is_dir():
+            where = next(iter(sorted(where.glob("*.safetensors"))), where / "diffusion_pytorch_model.safetensors")
+        where, found = located(str(where), self.sha256)
+        object.__setattr__(self, "path", str(where))
+        object.__setattr__(self, "sha256", found)
+        _ = self.net
+
+    def recorded(self) -> dict[str, object]:
+        """The fields that go into a record: no folder names."""
+        return {"path": Path(self.path).name, "space": self.space, "sha256": self.sha256}
+
+    @property
+    def net(self) -> "TinyNet":
+        """The network, read once for all decoders of the same file."""
+        return _tiny(self.path, self.sha256)
+
+    @property
+    def scale(self) -> int:
+        """2 for each of its enlargements."""
+        return self.net.scale
+
+    @property
+    def flops_per_pixel(self) -> float:
+        """Operations of its convolutions per pixel that it makes."""
+        return self.net.flops_per_pixel
+
+    def __call__(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Decode in float32.
+
+        Raises:
+            PlanError: the latents have another number of channels.
+        """
+        net = self.net.to(latents.device)
+        if latents.shape[1] != net.channels:
+            raise PlanError(f"{Path(self.path).name} decodes {net.channels} latent channels, got {latents.shape[1]}")
+        with torch.inference_mode():
+            out: Tensor = net(latents)
+        return out
+
+
+class TinyBlock(nn.Module):
+    """ReLU(three convolutions of 3 x 3 + x)."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        sizes = ((width, out), (out, out), (out, out))
+        first, second, third = (nn.Conv2d(a, b, 3, padding=1) for a, b in sizes)
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+        self.skip = nn.Conv2d(width, out, 1, bias=False) if width != out else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+        """The same sides."""
+        return F.relu(self.conv(x) + self.skip(x))
+
+
+class TinyNet(nn.Module):
+    """Latents, softly clamped to 3, through a row of convolutions and blocks; before those without bias, x 2.
+
+    `places` are the numbers of the layers that have parameters, as the file counts them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Entry], places: list[int]) -> None:
+        super().__init__()
+        layers: dict[str, nn.Module] = {}
+        self.scale, self.flops_per_pixel, at_scale = 1, 0.0, list[tuple[int, int]]()
+        for i in places:
+            if f"{i}.conv.0.weight" in tensors:
+                out, width = tensors[f"{i}.conv.0.weight"].shape[:2]
+                layers[str(i)] = TinyBlock(width, out)
+                products = 9 * (width * out + 2 * out * out) + (width * out if width != out else 0)
+            else:
+                out, width = tensors[f"{i}.weight"].shape[:2]
+                layers[str(i)] = nn.Conv2d(width, out, 3, padding=1, bias=f"{i}.bias" in tensors)
+                self.scale *= 1 if f"{i}.bias" in tensors else 2
+                products = 9 * width * out
+            at_scale.append((self.scale, products))
+        self.layers = nn.ModuleDict(layers)
+        self.flops_per_pixel = sum(2 * products * (scale / self.scale) ** 2 for scale, products in at_scale)
+        first = tensors[f"{places[0]}.weight"]
+        self.channels = first.shape[1]
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Pixels around [0, 1]."""
+        x = torch.tanh(x / 3) * 3
+        for i, layer in enumerate(self.layers.values()):
+            if isinstance(layer, nn.Conv2d) and layer.bias is None:
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = layer(x)
+            x = F.relu(x) if i == 0 else x
+        return x
+
+
+PREFIXES = ("decoder.layers.", "decoder.", "")  # diffusers' whole autoencoder, TAESD's whole one, its decoder alone
+
+
+@lru_cache(maxsize=8)
+def _tiny(path: str, sha256: str) -> TinyNet:
+    header = open_checkpoint(path)
+    prefix = next((p for p in PREFIXES if any(re.match(rf"{re.escape(p)}\d+\.", n) for n in header.tensors)), None)
+    own = {n.removeprefix(prefix): e for n, e in header.tensors.items() if prefix is not None and n.startswith(prefix)}
+    places = sorted({int(name.partition(".")[0]) for name in own if name[0].isdigit()})
+    ends = [own[f"{i}.weight"].shape for i in places[:1] + places[-1:] if {f"{i}.weight", f"{i}.bias"} <= set(own)]
+    if len(ends) < 2 or any(len(shape) != 4 or not math.prod(shape) for shape in ends) or ends[-1][0] != 3:
+        names = ", ".join(list(header.tensors)[:3])
+        raise WeightsError(f"{path} holds no decoder of a tiny autoencoder (its tensors: {names}, ...)")
+    try:
+        with blueprint():
+            net = TinyNet(own, places)
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"{path} holds no decoder of a tiny autoencoder: {error!r}") from None
+    inner = Header(header.path, {f"layers.{n}": e for n, e in own.items()}, header.metadata)
+    layout = {name: Source((name,), (len(tensor),)) for name, tensor in net.state_dict().items()}
+    load_into(net, inner, layout, dtype=torch.float32)
+    return net.eval().requires_grad_(False)  # noqa: FBT003
