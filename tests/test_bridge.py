@@ -231,7 +231,7 @@ def test_models_of_another_kind_are_refused(pipes: Pipes) -> None:
             changed("qwen", zero_cond_t=True),
             "has zero_cond_t=True .an Edit, Layered or distilled model.",
         ),
-        (changed("klein", guidance_embeds=True), "has a guidance embedding .FLUX.2-dev.; only the Klein"),
+        (changed("klein", guidance_embeds=True), "has a guidance embedding, which Flux2KleinPipeline"),
         (changed("z-image", siglip_feat_dim=8), "takes pictures as a condition"),
         (changed("sd3", in_channels=32), "takes 32 channels and gives 16, its autoencoder has 16"),
     ):

@@ -6,6 +6,8 @@ from mrflow.bridge.base import Bridged as Bridged
 from mrflow.bridge.flux import BridgedFlux as BridgedFlux
 from mrflow.bridge.flux import Control as Control
 from mrflow.bridge.flux2 import BridgedFlux2 as BridgedFlux2
+from mrflow.bridge.flux2 import BridgedFlux2Dev as BridgedFlux2Dev
+from mrflow.bridge.krea2 import BridgedKrea2 as BridgedKrea2
 from mrflow.bridge.pipeline import ChainPipeline as ChainPipeline
 from mrflow.bridge.pipeline import to_diffusers as to_diffusers
 from mrflow.bridge.presets import PRESETS as PRESETS
@@ -17,7 +19,15 @@ from mrflow.bridge.zimage import BridgedZImage as BridgedZImage
 from mrflow.errors import PlanError
 from mrflow.upscaler import Upscaler
 
-FAMILIES: tuple[type[Bridged], ...] = (BridgedFlux, BridgedQwen, BridgedSD3, BridgedFlux2, BridgedZImage)
+FAMILIES: tuple[type[Bridged], ...] = (
+    BridgedFlux,
+    BridgedQwen,
+    BridgedSD3,
+    BridgedFlux2,
+    BridgedFlux2Dev,
+    BridgedKrea2,
+    BridgedZImage,
+)
 
 
 def from_diffusers(
@@ -34,7 +44,7 @@ def from_diffusers(
     pipeline's and may change later; `info.version` then changes with them.
 
     Args:
-        pipe: a pipeline of FLUX.1 (with a ControlNet too), Qwen-Image, Stable Diffusion 3, FLUX.2 Klein or Z-Image.
+        pipe: a pipeline of FLUX.1 (with a ControlNet too), Qwen-Image, Stable Diffusion 3, FLUX.2, Krea-2 or Z-Image.
         guidance: the value of a distilled guidance embedding, or the scale of classifier-free guidance (1: none),
             where it is not the pipeline's default: 3.5 for Stable Diffusion 3.5 Large, 1 for its Turbo.
         text_tokens: how many tokens of a prompt are seen; None is the family's own.

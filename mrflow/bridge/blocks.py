@@ -24,14 +24,17 @@ Call = Mapping[str, Any]
 class Family:
     """How a family's blocks are called: `lists` of blocks, in order, and the arguments that have a row an item.
 
-    `joined` says that later lists work on one sequence, text first. `probe` is the image stream as the first block's
-    modulated norm sees it.
+    `joined` says that later lists work on one sequence, text first. `single` are the arguments of blocks that all work
+    on one sequence, in which they are given behind it; `image_first` says how it lies. `probe` is the image stream as
+    the first block's modulated norm sees it.
     """
 
     lists: tuple[str, ...]
     batched: tuple[str, ...]
     probe: Callable[[Any, Tensor, Call], Tensor]
     joined: bool = False
+    single: tuple[str, ...] = ()
+    image_first: bool = False
 
 
 class BridgedPieces:
@@ -41,7 +44,7 @@ class BridgedPieces:
         self.family = family
         self.blocks = [(name, block) for name in family.lists for block in getattr(net, name)]
         self.given: dict[str, Call] = {}
-        self.image = 0  # tokens of the image, where only one sequence comes, image first
+        self.image = 0  # tokens of the image, where only one sequence comes
 
     @property
     def count(self) -> int:
@@ -63,9 +66,8 @@ class BridgedPieces:
         """Both streams after some blocks; `table` holds the rows of the items among those that were given."""
         for name, block in self.blocks[start:stop]:
             given, words = self._rows(name, table), txt.shape[1]
-            if name == "layers":
-                whole = block(torch.cat((img, txt), 1), **given)
-                img, txt = whole[:, : img.shape[1]], whole[:, img.shape[1] :]
+            if self.family.single:
+                img, txt = self.parted(block(self.whole(img, txt), **given))
             elif self.family.joined and name != self.family.lists[0]:
                 whole = block(hidden_states=torch.cat((txt, img), 1), encoder_hidden_states=None, **given)
                 txt, img = whole[:, :words], whole[:, words:]
@@ -73,6 +75,17 @@ class BridgedPieces:
                 after, img = block(hidden_states=img, encoder_hidden_states=txt, **given)
                 txt = txt if after is None else after
         return img, txt
+
+    def whole(self, img: Tensor, txt: Tensor) -> Tensor:
+        """The one sequence of both."""
+        return torch.cat((img, txt) if self.family.image_first else (txt, img), 1)
+
+    def parted(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and text of the one sequence."""
+        if self.family.image_first:
+            return whole[:, : self.image], whole[:, self.image :]
+        text = whole.shape[1] - self.image
+        return whole[:, text:], whole[:, :text]
 
     def head(self, img: Tensor, table: Tensor) -> Tensor:
         """The rest of the forward comes behind."""
@@ -120,13 +133,11 @@ class Stack(nn.Module):
         lists, held = self.pieces.family.lists, self.before[0]
         none = hidden_states.new_empty(0)
         table = torch.arange(len(hidden_states), device=hidden_states.device)
-        if lists == ("layers",):  # called by position: mask, rotations, level, and what editing models add
-            names = ("attn_mask", "freqs_cis", "adaln_input", "noise_mask", "adaln_noisy", "adaln_clean")
-            values = (encoder_hidden_states, *rest)
-            self.pieces.given["layers"] = dict(zip(names, values, strict=False))
-            img, txt = hidden_states[:, : self.pieces.image], hidden_states[:, self.pieces.image :]
+        if names := self.pieces.family.single:  # called by position
+            self.pieces.given[lists[0]] = dict(zip(names, (encoder_hidden_states, *rest), strict=False))
+            img, txt = self.pieces.parted(hidden_states)
             # The step gives the image alone, and the rest of the forward wants no more than that.
-            return torch.cat((self.step(img, txt, none, none, table), txt), 1)
+            return self.pieces.whole(self.step(img, txt, none, none, table), txt)
         if held is not None:
             self.pieces.given[lists[1]] = given
             txt, img = hidden_states[:, : held.words], hidden_states[:, held.words :]
@@ -205,6 +216,13 @@ def z_image_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN4
     return out
 
 
+def krea2_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
+    """Krea-2: a shared modulation and the block's own table, scale before shift."""
+    scale, shift = (given["temb"].unflatten(-1, (6, -1)) + block.scale_shift_table).unbind(-2)[:2]
+    out: Tensor = block.norm1(img) * (1 + scale) + shift
+    return out
+
+
 FLUX = Family(("transformer_blocks", "single_transformer_blocks"), ("temb",), first_of)
 QWEN = Family(("transformer_blocks",), ("temb", "encoder_hidden_states_mask"), qwen_probe)
 SD3 = Family(("transformer_blocks",), ("temb",), first_of)
@@ -214,4 +232,17 @@ FLUX2 = Family(
     flux2_probe,
     joined=True,
 )
-Z_IMAGE = Family(("layers",), ("attn_mask", "freqs_cis", "adaln_input"), z_image_probe)
+Z_IMAGE = Family(
+    ("layers",),
+    ("attn_mask", "freqs_cis", "adaln_input"),
+    z_image_probe,
+    # mask, rotations, level, and what editing models add
+    single=("attn_mask", "freqs_cis", "adaln_input", "noise_mask", "adaln_noisy", "adaln_clean"),
+    image_first=True,
+)
+KREA2 = Family(
+    ("transformer_blocks",),
+    ("temb", "attention_mask"),
+    krea2_probe,
+    single=("temb", "image_rotary_emb", "attention_mask"),
+)

@@ -1,7 +1,7 @@
-"""FLUX.2 Klein pipelines as backbones, base and distilled."""
+"""FLUX.2 pipelines as backbones: Klein, base and distilled, and dev."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -13,6 +13,7 @@ from mrflow.bridge.blocks import FLUX2
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.notes import note
 from mrflow.pieces import StepFactory
 from mrflow.spec import FLUX, Architecture, ByStep, LatentSpace, ModelInfo, Shift
 
@@ -28,6 +29,7 @@ class BridgedFlux2(Bridged):
     """
 
     accepts = ("Flux2KleinPipeline",)
+    embedded: ClassVar[bool] = False  # whether the transformer has a guidance embedding
     family = FLUX2
     can = replace(BRIDGED, positions=True)
 
@@ -39,20 +41,25 @@ class BridgedFlux2(Bridged):
             raise PlanError(
                 f"this FLUX.2 takes {config.in_channels} channels a token and gives {out}, its autoencoder has {latent}"
             )
-        if config.guidance_embeds:
-            raise PlanError("this FLUX.2 has a guidance embedding (FLUX.2-dev); only the Klein models are supported")
+        if bool(config.guidance_embeds) is not self.embedded:
+            has = "has a" if config.guidance_embeds else "has no"
+            raise PlanError(f"this FLUX.2 {has} guidance embedding, which {self.accepts[0]} does not go with")
 
     def facts(self) -> ModelInfo:
         """The pipeline's own sizes; guidance by whether it says that it is distilled."""
+        distilled = bool(self.pipe.config.get("is_distilled"))
+        scale = 1.0 if distilled else 4.0
+        cfg = scale if self._guidance is None else self._guidance
+        return replace(self._sizes("flux2-klein" if distilled else "flux2-klein-base"), cfg=cfg)
+
+    def _sizes(self, name: str) -> ModelInfo:
+        """What follows from the parts alone."""
         encode, decode = vae_flops(self.pipe.vae)
         pipe, config = self.pipe, self.pipe.transformer.config
-        distilled = bool(pipe.config.get("is_distilled"))
-        scale = 1.0 if distilled else 4.0
         return ModelInfo(
-            "flux2-klein" if distilled else "flux2-klein-base",
+            name,
             LatentSpace("flux2", config.in_channels, 2 * downscale(pipe.vae), 1),
             flux2_shift(pipe.scheduler),
-            cfg=scale if self._guidance is None else self._guidance,
             architecture=Architecture(
                 config.num_attention_heads * config.attention_head_dim,
                 config.num_layers,
@@ -80,8 +87,7 @@ class BridgedFlux2(Bridged):
         """The velocity of one branch."""
         net, info, device = self.network(step), self.info, self.device
         checked(info, cond, {"context": self.pipe.transformer.config.joint_attention_dim})
-        if options.guidance is not None:
-            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
+        strength = self.strength(options.guidance, cond.batch)
         context = plain(cond["context"]).to(device)
         branch, moved = self.branch(), has_hooks(self.pipe.transformer)
         text_ids = positions(1, 1, context.shape[1], cond.batch, device)
@@ -96,7 +102,7 @@ class BridgedFlux2(Bridged):
                 out: Tensor = net(
                     hidden_states=rearrange(plain(x), "b c h w -> b (h w) c").to(device, self.pipe.transformer.dtype),
                     timestep=thousandths(sigma, cond.batch, device).to(context.dtype) / 1000,
-                    guidance=None,
+                    guidance=strength,
                     encoder_hidden_states=context,
                     txt_ids=text_ids,
                     img_ids=ids,
@@ -109,6 +115,16 @@ class BridgedFlux2(Bridged):
             return in_parts(options.positions, lambda part, index: one(part, sigma, index), x)
 
         return velocity
+
+    def strength(self, value: float | None, batch: int) -> Tensor | None:
+        """What the guidance embedding is given, (batch,); None where there is none.
+
+        Raises:
+            PlanError: a value, and no embedding.
+        """
+        if value is not None:
+            raise PlanError(f"{self.info.name} has no guidance embedding; use CFG(scale)")
+        return None
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Normalised patches of the posterior's mode, or of a sample of it; `noise` has the latents' shape."""
@@ -128,6 +144,39 @@ class BridgedFlux2(Bridged):
         mean, variance = (statistic(vae.bn, name).float().to(like.device) for name in ("running_mean", "running_var"))
         deviation = (variance + vae.config.batch_norm_eps).sqrt()
         return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
+
+
+class BridgedFlux2Dev(BridgedFlux2):
+    """FLUX.2-dev: as Klein, with a distilled guidance embedding, and states of Mistral's text model."""
+
+    accepts = ("Flux2Pipeline",)
+    embedded = True
+
+    def facts(self) -> ModelInfo:
+        """The pipeline's own sizes and its default guidance of 4."""
+        return replace(self._sizes("flux2-dev"), guidance=4.0 if self._guidance is None else self._guidance)
+
+    def encode_words(self, prompts: list[str]) -> dict[str, Tensor]:
+        """States of three layers side by side (b, text tokens, context), behind the system message; padding too."""
+        limit, pipe = self._text_tokens or pipe_length(self.pipe), self.pipe
+        for prompt in prompts:
+            turns = [("system", pipe.system_message), ("user", prompt)]
+            said = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+            ids = pipe.tokenizer.apply_chat_template([said], tokenize=True, return_dict=True)["input_ids"][0]
+            if len(ids) > limit:
+                note(f"a prompt of {len(ids)} tokens is cut to {limit}: the end of {prompt[:40]!r}... is not seen")
+        context, _ = pipe.encode_prompt(prompt=prompts, device=self.device, max_sequence_length=limit)
+        return {"context": context}
+
+    def strength(self, value: float | None, batch: int) -> Tensor | None:
+        """The guidance of each item, (batch,)."""
+        chosen = self.info.guidance if value is None else value
+        return torch.full((batch,), float(chosen or 0.0), device=self.device)
+
+
+def pipe_length(pipe: Any) -> int:  # noqa: ANN401
+    """How many tokens the pipeline reads."""
+    return int(pipe.tokenizer_max_length)
 
 
 def statistic(norm: Any, name: str) -> Tensor:  # noqa: ANN401

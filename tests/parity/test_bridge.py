@@ -50,6 +50,9 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "sd3 without T5": lambda folder: tiny_bridge.sd3(folder, t5=False),
     "klein base": tiny_bridge.klein,
     "klein": lambda folder: tiny_bridge.klein(folder, distilled=True),
+    "flux2 dev": tiny_bridge.flux2_dev,
+    "krea2": tiny_bridge.krea2,
+    "krea2 turbo": lambda folder: tiny_bridge.krea2(folder, distilled=True),
     "z-image": tiny_bridge.z_image,
 }
 CALLS: dict[str, dict[str, Any]] = {
@@ -60,6 +63,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "sd3 without T5": {"guidance_scale": 7.0},
     "klein base": {"guidance_scale": 4.0},
     "klein": {"guidance_scale": 1.0},
+    "flux2 dev": {"guidance_scale": 4.0},
+    "krea2": {"guidance_scale": 4.5},
+    "krea2 turbo": {"guidance_scale": 0.0},
     "z-image": {"guidance_scale": 0.0},
 }
 FAMILIES = list(MAKERS)
