@@ -199,8 +199,9 @@ class ModelInfo:
     `cfg` is the scale of true classifier-free guidance the model is used with (1: none), `guidance` the value its
     distilled guidance embedding is given (None: it has none); `rescale` says that its guidance keeps the norm of the
     conditional velocity, `negative` is the prompt of the other branch. `size` and `low` are the picture sizes, as
-    (height, width), that its recipes use when none are said. `upscale` is the scale of the super-resolution net its
-    recipe uses when none is named (None: there is none), `upscale_flops` its operations per pixel that comes in.
+    (height, width), that its recipes use when none are said; `native_steps` and `staged_steps` are their steps, `sigma`
+    the noise level that refinement begins at. `upscale` is the scale of the super-resolution net its recipe uses when
+    none is named (None: there is none), `upscale_flops` its operations per pixel that comes in.
     `encode` and `decode` are operations of the autoencoder as (linear, quadratic) in the pixels of the picture.
     `version` tells one set of weights from another. `footprint` is what it needs of memory: as loaded, or in bfloat16.
     `capabilities` is what its fields can be asked for, `cache` the cache that all of them have, if any. `files` are
@@ -216,6 +217,9 @@ class ModelInfo:
     negative: str = ""
     size: tuple[int, int] = (1024, 1024)
     low: tuple[int, int] = (512, 512)
+    native_steps: int = 50
+    staged_steps: int = 12
+    sigma: float = 0.12
     architecture: Architecture | None = None
     upscale: int | None = None
     upscale_flops: float = 0.0

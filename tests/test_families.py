@@ -12,7 +12,7 @@ from mrflow.checkpoints.safetensors import save_file
 from mrflow.cli.app import app
 from mrflow.models import family, info
 from mrflow.models.describe import describe
-from tests.tiny import write_flux_repo, write_qwen_repo
+from tests.tiny import write_flux_repo, write_qwen_repo, write_zimage_repo
 from tests.toy_family import ToyFamily, write_repository
 
 
@@ -66,7 +66,7 @@ def test_unregistered_it_is_not_known(tmp_path: Path, monkeypatch: pytest.Monkey
         mf.load(write_repository(tmp_path / "toy"), device="cpu")
 
 
-@pytest.mark.parametrize("write", [write_flux_repo, write_qwen_repo])
+@pytest.mark.parametrize("write", [write_flux_repo, write_qwen_repo, write_zimage_repo])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folder_is_planned_as_it_is_loaded(write: object, dtype: torch.dtype, tmp_path: Path) -> None:
     """All facts, also of memory; what text encoders take is told from headers, where buffers do not show."""

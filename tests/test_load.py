@@ -332,7 +332,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "FLUX.2": (lambda f: change_index(f, _class_name="Flux2KleinPipeline"), "holds a Flux2KleinPipeline"),
     "an autoencoder as transformer": (
         spoil_names,
-        "is not a FLUX transformer or a Qwen-Image transformer: it looks like a FLUX autoencoder",
+        r"is not a FLUX transformer or a Qwen-Image transformer or .*: it looks like a FLUX autoencoder",
     ),
     "cut off": (lambda f: cut(f / "vae" / "diffusion_pytorch_model.safetensors"), "cut off or has extra bytes"),
     "an extra key": (extra_key, "surprise.weight is not expected"),
@@ -364,7 +364,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(
 
 def test_several_or_no_transformers_in_a_folder(single: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        WeightsError, match="holds no FLUX transformer and no Qwen-Image transformer; it holds no safetensors file"
+        WeightsError, match=r"holds no FLUX transformer and no Qwen-Image transformer.*; it holds no safetensors file"
     ):
         loaded(tmp_path)
     shutil.copy(single / "ae.safetensors", tmp_path)

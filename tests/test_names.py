@@ -18,7 +18,8 @@ from mrflow.checkpoints.names import bare, before, plain, shared
 from mrflow.checkpoints.safetensors import mapped, open_checkpoint
 from mrflow.errors import WeightsError
 from mrflow.models.flux.text import find_text
-from mrflow.models.flux.weights import kind, load_flux, load_vae_flux, save_flux, save_vae_flux
+from mrflow.models.flux.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
+from mrflow.models.headers import kind
 from mrflow.models.lora import changes
 from mrflow.models.qwen.text import find_text_qwen
 from mrflow.models.qwen.weights import prepare_qwen, prepare_vae_qwen, wan

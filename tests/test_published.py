@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from mrflow.checkpoints.safetensors import DTYPES, Entry, Header, Layout, Source
+from mrflow.models.encoders import text_layout
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.flux.weights import flux_layout, flux_names, flux_params, vae_layout, vae_names, vae_params
 from mrflow.models.latent_model import footprint
-from mrflow.models.qwen.text import UNUSED, text_layout
+from mrflow.models.qwen.text import UNUSED
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.models.qwen.weights import (
@@ -26,6 +27,9 @@ from mrflow.models.qwen.weights import (
     same,
     wan,
 )
+from mrflow.models.zimage.facts import TURBO
+from mrflow.models.zimage.transformer import ZImage, ZImageParams
+from mrflow.models.zimage.weights import single_file, zimage_diffusers, zimage_layout, zimage_params
 from mrflow.spec import FLUX, QWEN, SCHNELL
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "checkpoints.json").read_text())
@@ -166,3 +170,49 @@ def test_the_planned_footprint_of_qwen_image() -> None:
     layers = [sum(b for n, b in sizes.items() if n.startswith(f"model.layers.{i}.")) for i in range(28)]
     assert planned.text_layers == sum(layers) and planned.text == sum(sizes.values()) - sum(layers)
     assert planned.text_pair == 2 * layers[0]
+
+
+def zimage_header() -> Header:
+    """What diffusers' own network of the published sizes would save."""
+    from diffusers import ZImageTransformer2DModel
+
+    path = Path("/nowhere/model.safetensors")
+    with torch.device("meta"):
+        net = ZImageTransformer2DModel()
+    return Header(path, {n: Entry(path, torch.bfloat16, tuple(t.shape), 0) for n, t in net.state_dict().items()})
+
+
+def test_zimage() -> None:
+    """Every name and shape at full size, in both layouts, and the facts that plans count with."""
+    given = zimage_header()
+    assert zimage_params(given, zimage_diffusers) == ZImageParams()
+    with torch.device("meta"):
+        split, fused = (ZImage(ZImageParams(), split=split).bfloat16() for split in (True, False))
+        vae = VaeFlux(vae_params(v := header("vae_bfl"), vae_names(v))).bfloat16()
+    for net in (split, fused):
+        assert expected(net, zimage_layout(net, zimage_diffusers)) == {n: e.shape for n, e in given.tensors.items()}
+    single = expected(fused, zimage_layout(fused, single_file))
+    assert single["layers.29.attention.qkv.weight"] == (11520, 3840) and single["x_pad_token"] == (1, 3840)
+    assert "noise_refiner.1.attention.q_norm.weight" in single and "t_embedder.mlp.2.bias" in single
+    counted, planned = footprint(fused, vae, None), TURBO.footprint
+    assert planned is not None and TURBO.architecture is not None
+    for field in ("rest", "modulation", "modulation_pair", "blocks", "block_pair", "autoencoder"):
+        assert getattr(counted, field) == getattr(planned, field), field
+    assert TURBO.architecture.parameters == sum(p.numel() for p in fused.parameters()) == 6_154_908_736
+    assert TURBO.architecture.single_blocks == len(fused.stack()) == 32
+
+
+def test_zimage_text() -> None:
+    """Qwen3-4B without its head, by its published sizes."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    sizes = dict(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen3Model(Qwen3Config(**sizes))
+    layers = [2 * sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    planned = TURBO.footprint
+    assert planned is not None and planned.text_layers == sum(layers) and planned.text_pair == layers[0] + layers[1]
+    assert planned.text == 2 * sum(p.numel() for p in model.parameters()) - sum(layers)

@@ -233,7 +233,7 @@ def test_qwens_template_by_its_real_vocabulary() -> None:
 
 def test_clips_vocabulary(tmp_path: Path) -> None:
     """transformers' tokenizer, as mrflow opens it, from the real merges: the tokens of open_clip's own code."""
-    from mrflow.models.flux.text import tokenizer_of
+    from mrflow.models.encoders import tokenizer_of
 
     packed = shipped("open_clip", "bpe_simple_vocab_16e6.txt.gz")
     merges = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]

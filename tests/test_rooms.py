@@ -49,7 +49,7 @@ def test_a_schedule_loads_no_network_no_scenes_and_no_sweep() -> None:
     assert "mrflow.stages.sample" in loaded("import mrflow; mrflow.Sample")  # what the measure would show
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "zimage"])
 def test_a_transformer_is_read_from_a_handful_of_files(name: str) -> None:
     files = closure(ROOT / f"mrflow/models/{name}/transformer.py")
     lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)

@@ -230,3 +230,65 @@ def write_qwen_repo(
     )
     pipe.save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+# Qwen3's template for turns of users.
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think></think>{% endif %}"
+)
+ZIMAGES: dict[str, dict[str, Any]] = {
+    "two": dict(dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, axes_dims=[4, 6, 6]),
+    "three": dict(dim=72, n_layers=3, n_refiner_layers=2, n_heads=3, n_kv_heads=3, axes_dims=[4, 12, 8]),
+}
+ZIMAGE_WIDTHS = {"two": 16, "three": 24}
+
+
+def write_zimage_repo(
+    folder: Path, *, case: str = "two", dtype: torch.dtype = torch.float32, factor: float = 3.0, shard: str = "10GB"
+) -> Path:
+    """A ZImagePipeline with every part, saved by diffusers; all parameters are far from where they start."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+    scratch, width = folder / "scratch", ZIMAGE_WIDTHS[case]
+    size = qwen_tokenizer(scratch / "tokenizer")
+    tokenizer = Qwen2Tokenizer.from_pretrained(scratch / "tokenizer")
+    tokenizer.chat_template = CHAT
+    transformer = ZImageTransformer2DModel(cap_feat_dim=width, axes_lens=[1024, 64, 64], **ZIMAGES[case])
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **VAES["guided"],
+    )
+    encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=size,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=1024,
+            bos_token_id=size - 3,
+            eos_token_id=size - 1,
+            pad_token_id=size - 3,
+        )
+    )
+    for seed, module in enumerate((transformer, vae, encoder), 3):
+        scatter(module.eval(), seed)
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=factor),
+        vae=vae.to(dtype),
+        transformer=transformer.to(dtype),
+        text_encoder=encoder.to(dtype),
+        tokenizer=tokenizer,
+    )
+    pipe.save_pretrained(folder, max_shard_size=shard)
+    return folder

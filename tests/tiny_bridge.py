@@ -6,12 +6,8 @@ from typing import Any
 import torch
 
 from tests.parity.test_flux import scatter
-from tests.tiny import clip_tokenizer, qwen_tokenizer, t5_tokenizer
+from tests.tiny import CHAT, clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    "{% if not enable_thinking %}<think></think>{% endif %}"
-)
 SCATTERED = 5
 
 
@@ -186,4 +182,77 @@ def sd3(folder: Path, *, t5: bool = True) -> Any:
         tokenizer_2=tokenizer,
         text_encoder_3=encoder if t5 else None,
         tokenizer_3=T5TokenizerFast.from_pretrained(folder / "t5") if t5 else None,
+    )
+
+
+def flux2_dev(folder: Path) -> Any:
+    """A Flux2Pipeline; Qwen3 stands for Mistral's text model, of which the pipeline takes three layers' states."""
+    from diffusers import Flux2Pipeline, Flux2Transformer2DModel
+
+    base = klein(folder)
+    encoder, tokenizer = qwen3(folder / "dev", width=16, layers=31)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0].text }}<|im_end|>\n{% endfor %}"
+    )
+    transformer = Flux2Transformer2DModel(**{**base.transformer.config, "guidance_embeds": True})
+    spread(transformer, encoder)
+    return Flux2Pipeline(
+        scheduler=base.scheduler, vae=base.vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer
+    )
+
+
+def krea2(folder: Path, *, distilled: bool = False) -> Any:
+    """A Krea2Pipeline with a text model of Qwen3-VL of four layers, three of which are read."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        Krea2Pipeline,
+        Krea2Transformer2DModel,
+    )
+    from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
+
+    size = qwen_tokenizer(folder / "tokenizer")
+    text = dict(
+        vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    )  # fmt: skip
+    vision = dict(
+        depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=16, num_position_embeddings=16,
+        deepstack_visual_indexes=[0],
+    )  # fmt: skip
+    encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
+    transformer = Krea2Transformer2DModel(
+        in_channels=64,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        timestep_embed_dim=32,
+        text_hidden_dim=16,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=24,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(base_dim=16, z_dim=16)
+    spread(transformer, vae, encoder)
+    for name, p in vae.named_parameters():
+        if name.endswith("gamma"):
+            p.data = 1 + 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=6400, base_shift=0.5, max_shift=1.15
+    )
+    return Krea2Pipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
+        transformer=transformer,
+        text_encoder_select_layers=(1, 2, 4),
+        is_distilled=distilled,
     )

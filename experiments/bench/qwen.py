@@ -18,7 +18,7 @@ from torch import Tensor
 
 from experiments.bench.forward import LIMITS, scatter
 from experiments.bench.protocol import Row, paired, publish
-from mrflow.models.fields import QwenField, qwen_step
+from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.weights import prepare_qwen, prepare_vae_qwen
 
 TEXTS = (50, 6)

@@ -55,7 +55,7 @@ def build(
     if said.get("refine_steps") is not None:
         check_whole("--refine-steps", said["refine_steps"], 1, 1000)
     settings = _sizes("low" in takes, info, size, low, ladder)
-    count = _counts(make, settings, steps)
+    count = _counts(make, settings, steps, info)
     settings |= {} if count is None else {"steps": count}
     if schedule is not None:
         usual = signature(make).parameters["steps"].default
@@ -66,6 +66,9 @@ def build(
         settings["filter"] = net.removeprefix(LATENT)
     elif net is not None:
         settings[names.get("sr", "sr")] = net
+    own = signature(make).parameters.get(names.get("sigma", "sigma"))
+    if own is not None and own.default is not None:
+        settings[own.name] = info.sigma
     settings |= {names.get(k, k): said[k] for k in ("refine_steps", "sigma") if said.get(k) is not None}
     settings |= _slots(said)
     return make(**settings)
@@ -154,12 +157,13 @@ def _shown(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _counts(make: Callable[..., Any], settings: dict[str, Any], steps: str | None) -> Any:  # noqa: ANN401
-    """The steps for a recipe: one count, or one for each resolution; None for the recipe's own."""
+def _counts(make: Callable[..., Any], settings: dict[str, Any], steps: str | None, info: "ModelInfo") -> Any:  # noqa: ANN401
+    """The steps for a recipe: one count (default: the model's), or one a resolution; None for the recipe's own."""
     from mrflow import recipes
 
     if isinstance(signature(make).parameters["steps"].default, int):
-        return None if steps is None else one_count(steps)
+        usual = info.native_steps if make is recipes.native else info.staged_steps
+        return usual if steps is None else one_count(steps)
     if make not in (recipes.lift, recipes.selflift, recipes.speed):
         return None if steps is None else recipes.counts("--steps", some_counts(steps), 3)
     given = (8, 4) if steps is None else some_counts(steps)

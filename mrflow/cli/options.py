@@ -112,14 +112,17 @@ class ChainOptions(SlotOptions):
         str | None,
         typer.Option(
             "--steps",
-            help="Sampling steps (default: 12 staged, 50 native); for rivals one number per resolution, such as 8,4.",
+            help="Sampling steps (default: the model's, mostly 12 staged, 50 native); rivals: one a size, as 8,4.",
         ),
     ] = None
     refine_steps: Annotated[
         int | None, typer.Option("--refine-steps", help="Steps of the refinement (default: 1).")
     ] = None
     sigma: Annotated[
-        float | None, typer.Option("--sigma", help="Noise level that is reinjected, above 0 to 1 (default: 0.12).")
+        float | None,
+        typer.Option(
+            "--sigma", help="Noise level that is reinjected, above 0 to 1 (default: the model's, mostly 0.12)."
+        ),
     ] = None
     sr: Annotated[str | None, typer.Option("--sr", help=f"The upscaler (default: the model's own): {SR_WORDS}.")] = None
 

@@ -8,11 +8,13 @@ from mrflow.stage import Plan, human, plan
 
 
 def native_plan(planned: Plan) -> Plan | None:
-    """The plan of 50 native steps for the picture that a plan ends in."""
+    """The plan of the model's native steps (most: 50) for the picture that a plan ends in."""
     out = planned.out
     if not isinstance(out, Pixels):
         return None
-    return plan(native_chain(size=(out.height, out.width)), planned.model, batch=out.batch)
+    return plan(
+        native_chain(size=(out.height, out.width), steps=planned.model.native_steps), planned.model, batch=out.batch
+    )
 
 
 def model_facts(planned: Plan) -> list[str]:
@@ -47,7 +49,8 @@ def compared(planned: Plan) -> list[str]:
     if native is not None and planned.work.flops and native.work.flops:
         ratio = native.work.flops / planned.work.flops
         lines.append(
-            f"native    50 steps: {native.nfe} forwards, {human(native.work.flops)}FLOP; this chain: {ratio:.1f}x less"
+            f"native    {planned.model.native_steps} steps: {native.nfe} forwards, {human(native.work.flops)}FLOP; "
+            f"this chain: {ratio:.1f}x less"
         )
         if a is not None and a.parameters > 1e9:
             mine, theirs = floor_seconds(planned), floor_seconds(native)

@@ -1,4 +1,4 @@
-"""What FLUX and Qwen-Image are built of: two-stream blocks, modulation, the final layer, packing into tokens."""
+"""What transformers are built of: two-stream blocks, modulation, the final layer, packing into tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.layers import PLAIN, Attention, Merge, Ops, QKNorm, Rope, SplitLinear, Stream, project
+from mrflow.models.layers import PLAIN, Attention, Merge, Ops, QKNorm, Rope, SplitLinear, Stream, modulated, project
 
 FP16_MAX = 65504.0
 
@@ -48,9 +48,9 @@ class Modulate(nn.Module):
         self.lin = nn.Linear(hidden, vectors * hidden)
 
 
-def fused(width: int, rows: tuple[int, ...], *, split: bool) -> nn.Module:
+def fused(width: int, rows: tuple[int, ...], *, split: bool, bias: bool = True) -> nn.Module:
     """One linear for several projections; `split` keeps its matrices apart."""
-    return SplitLinear(width, rows) if split else nn.Linear(width, sum(rows))
+    return SplitLinear(width, rows, bias=bias) if split else nn.Linear(width, sum(rows), bias=bias)
 
 
 class SelfAttention(nn.Module):
@@ -150,8 +150,7 @@ def tables(
 ) -> list[Float[Tensor, "b m d"]]:
     """Modulation vectors from what each level starts from: (shift, 1 + scale, gate) each time, the last no gate.
 
-    Each linear serves all levels before the next is touched, one product a level: the same bits as one by one.
-    `scale_first` is the final layer's.
+    Each linear serves all levels before the next is touched: the same bits. `scale_first` is the final layer's.
     """
     rows: list[list[Tensor]] = [[] for _ in vectors]
     for linear in modulators:
@@ -191,6 +190,10 @@ class Transformer(nn.Module, ABC):
     @abstractmethod
     def embed_image(self, tokens: Tensor) -> Tensor:
         """The image stream of packed latents."""
+
+    def modulated_input(self, img: Tensor, modulation: Tensor) -> Tensor:
+        """The embedded image as the first block's modulated norm sees it."""
+        return modulated(img, modulation[:, 0:1], modulation[:, 1:2])
 
     @abstractmethod
     def some_blocks(

@@ -8,8 +8,8 @@ from typing import Any, cast
 from mrflow.checkpoints.safetensors import Header, open_checkpoint
 from mrflow.errors import MrflowError
 from mrflow.models.family import families
-from mrflow.models.flux.weights import RELATIVES, kind, part
 from mrflow.models.fp8 import described
+from mrflow.models.headers import RELATIVES, STRANGERS, kind, part
 from mrflow.stage import human
 from mrflow.upscalers import load_upscaler
 from mrflow.upscalers.weights import read_state
@@ -96,7 +96,7 @@ def network(header: Header) -> list[str]:
         return adapter(header) or (enlarges(header.path) if sr else ["network   not known to mrflow"])
     if what == "a super-resolution net":
         return enlarges(header.path)
-    if what in RELATIVES.values():
+    if what in (RELATIVES | STRANGERS).values():
         return [f"network   {what}, which mrflow does not load"]
     lines = [f"network   {what.removeprefix('a ')}"]
     try:

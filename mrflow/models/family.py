@@ -27,16 +27,22 @@ from mrflow.upscaler import Upscaler
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BUILT_IN = ("mrflow.models.flux.family:FluxFamily", "mrflow.models.qwen.family:QwenFamily")
+BUILT_IN = (
+    "mrflow.models.flux.family:FluxFamily",
+    "mrflow.models.qwen.family:QwenFamily",
+    "mrflow.models.zimage.family:ZImageFamily",
+)
 
 
 class Family(ABC):
     """One family of models. It holds nothing.
 
     `transformer` and `autoencoder` are what errors call the two parts ("a FLUX transformer"). `marks` and
-    `autoencoder_marks` are tensor names that only such a checkpoint has, in any of the layouts it is published in.
-    `network` is the class of its transformers, `pipelines` are diffusers' classes of its repositories, `published` the
-    facts of its published models by hub id. `text_tokens` says that its text has a length of its own to choose.
+    `autoencoder_marks` are tensor names that only such a checkpoint has, in any of the layouts it is published in;
+    `text_marks` are those of its text encoders, with what each is. `takes` and `gives` are the parameters of our own
+    network that embed tokens and give them, `network` is the class of its transformers, `pipelines` are diffusers'
+    classes of its repositories, `published` the facts of its published models by hub id. `text_tokens` says that its
+    text has a length of its own to choose.
     """
 
     name: ClassVar[str]
@@ -44,6 +50,9 @@ class Family(ABC):
     autoencoder: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
     autoencoder_marks: ClassVar[tuple[str, ...]]
+    text_marks: ClassVar[Mapping[str, str]] = {}
+    takes: ClassVar[str] = "img_in.weight"
+    gives: ClassVar[str] = "final_layer.linear.weight"
     network: ClassVar[type[Transformer]]
     pipelines: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[Mapping[str, ModelInfo]] = {}
@@ -184,8 +193,10 @@ def family_of_network(net: object) -> Family:
 
 
 def marks() -> "Iterator[tuple[str, str]]":
-    """(tensor name, what has it) of all families: transformers first, for files that hold an autoencoder too."""
+    """(tensor name, what has it) of all families: transformers first, for files that hold other networks too."""
     for family in families():
         yield from ((mark, family.transformer) for mark in family.marks)
     for family in families():
         yield from ((mark, family.autoencoder) for mark in family.autoencoder_marks)
+    for family in families():
+        yield from family.text_marks.items()

@@ -115,16 +115,18 @@ def _listed(header: Header) -> dict[str, Any]:
 class Fp8Linear(nn.Module):
     """A linear whose weight is stored as float8_e4m3fn with one scale a row; products are in the input's dtype."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, *, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out, width, dtype=torch.float8_e4m3fn), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out), requires_grad=False) if bias else None
         self.register_buffer("scale", torch.ones(out), persistent=False)
         self.scale: Tensor
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """(x w') scale + bias."""
         out = F.linear(x, self.weight.to(x.dtype))
+        if self.bias is None:
+            return out * self.scale.to(x.dtype)
         return torch.addcmul(self.bias.to(x.dtype), out, self.scale.to(x.dtype))
 
     def take(self, parts: Sequence[tuple[Tensor, Tensor | None]], device: torch.device | str) -> None:
@@ -150,6 +152,6 @@ def store_fp8(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             with blueprint():
-                setattr(module, name, Fp8Linear(child.in_features, child.out_features))
+                setattr(module, name, Fp8Linear(child.in_features, child.out_features, bias=child.bias is not None))
         else:
             store_fp8(child)

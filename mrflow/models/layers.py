@@ -88,9 +88,9 @@ def sinusoid(x: Float[Tensor, " b"], width: int = SINUSOID) -> Float[Tensor, "b 
 class SplitLinear(nn.Module):
     """A linear whose rows lie in several matrices, as in files that keep q, k and v apart: joining them would copy."""
 
-    def __init__(self, width: int, rows: Sequence[int]) -> None:
+    def __init__(self, width: int, rows: Sequence[int], *, bias: bool = True) -> None:
         super().__init__()
-        self.parts = Blocks[nn.Linear](nn.Linear(width, count) for count in rows)
+        self.parts = Blocks[nn.Linear](nn.Linear(width, count, bias=bias) for count in rows)
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """All rows, one part after another."""
@@ -111,12 +111,12 @@ def project(
 
 
 class Embedder(nn.Module):
-    """Linear, SiLU, linear."""
+    """Linear, SiLU, linear to `out` channels (default: `hidden`)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
         self.in_layer = nn.Linear(width, hidden)
-        self.out_layer = nn.Linear(hidden, hidden)
+        self.out_layer = nn.Linear(hidden, out or hidden)
 
     def forward(self, x: Float[Tensor, "b i"]) -> Float[Tensor, "b d"]:
         """One vector an item."""
@@ -127,16 +127,16 @@ class Embedder(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean x^2 + eps) * scale over the last axis; `late` rounds to the dtype before the scale multiplies."""
 
-    def __init__(self, width: int, *, late: bool = False) -> None:
+    def __init__(self, width: int, *, late: bool = False, eps: float = EPS) -> None:
         super().__init__()
-        self.late = late
+        self.late, self.eps = late, eps
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """The same shape."""
         if self.late:
-            return F.rms_norm(x, (x.shape[-1],), None, EPS) * self.scale
-        return F.rms_norm(x, (x.shape[-1],), self.scale, EPS)
+            return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.scale
+        return F.rms_norm(x, (x.shape[-1],), self.scale, self.eps)
 
 
 class QKNorm(nn.Module):

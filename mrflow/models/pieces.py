@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed
-from mrflow.models.layers import Merge, Rope, modulated
+from mrflow.models.layers import Merge, Rope
 
 
 class NetPieces:
@@ -32,7 +32,7 @@ class NetPieces:
 
     def probe(self, img: Tensor, table: Tensor) -> Tensor:
         """What the first block's image stream begins with: the modulated norm."""
-        return modulated(img, table[:, 0:1], table[:, 1:2])
+        return self.net.modulated_input(img, table)
 
     def run(
         self, img: Tensor, txt: Tensor, cos: Tensor, sin: Tensor, table: Tensor, start: int, stop: int

@@ -14,7 +14,7 @@ from mrflow.checkpoints.hub import first_line
 from mrflow.checkpoints.safetensors import Header, checkpoints_in, open_checkpoint, readable
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.family import Family, Files, families
-from mrflow.models.flux.weights import kind, looks_like, part, refuse
+from mrflow.models.headers import kind, looks_like, part, refuse
 from mrflow.models.scheduler import shift_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -49,7 +49,7 @@ def find(where: str | Path, *, vae: str | Path | None = None, text: str | Path |
         files = _repository(path.parent, vae, text)
     else:
         files = _loose(path, vae, text)
-    _fit(files.transformer, files.vae)
+    _fit(files)
     return files
 
 
@@ -121,7 +121,9 @@ def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files
         near = readable(_beside(folder, transformer.path)).values()
         fitting = [header for header in near if looks_like(header, family.autoencoder)]
         own = part(transformer, family.transformer)
-        fitting = [h for h in fitting if _latents(part(h, family.autoencoder)) == _tokens(own)[1] // 4] or fitting
+        fitting = [
+            h for h in fitting if _latents(part(h, family.autoencoder)) == _tokens(own, family)[1] // 4
+        ] or fitting
         if not fitting:
             raise WeightsError(f"there is no {family.name} autoencoder beside {path}; say where it is: vae=")
         auto = _only(fitting, folder, {})
@@ -148,8 +150,7 @@ def _only(found: Sequence[Header], folder: Path, headers: Mapping[Path, Header])
     raise WeightsError(f"{folder} holds several, name one: {', '.join(h.path.name for h in found)}")
 
 
-# Native and published names of what takes and gives tokens, and of the decoder's first convolution.
-TAKES, GIVES = ("img_in.weight", "x_embedder.weight"), ("final_layer.linear.weight", "proj_out.weight")
+# Names of the decoder's first convolution.
 DECODERS = ("decoder.conv_in.weight", "decoder.conv1.weight")
 
 
@@ -159,9 +160,10 @@ def _sizes(header: Header, names: Sequence[str]) -> tuple[int, ...]:
     return shapes[0] if shapes and len(shapes[0]) > 1 else (0, 0)
 
 
-def _tokens(transformer: Header) -> tuple[int, int]:
-    """Channels of the tokens that a transformer takes and gives."""
-    return _sizes(transformer, TAKES)[1], _sizes(transformer, GIVES)[0]
+def _tokens(transformer: Header, family: Family) -> tuple[int, int]:
+    """Channels of the tokens that a transformer takes and gives, by the names of its own layout or the published."""
+    takes, gives = ((name, *family.names(name)) for name in (family.takes, family.gives))
+    return _sizes(transformer, takes)[1], _sizes(transformer, gives)[0]
 
 
 def _latents(vae: Header) -> int:
@@ -169,9 +171,10 @@ def _latents(vae: Header) -> int:
     return _sizes(vae, DECODERS)[1]
 
 
-def _fit(transformer: Header, vae: Header) -> None:
+def _fit(files: Files) -> None:
     """Refuse an autoencoder whose latents are not what the transformer works on, by their channels."""
-    (takes, gives), latents = _tokens(transformer), _latents(vae)
+    transformer, vae = files.transformer, files.vae
+    (takes, gives), latents = _tokens(transformer, files.family), _latents(vae)
     if not (takes and gives and latents):
         return  # what is missing is named when names are compared
     if takes != gives:

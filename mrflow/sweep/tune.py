@@ -212,7 +212,7 @@ def tune(
         raise PlanError(f"trials must be at least 1, got {trials}")
     optuna = _optuna()
     info, higher = model.info, asked.higher
-    reference = recipes.native(size=info.size, steps=50)
+    reference = recipes.native(size=info.size, steps=info.native_steps)
     tried: list[Tried] = []
     cheapest = math.inf
     seen: dict[str, Tried] = {}

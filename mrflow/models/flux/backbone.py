@@ -11,7 +11,8 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.fields import FluxField, step
+from mrflow.models.fields import step
+from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, count, encoded_once, footprint

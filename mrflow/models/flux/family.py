@@ -43,6 +43,11 @@ class FluxFamily(Family):
     autoencoder = "a FLUX autoencoder"
     marks = ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.norm.linear.weight")
     autoencoder_marks = ("decoder.up.0.block.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight")
+    text_marks: ClassVar[Mapping[str, str]] = {
+        "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
+        "embeddings.token_embedding.weight": "a CLIP text encoder",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "a T5 encoder",
+    }
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     published: ClassVar[Mapping[str, ModelInfo]] = {
         "black-forest-labs/FLUX.1-dev": FLUX,

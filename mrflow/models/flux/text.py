@@ -5,15 +5,14 @@ fixed number, padded, and neither it nor the transformer is given a mask, so the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mrflow._checks import is_whole
-from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.safetensors import (
     Header,
@@ -27,9 +26,20 @@ from mrflow.checkpoints.safetensors import (
     open_checkpoint,
     readable,
 )
-from mrflow.errors import PlanError, PromptError, WeightsError
-from mrflow.models.flux.weights import agree, looks_like, part
+from mrflow.errors import PlanError, WeightsError
+from mrflow.models.encoders import (
+    Tokenizer,
+    built,
+    check_prompt,
+    configured,
+    layers_of,
+    needed,
+    shape_of,
+    shortened,
+    tokenizer_of,
+)
 from mrflow.models.fp8 import described
+from mrflow.models.headers import looks_like, part
 from mrflow.notes import note
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
@@ -51,19 +61,7 @@ NOT_READ = {
 # Settings that shapes do not tell, as published (openai/clip-vit-large-patch14, google/t5-v1_1-xxl).
 CLIP_CONFIG = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2}
 T5_CONFIG = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """A tokenizer as transformers has them."""
-
-    def __call__(self, text: str, **options: object) -> Any:  # noqa: ANN401
-        """An encoding with `input_ids`."""
-        ...
-
-    def decode(self, token_ids: list[int]) -> object:
-        """The text of token ids."""
-        ...
+FREE = ("num_attention_heads", "tie_word_embeddings", *CLIP_CONFIG, *T5_CONFIG)  # what shapes do not tell
 
 
 @dataclass(frozen=True)
@@ -116,19 +114,14 @@ def find_text(where: Path) -> TextFiles:
     return TextFiles(clip, t5, inside if isinstance(inside, dict) and inside else configs[0], configs[1], *tokenizers)
 
 
-def needed(header: Header, *beginnings: str) -> Header:
-    """A checkpoint without the tensors whose names begin so."""
-    return replace(header, tensors={n: e for n, e in header.tensors.items() if not n.startswith(beginnings)})
-
-
 def prepare_text(
     files: TextFiles, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Callable[[], "ClipT5"]:
     """Check names and shapes of both encoders; what is given back then reads them. `dtype=None` is the files' own."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    clip_config = configured(CLIPTextConfig, files.clip, files.clip_config, clip_sizes(files.clip))
-    t5_config = configured(T5Config, files.t5, files.t5_config, t5_sizes(files.t5))
+    clip_config = configured(CLIPTextConfig, files.clip, files.clip_config, clip_sizes(files.clip), free=FREE)
+    t5_config = configured(T5Config, files.t5, files.t5_config, t5_sizes(files.t5), free=FREE)
     clip, t5 = built(CLIPTextModel, clip_config, files.clip), built(T5EncoderModel, t5_config, files.t5)
     layouts = (clip_layout(clip, files.clip), t5_layout(t5, files.t5))
     kinds = [dtype or compute_dtype(header) for header in (files.clip, files.t5)]
@@ -152,83 +145,6 @@ def prepare_text(
         return ClipT5(clip, t5, *words)
 
     return read
-
-
-FREE = ("num_attention_heads", "tie_word_embeddings")  # of the sizes, what shapes do not tell
-
-
-def configured(kind: Any, header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """A configuration of transformers: the one given, which must agree with the header's sizes, or else the sizes.
-
-    Nothing is built from a configuration before, so that none makes a network larger than its file.
-
-    Raises:
-        WeightsError: they do not agree, or it cannot be read.
-    """
-    told = {k: v for k, v in sizes.items() if k not in (*FREE, *CLIP_CONFIG, *T5_CONFIG)}
-    agree(header, config, told)
-    try:
-        return kind.from_dict(_harmless(config, header.path) or dict(sizes))
-    except WeightsError:
-        raise
-    except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise WeightsError(f"{header.path}: its config.json cannot be used: {why}") from None
-
-
-# What a configuration of transformers may hold that has it fetch code, or make tables of a size of its own.
-NOT_READ_SETTINGS = frozenset({
-    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation",
-    "quantization_config", "num_labels", "id2label", "label2id", "_name_or_path",
-})  # fmt: skip
-MAX_LAYERS, MAX_SETTING = 1000, 1 << 24
-
-
-def _harmless(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Settings, those of tables inside too, without what no encoder here needs; counts of layers and the like bounded.
-
-    Raises:
-        WeightsError: a number is larger than any published encoder's.
-    """
-    out: dict[str, Any] = {}
-    for name, value in config.items():
-        if name in NOT_READ_SETTINGS:
-            continue
-        most = MAX_LAYERS if "layers" in name or name == "depth" else MAX_SETTING
-        if isinstance(value, int) and abs(value) > most:
-            raise WeightsError(f"{where}: its config.json has {name} {value}, {most} at most")
-        out[name] = _harmless(cast("dict[str, Any]", value), where) if isinstance(value, dict) else value
-    return out
-
-
-def built(kind: Any, config: Any, header: Header) -> nn.Module:  # noqa: ANN401
-    """A network of transformers on the meta device.
-
-    Raises:
-        WeightsError: its configuration makes none.
-    """
-    try:
-        with blueprint():
-            return cast("nn.Module", kind(config))
-    except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise WeightsError(f"{header.path}: its config.json makes no network: {why}") from None
-
-
-def tokenizer_of(kind: str, folder: Path) -> Tokenizer:
-    """A tokenizer of transformers, by its class, from local files only.
-
-    Raises:
-        WeightsError: the folder does not hold one.
-    """
-    import transformers
-
-    try:
-        return cast("Tokenizer", getattr(transformers, kind).from_pretrained(folder, local_files_only=True))
-    except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{folder} holds no tokenizer that can be read: {why}") from error
 
 
 class ClipT5:
@@ -276,25 +192,6 @@ class ClipT5:
             note(f"{who} reads {limit} tokens{of} and does not see{but}: {shortened(lost)!r}")
         ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
         return cast("Tensor", ids).to(next(self.t5.parameters()).device)
-
-
-def shortened(text: str, most: int = 120) -> str:
-    """A long text's beginning and end."""
-    return text if len(text) <= most else f"{text[: most - 40]} ... {text[-35:]}"
-
-
-def check_prompt(prompt: object) -> None:
-    """Refuse what cannot be text: lone surrogates and NUL; any other string is a prompt, even an empty one.
-
-    Raises:
-        PromptError: the prompt is no string, cannot be encoded, or is longer than a million characters.
-    """
-    if not isinstance(prompt, str):
-        raise PromptError(f"a prompt must be text, got {prompt!r}")
-    if len(prompt) > 1_000_000:
-        raise PromptError(f"the prompt has {len(prompt)} characters; a million is the limit")
-    if "\0" in prompt or any(0xD800 <= ord(c) <= 0xDFFF for c in prompt):
-        raise PromptError(f"the prompt holds characters that are no text (NUL or a lone surrogate): {prompt[:40]!r}")
 
 
 def clip_layout(clip: nn.Module, header: Header) -> Layout:
@@ -348,19 +245,3 @@ def t5_sizes(header: Header) -> dict[str, Any]:
         "relative_attention_num_buckets": buckets,
         "tie_word_embeddings": False,
     }
-
-
-def shape_of(header: Header, name: str) -> tuple[int, int]:
-    """Rows and columns of a matrix that must be there."""
-    entry = header.tensors.get(name)
-    if entry is None or len(entry.shape) != 2:
-        raise WeightsError(f"{header.path}: {name} is {'missing' if entry is None else 'not a matrix'}")
-    return entry.shape[0], entry.shape[1]
-
-
-def layers_of(header: Header, template: str) -> int:
-    """How many layers there are, from 0 on."""
-    count = 0
-    while template.format(count) in header.tensors:
-        count += 1
-    return count

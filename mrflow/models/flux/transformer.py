@@ -161,10 +161,8 @@ class Flux(Transformer):
         """The velocity in the network's dtype; `modulation` and `rope` are used instead of being computed, if given."""
         if modulation is None:
             modulation = self.modulate(sigma, guidance, pooled)
-        if rope is None:
-            rope = self.rope(ids, context_ids)
-        img = self.blocks(self.embed_image(tokens), self.embed_text(context), rope, modulation)
-        return self.head(img, modulation)
+        rope = rope or self.rope(ids, context_ids)
+        return self.head(self.blocks(self.embed_image(tokens), self.embed_text(context), rope, modulation), modulation)
 
     def rope(self, ids: Float[Tensor, "l 3"], context_ids: Float[Tensor, "t 3"]) -> Rope:
         """Rotations of the joint sequence, text first."""

@@ -7,18 +7,13 @@ long because names, sizes, loading and saving of one layout are only understood 
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mrflow.checkpoints.blueprint import blueprint
-from mrflow.checkpoints.configs import Config, parse_config, read_config
-from mrflow.checkpoints.names import PARTS, before
 from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
@@ -31,14 +26,23 @@ from mrflow.checkpoints.safetensors import (
     save_file,
 )
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.family import marks
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.fp8 import described, store_fp8
+from mrflow.models.headers import (
+    ATTENTION,
+    PART,
+    Names,
+    agree,
+    axes_of,
+    config_of,
+    count,
+    one_part,
+    part,
+    refuse,
+    shape,
+)
 from mrflow.models.layers import SplitLinear
-
-Names = Callable[[str], tuple[str, ...]]
-PART = re.compile(r"\.parts\.(\d+)\.")
 
 # diffusers 0.42.1 `loaders/single_file_utils.py`
 EMBEDDERS = {
@@ -55,17 +59,6 @@ TOP = EMBEDDERS | {
     "txt_in": ("context_embedder",),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-}
-# A two-stream block's attention is named alike in FLUX and Qwen-Image.
-ATTENTION = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
 }
 DOUBLE = ATTENTION | {
     "img_mod.lin": ("norm1.linear",),
@@ -95,39 +88,6 @@ VAE_RULES = (
     (r"\.nin_shortcut\.", r".conv_shortcut."),
     (r"coder\.norm_out\.", r"coder.conv_norm_out."),
 )
-# Relatives, known before what they descend from, whose marks they have too.
-RELATIVES = {
-    "distilled_guidance_layer.in_proj.weight": "a Chroma transformer",
-    "double_stream_modulation_img.lin.weight": "a FLUX.2 transformer",
-    "double_stream_modulation_img.linear.weight": "a FLUX.2 transformer",
-    "controlnet_x_embedder.weight": "a ControlNet",
-    "controlnet_blocks.0.weight": "a ControlNet",
-    "redux_up.weight": "FLUX.1 Redux's image encoder",
-    "txt_in.text_norm.weight": "a Qwen-Image-2.1 transformer",
-    "time_text_embed.addition_t_embedding.weight": "a Qwen-Image-Layered transformer",
-    "text_fusion.projector.weight": "a Krea-2 transformer",
-    "txtfusion.projector.weight": "a Krea-2 transformer",
-    "double_blocks.0.img_attn_qkv.weight": "a HunyuanVideo transformer",
-    "joint_blocks.0.x_block.attn.qkv.weight": "a Stable Diffusion 3 transformer",
-    "pos_embed.proj.weight": "a Stable Diffusion 3 or PixArt transformer",
-    "all_x_embedder.2-1.weight": "a Z-Image transformer",
-    "noise_refiner.0.attention.qkv.weight": "a Lumina or Z-Image transformer",
-    "patch_embedding.weight": "a Wan transformer",
-    "input_blocks.0.0.weight": "a Stable Diffusion U-Net",
-    "down_blocks.0.resnets.0.conv1.weight": "a Stable Diffusion U-Net",
-}
-# What else checkpoints are known by, behind whatever wrappers put before their names; families know their own.
-OTHER_MARKS = {
-    "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
-    "embeddings.token_embedding.weight": "a CLIP text encoder",
-    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "a T5 encoder",
-    "model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
-    "model.language_model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
-    "language_model.model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
-    "language_model.layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
-    "layers.0.self_attn.q_proj.weight": "a Qwen2.5-VL text encoder",
-    "conv_first.weight": "a super-resolution net",
-}
 
 
 def load_flux(
@@ -306,15 +266,6 @@ def flux_layout(flux: Flux, names: Names) -> Layout:
     return layout
 
 
-def one_part(name: str, tensor: Tensor, names: Names) -> Source | None:
-    """Where a projection that is kept apart lies: one of the tensors that its fused name stands for."""
-    part = PART.search(name)
-    if part is None:
-        return None
-    whole = names(name[: part.start()] + "." + name[part.end() :])
-    return Source((whole[int(part[1])],), (tensor.shape[0],))
-
-
 def vae_layout(vae: VaeFlux, names: Names) -> Layout:
     """Where every parameter of the autoencoder lies; diffusers keeps the attention's 1x1 convolutions as matrices."""
     return {
@@ -396,116 +347,3 @@ def vae_params(header: Header, names: Names) -> VaeParams:
         raise
     except (PlanError, TypeError, ValueError) as error:
         raise WeightsError(f"{header.path}: {error}") from None
-
-
-def count(header: Header, names: Names, template: str) -> int:
-    """How many there are of a numbered tensor, from 0 on."""
-    n = 0
-    while names(template.format(n))[0] in header.tensors:
-        n += 1
-    return n
-
-
-def shape(header: Header, name: str, rank: int) -> tuple[int, ...]:
-    """The shape of a tensor that must be there, with this many axes."""
-    entry = header.tensors.get(name)
-    if entry is None:
-        raise WeightsError(f"{header.path}: {name} is missing")
-    if len(entry.shape) != rank:
-        raise WeightsError(f"{header.path}: {name} has shape {entry.shape}, expected {rank} axes")
-    return entry.shape
-
-
-def config_of(header: Header, name: str) -> Config:
-    """The config.json beside a checkpoint, or the one in its metadata; empty if there is none of this class.
-
-    Raises:
-        WeightsError: it cannot be used.
-    """
-    beside = header.path.parent / "config.json"
-    if beside.is_file() and (config := read_config(beside)).get("_class_name") == name:
-        return config
-    with suppress(WeightsError):  # other programs keep other things there
-        inside = parse_config(header.metadata.get("config", "{}"), f"{header.path}: the config in its metadata")
-        if inside.get("_class_name") == name:
-            return inside
-    return Config({}, header.path)
-
-
-def axes_of(header: Header, config: Config, head: int, usual: tuple[int, ...]) -> tuple[int, ...]:
-    """A head's channels for each axis: of the config, else the `usual` ones of heads of 128 channels."""
-    if "axes_dims_rope" not in config and head != 128:
-        raise WeightsError(f"{header.path}: heads of {head} channels, but no config.json says their axes_dims_rope")
-    return config.wholes("axes_dims_rope", usual, most=8)
-
-
-def agree(header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Refuse a config that contradicts the shapes."""
-    other = {key: value for key, value in sizes.items() if config.get(key, value) != value}
-    wrong = [f"{key} {str(config[key])[:80]} (weights: {value})" for key, value in other.items()]
-    if wrong:
-        raise WeightsError(f"{header.path}: its config does not belong to its weights: {', '.join(wrong)}")
-
-
-def all_marks() -> dict[str, str]:
-    """Tensor names that tell what a checkpoint is: those of families, then of what stands beside them."""
-    return dict(marks()) | OTHER_MARKS
-
-
-def kind(header: Header) -> str | None:
-    """What a checkpoint is, as far as its keys tell."""
-    return _first_of(header, RELATIVES) or _first_of(header, all_marks())
-
-
-def _first_of(header: Header, marks: Mapping[str, str]) -> str | None:
-    return next(
-        (what for mark, what in marks.items() if any(before(n, mark) is not None for n in header.tensors)), None
-    )
-
-
-def looks_like(header: Header, wanted: str) -> bool:
-    """Whether a checkpoint's keys are those of `wanted`, one of the values of `all_marks`, and of no relative of it."""
-    relative = "transformer" in wanted and _first_of(header, RELATIVES)
-    return not relative and bool(
-        _first_of(header, {mark: what for mark, what in all_marks().items() if what == wanted})
-    )
-
-
-def part(header: Header, wanted: str) -> Header:
-    """The network `wanted` of a checkpoint by its own names: without wrappers, and without a file's other networks.
-
-    Raises:
-        WeightsError: the checkpoint does not hold it, or holds it twice.
-    """
-    if not looks_like(header, wanted):
-        refuse(header, wanted)
-    own_marks = sorted((mark for mark, what in all_marks().items() if what == wanted), key=len, reverse=True)
-    found = {name: prefix for mark in reversed(own_marks) for name in header.tensors
-             if (prefix := before(name, mark)) is not None}  # fmt: skip
-    prefixes = sorted(set(found.values()))
-    if len(prefixes) > 1:
-        raise WeightsError(
-            f"{header.path} holds {wanted} {len(prefixes)} times, behind {', '.join(map(repr, prefixes))}: save one"
-        )
-    (prefix,) = prefixes
-    if not prefix:
-        return header
-    own = {name.removeprefix(prefix): entry for name, entry in header.tensors.items() if name.startswith(prefix)}
-    outer = prefix.partition(".")[0] if prefix.startswith("module.") else ""
-    rest = {
-        name: entry
-        for name, entry in header.tensors.items()
-        if not name.startswith(prefix) and not name.removeprefix(f"{outer}.").startswith(OTHERS)
-    }
-    return replace(header, tensors=own | rest)
-
-
-# What the names of a file's other networks begin with.
-OTHERS = tuple(f"{word}." for word in (*PARTS, "model.diffusion_model", "model_ema"))
-
-
-def refuse(header: Header, wanted: str) -> NoReturn:
-    """Say what a checkpoint is instead of what it was taken for."""
-    what, first = kind(header), next(iter(header.tensors), "nothing")
-    found = f"it looks like {what}" if what else f"its {len(header.tensors)} tensors begin with {first}"
-    raise WeightsError(f"{header.path} is not {wanted}: {found}")

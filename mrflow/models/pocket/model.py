@@ -22,9 +22,9 @@ from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Header, read_header
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
-from mrflow.models.fields import FluxField
+from mrflow.models.encoders import check_prompt
 from mrflow.models.fields import step as flux_step
-from mrflow.models.flux.text import check_prompt
+from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.pieces import NetPieces
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise

@@ -11,10 +11,11 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.fields import QwenField, Tables, qwen_step
+from mrflow.models.fields import Tables
 from mrflow.models.folded import Folded
 from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, encoded_once, footprint
 from mrflow.models.offload import Ways
+from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.pieces import StepFactory
@@ -70,7 +71,8 @@ class Qwen(LatentModel):
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """States (b, longest, width), zeros behind, and a mask (b, longest) of the text; equal prompts encoded once."""
-        from mrflow.models.qwen.text import QwenText, padded
+        from mrflow.models.encoders import padded
+        from mrflow.models.qwen.text import QwenText
 
         words = self._encoder(QwenText)
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from mrflow.backbone import Backbone
 from mrflow.cost import levels
 from mrflow.errors import PlanError
+from mrflow.models.encoders import PREFIXES
 from mrflow.models.family import Family, Files, Loading
 from mrflow.models.latent_model import count, text_bytes
 from mrflow.models.lora import changes, merge
@@ -27,6 +28,9 @@ class QwenFamily(Family):
     autoencoder = AUTOENCODER
     marks = ("txt_norm.weight",)
     autoencoder_marks = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
+    text_marks: ClassVar[Mapping[str, str]] = {  # Qwen3 has no biases
+        f"{prefix}layers.0.self_attn.q_proj.bias": "a Qwen2.5-VL text encoder" for prefix in PREFIXES
+    }
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline")
     published: ClassVar[Mapping[str, ModelInfo]] = {"Qwen/Qwen-Image": QWEN}
     network = QwenImage

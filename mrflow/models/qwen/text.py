@@ -16,27 +16,25 @@ from mrflow._checks import is_whole
 from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.safetensors import (
     Header,
-    Layout,
-    Source,
     check_layout,
     compute_dtype,
     fill,
     open_checkpoint,
 )
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.flux.text import (
+from mrflow.models.encoders import (
     Tokenizer,
     built,
     check_prompt,
     configured,
-    layers_of,
+    language_sizes,
     needed,
-    shape_of,
     shortened,
+    text_layout,
     tokenizer_of,
 )
-from mrflow.models.flux.weights import agree, part
 from mrflow.models.fp8 import described
+from mrflow.models.headers import agree, part
 from mrflow.notes import note
 
 ENCODER = "a Qwen2.5-VL text encoder"
@@ -49,8 +47,6 @@ CLOSING = 5  # and after it
 MAX_TOKENS = 1024  # what the encoder may be given beyond the template's beginning
 MAX_STATES = 512  # what the reference's pipelines keep of it unless told otherwise
 UNUSED = ("visual.", "model.visual.", "lm_head.", "language_model.lm_head.")
-# Of the language model, from the newest way to save it to the network alone.
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 
 
 @dataclass(frozen=True)
@@ -103,21 +99,6 @@ def prepare_text_qwen(
     return read
 
 
-def language_sizes(header: Header) -> dict[str, int]:
-    """Sizes of the language model that its shapes tell, by transformers' names."""
-    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in header.tensors), PREFIXES[0])
-    vocabulary, width = shape_of(header, f"{prefix}embed_tokens.weight")
-    inner, _ = shape_of(header, f"{prefix}layers.0.mlp.gate_proj.weight")
-    layers = layers_of(header, prefix + "layers.{}.mlp.gate_proj.weight")
-    return {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
-
-
-def text_layout(model: nn.Module, header: Header) -> Layout:
-    """Where the language model's parameters lie."""
-    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in header.tensors), PREFIXES[0])
-    return {name: Source((prefix + name,), (len(tensor),)) for name, tensor in model.state_dict().items()}
-
-
 class QwenText:
     """Prompts to the language model's states."""
 
@@ -155,11 +136,3 @@ class QwenText:
         given = torch.tensor([ids[: DROPPED + MAX_TOKENS]], device=next(self.model.parameters()).device)
         states: Tensor = self.model(input_ids=given, use_cache=False).last_hidden_state
         return states[0, DROPPED : DROPPED + length]
-
-
-def padded(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """States of unequal length as one tensor (b, longest, width), zeros behind, and a mask (b, longest) of the text."""
-    longest = max(len(s) for s in states)
-    context = torch.stack([torch.nn.functional.pad(s, (0, 0, 0, longest - len(s))) for s in states])
-    mask = torch.stack([torch.arange(longest, device=s.device) < len(s) for s in states])
-    return context, mask

@@ -31,19 +31,9 @@ from mrflow.checkpoints.safetensors import (
 )
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.models.blocks import tables
-from mrflow.models.flux.weights import (
-    ATTENTION,
-    Names,
-    agree,
-    axes_of,
-    config_of,
-    count,
-    one_part,
-    part,
-    shape,
-)
 from mrflow.models.folded import Folded
 from mrflow.models.fp8 import Fp8Linear, described, store_fp8
+from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, count, one_part, part, shape
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
 from mrflow.notes import note

@@ -1,0 +1,121 @@
+"""One integration of Qwen-Image: what does not change from step to step is made once."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mrflow.backbone import Positions, in_parts
+from mrflow.errors import PlanError
+from mrflow.models.fields import Tables
+from mrflow.models.layers import Rope
+from mrflow.models.qwen.transformer import QwenImage, packed_attention
+from mrflow.models.qwen.transformer import positions as grid_positions
+from mrflow.pieces import Step
+from mrflow.tokens import pack, unpack
+
+
+def qwen_step(
+    net: QwenImage, tokens: Tensor, text: Tensor, cos: Tensor, sin: Tensor, table: Tensor, /, *, key: object = None
+) -> Tensor:
+    """One step of Qwen-Image; a `key` of (image tokens, text lengths) says that items lie packed in one sequence."""
+    attend = net.attention
+    if isinstance(key, tuple):
+        image, texts = cast("tuple[int, tuple[int, ...]]", key)
+        attend = partial(packed_attention, texts=texts, image=image, attend=net.attention)
+    img = net.blocks(net.embed_image(tokens), text, Rope(cos, sin), table, attend=attend)
+    return net.head(img, table)
+
+
+class QwenField:
+    """The velocities (x, sigma) -> d x / d sigma of every branch, for texts of any lengths, in one pass.
+
+    `branches` holds, for each branch of a guidance, the states (tokens, width) of each item. Items whose texts are
+    equally long are a batch; otherwise all lie in one sequence, and attention stays within each: no padding, no mask.
+    Modulations depend on the level alone: one row serves all items. `positions`
+    says where tokens lie that are no grid.
+    """
+
+    def __init__(
+        self,
+        net: QwenImage,
+        branches: Sequence[Sequence[Tensor]],
+        *,
+        levels: Sequence[float] | None = (),
+        step: Step,
+        tables: Callable[[Sequence[float]], list[Tensor]],
+        using: Callable[[], AbstractContextManager[None]] = nullcontext,
+        positions: Positions | None = None,
+    ) -> None:
+        self.net, self.branches, self.positions = net, branches, positions
+        self.step, self.table, self.using = step, Tables(tables, levels), using
+        items = [item for branch in branches for item in branch]
+        # Equal lengths side by side, so that attention may treat them as a batch.
+        self.order = sorted(range(len(items)), key=lambda i: len(items[i]))
+        self.items = [items[i] for i in self.order]
+        self.lengths = tuple(len(item) for item in self.items)
+        self.text: Tensor | None = None
+        self.ropes: dict[tuple[int, int, int], Rope] = {}
+
+    @property
+    def batched(self) -> bool:
+        """Whether all texts are equally long."""
+        return len(set(self.lengths)) == 1
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """Latents (b, c, h, w) at a level to the velocities (branches b, c, h, w), float32, branch by branch."""
+        if x.shape[0] != len(self.branches[0]):
+            raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(self.branches[0])}")
+        with self.using():
+            table = self.table(sigma)
+            if self.text is None:
+                self.text = self._embedded()
+            text = self.text
+            return in_parts(self.positions, lambda part, index: self._one(part, text, table, index), x)
+
+    def _one(self, x: Tensor, text: Tensor, table: Tensor, part: int) -> Tensor:
+        h, w = x.shape[2] // 2, x.shape[3] // 2
+        if (h, w, part) not in self.ropes:
+            self.ropes.clear()  # the newest alone: those of many parts are large
+            self.ropes[h, w, part] = self._rope(h, w, part)
+        packed = pack(x)
+        tokens = torch.stack([packed[i % len(packed)] for i in self.order])  # (items, tokens, channels)
+        key: object = self.net.attention
+        if not self.batched:
+            tokens, key = tokens.flatten(0, 1)[None], (h * w, self.lengths)
+        out = self.step(tokens, text, *self.ropes[h, w, part], table, key=key).float()
+        back = torch.empty(len(self.order), dtype=torch.long)
+        back[torch.tensor(self.order)] = torch.arange(len(self.order))
+        return unpack(out.view(len(self.order), h * w, -1)[back.to(out.device)], h, w)
+
+    def _embedded(self) -> Tensor:
+        """The text streams, a batch or one behind the other."""
+        if self.batched:
+            return self.net.embed_text(torch.stack(list(self.items)))
+        return self.net.embed_text(torch.cat(list(self.items))[None])
+
+    def _rope(self, h: int, w: int, part: int) -> Rope:
+        """Rotations of each text in turn, then of each image; of one text and image where they are a batch."""
+        device = self.items[0].device
+        whole = self.net.rope(self._positions(h, w, part).to(device))
+        if self.batched:
+            return whole
+        start = max(self.lengths)
+        rows = [torch.arange(length, device=device) for length in self.lengths]
+        rows += [torch.arange(start, start + h * w, device=device)] * len(self.lengths)
+        pick = torch.cat(rows)
+        return Rope(whole.cos[pick], whole.sin[pick])
+
+    def _positions(self, h: int, w: int, part: int) -> Tensor:
+        """Positions of the longest text, then of one image: a grid, or tokens at their places on one."""
+        text, given = max(self.lengths), self.positions
+        if given is None:
+            return grid_positions(h, w, text)
+        grid = grid_positions(given.height, given.width, text)
+        at = given.part(part)
+        image = grid[text].repeat(len(at), 1)  # the first cell, from which positions count
+        image[:, 1:] += at.to(image)
+        return torch.cat((grid[:text], image))

@@ -1,0 +1,155 @@
+"""Which tensors of Z-Image's published checkpoints the parameters of our model are, and sizes off the shapes.
+
+Two layouts are published: single files, whose names ours follow, and diffusers'.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mrflow.checkpoints.blueprint import blueprint
+from mrflow.checkpoints.safetensors import (
+    Header,
+    Layout,
+    Prepared,
+    Source,
+    check_layout,
+    compute_dtype,
+    open_checkpoint,
+)
+from mrflow.errors import PlanError, WeightsError
+from mrflow.models.fp8 import described, store_fp8
+from mrflow.models.headers import Names, agree, axes_of, config_of, count, one_part, part, shape
+from mrflow.models.zimage.transformer import ZImage, ZImageParams
+
+CLASS = "ZImageTransformer2DModel"
+TRANSFORMER = "a Z-Image transformer"
+OWN = "x_embedder.weight"  # a name of the single files that diffusers' layout changes
+# Ours to the single files': norms and the level's embedding are the modules of all families.
+COMMON = (
+    (r"^t_embedder\.in_layer\.", "t_embedder.mlp.0."),
+    (r"^t_embedder\.out_layer\.", "t_embedder.mlp.2."),
+    (r"\.scale$", ".weight"),
+)
+# Those to diffusers' (diffusers 0.42.1 `loaders/single_file_utils.py`).
+DIFFUSERS = (
+    (r"^(x_embedder|final_layer)\.", r"all_\1.2-1."),
+    (r"\.attention\.([qk])_norm\.", r".attention.norm_\1."),
+    (r"\.attention\.out\.", r".attention.to_out.0."),
+)
+NOT_READ = ("norm_final.weight",)  # in some single files, and used by none
+
+
+def single_file(name: str) -> tuple[str, ...]:
+    """The single files' names of a native parameter."""
+    for pattern, replacement in COMMON:
+        name = re.sub(pattern, replacement, name)
+    return (name,)
+
+
+def zimage_diffusers(name: str) -> tuple[str, ...]:
+    """diffusers' names of a native parameter: q, k, v are apart there."""
+    (name,) = single_file(name)
+    for pattern, replacement in DIFFUSERS:
+        name = re.sub(pattern, replacement, name)
+    if ".attention.qkv." in name:
+        return tuple(name.replace(".qkv.", f".to_{part}.") for part in "qkv")
+    return (name,)
+
+
+def zimage_names(header: Header) -> Names:
+    """The layout of a Z-Image transformer, recognised by its keys."""
+    return single_file if OWN in header.tensors else zimage_diffusers
+
+
+def prepare_zimage(
+    where: str | Path | Header,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    storage: Literal["fp8"] | None = None,
+    fuse: bool | None = None,
+) -> Prepared[ZImage]:
+    """A Z-Image transformer from a file, folder or header, in either layout: names and shapes are checked now.
+
+    The arguments are those of `prepare_flux`.
+
+    Raises:
+        WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
+    """
+    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), TRANSFORMER))
+    header = replace(header, tensors={n: e for n, e in header.tensors.items() if n not in NOT_READ})
+    names = zimage_names(header)
+    params = zimage_params(header, names)
+    dtype = dtype or compute_dtype(header)
+    apart = names is zimage_diffusers
+    if fuse is None:
+        unchanged = all(entry.dtype == dtype for entry in header.tensors.values())
+        fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
+    with blueprint():
+        net = ZImage(params, split=apart and not (fuse or storage))
+    if storage == "fp8":
+        for block in (*net.context_refiner, *net.stack()):
+            store_fp8(block)
+    layout = zimage_layout(net, names)
+    check_layout(net, header, layout, dtype=dtype)
+    return Prepared(net, header, layout, dtype, device, cast=dtype)
+
+
+def zimage_layout(net: ZImage, names: Names) -> Layout:
+    """Where every parameter of the transformer lies."""
+    layout: dict[str, Source] = {}
+    for name, tensor in net.state_dict().items():
+        if (apart := one_part(name, tensor, names)) is not None:
+            layout[name] = apart
+            continue
+        parts, rows = names(name), tensor.shape[0]
+        layout[name] = Source(parts, (rows // len(parts),) * len(parts))
+    return layout
+
+
+def zimage_params(header: Header, names: Names) -> ZImageParams:
+    """Sizes of a Z-Image transformer; the rotary axes are of a config, or the published ones for heads of 128.
+
+    Raises:
+        WeightsError: a tensor is missing, the config says otherwise, or it is a model of another kind.
+    """
+    hidden, in_channels = shape(header, names("x_embedder.weight")[0], 2)
+    (head,) = shape(header, names("layers.0.attention.q_norm.scale")[0], 1)
+    inner, _ = shape(header, names("layers.0.feed_forward.w1.weight")[0], 2)
+    if not hidden or not head or not inner:
+        raise WeightsError(f"{header.path} has a transformer of width {hidden} with heads of {head}")
+    if "siglip_pad_token" in header.tensors:
+        raise WeightsError(f"{header.path} takes images as a condition (Z-Image-Omni, -Edit): not supported")
+    time, _ = shape(header, names("t_embedder.in_layer.weight")[0], 2)
+    level, _ = shape(header, names("t_embedder.out_layer.weight")[0], 2)
+    context = shape(header, names("cap_embedder.1.weight")[0], 2)[1]
+    layers, refiners = (
+        count(header, names, f"{kind}.{{}}.feed_forward.w1.weight") for kind in ("layers", "noise_refiner")
+    )
+    config = config_of(header, CLASS)
+    sizes = {"dim": hidden, "n_heads": hidden // head, "n_layers": layers, "n_refiner_layers": refiners}
+    agree(header, config, sizes | {"cap_feat_dim": context, "in_channels": in_channels // 4})
+    axes = axes_of(header, config, head, ZImageParams.axes, key="axes_dims")
+    try:
+        return ZImageParams(
+            in_channels=in_channels,
+            out_channels=shape(header, names("final_layer.linear.weight")[0], 2)[0],
+            context=context,
+            hidden=hidden,
+            heads=hidden // head,
+            axes=axes,
+            mlp_ratio=1.5 * inner / hidden,
+            layers=layers,
+            refiners=refiners,
+            theta=config.number("rope_theta", ZImageParams.theta, low=1),
+            level=level,
+            time=time,
+        )
+    except WeightsError:
+        raise
+    except (PlanError, TypeError, ValueError) as error:
+        raise WeightsError(f"{header.path}: {error}") from None
