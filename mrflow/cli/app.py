@@ -184,7 +184,8 @@ def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force
     """Enlarge a picture by an upscaler alone, and write it."""
     from mrflow.records.pictures import png, read_image, to_images
     from mrflow.spec import MAX_SIDE
-    from mrflow.stages.upscale import enlarged, passes_to, resize
+    from mrflow.stages.upscale import resize
+    from mrflow.upscaler import enlarged, passes_to
 
     net = None if sr == "own" else upscaler(sr)
     if net is None or isinstance(net, str):
