@@ -12,7 +12,7 @@ from mrflow.checkpoints import configs
 from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.safetensors import Header, read_header, save_file
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.models.flux.text import configured
+from mrflow.models.encoders import configured
 from mrflow.models.fp8 import described
 from mrflow.models.scheduler import shift_of
 

@@ -11,7 +11,7 @@ from einops import rearrange
 
 import mrflow as mf
 from mrflow.checkpoints.safetensors import save_file
-from mrflow.cli.parsing import build
+from mrflow.cli.chains import build
 from mrflow.models.zimage.field import alike
 from mrflow.models.zimage.transformer import ZImage, positions
 from mrflow.models.zimage.weights import prepare_zimage, single_file
