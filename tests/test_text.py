@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import mrflow as mf
 from mrflow.errors import PlanError, PromptError, WeightsError
+from mrflow.models.encoders import check_prompt
 from mrflow.models.flux.backbone import Flux1
-from mrflow.models.flux.text import check_prompt, find_text, prepare_text
+from mrflow.models.flux.text import find_text, prepare_text
 from mrflow.notes import collected
 from tests.parity.reenact import official
 from tests.parity.test_flux import relative, scatter

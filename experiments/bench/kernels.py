@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mrflow.checkpoints.blueprint import blueprint
-from mrflow.models.fields import qwen_step, step
+from mrflow.models.fields import step
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.kernels.ops import FUSED
 from mrflow.models.layers import PLAIN, Ops
+from mrflow.models.qwen.field import qwen_step
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
