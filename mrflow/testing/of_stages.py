@@ -185,7 +185,8 @@ class _Watching(Wrapper):
         inner = self.model.field(cond, options)
 
         def watched(x: Tensor, sigma: float) -> Tensor:
-            self.given.setdefault(sigma, []).extend(x)
+            for part in x.chunk(options.positions.parts if options.positions else 1, -1):  # they may overlap
+                self.given.setdefault(sigma, []).extend(part)
             return inner(x, sigma)
 
         return watched
