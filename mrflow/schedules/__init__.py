@@ -1,5 +1,7 @@
 """Which noise levels are visited. `base` has the maths and the schedules; everything public is named here."""
 
+from typing import TYPE_CHECKING
+
 from mrflow.schedules.base import MAX_STEPS as MAX_STEPS
 from mrflow.schedules.base import Beta as Beta
 from mrflow.schedules.base import Cosine as Cosine
@@ -24,3 +26,14 @@ from mrflow.schedules.comfyui import BongTangent as BongTangent
 from mrflow.schedules.comfyui import ComfyUI as ComfyUI
 from mrflow.schedules.comfyui import KLOptimal as KLOptimal
 from mrflow.schedules.comfyui import LinearQuadratic as LinearQuadratic
+
+if TYPE_CHECKING:
+    from mrflow.schedules.search import optimised as optimised
+
+
+def __getattr__(name: str) -> object:
+    if name != "optimised":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mrflow.schedules.search import optimised  # stands on solvers, which stand on schedules
+
+    return optimised

@@ -1,0 +1,69 @@
+"""Levels found by measuring: the path is the best one, and Euler along it is nearer than along the usual levels."""
+
+import itertools
+
+import pytest
+import torch
+
+import mrflow as mf
+from mrflow.errors import PlanError
+from mrflow.schedules.search import shortest
+from mrflow.solvers import RK4, Euler, Solver
+from mrflow.testing import check_schedule
+
+PROMPTS = ["a red house", "two stars", "x", "blue", "green door", "seven"]
+SIZE = (32, 32)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_the_path_is_the_best_of_all(steps: int) -> None:
+    costs = torch.rand(7, 7, generator=torch.Generator().manual_seed(steps)).tolist()
+    paths = [(0, *inner, 6) for inner in itertools.combinations(range(1, 6), steps - 1)]
+    want = min(paths, key=lambda path: sum(costs[i][j] for i, j in itertools.pairwise(path)))
+    assert shortest(costs, steps) == want
+
+
+def wrong(schedule: mf.Schedule, std: float = 0.3) -> float:
+    """How far Euler's steps end from the exact flow, summed over the prompts."""
+
+    def end(schedule: mf.Schedule, solver: Solver) -> torch.Tensor:
+        return mf.run(mf.Sample(*SIZE, schedule, solver=solver), mf.toy(std=std), PROMPTS, seed=list(range(5, 11))).data
+
+    return float((end(schedule, Euler()) - end(mf.Linear(100), RK4())).flatten(1).norm(dim=1).sum())
+
+
+@pytest.mark.parametrize(("std", "steps"), [(0.3, 4), (0.3, 8), (0.1, 4), (0.1, 8)])
+def test_euler_ends_no_farther_along_them_than_along_the_models_own(std: float, steps: int) -> None:
+    found = mf.schedules.optimised(mf.toy(std=std), steps, PROMPTS, size=SIZE, fine=40, seed=5)
+    assert len(found.sigmas) == steps + 1
+    assert wrong(found, std) < 1.01 * wrong(mf.Shifted(steps), std)
+
+
+def test_what_is_found_is_better_where_the_flow_bends() -> None:
+    found = mf.schedules.optimised(mf.toy(std=0.3), 8, PROMPTS, size=SIZE, fine=40, seed=5)
+    assert wrong(found) < 0.9 * wrong(mf.Shifted(8))
+
+
+def test_they_are_a_schedule_like_any_other_and_come_again() -> None:
+    model = mf.toy()
+    found = mf.schedules.optimised(model, 4, PROMPTS, size=SIZE, fine=12, guidance=mf.CFG(2.0))
+    check_schedule(found)
+    assert found == mf.schedules.optimised(model, 4, PROMPTS, size=SIZE, fine=12, guidance=mf.CFG(2.0))
+    record = mf.run(mf.Sample(*SIZE, found) >> mf.Decode(), model, "a").record()
+    assert str(found.sigmas[1]) in str(record)
+
+
+def test_as_many_steps_as_the_grid_has_are_the_grid() -> None:
+    found = mf.schedules.optimised(mf.toy(), 6, PROMPTS[:1], size=SIZE, fine=6)
+    tokens = 16 * 16 // 4
+    assert found.sigmas == mf.Shifted(6)(1.0, tokens, mf.toy().info)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    for prompts in ("a red house", []):
+        with pytest.raises(PlanError, match="needs a list of prompts to measure on"):
+            mf.schedules.optimised(mf.toy(), 4, prompts, size=SIZE)
+    with pytest.raises(PlanError, match="fine must be a whole number of at least 4, got 3"):
+        mf.schedules.optimised(mf.toy(), 4, PROMPTS, size=SIZE, fine=3)
+    with pytest.raises(AttributeError, match="no attribute 'optimized'"):
+        mf.schedules.optimized  # type: ignore[attr-defined]  # noqa: B018
