@@ -226,6 +226,8 @@ def test_a_negative_prompt_that_nothing_reads(tmp_path: Path) -> None:
         ("no such device; use storage='fp8'", "no such device; use --storage fp8"),
         ("stage 1, Sample(64, sigma=3): no", "stage 1, Sample(64, sigma=3): no"),
         ("a cosine=3 must be", "a cosine=3 must be"),
+        ("a sigma must be a number", "--sigma must be a number"),
+        ("a schedule must be a Schedule", "a schedule must be a Schedule"),
         ("scale must be at least 0", "scale must be at least 0"),
     ],
 )
@@ -243,6 +245,8 @@ def test_start_and_own_stages_are_options(here: Path) -> None:  # noqa: F811
     Image.new("RGB", (16, 16), "red").save("p.png")
     code, _, err = call("plan", "up.py:chain")
     assert code == 2 and err.rstrip().endswith("pass --start")
+    (here / "bare.py").write_text("x = 1\n")
+    assert "bare.py has no 'chain'; it defines no chains" in call("plan", "bare.py:chain")[2]
     assert "32x32" in call("plan", "up.py:chain", "--start", "p.png")[1]
     code, _, err = call("run", "up.py:chain", "a", "--start", "p.png", "--out", "q.png")
     assert code == 0 and mf.read_image("q.png").shape == (1, 3, 32, 32), err

@@ -105,8 +105,9 @@ def in_options(text: str) -> str:
 
     text = re.sub(r"(--[a-z-]+(?: [A-Z]+)?),? or (?:pass that class: )?(?:\w+\([^)]*\)|\w+=\S*)", r"\1", text)
     text = re.sub(
-        r"^(stage \d+ of \d+, \S+: |pocket takes no )?(\w+)(?= must be |: it is one)",
-        lambda found: f"{found[1] or ''}{known.get(found[2], found[2])}", text,
+        r"^(stage \d+ of \d+, \S+: |pocket takes no |an? )?(\w+)(?= must be |: it is one)",
+        lambda found: f"{(found[1] or '').removeprefix('a ')}{known[found[2]]}" if found[2] in known else found[0],
+        text,
     )  # fmt: skip
     return re.sub(r"(?<![\w.(-])(\w+)=((?:[\w.']|\([^)]*\))*)", mention, text)
 

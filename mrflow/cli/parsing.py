@@ -151,7 +151,8 @@ def upscaler(name: str | None) -> "Upscaler | str | None":
         own = names.get(rest)
         if not isinstance(own, Upscaler):
             known = sorted(k for k, v in names.items() if isinstance(v, Upscaler))
-            raise PlanError(f"{file}.py has no upscaler {rest!r}; its upscalers are {', '.join(known) or 'none'}")
+            upscalers = f"its upscalers are {', '.join(known)}" if known else "it defines none"
+            raise PlanError(f"{file}.py has no upscaler {rest!r}; {upscalers}")
         return own
     for ending in (".yml", ".yaml"):
         before, found, after = name.partition(ending)
@@ -395,7 +396,8 @@ def load_chain(where: str) -> "AnyChain":
     names = load_file(Path(file))
     if name not in names:
         known = sorted(k for k, v in names.items() if isinstance(v, Chain | Stage))
-        raise PlanError(f"{file} has no {name!r}; its chains are {', '.join(known) or 'none'}")
+        chains = f"its chains are {', '.join(known)}" if known else "it defines no chains"
+        raise PlanError(f"{file} has no {name!r}; {chains}")
     value = names[name]
     if isinstance(value, Stage):
         return Chain((value,))
