@@ -30,7 +30,8 @@ def table(result: Result, columns: int | None = None) -> str:
         nfe = f"{stage.nfe} forwards" if stage.nfe else ("from cache" if stage.cached else "")
         rows.append((stage.name, str(stage.spec), stage.seconds, nfe))
     last = ("total", f"batch of {len(result.seeds)}")
-    name, spec = (max(len(row[k]) for row in (*rows, last)) for k in (0, 1))
+    texts = [last, *(row[:2] for row in rows)]
+    name, spec = (max(len(text[k]) for text in texts) for k in (0, 1))
     if columns is not None and name + spec + 22 + max(len(row[3]) for row in rows) > columns:
         spec = 0
     lines = [

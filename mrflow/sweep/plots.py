@@ -138,8 +138,10 @@ def mark(axes: Any, x: Ends, y: Ends, colour: str, marker: str, *, label: str = 
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.plot([max(x[1], left), min(x[2], right)], [y[0]] * 2, color=colour, lw=1, alpha=0.5)
     axes.plot([x[0]] * 2, [max(y[1], bottom), min(y[2], top)], color=colour, lw=1, alpha=0.5)
-    ends = ((x[1] < left, left, y[0], "<"), (x[2] > right, right, y[0], ">"))
-    ends += ((y[1] < bottom, x[0], bottom, "v"), (y[2] > top, x[0], top, "^"))
+    ends = (
+        (x[1] < left, left, y[0], "<"), (x[2] > right, right, y[0], ">"),
+        (y[1] < bottom, x[0], bottom, "v"), (y[2] > top, x[0], top, "^"),
+    )  # fmt: skip
     for beyond, at, height, arrow in ends:
         if beyond:
             axes.plot(at, height, arrow, color=colour, markersize=5, alpha=0.7, clip_on=False)
