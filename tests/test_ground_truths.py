@@ -1,0 +1,109 @@
+"""Stages and solvers beside slow implementations that share nothing with them, and what stages hand to a model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mrflow as mf
+from mrflow.backbone import Wrapper
+from mrflow.rivals.selflift import mixed
+from mrflow.solvers import StochasticEuler
+from tests.strategies import LAW
+
+
+class Recording(Wrapper):
+    """The toy, with a decoder that leaves [0, 1]; it keeps what its encoder is given."""
+
+    def __init__(self) -> None:
+        super().__init__(mf.toy())
+        self.seen: list[tuple[Tensor, Tensor | None]] = []
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Three times as far from the middle as the toy's."""
+        return 3 * (self.model.decode(latents) - 0.5) + 0.5
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The toy's."""
+        self.seen.append((pixels, noise))
+        return self.model.encode(pixels, noise)
+
+
+def slowly_mixed(lat: Tensor, pix: Tensor, share: float, low: float, high: float) -> Tensor:
+    """SelfLift's mixture, cell by cell."""
+    out = lat.clone()
+    batch, channels, rows, columns = lat.shape
+    for item in range(batch):
+        disagreement: dict[tuple[int, int], float] = {}
+        for y in range(rows):
+            for x in range(columns):
+                apart = [abs(float(pix[item, c, y, x] - lat[item, c, y, x])) for c in range(channels)]
+                disagreement[y, x] = sum(apart) / channels
+        chosen = sorted(disagreement, key=lambda cell: -disagreement[cell])[: max(1, round(share * rows * columns))]
+        values = [disagreement[cell] for cell in chosen]
+        for y, x in chosen:
+            spread = max(values) - min(values)
+            rise = (disagreement[y, x] - min(values)) / spread if spread > 0 else 1.0
+            w = low + (high - low) * rise
+            for c in range(channels):
+                out[item, c, y, x] = (1 - w) * lat[item, c, y, x] + w * pix[item, c, y, x]
+    return out
+
+
+@LAW
+@given(st.integers(0, 99), st.sampled_from([0.1, 0.4, 1.0]), st.sampled_from([(0.0, 1.0), (0.5, 1.0), (0.3, 0.6)]))
+def test_selflift_beside_a_slow_one(seed: int, share: float, ends: tuple[float, float]) -> None:
+    lat, pix = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    low, high = ends
+    mine = mixed(lat, pix, share=share, low=low, high=high)
+    torch.testing.assert_close(mine, slowly_mixed(lat, pix, share, low, high))
+
+
+def test_selflift_encodes_a_picture() -> None:
+    """Interpolated pixels that lie outside [0, 1] are brought back before they are encoded."""
+    model = Recording()
+    assert float(model.decode(torch.full((1, *_space(model), 4, 4), 3.0)).max()) > 1
+    mf.run(mf.Sample(64, 64, mf.Shifted(2)) >> mf.SelfLift(), model, "a", seed=0)
+    pixels, noise = model.seen[-1]
+    assert noise is None and float(pixels.min()) >= 0 and float(pixels.max()) <= 1
+    assert float(pixels.min()) == 0 or float(pixels.max()) == 1  # some were outside
+
+
+def _space(model: mf.Backbone) -> tuple[int]:
+    return (model.info.space.channels,)
+
+
+@pytest.mark.parametrize("posterior", [False, True])
+def test_encode_takes_the_mode_unless_it_is_told_to_sample(posterior: bool) -> None:
+    model = Recording()
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mf.run(mf.Encode(posterior=posterior), model, "a", seed=7, start=pixels)
+    seen, noise = model.seen[-1]
+    torch.testing.assert_close(seen, pixels)
+    if not posterior:
+        assert noise is None
+    else:
+        assert noise is not None and noise.shape == (1, *_space(model), 32, 32)
+        own = mf.PerItem()((7,), tuple(noise.shape), scope="Encode/0", draw=0)
+        assert torch.equal(noise, own)
+
+
+@LAW
+@given(st.floats(0.1, 4.0), st.floats(0.3, 0.95), st.floats(0.1, 0.9))
+def test_a_stochastic_step_by_hand(churn: float, sigma: float, part: float) -> None:
+    """Up by exp(churn (sigma - to)) in odds, with fresh noise to the flow's marginal; then down in one Euler step."""
+    to = part * sigma
+    x, eps = np.random.default_rng(0).normal(size=(2, 5))
+    odds = sigma / (1 - sigma) * math.exp(churn * (sigma - to))
+    up = odds / (1 + odds)
+    signal = (1 - up) / (1 - sigma)
+    raised = signal * x + math.sqrt(up**2 - signal**2 * sigma**2) * eps
+    expected = raised + (to - up) * (0.3 * raised - up)
+    got, _ = StochasticEuler(churn).step(
+        lambda z, s: 0.3 * z - s, torch.tensor(x), sigma, to, (), noise=torch.tensor(eps)
+    )
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9)
