@@ -12,6 +12,7 @@ from mrflow.errors import PlanError
 from mrflow.models.layers import PLAIN, Attention, Merge, Ops, QKNorm, Rope, SplitLinear, Stream, modulated, project
 
 FP16_MAX = 65504.0
+ONE_BY_ONE = ("cpu",)  # devices whose modulations are the same bits for one level as for several
 
 
 class Sizes:
@@ -71,8 +72,7 @@ class SelfAttention(nn.Module):
 
 def attended(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b n e"]:
     """Attention over (b, n, heads, head), which an `Attention` is given as (b, heads, n, head); heads side by side."""
-    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2).flatten(2)
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
 def mlp(p: Sizes) -> nn.Sequential:
@@ -150,12 +150,13 @@ def tables(
 ) -> list[Float[Tensor, "b m d"]]:
     """Modulation vectors from what each level starts from: (shift, 1 + scale, gate) each time, the last no gate.
 
-    Each linear serves all levels before the next is touched: the same bits. `scale_first` is the final layer's.
+    Each linear serves all levels; on a CPU in one product each, for the same bits. `scale_first` is the final layer's.
     """
     rows: list[list[Tensor]] = [[] for _ in vectors]
     for linear in modulators:
-        for row, vector in zip(rows, vectors, strict=True):
-            row.append(linear(vector))
+        groups = [[v] for v in vectors] if vectors[0].device.type in ONE_BY_ONE else [list(vectors)]
+        for row, part in zip(rows, (p for g in groups for p in linear(torch.cat(g)).chunk(len(g))), strict=True):
+            row.append(part)
     out: list[Tensor] = []
     for row in rows:
         if scale_first:

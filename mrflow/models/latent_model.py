@@ -25,6 +25,7 @@ from mrflow.models.kernels import compiled, fused
 from mrflow.models.offload import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of, watch
 from mrflow.models.pieces import NetPieces
 from mrflow.models.transformer_model import TransformerModel
+from mrflow.models.wide import widened
 from mrflow.notes import note
 from mrflow.spec import Footprint, ModelInfo
 from mrflow.tiling import tiled
@@ -92,6 +93,8 @@ class LatentModel(TransformerModel):
             layers = text.layers() if isinstance(text, TextEncoder) else ()
             watch((*flow.stack(), *flow.modulators(), *layers), files)
         self._residency = Residency(self._phases(flow, vae), moving=ways.offload != "none", files=files)
+        if device.type == "cpu":
+            widened(flow)
         if ways.compile:
             flow.ops = compiled("inductor" if ways.compile is True else ways.compile)
         elif ways.kernels:

@@ -176,8 +176,7 @@ def gated(x: Float[Tensor, "b n d"], gate: Float[Tensor, "m 1 d"], change: Float
 
 def gated_norm(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`gated`, and the modulated norm of what it gives."""
-    x = gated(x, gate, change)
-    return x, modulated(x, shift, scale)
+    return (x := gated(x, gate, change)), modulated(x, shift, scale)
 
 
 def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, Tensor]:

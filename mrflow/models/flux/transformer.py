@@ -265,9 +265,8 @@ class Flux(Transformer):
                 how = merge("single", i - doubles) if merge is not None else None
                 own, last = vectors[at : at + 3], i == count - 1
                 x = single(x, rope, own, self.attention, text=txt.shape[1], last=last, merge=how, ops=self.ops)
-        if stop == count and self.single_blocks:
-            return x, txt[:, :0]
-        return x[:, txt.shape[1] :], x[:, : txt.shape[1]]
+        text = txt.shape[1] if stop < count else 0
+        return x[:, text:], x[:, :text]
 
     def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "b m d"]) -> Float[Tensor, "b l o"]:
         """The image stream to the velocity."""

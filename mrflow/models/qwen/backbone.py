@@ -1,5 +1,7 @@
 """Qwen-Image as a backbone: text encoder, transformer and autoencoder behind the methods that stages use."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +13,7 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.models.blocks import Transformer
 from mrflow.models.fields import Tables
 from mrflow.models.folded import Folded
 from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, encoded_once, footprint
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 # Values alive at once per pixel in bfloat16, where norms work in float32: measured on the networks themselves.
 ENCODE, DECODE = 587.0, 676.0
+KEPT = 64  # levels whose modulations stay: 4.4 MB each in bfloat16
 
 
 class Qwen(LatentModel):
@@ -49,11 +53,19 @@ class Qwen(LatentModel):
             flow=flow, vae=vae, text=text, info=info, device=device, step=qwen_step, ways=ways, upscaler=upscaler
         )
         self._folded = None if tables is None else {k: t.to(device) for k, t in tables.items()}
+        self._kept: OrderedDict[float, Tensor] = OrderedDict()
+        self._keeping = threading.Lock()
 
     @property
     def _flow(self) -> QwenImage:
         assert isinstance(self._net, QwenImage)
         return self._net
+
+    def _variant(self, net: Transformer, mark: str) -> "Qwen":
+        """As for all models; modulations are kept apart, since adapters may change them."""
+        other = super()._variant(net, mark)
+        other._kept, other._keeping = OrderedDict(), threading.Lock()
+        return other
 
     def _check_changes(self, changed: Mapping[str, object]) -> None:
         """Modulations that were made beforehand cannot change any more."""
@@ -132,15 +144,28 @@ class Qwen(LatentModel):
         return vector.expand(cond.batch, -1)
 
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:
-        """Modulations at these levels: made beforehand, or now."""
+        """Modulations at these levels: made beforehand, kept from an earlier picture, or made now."""
+        if self._folded is None and not self._ways.fold:
+            return self._made(levels)
         if self._folded is None:
-            return self._flow.tables([torch.full((1,), level, device=self._device) for level in levels])
+            with self._keeping:
+                if new := [level for level in levels if level not in self._kept]:
+                    self._kept.update(zip(new, self._made(new), strict=True))
+                found = [self._kept[level] for level in levels]
+                for level in levels:
+                    self._kept.move_to_end(level)
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            return found
         if unknown := [level for level in levels if level not in self._folded]:
             raise PlanError(
                 f"{self._info.name} was loaded with fold=chain, for the levels of that chain; sigma {unknown[0]:g} is "
                 "not among them: load it with fold=True, or with the chain that is run"
             )
         return [self._folded[level] for level in levels]
+
+    def _made(self, levels: Sequence[float]) -> list[Tensor]:
+        return self._flow.tables([torch.full((1,), level, device=self._device) for level in levels])
 
     def _states(self, cond: Condition) -> list[Tensor]:
         """Each item's own states, without padding."""
