@@ -81,7 +81,9 @@ def run(
 ) -> Result:
     """Make pictures. One prompt with several seeds, or several prompts with one seed each or one for all, is a batch.
 
-    A picture depends on (chain, model, prompt, seed) alone: not on the batch, its neighbours or the device's generator.
+    A picture depends on (chain, model, prompt, seed) alone: not on its neighbours or the device's
+    generator; sums of float32 depend on the size of the batch in their last bits, which may change a saved value by one
+    of its 256 levels.
     `start` is pixels (b, 3, h, w) in [0, 1] or a State for a chain that does not begin with noise; `condition` replaces
     the encoded prompts; `keep` keeps every stage's tensor, and as "path" also every step's estimate, for
     `Result.animate` (the result then holds the model); `on_event` hears of stages, steps and notes; `cache` reuses

@@ -23,6 +23,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from unittest.mock import patch
 
 import torch
 from PIL import Image, PngImagePlugin
@@ -44,6 +45,7 @@ from experiments.reliability.mutations import (
 from mrflow.errors import MrflowError
 from mrflow.models import info
 from mrflow.models.describe import describe
+from mrflow.models.pocket.model import Pocket
 from mrflow.records.chains import decode_chain
 from mrflow.records.pictures import describe_record, png
 from mrflow.sweep import Sharpness, run_sweep
@@ -159,7 +161,7 @@ class Inputs:
         mf.plan(decode_chain(found.get("chain")), mf.toy().info)
 
     def try_arguments(self, rng: random.Random) -> None:
-        """Call one verb; what would draw for long is planned."""
+        """Call one verb; what would draw gets as far as the prompt."""
         from mrflow.cli.app import app
 
         verb = rng.choice(VERBS)
@@ -167,8 +169,8 @@ class Inputs:
         for _ in range(rng.randint(0, 4)):
             words += [rng.choice(OPTIONS), rng.choice(ODD)][: rng.choice((1, 2, 2, 2))]
         draws = verb in ("generate", "run", "refine", "sweep", "tune", "replay")
-        words = ["none", *words] if draws else words  # refused last of all, before any work
-        done = CliRunner().invoke(app, [verb, *words])
+        with patch.object(Pocket, "condition", undrawn):
+            done = CliRunner().invoke(app, [verb, *(["none"] if draws else []), *words])
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception
         if "(unexpected:" in done.stderr or "Traceback" in done.stderr:
@@ -268,6 +270,11 @@ class Inputs:
         if (grown := 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)) > GROWTH:
             return f"grew by {grown >> 20} MiB"
         return f"took {time.monotonic() - began:.0f} s" if time.monotonic() - began > LIMIT else None
+
+
+def undrawn(model: Pocket, prompts: object) -> mf.Condition:
+    """Instead of a condition: what is right would take as long as a picture takes."""
+    raise MrflowError(f"{len(str(prompts))} characters would be drawn")
 
 
 def restore(folder: Path, whole: dict[Path, bytes]) -> None:

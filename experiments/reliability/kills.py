@@ -20,6 +20,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -93,15 +94,24 @@ def count(folder: Path) -> int:
     return len(list(folder.glob("rows/??/*.json")))
 
 
-def pixels(folder: Path) -> dict[str, str]:
-    """By row: the SHA-256 of its pixels, or its error."""
-    out: dict[str, str] = {}
+def pixels(folder: Path) -> "dict[str, np.ndarray | str]":
+    """By row: its pixels, or its error."""
+    out: dict[str, np.ndarray | str] = {}
     for row in read(folder):
         out[row.key] = f"failed: {row.error}"
         if row.picture is not None:
             with Image.open(folder / row.picture) as image:
-                out[row.key] = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+                out[row.key] = np.asarray(image.convert("RGB"), dtype=np.int16)
     return out
+
+
+def same(a: "np.ndarray | str", b: "np.ndarray | str") -> bool:
+    """Whether two pictures are one but for rounding: sums of float32 depend on the size of the batch, in their last
+    bits, so a value between two of the 256 levels may come out as either.
+    """
+    if isinstance(a, str) or isinstance(b, str) or a.shape != b.shape:
+        return False
+    return bool(np.abs(a - b).max() <= 1 and (a != b).mean() < 0.01)
 
 
 def main() -> None:
@@ -141,8 +151,8 @@ def main() -> None:
             got = pixels(folder)
             counts["rows"] += len(got)
             counts["lost"] += len(want.keys() - got.keys())
-            counts["failed"] += sum(value.startswith("failed") for value in got.values())
-            counts["other pixels"] += sum(got[key] != want[key] for key in got if not got[key].startswith("failed"))
+            counts["failed"] += sum(isinstance(value, str) for value in got.values())
+            counts["other pixels"] += sum(not (isinstance(got[key], str) or same(got[key], want[key])) for key in got)
             lines = log.read_text().split("\n") if log.exists() else []
             counts["doubled"] += sum(n > 1 for n in Counter(x for x in lines if x.startswith("done")).values())
             counts["written off on the way"] += sum(x.startswith("failed") for x in lines)
