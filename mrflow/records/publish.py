@@ -36,7 +36,7 @@ def publish(files: Mapping[Path, bytes], *, force: bool = False) -> None:
             if force:
                 draft.replace(path)
             else:
-                _claim(draft, path)
+                place(draft, path)
                 placed.append(path)
     except OSError as error:
         for own in placed:
@@ -66,8 +66,13 @@ def publish_numbered(
             return list(named)
 
 
-def _claim(draft: Path, path: Path) -> None:
-    """Give a file the name `path`, or FileExistsError; without links the name is claimed first, then filled."""
+def place(draft: Path, path: Path) -> None:
+    """Give a whole file the name `path`, which no other file has: by a link, or where there are none by claiming the
+    name with an empty file first. The draft's own name may stay, for the caller to remove.
+
+    Raises:
+        FileExistsError: another file has the name, and keeps it.
+    """
     try:
         os.link(draft, path)
     except OSError as error:

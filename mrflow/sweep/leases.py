@@ -26,7 +26,7 @@ from typing import Any
 
 from mrflow.errors import ResourceError
 from mrflow.records.files import parse_table, read_regular, temporary_beside
-from mrflow.records.publish import NO_LINKS
+from mrflow.records.publish import place
 
 BEAT, STALE = 5.0, 60.0  # seconds between heartbeats, and after which a lease is dead
 MAX_BYTES = 1 << 16
@@ -165,7 +165,7 @@ class Leases:
             aside.unlink(missing_ok=True)
         else:
             with suppress(OSError):
-                _publish(aside, path)
+                place(aside, path)
             aside.unlink(missing_ok=True)
         return same
 
@@ -296,7 +296,7 @@ def _create(path: Path, text: str) -> bool:
     draft = temporary_beside(path)
     try:
         draft.write_text(text, "utf-8")
-        _publish(draft, path)
+        place(draft, path)
     except FileExistsError:
         return False
     except OSError as error:
@@ -304,44 +304,6 @@ def _create(path: Path, text: str) -> bool:
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-    return True
-
-
-def _publish(draft: Path, path: Path) -> None:
-    """Give a file a second name that no other file has.
-
-    Raises:
-        FileExistsError: another has it.
-    """
-    try:
-        os.link(draft, path)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        # No links here. Opening for creation excludes as well; a lease that is not whole yet is held for a live one.
-        status = draft.stat()
-        with path.open("xb") as file:
-            file.write(draft.read_bytes())
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def publish(draft: Path, path: Path) -> bool:
-    """Move a file to a name that no other file has; False where another has it, and the draft stays.
-
-    Where the file system has no links, a file that has come in between is replaced.
-    """
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        if path.exists():
-            return False
-        draft.replace(path)
-        return True
-    draft.unlink()
     return True
 
 

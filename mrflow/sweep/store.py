@@ -22,7 +22,8 @@ from typing import Any, cast
 
 from mrflow.errors import PlanError, ResourceError
 from mrflow.records.files import TEMPORARY, parse_table, read_regular, temporary_beside, write_bytes
-from mrflow.sweep.leases import Claim, LeaseLostError, Leases, clock, is_old_temporary, publish
+from mrflow.records.publish import place
+from mrflow.sweep.leases import Claim, LeaseLostError, Leases, clock, is_old_temporary
 from mrflow.sweep.rows import FORMAT, MAX_BYTES, Row, digest_of, read_row
 
 ROOMS = ("rows", "pictures", "leases")
@@ -168,9 +169,11 @@ class Store:
         write_bytes(draft, data)
         try:
             self.leases.check(row.key)
-            if not (held and publish(draft, path)):
-                if held and (old := self.get(row.key)) is not None and old.done:
-                    raise LeaseLostError(row.key)
+            try:
+                place(draft, path) if held else draft.replace(path)
+            except FileExistsError:
+                if (old := self.get(row.key)) is not None and old.done:
+                    raise LeaseLostError(row.key) from None
                 draft.replace(path)
         except OSError as error:
             raise ResourceError(f"{path} could not be written: {error.strerror or error}") from None
