@@ -27,18 +27,22 @@ class Rows(Protocol):
     @property
     def done(self) -> int:
         """Rows that are there."""
+        ...
 
     @property
     def total(self) -> int:
         """All rows."""
+        ...
 
     @property
     def failed(self) -> int:
         """Rows that failed."""
+        ...
 
     @property
     def left(self) -> float | None:
         """A guess, in seconds."""
+        ...
 
 
 class ShowProgress:
