@@ -104,6 +104,7 @@ from mrflow.solvers import integrate as integrate
 from mrflow.spec import FLUX as FLUX
 from mrflow.spec import QWEN as QWEN
 from mrflow.spec import SCHNELL as SCHNELL
+from mrflow.spec import ByStep as ByStep
 from mrflow.spec import Capabilities as Capabilities
 from mrflow.spec import Latents as Latents
 from mrflow.spec import LatentSpace as LatentSpace
