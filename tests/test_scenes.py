@@ -300,3 +300,13 @@ def test_what_the_caption_does_not_name_is_stray() -> None:
         stray(red[:, :63, :63], "a big red circle at the left")
     with pytest.raises(NonFiniteError):
         stray(np.full((3, 64, 64), np.nan, np.float32), "a big red circle at the left")
+
+
+@pytest.mark.parametrize(("away", "right"), [(0.0, 1.0), (0.1, 1.0), (0.2, 0.0)])
+def test_a_thing_far_from_its_place_is_not_there(away: float, right: float) -> None:
+    """`left` is still the nearest place of what lies further left, but not where it is."""
+    caption = "a small red circle at the left"
+    scene = parse(caption)
+    moved = replace(scene, objects=tuple(replace(o, x=0.25 - 0.7 * away, y=0.5 - 0.7 * away) for o in scene.objects))
+    found = score(render(moved, 256).transpose(2, 0, 1) / 255, caption)
+    assert (found.alignment, found.position) == (1.0, right)
