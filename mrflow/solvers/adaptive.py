@@ -13,7 +13,7 @@ from torch import Tensor
 from mrflow._checks import check_number
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.schedules import Sigmas, check_sigmas
+from mrflow.schedules.base import Sigmas, check_sigmas
 from mrflow.solvers.base import History, Solver, combine, integrate
 
 

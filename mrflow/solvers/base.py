@@ -19,7 +19,7 @@ from mrflow import flow
 from mrflow._checks import check_whole
 from mrflow.errors import NonFiniteError, PlanError, PromiseError
 from mrflow.flow import Velocity
-from mrflow.schedules import Sigmas, check_sigmas
+from mrflow.schedules.base import Sigmas, check_sigmas
 
 History = tuple[tuple[float, Tensor], ...]
 """What a solver remembers: (sigma, tensor), newest last; the velocity there, unless the solver says otherwise."""

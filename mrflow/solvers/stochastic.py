@@ -12,7 +12,7 @@ from mrflow import flow
 from mrflow._checks import check_number, check_whole
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.schedules import check_sigmas, shift
+from mrflow.schedules.base import check_sigmas, shift
 from mrflow.solvers.base import History, StochasticSolver, combine, half_log_snr
 from mrflow.solvers.exponential import add_changes, near
 
