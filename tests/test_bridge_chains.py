@@ -193,7 +193,7 @@ class Uneven(mf.caches.Cache):
     def rule(self, info: mf.ModelInfo, levels: Sequence[float]) -> mf.caches.Rule:
         side: list[int] = []
 
-        def due(look: mf.caches.Look) -> bool:
+        def due(look: mf.caches.Evaluation) -> bool:
             if not side:
                 side.append(int(float(look.probe().float().std()) * 1e4) % 2)
             return look.index % 2 == side[0]

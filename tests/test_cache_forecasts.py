@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.caches import DMD, L2P, Cache, Extrapolation, Look, SeaCache, Spectrum, TaylorSeer
+from mrflow.caches import DMD, L2P, Cache, Evaluation, Extrapolation, SeaCache, Spectrum, TaylorSeer
 from mrflow.caches.dmd import Modes
 from mrflow.caches.l2p import fitted
 from mrflow.caches.memory import products
@@ -204,13 +204,23 @@ def test_l2p_computes_what_its_rows_cannot_stand_in_for() -> None:
 
     def places(branch: Sequence[int]) -> list[int]:
         rule = cache.rule(FLUX, levels)
-        return [p for i, p in enumerate(branch) if rule(Look(i, p, 7, levels[p]))]
+        return [p for i, p in enumerate(branch) if rule(Evaluation(i, p, 7, levels[p]))]
 
     assert places(range(7)) == [0, 1, 3]
     assert places((2, 3, 4, 5, 6)) == [2, 3, 4, 6]  # at 4 the features of 1 and 3 are asked for, at 5 that of 3
     assert cache.forecast(FLUX, levels, levels[2:]).computed == 4
     rule = cache.rule(FLUX, ())
-    assert [rule(Look(i, i, 0, 0.5)) for i in range(9)] == [True, True, False, True, False, False, False, True, True]
+    assert [rule(Evaluation(i, i, 0, 0.5)) for i in range(9)] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
     with pytest.raises(mf.PlanError, match=r"fitted to 7 evaluations, and the stage has 9; .* L2P\.calibrated"):
         mf.plan(mf.Sample(64, 64, mf.Shifted(9), cache=cache), mf.FLUX)
 
@@ -219,7 +229,9 @@ def sea(cache: SeaCache, pictures: Sequence[Tensor]) -> list[int]:
     """Which evaluations of these latents are computed; the levels fall evenly from 1."""
     count = len(pictures)
     rule = cache.rule(FLUX, ())
-    looks = [Look(i, i, count, 1 - i / count, latents=partial(torch.unsqueeze, x, 0)) for i, x in enumerate(pictures)]
+    looks = [
+        Evaluation(i, i, count, 1 - i / count, latents=partial(torch.unsqueeze, x, 0)) for i, x in enumerate(pictures)
+    ]
     return [i for i, look in enumerate(looks) if rule(look)]
 
 

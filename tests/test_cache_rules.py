@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.caches import Cache, DBCache, Look, MagCache, TaylorSeer, TeaCache
+from mrflow.caches import Cache, DBCache, Evaluation, MagCache, TaylorSeer, TeaCache
 from mrflow.caches.base import Clock, between, difference
 from mrflow.caches.calibrate import fit
 from mrflow.caches.extrapolate import Series
@@ -344,7 +344,7 @@ def test_small_helpers() -> None:
     assert places == [0, 1, 2, 3]
     clock = Clock((1.0, 0.8, 0.5))
     clock.tick(0.5)
-    assert Look(0, clock.place, clock.total, 0.5).last
+    assert Evaluation(0, clock.place, clock.total, 0.5).last
 
 
 def test_estimates_fall_with_the_threshold_and_limits_hold() -> None:

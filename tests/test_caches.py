@@ -17,7 +17,7 @@ from mrflow.caches import (
     Cache,
     Cached,
     DBCache,
-    Look,
+    Evaluation,
     MagCache,
     Rule,
     SeaCache,
@@ -28,7 +28,7 @@ from mrflow.caches import (
 )
 from mrflow.caches.calibrate import inner_products
 from mrflow.cli.plan import report
-from mrflow.models.pieces import NetPieces
+from mrflow.models.pieces import BlockRunner
 from mrflow.records.chains import decode_chain, encode_chain, fingerprint
 from mrflow.records.replay import inspect_file
 from tests.parity.test_flux import relative
@@ -140,13 +140,13 @@ def test_something_left_out_is_another_picture_near_it(
     """Counted on the blocks themselves: what the record says is what ran."""
     model, whole = models(name), bare(name)
     ran: list[int] = []
-    run = NetPieces.run
+    run = BlockRunner.run
 
-    def counting(self: NetPieces, *args: Any) -> tuple[Tensor, Tensor]:
+    def counting(self: BlockRunner, *args: Any) -> tuple[Tensor, Tensor]:
         ran.append(max(0, args[-1] - args[-2]))
         return run(self, *args)
 
-    monkeypatch.setattr(NetPieces, "run", counting)
+    monkeypatch.setattr(BlockRunner, "run", counting)
     result = made(sample(cache), model)
     stage = result.stages[0]
     assert bool(torch.isfinite(result.data).all())
@@ -333,7 +333,7 @@ class EveryOther(Cache):
     offset: int = 0
 
     def rule(self, info: mf.ModelInfo, levels: Sequence[float]) -> Rule:
-        def due(look: Look) -> bool:
+        def due(look: Evaluation) -> bool:
             return look.index % 2 == self.offset
 
         return due
@@ -428,14 +428,14 @@ def test_inner_products_are_those_of_the_features(
 ) -> None:
     """Seen at the network's last layer: what goes in, or what comes out."""
     seen: list[Tensor] = []
-    head = NetPieces.head
+    head = BlockRunner.head
 
-    def watched(self: NetPieces, img: Tensor, table: Tensor) -> Tensor:
+    def watched(self: BlockRunner, img: Tensor, table: Tensor) -> Tensor:
         out = head(self, img, table)
         seen.append((img if of == "output" else out).double().flatten())
         return out
 
-    monkeypatch.setattr(NetPieces, "head", watched)
+    monkeypatch.setattr(BlockRunner, "head", watched)
     settings: dict[str, Any] = dict(size=(64, 48), schedule=mf.Shifted(4), guidance=mf.Distilled(), seed=1)
     [gram] = inner_products(models("pocket"), ["a cat"], of=of, **settings)
     features = torch.stack(seen)

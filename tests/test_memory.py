@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mrflow.errors import PlanError
 from mrflow.models.cuda_graphs import Graphed
-from mrflow.models.offload import Conveyor, Ledger, Part, Phase, Residency, Ways, check_offload
+from mrflow.models.offload import BlockOffloader, Ledger, OffloadManager, Part, Phase, RuntimeOptions, check_offload
 from mrflow.notes import collected
 from mrflow.tiling import ramp, starts, tiled
 
@@ -23,7 +23,7 @@ def line(*widths: int) -> nn.Sequential:
 
 def test_a_conveyor_holds_two_neighbours() -> None:
     net, ledger = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(5))), Ledger()
-    conveyor = Conveyor([(m, Part([m], CPU, ledger)) for m in net], CPU)
+    conveyor = BlockOffloader([(m, Part([m], CPU, ledger)) for m in net], CPU)
     there: list[int] = []
     for m in net:
         m.register_forward_hook(lambda *_: there.append(ledger.now))
@@ -37,7 +37,7 @@ def test_a_conveyor_holds_two_neighbours() -> None:
 
 def test_a_conveyor_is_empty_after_an_error_is_cleared() -> None:
     net, ledger = line(4, 4, 4), Ledger()
-    conveyor = Conveyor([(m, Part([m], CPU, ledger)) for m in net], CPU)
+    conveyor = BlockOffloader([(m, Part([m], CPU, ledger)) for m in net], CPU)
     with pytest.raises(RuntimeError):
         net(torch.ones(1, 5))
     assert ledger.now > 0
@@ -47,14 +47,16 @@ def test_a_conveyor_is_empty_after_an_error_is_cleared() -> None:
 
 def test_phases_take_turns() -> None:
     a, b, ledger = line(8), line(4, 4), Ledger()
-    residency = Residency({"a": Phase([Part([a], CPU, ledger)]), "b": Phase([Part([b], CPU, ledger)])}, moving=True)
+    residency = OffloadManager(
+        {"a": Phase([Part([a], CPU, ledger)]), "b": Phase([Part([b], CPU, ledger)])}, moving=True
+    )
     assert ledger.now == 0
     with residency.using("a"):
         assert ledger.now == 8 * 8 * 4
     with residency.using("b"):
         assert ledger.now == 2 * 4 * 4 * 4
     assert ledger.peak == 8 * 8 * 4
-    Residency({"a": Phase([Part([a], CPU, ledger)])}, moving=False)
+    OffloadManager({"a": Phase([Part([a], CPU, ledger)])}, moving=False)
     assert ledger.now == 2 * 4 * 4 * 4 + 8 * 8 * 4
 
 
@@ -69,7 +71,9 @@ def test_parts_share_nothing_that_is_left_out_and_count_tied_tensors_once() -> N
 
 def test_one_thread_at_a_time_uses_what_moves() -> None:
     a, b, ledger = line(8), line(8), Ledger()
-    residency = Residency({"a": Phase([Part([a], CPU, ledger)]), "b": Phase([Part([b], CPU, ledger)])}, moving=True)
+    residency = OffloadManager(
+        {"a": Phase([Part([a], CPU, ledger)]), "b": Phase([Part([b], CPU, ledger)])}, moving=True
+    )
     wrong: list[int] = []
 
     def work(name: str) -> None:
@@ -90,9 +94,9 @@ def test_ways_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(PlanError, match="none, phase, block"):
         check_offload("disk")
     with pytest.raises(PlanError, match="compile"):
-        Ways("block", compile=True)
+        RuntimeOptions("block", compile=True)
     with pytest.raises(PlanError, match="multiple of 8"):
-        Ways(tile=20)
+        RuntimeOptions(tile=20)
 
 
 class Recorder:

@@ -13,7 +13,7 @@ from mrflow.caches import Cache, DBCache, TaylorSeer
 from mrflow.models.cuda_graphs import Graphed
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.layers import Rope
-from mrflow.models.pieces import NetPieces
+from mrflow.models.pieces import BlockRunner
 from mrflow.models.qwen.transformer import QwenImage
 from tests.tiny import write_flux_repo, write_qwen_repo
 
@@ -35,7 +35,7 @@ def test_any_cut_of_the_blocks_gives_the_same_bits(kind: str, dtype: torch.dtype
     WRITE[kind](tmp_path / "r")
     model: Any = mf.load(tmp_path / "r", device="cpu", dtype=dtype)
     net: Flux | QwenImage = model.transformer
-    pieces = NetPieces(net)
+    pieces = BlockRunner(net)
     g = torch.Generator().manual_seed(0)
     hidden, head = net.params.hidden, net.params.head
     img, txt = (torch.randn(2, n, hidden, generator=g).to(dtype) for n in (6, 4))
@@ -84,7 +84,7 @@ def test_runs_of_blocks_can_be_replayed_as_graphs(name: str, tmp_path: Path, mon
         return replay, output
 
     monkeypatch.setattr("mrflow.models.pieces.Graphed", lambda f: Graphed(f, capture=capture))
-    pieces = NetPieces(model.transformer, graphs=True)
+    pieces = BlockRunner(model.transformer, graphs=True)
     for cache in (DBCache(0.3, front=1, back=1, warmup=1), TaylorSeer(2)):
         want = made(sample(cache, guidance=mf.Distilled()), model)
         monkeypatch.setattr(model, "_pieces", pieces)

@@ -2,7 +2,7 @@
 
 from mrflow.caches.base import Cache as Cache
 from mrflow.caches.base import Cached as Cached
-from mrflow.caches.base import Look as Look
+from mrflow.caches.base import Evaluation as Evaluation
 from mrflow.caches.base import Rule as Rule
 from mrflow.caches.base import difference as difference
 from mrflow.caches.dbcache import DBCache as DBCache

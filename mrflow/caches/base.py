@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.caches.clock import Clock as Clock
+from mrflow.caches.clock import Evaluation as Evaluation
 from mrflow.caches.clock import Feature as Feature
-from mrflow.caches.clock import Look as Look
 from mrflow.caches.clock import Rule as Rule
 from mrflow.caches.clock import Unseen
 from mrflow.caches.extrapolate import Extrapolation, Predictor
@@ -89,7 +89,7 @@ class Cache(ABC):
         try:
             for index, sigma in enumerate(branch):
                 clock.tick(sigma)
-                computed += rule(Look(index, clock.place, clock.total, sigma)) or index == 0
+                computed += rule(Evaluation(index, clock.place, clock.total, sigma)) or index == 0
         except Unseen:
             return Forecast(asked, min(asked, max(1, self.estimate(asked))), kept, exact=False)
         return Forecast(asked, computed, kept, exact=True)

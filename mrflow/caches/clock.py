@@ -14,7 +14,7 @@ class Unseen(Exception):
     """A rule looked at a picture while there is none: it was only planned."""
 
 
-class Look:
+class Evaluation:
     """What a rule may look at: one picture, about to be evaluated for the `index`-th time (from 0) in its branch.
 
     `place` is where that lies among the `total` evaluations of the integration (0: not known); they differ where a
@@ -61,7 +61,7 @@ class Look:
         return self._latents()
 
 
-Rule = Callable[[Look], bool]
+Rule = Callable[[Evaluation], bool]
 """Whether an evaluation is computed. Called once for each, in order; what it remembers is its own."""
 
 

@@ -8,7 +8,7 @@ from math import ceil
 from torch import Tensor
 
 from mrflow._checks import check_number, check_whole
-from mrflow.caches.base import Cache, Look, Rule, between, difference
+from mrflow.caches.base import Cache, Evaluation, Rule, between, difference
 from mrflow.caches.extrapolate import Extrapolation, Predictor, Series
 from mrflow.spec import ModelInfo
 
@@ -35,7 +35,7 @@ class Similar:
         before = list[Tensor]()
         row = cached = 0
 
-        def due(look: Look) -> bool:
+        def due(look: Evaluation) -> bool:
             nonlocal row, cached
             if self.threshold == 0:
                 return True

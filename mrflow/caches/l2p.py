@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mrflow._checks import check_whole
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Feature, Look, Rule
+from mrflow.caches.base import Cache, Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Gram
 from mrflow.caches.taylorseer import Of, check_of, regular
 from mrflow.errors import PlanError
@@ -101,7 +101,7 @@ class L2P(Cache):
             )
         table, done = self.extrapolation(), list[int]()
 
-        def due(look: Look) -> bool:
+        def due(look: Evaluation) -> bool:
             needed = table.needed(look.place)
             if needed and set(needed) <= set(done[-table.keep :]):
                 return False

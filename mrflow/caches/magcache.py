@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mrflow._checks import check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Look, Rule, measured
+from mrflow.caches.base import Cache, Evaluation, Rule, measured
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.schedules import Schedule, Shifted
@@ -96,7 +96,7 @@ class MagCache(Cache):
         first = int(self.retention * len(ratios) + 0.5)
         ratio, error, row, kept = 1.0, 0.0, 0, False
 
-        def due(look: Look) -> bool:
+        def due(look: Evaluation) -> bool:
             nonlocal ratio, error, row, kept
             if look.place >= first:
                 ratio *= ratios[look.place] if look.place < len(ratios) else 1.0

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mrflow.caches.clock import Clock, Feature, Look, Rule
+from mrflow.caches.clock import Clock, Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Predictor
 from mrflow.notes import count
 from mrflow.pieces import Pieces
@@ -132,7 +132,7 @@ class CachedStep:
             eyes = {"probe": partial(probe, i), "change": partial(change, i)}
             if latents is not None:
                 eyes["latents"] = partial(latents.narrow, 0, i, 1)
-            look = Look(self.index, clock.place, clock.total, clock.sigma, **eyes, grid=clock.grid)
+            look = Evaluation(self.index, clock.place, clock.total, clock.sigma, **eyes, grid=clock.grid)
             due.append(item.rule(look) or not item.kept or self.start == self.stop)
         return due
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrflow._checks import check_number, check_whole, require
-from mrflow.caches.base import Cache, Look, Rule, between, difference
+from mrflow.caches.base import Cache, Evaluation, Rule, between, difference
 from mrflow.caches.extrapolate import Extrapolation
 from mrflow.spec import ModelInfo
 
@@ -61,7 +61,7 @@ class SeaCache(Cache):
         """The accumulated change."""
         total, row, before = 0.0, 0, list[Tensor]()
 
-        def due(look: Look) -> bool:
+        def due(look: Evaluation) -> bool:
             nonlocal total, row
             if self.threshold == 0:
                 return True
@@ -78,7 +78,7 @@ class SeaCache(Cache):
 
         return due
 
-    def _seen(self, look: Look) -> Tensor:
+    def _seen(self, look: Evaluation) -> Tensor:
         """What is filtered: (channels, height, width)."""
         if self.of == "latents":
             return look.latents()[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mrflow._checks import check_number, check_whole
-from mrflow.caches.base import Cache, Feature, Look, Rule
+from mrflow.caches.base import Cache, Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Gram, lagrange
 from mrflow.caches.taylorseer import Of, check_of
 from mrflow.errors import PlanError
@@ -65,7 +65,7 @@ class Spectrum(Cache):
         """A fixed list of evaluations: 0 to 4, 6, 8, 11, 15, 20, 25, 31, 38, 46, ... by default."""
         windows = row = 0
 
-        def due(look: Look) -> bool:
+        def due(look: Evaluation) -> bool:
             nonlocal windows, row
             if look.index < self.warmup:
                 return True

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mrflow._checks import check_whole
-from mrflow.caches.base import Cache, Feature, Look, Rule
+from mrflow.caches.base import Cache, Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Extrapolation, Series
 from mrflow.errors import PlanError
 from mrflow.spec import ModelInfo
@@ -45,7 +45,7 @@ class TaylorSeer(Cache):
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """A fixed cadence: 0, 1, 2, 8, 14, 20, ... as published."""
 
-        def due(look: Look) -> bool:
+        def due(look: Evaluation) -> bool:
             return regular(look.index, self.interval, self.warmup)
 
         return due

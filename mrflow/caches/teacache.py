@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mrflow._checks import check_number
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Look, Rule, between, difference, measured
+from mrflow.caches.base import Cache, Evaluation, Rule, between, difference, measured
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.schedules import Schedule, Shifted
@@ -88,7 +88,7 @@ class TeaCache(Cache):
         coefficients = self._known(info)
         total, before = 0.0, list[Tensor]()
 
-        def due(look: Look) -> bool:
+        def due(look: Evaluation) -> bool:
             nonlocal total
             if self.threshold == 0:
                 return True

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrflow._checks import check_whole, is_number, require
-from mrflow.caches.base import Cache, Clock, Look, Rule
+from mrflow.caches.base import Cache, Clock, Evaluation, Rule
 from mrflow.cost import forward_flops
 from mrflow.errors import PlanError
 from mrflow.models.layers import Merge, Merged, Rope
@@ -68,7 +68,7 @@ class ToMA(Cache):
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """Every evaluation is computed."""
 
-        def always(look: Look) -> bool:
+        def always(look: Evaluation) -> bool:
             return True
 
         return always

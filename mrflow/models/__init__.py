@@ -15,7 +15,7 @@ from mrflow.checkpoints.blueprint import collection_paused
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.forks import check_process
 from mrflow.models.family import Family, Loading, families
-from mrflow.models.offload import Ways, check_offload
+from mrflow.models.offload import RuntimeOptions, check_offload
 from mrflow.spec import ModelInfo, Offload, Shift
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
@@ -85,7 +85,7 @@ def load(
         raise PlanError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     if storage not in (None, "fp8"):
         raise PlanError(f"storage must be None or 'fp8', got {storage!r}")
-    ways = Ways(check_offload(offload), bool(fold), compile, graphs, tile, kernels)
+    ways = RuntimeOptions(check_offload(offload), bool(fold), compile, graphs, tile, kernels)
     inside = shipped(str(where))
     path = Path(where) if inside is None else inside
     if inside is not None or is_pocket(path):

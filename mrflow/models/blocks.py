@@ -80,12 +80,12 @@ def mlp(p: Sizes) -> nn.Sequential:
     return nn.Sequential(nn.Linear(p.hidden, p.mlp), nn.GELU(approximate="tanh"), nn.Linear(p.mlp, p.hidden))
 
 
-def bounded(x: Tensor) -> Tensor:
+def clip_fp16(x: Tensor) -> Tensor:
     """x, clipped to the largest finite value in float16, as in the reference (FLUX's streams leave its range)."""
     return x.clip(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
 
 
-class DoubleBlock(nn.Module):
+class DoubleStreamBlock(nn.Module):
     """Image and text with parameters of their own, and one attention over both."""
 
     def __init__(self, p: Sizes, *, split: bool) -> None:
@@ -127,7 +127,7 @@ class DoubleBlock(nn.Module):
         if last:
             return img, txt[:, :0]
         txt, x = ops.gated_norm(txt, tgate1, self.txt_attn.proj(out[:, :t]), tshift2, tscale2)
-        return img, bounded(ops.gated(txt, tgate2, self.txt_mlp(x)))
+        return img, clip_fp16(ops.gated(txt, tgate2, self.txt_mlp(x)))
 
 
 class FinalLayer(nn.Module):

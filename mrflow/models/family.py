@@ -19,7 +19,7 @@ from mrflow.backbone import Backbone
 from mrflow.checkpoints.safetensors import Header
 from mrflow.errors import PlanError
 from mrflow.models.blocks import Transformer
-from mrflow.models.offload import Ways
+from mrflow.models.offload import RuntimeOptions
 from mrflow.spec import ModelInfo, Shift
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
@@ -141,7 +141,7 @@ class Loading:
     dtype: torch.dtype | None
     device: torch.device
     storage: Literal["fp8"] | None
-    ways: Ways
+    ways: RuntimeOptions
     upscaler: Upscaler | None
     chain: Chain[Any, Any] | None
     loras: tuple[Lora, ...]

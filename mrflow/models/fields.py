@@ -16,7 +16,7 @@ def step(
     return net.head(img, table)
 
 
-class Tables:
+class ModulationTables:
     """Modulations by level: of all announced `levels` when the first is asked for, of another one when it is met.
 
     `levels=None` makes them anew each time.

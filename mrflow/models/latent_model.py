@@ -22,8 +22,8 @@ from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed
 from mrflow.models.kernels import compiled, fused
-from mrflow.models.offload import Conveyor, Ledger, Part, Phase, Residency, Ways, tensors_of, watch
-from mrflow.models.pieces import NetPieces
+from mrflow.models.offload import BlockOffloader, Ledger, OffloadManager, Part, Phase, RuntimeOptions, tensors_of, watch
+from mrflow.models.pieces import BlockRunner
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.models.wide import widened
 from mrflow.notes import note
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _ADAPTING = threading.RLock()  # adapters are read once, whichever thread asks first
 TILE = 64  # latent cells a side, where the autoencoder works in tiles
-DIRECT = Ways()
+DIRECT = RuntimeOptions()
 
 
 @runtime_checkable
@@ -74,7 +74,7 @@ class LatentModel(TransformerModel):
         info: ModelInfo,
         device: torch.device,
         step: Callable[..., Tensor],
-        ways: Ways = DIRECT,
+        ways: RuntimeOptions = DIRECT,
         upscaler: Upscaler | None = None,
     ) -> None:
         assert isinstance(vae, Autoencoder)
@@ -92,7 +92,7 @@ class LatentModel(TransformerModel):
         if not ways.compile:
             layers = text.layers() if isinstance(text, TextEncoder) else ()
             watch((*flow.stack(), *flow.modulators(), *layers), files)
-        self._residency = Residency(self._phases(flow, vae), moving=ways.offload != "none", files=files)
+        self._residency = OffloadManager(self._phases(flow, vae), moving=ways.offload != "none", files=files)
         if device.type == "cpu":
             widened(flow)
         if ways.compile:
@@ -108,7 +108,7 @@ class LatentModel(TransformerModel):
         """What runs the network: whole, and in pieces."""
         net, step = self._net, self._whole
         self._step: Callable[..., Tensor] = Graphed(partial(step, net)) if self._graphs else partial(step, net)
-        self._pieces = NetPieces(net, graphs=self._graphs)
+        self._pieces = BlockRunner(net, graphs=self._graphs)
 
     def adapted(self: "Model", loras: Sequence[Lora]) -> "Model":
         """The same model with these adapters on top: all weights are shared, and none is changed.
@@ -184,12 +184,12 @@ class LatentModel(TransformerModel):
         def part(*modules: nn.Module, without: Sequence[nn.Module] = (), pin: bool = False) -> Part:
             return Part(modules, self._device, self.ledger, without=without, pin=pin)
 
-        def conveyor(modules: Sequence[nn.Module], without: Sequence[nn.Module] = ()) -> Conveyor:
-            return Conveyor([(m, part(m, without=without, pin=True)) for m in modules], self._device)
+        def conveyor(modules: Sequence[nn.Module], without: Sequence[nn.Module] = ()) -> BlockOffloader:
+            return BlockOffloader([(m, part(m, without=without, pin=True)) for m in modules], self._device)
 
         modulators = list(self._net.modulators())
         apart: list[nn.Module] = []
-        conveyors: list[Conveyor] = []
+        conveyors: list[BlockOffloader] = []
         if ways.offload == "block" or (ways.offload == "phase" and ways.fold):
             conveyors.append(conveyor(modulators))
             apart += modulators

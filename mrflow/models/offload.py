@@ -24,7 +24,7 @@ OFFLOADS: tuple[Offload, ...] = ("none", "phase", "block")
 
 
 @dataclass(frozen=True)
-class Ways:
+class RuntimeOptions:
     """How a model runs, apart from what it computes.
 
     `offload`: weights stay on the device ("none"), leave it after their phase ("phase"), or visit it block by block
@@ -119,7 +119,7 @@ class Part:
             tensor.data = host
 
 
-class Conveyor:
+class BlockOffloader:
     """Blocks that run one after another: each is on the device while it runs, and the next one is on its way."""
 
     def __init__(self, blocks: Sequence[tuple[nn.Module, Part]], device: torch.device) -> None:
@@ -146,7 +146,7 @@ class Conveyor:
 class Phase:
     """What has to be on the device at the same time: parts that stay for the phase, conveyors that run in it."""
 
-    def __init__(self, parts: Sequence[Part], conveyors: Sequence[Conveyor] = ()) -> None:
+    def __init__(self, parts: Sequence[Part], conveyors: Sequence[BlockOffloader] = ()) -> None:
         self.parts, self.conveyors = parts, conveyors
 
     def bring(self) -> None:
@@ -162,7 +162,7 @@ class Phase:
             part.send_back()
 
 
-class Residency:
+class OffloadManager:
     """Which phase is on the device. One thread at a time uses what moves; what never moves needs no waiting."""
 
     def __init__(self, phases: dict[str, Phase], *, moving: bool, files: Mapping[Path, int] | None = None) -> None:

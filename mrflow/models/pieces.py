@@ -11,7 +11,7 @@ from mrflow.models.cuda_graphs import Graphed
 from mrflow.models.layers import Merge, Rope
 
 
-class NetPieces:
+class BlockRunner:
     """The pieces of one network, the same bits as the whole. With `graphs`, runs of blocks are replayed as CUDA graphs.
 
     One object serves all fields of a model, so that a graph is recorded once for its blocks and shapes.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
-from mrflow.caches import Cache, Look, Rule
+from mrflow.caches import Cache, Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance
@@ -383,7 +383,7 @@ def _rule(cache: Cache, info: ModelInfo) -> list[bool] | None:
     if not forecast.exact:
         return None
     rule = cache.rule(info, POINTS)
-    return [bool(rule(Look(i, i, len(POINTS), sigma))) for i, sigma in enumerate(POINTS)]
+    return [bool(rule(Evaluation(i, i, len(POINTS), sigma))) for i, sigma in enumerate(POINTS)]
 
 
 def _fresh_rule(cache: Cache, info: ModelInfo) -> None:
@@ -418,7 +418,7 @@ class SpoiledCache(Cache):
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         if self.how == "holds":
 
-            def third(look: Look) -> bool:
+            def third(look: Evaluation) -> bool:
                 _asked.append(1)
                 return len(_asked) % 3 == 0
 

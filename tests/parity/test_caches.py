@@ -16,7 +16,18 @@ from einops import rearrange
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.caches import Cache, DBCache, Extrapolation, Look, MagCache, Rule, SeaCache, TaylorSeer, TeaCache, memory
+from mrflow.caches import (
+    Cache,
+    DBCache,
+    Evaluation,
+    Extrapolation,
+    MagCache,
+    Rule,
+    SeaCache,
+    TaylorSeer,
+    TeaCache,
+    memory,
+)
 from mrflow.caches.base import Feature
 from mrflow.caches.calibrate import RecordingModel, RecordingStep, Track
 from mrflow.caches.magcache import RATIOS
@@ -44,7 +55,7 @@ class At(Cache):
         return Extrapolation(self.order, "taylor")
 
     def rule(self, info: mf.ModelInfo, levels: Sequence[float]) -> Rule:
-        def due(look: Look) -> bool:
+        def due(look: Evaluation) -> bool:
             return look.index in self.steps
 
         return due

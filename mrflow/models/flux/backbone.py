@@ -16,7 +16,7 @@ from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, count, encoded_once, footprint
-from mrflow.models.offload import Ways
+from mrflow.models.offload import RuntimeOptions
 from mrflow.models.transformer_model import repeated, side_by_side
 from mrflow.notes import note
 from mrflow.pieces import StepFactory
@@ -38,7 +38,7 @@ class Flux1(LatentModel):
         text: "ClipT5 | None",
         info: ModelInfo,
         device: torch.device,
-        ways: Ways = DIRECT,
+        ways: RuntimeOptions = DIRECT,
         upscaler: Upscaler | None = None,
     ) -> None:
         super().__init__(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mrflow.backbone import Positions, in_parts
 from mrflow.errors import PlanError
-from mrflow.models.fields import Tables
+from mrflow.models.fields import ModulationTables
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.layers import Rope
 from mrflow.pieces import Step
@@ -39,7 +39,7 @@ class FluxField:
         self.positions = positions
         self.flow, self.context, self.pooled, self.guidance = flow, context, pooled, guidance
         self.step, self.using = step, using
-        self.table = Tables(self._tables, levels)
+        self.table = ModulationTables(self._tables, levels)
         self.text: Tensor | None = None
         self.ropes: dict[tuple[int, int, int], Rope] = {}
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from mrflow.errors import PlanError
 from mrflow.models.blocks import (
-    DoubleBlock,
+    DoubleStreamBlock,
     FinalLayer,
     Modulate,
     Sizes,
     Transformer,
     attended,
-    bounded,
+    clip_fp16,
     fused,
     tables,
 )
@@ -114,7 +114,7 @@ class SingleBlock(nn.Module):
         change: Tensor = self.linear2(ops.gelu_beside(out, inner))
         if merged is not None:
             change = torch.cat((change[:, : text - first], merged.up(change[:, text - first :])), 1)
-        x = bounded(ops.gated(x[:, first:], gate, change))
+        x = clip_fp16(ops.gated(x[:, first:], gate, change))
         return x[:, text - first :] if last else x
 
 
@@ -136,7 +136,9 @@ class Flux(Transformer):
         self.time_in = Embedder(SINUSOID, p.hidden)
         self.vector_in = Embedder(p.pooled, p.hidden)
         self.guidance_in = Embedder(SINUSOID, p.hidden) if p.guidance else None
-        self.double_blocks = Blocks[DoubleBlock](DoubleBlock(p, split=split) for _ in range(p.double_blocks))
+        self.double_blocks = Blocks[DoubleStreamBlock](
+            DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks)
+        )
         self.single_blocks = Blocks[SingleBlock](SingleBlock(p, split=split) for _ in range(p.single_blocks))
         self.final_layer = FinalLayer(p)
 

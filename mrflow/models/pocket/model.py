@@ -26,7 +26,7 @@ from mrflow.models.encoders import check_prompt
 from mrflow.models.fields import step as flux_step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
-from mrflow.models.pieces import NetPieces
+from mrflow.models.pieces import BlockRunner
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
 from mrflow.models.transformer_model import TransformerModel, repeated, side_by_side
 from mrflow.pieces import StepFactory
@@ -251,7 +251,7 @@ class Pocket(TransformerModel):
             raise PlanError("pocket has no guidance embedding; use CFG(scale)")
         if options.beside:
             cond = side_by_side(cond, options.beside)
-        own = partial(flux_step, self._flow) if step is None else step(NetPieces(self._flow))
+        own = partial(flux_step, self._flow) if step is None else step(BlockRunner(self._flow))
         field = FluxField(
             self._flow,
             cond["context"],

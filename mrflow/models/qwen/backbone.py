@@ -14,10 +14,10 @@ from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.models.blocks import Transformer
-from mrflow.models.fields import Tables
+from mrflow.models.fields import ModulationTables
 from mrflow.models.folded import Folded
 from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, encoded_once, footprint
-from mrflow.models.offload import Ways
+from mrflow.models.offload import RuntimeOptions
 from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
@@ -45,7 +45,7 @@ class Qwen(LatentModel):
         text: "QwenText | None",
         info: ModelInfo,
         device: torch.device,
-        ways: Ways = DIRECT,
+        ways: RuntimeOptions = DIRECT,
         upscaler: Upscaler | None = None,
         tables: Mapping[float, Tensor] | None = None,
     ) -> None:
@@ -115,7 +115,7 @@ class Qwen(LatentModel):
             )
         items = self._states(cond)
         alike = len({len(item) for item in items}) == 1
-        tables = Tables(self._tables, sigmas)
+        tables = ModulationTables(self._tables, sigmas)
         fields = [
             QwenField(
                 self._flow,

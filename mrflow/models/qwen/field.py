@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mrflow.backbone import Positions, in_parts
 from mrflow.errors import PlanError
-from mrflow.models.fields import Tables
+from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
 from mrflow.models.qwen.transformer import QwenImage, packed_attention
 from mrflow.models.qwen.transformer import positions as grid_positions
@@ -51,7 +51,7 @@ class QwenField:
         positions: Positions | None = None,
     ) -> None:
         self.net, self.branches, self.positions = net, branches, positions
-        self.step, self.table, self.using = step, Tables(tables, levels), using
+        self.step, self.table, self.using = step, ModulationTables(tables, levels), using
         items = [item for branch in branches for item in branch]
         # Equal lengths side by side, so that attention may treat them as a batch.
         self.order = sorted(range(len(items)), key=lambda i: len(items[i]))

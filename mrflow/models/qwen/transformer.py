@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.blocks import DoubleBlock, FinalLayer, Sizes, Transformer, bounded, tables
+from mrflow.models.blocks import DoubleStreamBlock, FinalLayer, Sizes, Transformer, clip_fp16, tables
 from mrflow.models.layers import (
     SINUSOID,
     Attention,
@@ -119,7 +119,9 @@ class QwenImage(Transformer):
         self.txt_norm = RMSNorm(p.context, late=True)
         self.txt_in = nn.Linear(p.context, p.hidden)
         self.time_in = Embedder(SINUSOID, p.hidden)
-        self.double_blocks = Blocks[DoubleBlock](DoubleBlock(p, split=split) for _ in range(p.double_blocks))
+        self.double_blocks = Blocks[DoubleStreamBlock](
+            DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks)
+        )
         self.final_layer = FinalLayer(p)
 
     @property
@@ -222,7 +224,7 @@ class QwenImage(Transformer):
                 own = vectors[12 * i : 12 * i + 12]
                 how = merge("double", i) if merge is not None else None
                 img, txt = block(img, txt, rope, own, attend or self.attention, last=i == last, merge=how, ops=self.ops)
-                img = bounded(img)
+                img = clip_fp16(img)
         return img, txt
 
     def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "m v d"]) -> Float[Tensor, "b l o"]:

@@ -11,10 +11,10 @@ from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.models.encoders import padded
-from mrflow.models.fields import Tables, step
+from mrflow.models.fields import ModulationTables, step
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.latent_model import DIRECT, LatentModel, encoded_once
-from mrflow.models.offload import Ways
+from mrflow.models.offload import RuntimeOptions
 from mrflow.models.zimage.field import ZImageField, alike
 from mrflow.models.zimage.transformer import ZImage
 from mrflow.pieces import StepFactory
@@ -36,7 +36,7 @@ class ZImageModel(LatentModel):
         text: "ZImageText | None",
         info: ModelInfo,
         device: torch.device,
-        ways: Ways = DIRECT,
+        ways: RuntimeOptions = DIRECT,
         upscaler: Upscaler | None = None,
     ) -> None:
         super().__init__(
@@ -72,7 +72,7 @@ class ZImageModel(LatentModel):
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale)")
         batch = cond.batch
         texts = [states for each in (cond, *options.beside) for states in self._states(each)]
-        table = Tables(self._tables, options.sigmas if self._ways.fold else None)
+        table = ModulationTables(self._tables, options.sigmas if self._ways.fold else None)
         groups = [
             (
                 rows,

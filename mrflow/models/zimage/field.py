@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mrflow.backbone import Positions, in_parts
-from mrflow.models.fields import Tables
+from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
 from mrflow.models.zimage.transformer import ZImage, filling
 from mrflow.models.zimage.transformer import positions as grid_positions
@@ -28,7 +28,7 @@ class ZImageField:
         texts: Sequence[Tensor],
         *,
         step: Step,
-        table: Tables,
+        table: ModulationTables,
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
         positions: Positions | None = None,
     ) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mrflow.models.blocks import Sizes, Transformer, attended, bounded, fused
+from mrflow.models.blocks import Sizes, Transformer, attended, clip_fp16, fused
 from mrflow.models.layers import (
     SINUSOID,
     Attention,
@@ -142,7 +142,7 @@ class Block(nn.Module):
         change = on_image(up, self.attention(on_image(down, given, text), rope, attend), text)
         x = torch.addcmul(x, gate1, self.attention_norm2(change))
         change = on_image(up, self.feed_forward(on_image(down, self.ffn_norm1(x) * scale2, text)), text)
-        return bounded(torch.addcmul(x, gate2, self.ffn_norm2(change)))
+        return clip_fp16(torch.addcmul(x, gate2, self.ffn_norm2(change)))
 
 
 def on_image(f: Callable[[Tensor], Tensor] | None, x: Float[Tensor, "b n d"], text: int) -> Float[Tensor, "b m d"]:
