@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 import mrflow as mf
 from experiments.train_pocket.data import WORLDS
+from mrflow.records.chains import encode_chain
 from mrflow.records.pictures import check_writable, write_bytes
 from mrflow.scenes.grammar import held_out_captions
 from mrflow.scenes.score import other_captions, score
@@ -67,7 +68,7 @@ def read_back(
     for i in range(0, len(captions), batch):
         mine, noise = captions[i : i + batch], seeds[i : i + batch]
         facts = (model.info.version, str(model.device), torch.__version__, noise, mine, swapped[i : i + batch])
-        key = repr((chain, *facts))
+        key = repr((encode_chain(chain), *facts))
         path = None if keep is None else keep / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if path is not None and path.exists():
             both = json.loads(path.read_text())

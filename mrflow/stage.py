@@ -341,8 +341,11 @@ def plan(
 
 
 def short(stage: object) -> str:
-    """`Sample(...)` or `Decode()`: a stage's name for errors."""
-    plain = dataclasses.is_dataclass(stage) and not dataclasses.fields(stage)
+    """`Sample(...)`, or `Decode()` where every setting is the default: a stage's name for errors."""
+    plain = dataclasses.is_dataclass(stage) and all(
+        field.default is not dataclasses.MISSING and getattr(stage, field.name) == field.default
+        for field in dataclasses.fields(stage)
+    )
     return f"{type(stage).__name__}({'' if plain else '...'})"
 
 

@@ -129,7 +129,7 @@ def test_plan_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", "a", "--steps", "1.5"], 2, ""),
         (["generate", "a", "--sigma", "nan"], 2, "sigma must be above 0 and at most 1"),
         (["generate", "a", "--sigma", "2"], 2, "sigma must be above 0 and at most 1"),
-        (["generate", "a", "--seed", "-1"], 2, "a seed must be"),
+        (["generate", "a", "--seed", "-1"], 2, "--seed must be a whole number from 0"),
         (["generate", "a", "--batch", "0"], 2, "--batch must be at least 1"),
         (["generate", "a", "--recipe", "fast"], 2, "there is no recipe 'fast'; use paper, official, native, lift"),
         (["generate", "a", "--sr", "magic"], 2, "--sr takes own, nearest"),

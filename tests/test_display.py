@@ -39,7 +39,7 @@ sweep = mf.Sweep({"dim": chain}, ["a red circle"], seeds=[0])
 
 def mrflow(*arguments: str, cwd: Path, **how: object) -> "subprocess.CompletedProcess[str]":
     """The program as a process of its own."""
-    root = str(Path(words.__file__).parents[1])
+    root = str(Path(words.__file__).parents[2])
     line = [sys.executable, "-m", "mrflow", *arguments]
     how.setdefault("stdout", subprocess.PIPE)
     env = os.environ | {"PYTHONPATH": root}

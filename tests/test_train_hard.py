@@ -56,7 +56,7 @@ def test_the_last_checkpoint_can_be_written_at_any_time(tmp_path: Path, monkeypa
         run_main(monkeypatch, *WHOLE, "--out", str(tmp_path), "--minutes", "1e-9")
     run_main(monkeypatch, *WHOLE, "--out", str(tmp_path), "--finish")
     average = torch.load(tmp_path / "flow.pt", weights_only=True)["average"]
-    written = load_file(tmp_path / "pocket-4.safetensors")
+    written = load_file(tmp_path / "pocket-4.safetensors") | load_file(tmp_path / "pocket-4-autoencoder.safetensors")
     assert torch.equal(written["text.places"], average["text.places"].half())
     auto = finished(Run(tmp_path), "autoencoder")
     assert auto is not None and torch.equal(written["autoencoder.std"], auto["std"].half())

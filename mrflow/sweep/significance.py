@@ -28,7 +28,7 @@ def sign_flip(differences: Sequence[float], *, flips: int = FLIPS, seed: int = 0
     x = x[x != 0]
     if not len(x):
         return 1.0
-    bar = abs(float(x.sum())) - 1e-9 * float(np.abs(x).sum())  # sums of other orders count as equal
+    bar = abs(float(x.sum())) - 1e-12 * float(np.abs(x).sum())  # sums of other orders count as equal
     if len(x) > MANY:
         square = float(np.square(x).sum())
         z: float = abs(float(x.sum())) / math.sqrt(square)

@@ -246,7 +246,7 @@ def test_levels_are_those_the_scheduler_runs(name: str, pipes: Callable[[str], A
     def check(steps: int, rows: int, columns: int) -> None:
         tokens, scheduler = rows * columns, deepcopy(pipe.scheduler)
         mu = model.info.shift.mu(tokens)
-        if name.startswith("klein"):
+        if name.startswith(("klein", "flux2")):
             from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
             mu = compute_empirical_mu(tokens, steps)
@@ -286,7 +286,8 @@ def test_operations_are_those_counted(name: str, pipes: Callable[[str], Any]) ->
     info, words = model.info, model.info.architecture
     assert words is not None
     cond = model.condition(["a cat"])
-    context = cond["context"][:, :1].expand(1, words.text_tokens, -1)
+    one = cond["context"][:, :1]
+    context = one.expand(1, words.text_tokens, *one.shape[2:])
     tensors = {**cond.tensors, "context": context}
     if "mask" in tensors:
         tensors["mask"] = torch.ones(1, words.text_tokens, dtype=torch.long)

@@ -136,9 +136,7 @@ class Flux(Transformer):
         self.time_in = Embedder(SINUSOID, p.hidden)
         self.vector_in = Embedder(p.pooled, p.hidden)
         self.guidance_in = Embedder(SINUSOID, p.hidden) if p.guidance else None
-        self.double_blocks = Blocks[DoubleStreamBlock](
-            DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks)
-        )
+        self.double_blocks = Blocks(DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks))
         self.single_blocks = Blocks[SingleBlock](SingleBlock(p, split=split) for _ in range(p.single_blocks))
         self.final_layer = FinalLayer(p)
 

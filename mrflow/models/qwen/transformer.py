@@ -119,9 +119,7 @@ class QwenImage(Transformer):
         self.txt_norm = RMSNorm(p.context, late=True)
         self.txt_in = nn.Linear(p.context, p.hidden)
         self.time_in = Embedder(SINUSOID, p.hidden)
-        self.double_blocks = Blocks[DoubleStreamBlock](
-            DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks)
-        )
+        self.double_blocks = Blocks(DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks))
         self.final_layer = FinalLayer(p)
 
     @property
