@@ -1,6 +1,7 @@
 """Qwen-Image pipelines as backbones."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ FLAGS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_e
 class BridgedQwen(Bridged):
     """Qwen-Image as its pipeline runs it: masked text states, one frame of a video autoencoder, rescaled guidance."""
 
-    accepts = ("QwenImagePipeline", "QwenImageImg2ImgPipeline")
+    accepts: ClassVar[tuple[str, ...]] = ("QwenImagePipeline", "QwenImageImg2ImgPipeline")
     family = FAMILY
 
     def check_parts(self) -> None:

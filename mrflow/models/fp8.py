@@ -9,7 +9,7 @@ older convention marks itself with a tensor `scaled_fp8` and names scales `<laye
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +151,8 @@ def store_fp8(module: nn.Module) -> None:
     """Put an `Fp8Linear` in the place of every linear of a module that was built on the meta device."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
+            bias = cast("Tensor | None", child.bias) is not None
             with blueprint():
-                setattr(module, name, Fp8Linear(child.in_features, child.out_features, bias=child.bias is not None))
+                setattr(module, name, Fp8Linear(child.in_features, child.out_features, bias=bias))
         else:
             store_fp8(child)

@@ -323,7 +323,7 @@ def merge(net: nn.Module, changed: Mapping[str, Change]) -> None:
             added = weight.float() + change.matrix().to(weight.device)
             module.weight = nn.Parameter(added.to(weight.dtype), requires_grad=False)
         if change.bias is not None:
-            own, weight = cast("Tensor | None", module.bias), cast("Tensor", module.weight)
+            own, weight = cast("Tensor | None", module.bias), module.weight
             if own is None:
                 kept = torch.float32 if weight.dtype.itemsize == 1 else weight.dtype
                 own = torch.zeros(len(weight), dtype=kept, device=weight.device)

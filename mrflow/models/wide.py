@@ -1,5 +1,7 @@
 """bfloat16 weights on processors that have no bfloat16 instructions: products are made in float32."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -32,5 +34,9 @@ def widened(net: nn.Module) -> None:
     if has_bfloat16():
         return
     for module in net.modules():
-        if type(module) is nn.Linear and module.bias is not None and module.weight.dtype == torch.bfloat16:
+        if (
+            type(module) is nn.Linear
+            and cast(object, module.bias) is not None
+            and module.weight.dtype == torch.bfloat16
+        ):
             module.__class__ = WideLinear

@@ -65,7 +65,7 @@ class Lift(Stage[Latents, Latents]):
         """Enlarge."""
         x, size = state.data, (out.height, out.width)
         if self.upscaler is not None:
-            for _ in range(passes_to(size, *x.shape[-2:], self.upscaler.scale)):
+            for _ in range(passes_to(size, x.shape[-2], x.shape[-1], self.upscaler.scale)):
                 x = enlarged(self.upscaler, x)
         if tuple(x.shape[-2:]) == size:
             return x

@@ -136,7 +136,8 @@ class Flux(Transformer):
         self.time_in = Embedder(SINUSOID, p.hidden)
         self.vector_in = Embedder(p.pooled, p.hidden)
         self.guidance_in = Embedder(SINUSOID, p.hidden) if p.guidance else None
-        self.double_blocks = Blocks(DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks))
+        double = (DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks))
+        self.double_blocks = Blocks[DoubleStreamBlock](double)
         self.single_blocks = Blocks[SingleBlock](SingleBlock(p, split=split) for _ in range(p.single_blocks))
         self.final_layer = FinalLayer(p)
 
@@ -188,8 +189,7 @@ class Flux(Transformer):
     def modulators(self) -> Iterator[nn.Module]:
         """The linears that make modulation vectors, in the order of use."""
         for block in self.double_blocks:
-            yield block.img_mod.lin
-            yield block.txt_mod.lin
+            yield from (block.img_mod.lin, block.txt_mod.lin)
         for single in self.single_blocks:
             yield single.modulation.lin
         yield self.final_layer.adaLN_modulation[1]

@@ -119,7 +119,8 @@ class QwenImage(Transformer):
         self.txt_norm = RMSNorm(p.context, late=True)
         self.txt_in = nn.Linear(p.context, p.hidden)
         self.time_in = Embedder(SINUSOID, p.hidden)
-        self.double_blocks = Blocks(DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks))
+        double = (DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks))
+        self.double_blocks = Blocks[DoubleStreamBlock](double)
         self.final_layer = FinalLayer(p)
 
     @property

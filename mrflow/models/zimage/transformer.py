@@ -185,7 +185,7 @@ class ZImage(Transformer):
         self.context_refiner = Blocks[Block](Block(p, split=split, modulated=False) for _ in range(p.refiners))
         self.noise_refiner = Blocks[Block](Block(p, split=split) for _ in range(p.refiners))
         self.layers = Blocks[Block](Block(p, split=split) for _ in range(p.layers))
-        self.final_layer = FinalLayer(p)
+        self.final_layer = FinalLayer(p)  # type: ignore[assignment]  # pyright: ignore  (of its own kind)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,7 +221,7 @@ class ZImage(Transformer):
     def conditioning_vector(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, "b e"]:
         """The embedded level, counted from noise and rounded as in the pipeline: what every modulation starts from."""
         time = (1000 - 1000 * sigma.float()) / 1000 * 1000
-        return self.t_embedder(sinusoid(time, SINUSOID).to(self.dtype))
+        return self.t_embedder(sinusoid(time, SINUSOID).to(self.dtype))  # type: ignore[no-any-return]
 
     def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
         """The image stream, from tokens of any floating dtype."""
