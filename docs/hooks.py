@@ -3,9 +3,10 @@
 import ast
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {
@@ -18,10 +19,10 @@ OUTSIDE = {
 """Pages of the site, and the files of the repository that they are."""
 ROOMS = {
     "maths": ("Schedules, solvers, guidance, noise", ("flow", "schedules", "solvers", "guidance", "noise", "parts")),
-    "stages": ("Stages and chains", ("stage", "stages", "spec", "rivals", "recipes", "students")),
-    "running": ("Running, results, records", ("runner", "result", "records", "errors")),
+    "stages": ("Stages and chains", ("stage", "stages", "spec", "rivals", "recipes", "students", "tiling")),
+    "running": ("Running, results, records", ("runner", "result", "records", "errors", "progress")),
     "models": ("Models and adapters", ("models", "backbone", "adapters", "policies", "bridge")),
-    "upscalers": ("Upscalers", ("upscaler", "upscalers")),
+    "upscalers": ("Upscalers and decoders", ("upscaler", "upscalers", "decoder", "decoders")),
     "caches": ("Caches", ("caches",)),
     "sweeps": ("Sweeps, metrics, statistics", ("sweep", "metrics")),
     "testing": ("Laws and strategies for tests", ("testing",)),
@@ -62,19 +63,16 @@ def _names(package: str) -> list[str]:
     return out
 
 
-def on_files(files: Files, config: Any) -> Files:  # noqa: ANN401 (mkdocs has no types for it)
+def on_files(files: "Files", config: Any) -> "Files":  # noqa: ANN401 (mkdocs has no types for it)
     """Add what lies outside, and the API."""
+    from mkdocs.structure.files import File
+
     for page, source in OUTSIDE.items():
         files.append(File.generated(config, page, content=_moved(ROOT / source, page)))
     for page, names in public().items():
         body = "\n\n".join(f"::: {name}" for name in sorted(names, key=lambda name: name.rpartition(".")[2].lower()))
         files.append(File.generated(config, f"api/{page}.md", content=f"# {ROOMS[page][0]}\n\n{body}\n"))
     return files
-
-
-def on_nav(nav: Any, config: Any, files: Files) -> Any:  # noqa: ANN401
-    """Nothing more: the pages of the API are in the list by name."""
-    return nav
 
 
 def on_config(config: Any) -> Any:  # noqa: ANN401

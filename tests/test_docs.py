@@ -81,3 +81,17 @@ def test_every_public_name_is_in_the_reference() -> None:
         - {"caches", "metrics", "sweep", "recipes", "schedules", "solvers", "students", "testing"}
     )
     assert not sorted(n for n in names if not re.search(rf"`(?:[\w.]*\.)?{n}[`(]", page))
+
+
+def test_the_site_shows_every_page_and_every_public_name() -> None:
+    """What `make site` would refuse, without its packages: pages that its list leaves out, names without a page."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    hooks = module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert sum(map(len, hooks.public().values())) > 150
+    listed = set(re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")}
+    assert pages | set(hooks.OUTSIDE) == listed
