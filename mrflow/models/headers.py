@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.names import PARTS, before
-from mrflow.checkpoints.safetensors import Header, Source
+from mrflow.checkpoints.safetensors import Header, Layout, Source
 from mrflow.errors import WeightsError
 from mrflow.models.family import marks
 
@@ -66,6 +66,34 @@ def one_part(name: str, tensor: Tensor, names: Names) -> Source | None:
         return None
     whole = names(name[: part.start()] + "." + name[part.end() :])
     return Source((whole[int(part[1])],), (tensor.shape[0],))
+
+
+def even(parts: int, rows: int) -> tuple[int, ...]:
+    """The rows of a matrix shared out evenly among the parts that it is kept in."""
+    return (rows // parts,) * parts
+
+
+def transformer_layout(
+    net: nn.Module,
+    names: Names,
+    *,
+    split: Callable[[int, int], tuple[int, ...]] = even,
+    scale_first: bool = True,
+) -> Layout:
+    """Where every parameter of a transformer lies.
+
+    `split` gives the rows of each part of a fused matrix, from their number and all rows. A last modulation that the
+    network has as (shift, scale), not `scale_first`, is (scale, shift) in diffusers' files (`norm_out`).
+    """
+    layout: dict[str, Source] = {}
+    for name, tensor in net.state_dict().items():
+        if (apart := one_part(name, tensor, names)) is not None:
+            layout[name] = apart
+            continue
+        parts = names(name)
+        swap = "norm_out" in parts[0] and not scale_first
+        layout[name] = Source(parts, split(len(parts), tensor.shape[0]), swap=swap)
+    return layout
 
 
 def count(header: Header, names: Names, template: str) -> int:

@@ -37,10 +37,10 @@ from mrflow.models.headers import (
     axes_of,
     config_of,
     count,
-    one_part,
     part,
     refuse,
     shape,
+    transformer_layout,
 )
 from mrflow.models.layers import SplitLinear
 
@@ -255,15 +255,12 @@ def flux_layout(flux: Flux, names: Names) -> Layout:
 
     diffusers' last modulation is (scale, shift), native is (shift, scale).
     """
-    layout: dict[str, Source] = {}
-    for name, tensor in flux.state_dict().items():
-        if (apart := one_part(name, tensor, names)) is not None:
-            layout[name] = apart
-            continue
-        parts, rows, d = names(name), tensor.shape[0], flux.params.hidden
-        split = (rows,) if len(parts) == 1 else (d, d, d, rows - 3 * d)[: len(parts)]
-        layout[name] = Source(parts, split, swap="norm_out" in parts[0] and not flux.final_layer.scale_first)
-    return layout
+    d = flux.params.hidden
+
+    def split(parts: int, rows: int) -> tuple[int, ...]:
+        return (rows,) if parts == 1 else (d, d, d, rows - 3 * d)[:parts]
+
+    return transformer_layout(flux, names, split=split, scale_first=flux.final_layer.scale_first)
 
 
 def vae_layout(vae: VaeFlux, names: Names) -> Layout:

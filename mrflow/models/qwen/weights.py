@@ -33,7 +33,7 @@ from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.models.blocks import tables
 from mrflow.models.folded import Folded
 from mrflow.models.fp8 import Fp8Linear, described, store_fp8
-from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, count, one_part, part, shape
+from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, count, part, shape, transformer_layout
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
 from mrflow.notes import note
@@ -172,15 +172,7 @@ def qwen_names(name: str) -> tuple[str, ...]:
 
 def qwen_layout(net: QwenImage, names: Names) -> Layout:
     """Where every parameter of the transformer lies; the last modulation is (scale, shift) there."""
-    layout: dict[str, Source] = {}
-    for name, tensor in net.state_dict().items():
-        if (apart := one_part(name, tensor, names)) is not None:
-            layout[name] = apart
-            continue
-        parts, rows = names(name), tensor.shape[0]
-        swap = "norm_out" in parts[0] and not net.final_layer.scale_first
-        layout[name] = Source(parts, (rows // len(parts),) * len(parts), swap=swap)
-    return layout
+    return transformer_layout(net, names, scale_first=net.final_layer.scale_first)
 
 
 def qwen_params(header: Header, names: Names) -> QwenParams:

@@ -15,14 +15,13 @@ from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
     Prepared,
-    Source,
     check_layout,
     compute_dtype,
     open_checkpoint,
 )
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.fp8 import described, store_fp8
-from mrflow.models.headers import Names, agree, axes_of, config_of, count, one_part, part, shape
+from mrflow.models.headers import Names, agree, axes_of, config_of, count, part, shape, transformer_layout
 from mrflow.models.zimage.transformer import ZImage, ZImageParams
 
 CLASS = "ZImageTransformer2DModel"
@@ -101,14 +100,7 @@ def prepare_zimage(
 
 def zimage_layout(net: ZImage, names: Names) -> Layout:
     """Where every parameter of the transformer lies."""
-    layout: dict[str, Source] = {}
-    for name, tensor in net.state_dict().items():
-        if (apart := one_part(name, tensor, names)) is not None:
-            layout[name] = apart
-            continue
-        parts, rows = names(name), tensor.shape[0]
-        layout[name] = Source(parts, (rows // len(parts),) * len(parts))
-    return layout
+    return transformer_layout(net, names)
 
 
 def zimage_params(header: Header, names: Names) -> ZImageParams:
