@@ -47,12 +47,12 @@ class QwenFamily(Family):
 
     def facts(self, files: Files) -> ModelInfo:
         """Qwen-Image's, with the files' own sizes."""
-        from mrflow.models.qwen.text import QwenTextFiles
+        from mrflow.models.language import LanguageFiles
 
         prepared = prepare_qwen(files.transformer)
         vae = prepare_vae_qwen(files.vae, dtype=prepared.dtype)
         net = prepared.net.to(prepared.dtype)
-        words = text_bytes((files.text.encoder,), "layers") if isinstance(files.text, QwenTextFiles) else None
+        words = text_bytes((files.text.encoder,), "layers") if isinstance(files.text, LanguageFiles) else None
         return qwen_info(
             net,
             vae.net.to(prepared.dtype),
@@ -64,7 +64,8 @@ class QwenFamily(Family):
 
     def load(self, loading: Loading) -> Backbone:
         """The model from its parts; with a chain, the modulations of its levels instead of their linears."""
-        from mrflow.models.qwen.text import QwenTextFiles, prepare_text_qwen
+        from mrflow.models.language import LanguageFiles
+        from mrflow.models.qwen.text import prepare_text_qwen
 
         files, where, device, resting = loading.files, loading.where, loading.device, loading.resting
         prepared_vae = prepare_vae_qwen(files.vae, dtype=loading.working, device=resting)
@@ -76,7 +77,7 @@ class QwenFamily(Family):
         if loading.chain is not None and touched:
             raise PlanError(f"the LoRA changes modulations ({touched[0]}), which fold=chain never loads: use fold=True")
         read_text = None
-        if isinstance(files.text, QwenTextFiles):
+        if isinstance(files.text, LanguageFiles):
             read_text = prepare_text_qwen(files.text, dtype=loading.dtype, device=resting)
         vae, made = prepared_vae.read(), None
         if loading.chain is None:

@@ -64,17 +64,18 @@ class ZImageFamily(Family):
 
     def facts(self, files: Files) -> ModelInfo:
         """Z-Image-Turbo's or Z-Image's, told apart by the scheduler's factor, with the files' own sizes."""
-        from mrflow.models.zimage.text import ZImageTextFiles
+        from mrflow.models.language import LanguageFiles
 
         prepared = prepare_zimage(files.transformer)
         vae = prepare_vae_flux(files.vae, dtype=prepared.dtype)
-        words = text_bytes((files.text.encoder,), "layers") if isinstance(files.text, ZImageTextFiles) else None
+        words = text_bytes((files.text.encoder,), "layers") if isinstance(files.text, LanguageFiles) else None
         net, vae_net = prepared.net.to(prepared.dtype), vae.net.to(prepared.dtype)
         return zimage_info(net, vae_net, words, files.curve, version="")
 
     def load(self, loading: Loading) -> Backbone:
         """The model from its parts."""
-        from mrflow.models.zimage.text import ZImageTextFiles, prepare_text_zimage
+        from mrflow.models.language import LanguageFiles
+        from mrflow.models.zimage.text import prepare_text_zimage
 
         files, device, resting = loading.files, loading.device, loading.resting
         if loading.chain is not None:
@@ -83,7 +84,7 @@ class ZImageFamily(Family):
         prepared = prepare_zimage(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
         changed = changes(prepared.net, loading.loras, files.where) if loading.loras else {}
         read_text = None
-        if isinstance(files.text, ZImageTextFiles):
+        if isinstance(files.text, LanguageFiles):
             read_text = prepare_text_zimage(files.text, dtype=loading.dtype, device=resting)
         vae, flow, text = prepared_vae.read(), prepared.read(), None if read_text is None else read_text()
         merge(flow, changed)
