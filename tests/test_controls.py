@@ -15,7 +15,7 @@ from mrflow.models import info
 from mrflow.scenes import score
 from mrflow.scenes.fidelity import fidelity
 from mrflow.sweep import controls, read, run_sweep
-from mrflow.sweep.controls import affordable
+from mrflow.sweep.control_rows import affordable
 from mrflow.sweep.summary import summarise
 from tests.test_statistics import row
 

@@ -81,3 +81,18 @@ def test_no_imports_run_in_a_circle() -> None:
     assert not circles(knows)
     below = knows["mrflow.spec"] | {"mrflow.runner"}
     assert "mrflow.stage" in circles(knows | {"mrflow.spec": below})  # the measure sees a circle of several
+
+
+@pytest.mark.parametrize("package", ["mrflow", "mrflow.sweep"])
+def test_no_public_name_is_also_a_file(package: str) -> None:
+    """Importing a file puts the module in the place of what has its name."""
+    folder = ROOT / package.replace(".", "/")
+    files = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    public = ast.parse((folder / "_api.py").read_text(encoding="utf-8")).body
+    names = {
+        alias.name
+        for node in public
+        if isinstance(node, ast.ImportFrom) and node.module != package  # a module handed on as such may be one
+        for alias in node.names
+    }
+    assert len(names) > 20 and not names & files

@@ -2,7 +2,7 @@
 
 from mrflow.sweep.aims import Aim as Aim
 from mrflow.sweep.aims import Scale as Scale
-from mrflow.sweep.controls import controls as controls
+from mrflow.sweep.control_rows import controls as controls
 from mrflow.sweep.grid import Prompt as Prompt
 from mrflow.sweep.grid import Sweep as Sweep
 from mrflow.sweep.grid import seed_of as seed_of
