@@ -14,7 +14,6 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +22,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import mrflow as mf
+from experiments.failures.details import DETAILS
 from experiments.pocket_scores import interval, pictures, seeds_of
 from experiments.train_pocket.data import rendered, unit
 from mrflow.models.pocket.model import SHIPPED, Pocket, load_pocket
 from mrflow.records.pictures import check_writable, write_bytes
-from mrflow.scenes.hard import FACE_SIZES, GRIDS, HARD, LETTER_SIZES, PERIODS, fill, held_out_captions, parse
+from mrflow.scenes.hard import HARD, fill, held_out_captions, parse
 from mrflow.scenes.legible import READ_BY, hard_score
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
 DRAWS = 60  # renderings in a mean
 DOSES = {
-    **{f"letters {size}": ("sign", replace(HARD, letters={size: 1.0})) for size in LETTER_SIZES},
-    **{f"faces {size}": ("faces", replace(HARD, faces={size: 1.0})) for size in FACE_SIZES},
-    **{f"grid {name}": ("grid", replace(HARD, grids={name: 1.0})) for name in GRIDS},
-    **{f"texture {name}": ("texture", replace(HARD, periods={name: 1.0})) for name in PERIODS},
+    **{f"{name} {size}": (d.kind, world) for name, d in DETAILS.items() for size, world in d.worlds.items()},
     "objects": ("objects", HARD),
 }
 PATHS = ("truth", "autoencoder", "staged path", "mean", "other")

@@ -134,15 +134,15 @@ def rows(size: int, upscaler: mf.Upscaler | None, sigma: float, steps: int) -> d
     }
 
 
-def legible(pixels: Tensor, page: Page, read: Reader, *, shift: int = 0) -> list[float]:
+def legible(pixels: Tensor, words: Sequence[str], boxes: Sequence[Box], read: Reader, *, shift: int = 0) -> list[float]:
     """1 - edits / letters of each word, at least 0, read from its own box; `shift` compares with another's word."""
     scores, side = list[float](), pixels.shape[-1]
-    for i, (left, top, right, bottom) in enumerate(page.boxes):
+    for i, (left, top, right, bottom) in enumerate(boxes):
         cut = pixels[..., max(top, 0) : min(bottom, side), max(left, 0) : min(right, side)]
         wide = round(48 * cut.shape[-1] / cut.shape[-2])
         line = torch.nn.functional.interpolate(cut, (48, wide), mode="bicubic", align_corners=False).clamp(0, 1)
         text = read((255 * line[0].permute(1, 2, 0)).round().byte().cpu().numpy())
-        word = page.words[(i + shift) % len(page.words)]
+        word = words[(i + shift) % len(words)]
         scores.append(max(0.0, 1 - edit_distance(text.replace(" ", "").lower(), word.lower()) / len(word)))
     return scores
 
@@ -222,7 +222,7 @@ def study(args: argparse.Namespace) -> None:
                 key = f"{name} {height} {number}"
                 if key not in kept:
                     drawn = _sent(sheet, chain, smaller(sheet.pixels, low) if small else sheet.pixels, model)
-                    kept[key] = legible(drawn, sheet, read, shift=int(name == "other"))
+                    kept[key] = legible(drawn, sheet.words, sheet.boxes, read, shift=int(name == "other"))
                     if args.out is not None:
                         write_bytes(args.out, json.dumps({"mark": mark, "asked": asked, "scores": kept}).encode())
             scores[float(height)] = {str(n): kept[f"{name} {height} {n}"] for n in range(len(sheets))}

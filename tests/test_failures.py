@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import mrflow as mf
 from experiments.failures import tables
 from experiments.failures.crossing import Crossing, crossing
 from experiments.failures.details import DETAILS, prompts
+from experiments.failures.figure import draw
 from experiments.failures.questions import LOSSES, QUESTIONS, Setting
 from mrflow.models import info
 from mrflow.scenes import render
@@ -123,3 +125,38 @@ def test_letters_are_read_by_a_sweep() -> None:
     assert read(caption) == {"legible.letters": 1.0, "legible": 1.0}
     assert read("a blue sign in 13% letters, CAT and SUN and BUG")["legible"] < 0.3
     assert read("a photograph of a dog") == {}
+
+
+def mapped() -> list[Row]:
+    """Native sampling reads letters from 5 % on, staged sampling from 8 % on."""
+    least = {"native": 0.05, "staged": 0.08}
+    return [
+        made(chain, i, size, float(share >= least[chain]))
+        for chain in least
+        for size, share in DETAILS["letters"].sizes.items()
+        for i in range(20)
+    ]
+
+
+def test_the_map_says_from_which_size_on_half_is_legible() -> None:
+    lines = tables.half_legible(mapped(), size=256, low=128, reference="native")
+    assert "1 % is 2.56 px here and 0.16 latent cells of the low stage" in lines[0]
+    found = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in lines if line.startswith("| ")}
+    assert found["native"].startswith("4.5 [") and found["staged"].startswith("6.9 [")  # between two sizes, in log
+
+
+def test_the_map_is_drawn(tmp_path: Path) -> None:
+    def drawn(rows: list[Row]) -> str:
+        draw(rows, tmp_path / "maps" / "map.svg", size=256, low=128)
+        return (tmp_path / "maps" / "map.svg").read_text(encoding="utf-8")
+
+    rows = mapped()
+    picture = drawn(rows)
+    assert all(f"<!-- {text} -->" in picture for text in ("native", "staged", "letters", "% of the side"))
+    worse = [replace(r, metrics={"legible.letters": 0.0}) if r.chain == "staged" else r for r in rows]
+    assert drawn(worse) != picture == drawn(rows)  # it shows the rows, and nothing else
+
+
+def test_the_map_holds_the_truth_and_its_paths() -> None:
+    chains = QUESTIONS["map"](SETTING, info("pocket"))
+    assert {"truth", "truth, autoencoder", "truth, staged path"} < set(chains) and next(iter(chains)) == "native"

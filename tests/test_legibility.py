@@ -40,9 +40,9 @@ def test_a_page_has_letters_of_its_height(height: int) -> None:
 
 def test_the_reader_reads_the_page_and_nothing_else() -> None:
     PAGES.append(sheet := page(256, 16, 0))
-    assert np.mean(legible(sheet.pixels, sheet, nearest)) > 0.95
-    assert np.mean(legible(sheet.pixels, sheet, nearest, shift=1)) < 0.4
-    assert np.mean(legible(sheet.pixels * 0 + 0.5, sheet, nearest)) == 0
+    assert np.mean(legible(sheet.pixels, sheet.words, sheet.boxes, nearest)) > 0.95
+    assert np.mean(legible(sheet.pixels, sheet.words, sheet.boxes, nearest, shift=1)) < 0.4
+    assert np.mean(legible(sheet.pixels * 0 + 0.5, sheet.words, sheet.boxes, nearest)) == 0
 
 
 def test_every_row_is_made_and_kept(

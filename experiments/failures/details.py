@@ -39,14 +39,14 @@ DETAILS = {
         _percent(FACE_SIZES),
         {size: replace(HARD, faces={size: 1.0}) for size in FACE_SIZES},
     ),
-    "grid cells": Detail(
+    "grid": Detail(
         "grid",
         "legible.cells",
         1 / 64,
         {name: 0.8 / n for name, n in GRIDS.items()},
         {name: replace(HARD, grids={name: 1.0}) for name in GRIDS},
     ),
-    "textures": Detail(
+    "texture": Detail(
         "texture", "legible.texture", 1 / 10, PERIODS, {name: replace(HARD, periods={name: 1.0}) for name in PERIODS}
     ),
 }

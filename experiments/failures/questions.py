@@ -7,11 +7,12 @@ from typing import cast
 import mrflow as mf
 from mrflow.spec import ModelInfo
 from mrflow.stage import AnyChain
-from mrflow.sweep.controls import affordable
+from mrflow.sweep.control_rows import affordable, controls
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
 Chains = dict[str, Chain]
 SIGMAS = (0.05, 0.2, 0.3, 0.4, 0.5)  # beside the paper's, which `staged` has
+TRUTHS = ("truth", "truth, autoencoder", "truth, staged path")  # of the control rows
 SPEEDS = (4, 8, 12, 20)
 
 
@@ -52,9 +53,10 @@ class Setting:
 def failure_map(s: Setting, info: ModelInfo) -> Chains:
     """Native and staged sampling, one forward, the truth through the paths; staged sampling's settings, and rivals."""
     a, b = max(1, s.few * 2 // 3), max(1, s.few // 3)
+    rows = controls(info, low=s.small, size=s.whole)
     return {
         **_base(s),
-        **_controls(s),
+        **{label: chain for label, chain in rows.items() if label in TRUTHS},
         **{f"sigma {sigma:g}": s.staged(sigma=sigma) for sigma in SIGMAS},
         **{f"{n} refining steps": s.staged(refine_steps=n) for n in (2, 4)},
         "Lanczos": s.staged(mf.Lanczos()),
@@ -145,15 +147,6 @@ def _families(s: Setting) -> dict[str, Chains]:
 
 def _base(s: Setting) -> Chains:
     return {"native": s.native(s.steps), "staged": s.staged(), "one forward": s.native(1, guidance=mf.CFG(1.0))}
-
-
-def _controls(s: Setting) -> Chains:
-    path = mf.Truth(*s.small) >> mf.Encode() >> mf.Decode() >> mf.Upscale(size=s.whole) >> mf.Encode() >> mf.Decode()
-    return {
-        "truth": Chain((mf.Truth(*s.whole),)),
-        "truth, autoencoder": mf.Truth(*s.whole) >> mf.Encode() >> mf.Decode(),
-        "truth, staged path": path,
-    }
 
 
 def _then(head: mf.Chain[mf.Start, mf.Pixels] | mf.Stage[mf.Start, mf.Pixels], tail: tuple[object, ...]) -> Chain:

@@ -7,11 +7,11 @@ import mrflow as mf
 from experiments.failures.crossing import Crossing, Curve, crossing
 from experiments.failures.details import DETAILS, Detail
 from experiments.failures.questions import LOSSES
+from experiments.studies.common import SIGNS
 from mrflow.sweep import Comparison, Row, compare, family, interval, values
 from mrflow.sweep.statistics import MIN_PROMPTS, grouped
 from mrflow.sweep.timing import speedup
 
-SIGNS = {"higher": " ▲", "lower": " ▼", "no difference shown": "", "too few prompts": " †"}
 CELL = 8  # pixels of a latent cell
 
 

@@ -24,9 +24,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from experiments.legibility import Box, legible
 from experiments.real.packages import NETWORKS, PHOTOGRAPHS, network, photograph, shipped
 from experiments.real.reader import read_line
-from mrflow.sweep.metrics import Lpips, edit_distance
+from mrflow.sweep.metrics import Lpips
 from mrflow.sweep.statistics import interval
 from mrflow.upscaler import Upscaler
 from mrflow.upscalers import Interpolate, Lanczos, load_upscaler
@@ -126,9 +127,6 @@ def sheet(tiles: list[list[Tensor]], labels: list[str], path: Path) -> None:
     image.save(path, quality=92)
 
 
-Box = tuple[int, int, int, int]
-
-
 def page(height: int) -> tuple[Tensor, list[Box]]:
     """Words on a pale photograph, in 8 rows and 2 columns; and the box of each (left, top, right, bottom)."""
     ground = 0.35 + 0.65 * resized(middle(photograph("coffee.png"), 400)[None], 512)
@@ -145,18 +143,6 @@ def page(height: int) -> tuple[Tensor, list[Box]]:
     return torch.from_numpy(values).permute(2, 0, 1)[None].contiguous(), boxes
 
 
-def legible(pixels: Tensor, boxes: list[Box], shift: int = 0) -> list[float]:
-    """The score of each word, read from its own box; `shift` compares with another's word."""
-    scores: list[float] = []
-    for i, (left, top, right, bottom) in enumerate(boxes):
-        size = 48, round(48 * (right - left) / (bottom - top))
-        line = torch.nn.functional.interpolate(pixels[..., top:bottom, left:right], size, mode="bicubic").clamp(0, 1)
-        text = read_line((255 * line[0].permute(1, 2, 0)).round().byte().numpy())
-        word = WORDS[(i + shift) % len(WORDS)]
-        scores.append(max(0.0, 1 - edit_distance(text.replace(" ", "").lower(), word.lower()) / len(word)))
-    return scores
-
-
 def small_text(out: Path) -> None:
     """The table and a picture of small text."""
     print("\n| path | " + " | ".join(f"{h} px" for h in HEIGHTS) + " |\n" + "|---" * (len(HEIGHTS) + 1) + "|")
@@ -166,7 +152,7 @@ def small_text(out: Path) -> None:
     def row(name: str, pictures: dict[int, Tensor], shift: int = 0) -> None:
         cells = []
         for h in HEIGHTS:
-            scores = legible(pictures[h], made[h][1], shift)
+            scores = legible(pictures[h], WORDS, made[h][1], read_line, shift=shift)
             found = interval({word: [score] for word, score in zip(WORDS, scores, strict=True)}, draws=4000)
             cells.append(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)

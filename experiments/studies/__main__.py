@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 import mrflow as mf
-from experiments.studies.common import LOW, SIZE
+from experiments.studies.common import LOW, SIGNS, SIZE
 from mrflow.models import info
 from mrflow.sweep import Comparison, Interval, Row, Sweep, compare, controls, family, interval, run_sweep, values
 from mrflow.sweep.local import Progress
@@ -27,7 +27,6 @@ from mrflow.sweep.summary import load, summarise
 from mrflow.sweep.timing import speedup
 
 NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "nested_noise", "failures", "rivals")
-SIGNS = {"higher": " ▲", "lower": " ▼", "no difference shown": "", "too few prompts": " †"}
 
 
 def main() -> None:
