@@ -19,7 +19,7 @@ class Pieces(Protocol):
         """The image stream of packed latents."""
         ...
 
-    def probe(self, img: Tensor, table: Tensor) -> Tensor:
+    def modulated_input(self, img: Tensor, table: Tensor) -> Tensor:
         """The embedded image as the first block's modulated norm sees it."""
         ...
 

@@ -195,7 +195,7 @@ class Uneven(mf.caches.Cache):
 
         def due(look: mf.caches.Evaluation) -> bool:
             if not side:
-                side.append(int(float(look.probe().float().std()) * 1e4) % 2)
+                side.append(int(float(look.modulated_input().float().std()) * 1e4) % 2)
             return look.index % 2 == side[0]
 
         return due

@@ -33,7 +33,7 @@ class Numbers:
         self.call += 1
         return tokens
 
-    def probe(self, img: Tensor, table: Tensor) -> Tensor:
+    def modulated_input(self, img: Tensor, table: Tensor) -> Tensor:
         return img * table
 
     def run(
@@ -50,7 +50,7 @@ class Numbers:
 
 
 def drive(
-    cache: Cache, net: Numbers, count: int, *, batch: int = 1, info: mf.ModelInfo = FLUX, probes: Any = None
+    cache: Cache, net: Numbers, count: int, *, batch: int = 1, info: mf.ModelInfo = FLUX, inputs: Any = None
 ) -> tuple[list[Tensor], list[int]]:
     """Outputs of `count` evaluations, and how many pictures were computed in each; the image is ones."""
     levels = [1 - i / count for i in range(count)]
@@ -59,7 +59,7 @@ def drive(
     outs, computed = list[Tensor](), list[int]()
     for call, sigma in enumerate(levels):
         clock.tick(sigma)
-        table = torch.ones(1, 1, 1) if probes is None else probes(call)
+        table = torch.ones(1, 1, 1) if inputs is None else inputs(call)
         with tallied() as tally:
             outs.append(step(torch.ones(batch, 4, 1), torch.zeros(batch, 2, 1), table, table, table))
         computed.append(tally.computed)
@@ -123,10 +123,10 @@ def test_taylorseer_computes_as_published() -> None:
 
 @given(st.floats(0.01, 2), st.floats(0.01, 0.5), st.integers(2, 30))
 def test_teacache_counts_as_its_arithmetic_says(threshold: float, change: float, count: int) -> None:
-    """A probe that changes by a constant ratio: the ends, and in between each k-th with k = ceil(thr / P(d))."""
+    """An input that changes by a constant ratio: the ends, and between them each k-th with k = ceil(thr / P(d))."""
     cache = TeaCache(threshold, coefficients=(1.0, 0.0))
     _, computed = drive(
-        cache, Numbers(lambda i, t: 1.0), count, probes=lambda t: torch.full((1, 1, 1), (1 + change) ** t)
+        cache, Numbers(lambda i, t: 1.0), count, inputs=lambda t: torch.full((1, 1, 1), (1 + change) ** t)
     )
     share = threshold / change
     if abs(share - round(share)) > 1e-3:
@@ -135,11 +135,11 @@ def test_teacache_counts_as_its_arithmetic_says(threshold: float, change: float,
 
 
 def test_teacache_far_and_near() -> None:
-    wild = dict(probes=lambda t: torch.full((1, 1, 1), float(t % 3 + 1)))
+    wild = dict(inputs=lambda t: torch.full((1, 1, 1), float(t % 3 + 1)))
     assert drive(TeaCache(1e9), Numbers(lambda i, t: 1.0), 12, **wild)[1] == [1, *[0] * 10, 1]
     assert drive(TeaCache(0.0), Numbers(lambda i, t: 1.0), 12, **wild)[1] == [1] * 12
     # FLUX's polynomial is at least 0.18: below it nothing is skipped, at 0.25 at most one in a row
-    still: dict[str, Any] = dict(probes=lambda t: torch.full((1, 1, 1), 1.053**t))
+    still: dict[str, Any] = dict(inputs=lambda t: torch.full((1, 1, 1), 1.053**t))
     assert drive(TeaCache(0.179), Numbers(lambda i, t: 1.0), 12, **still)[1] == [1] * 12
     assert drive(TeaCache(0.25), Numbers(lambda i, t: 1.0), 12, **still)[1] == [1, 0] * 5 + [1, 1]
 

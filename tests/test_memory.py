@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from mrflow.errors import PlanError
 from mrflow.models.cuda_graphs import Graphed
-from mrflow.models.offload import BlockOffloader, Ledger, OffloadManager, Part, Phase, RuntimeOptions, check_offload
+from mrflow.models.offload import (
+    BlockOffloader,
+    Ledger,
+    OffloadManager,
+    Phase,
+    RuntimeOptions,
+    WeightGroup,
+    check_offload,
+)
 from mrflow.notes import collected
 from mrflow.tiling import ramp, starts, tiled
 
@@ -21,9 +29,9 @@ def line(*widths: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(w, w, bias=False) for w in widths))
 
 
-def test_a_conveyor_holds_two_neighbours() -> None:
+def test_an_offloader_holds_two_neighbours() -> None:
     net, ledger = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(5))), Ledger()
-    conveyor = BlockOffloader([(m, Part([m], CPU, ledger)) for m in net], CPU)
+    offloader = BlockOffloader([(m, WeightGroup([m], CPU, ledger)) for m in net], CPU)
     there: list[int] = []
     for m in net:
         m.register_forward_hook(lambda *_: there.append(ledger.now))
@@ -31,24 +39,24 @@ def test_a_conveyor_holds_two_neighbours() -> None:
     assert ledger.peak == 2 * 64 and ledger.now == 0
     assert max(there) <= 2 * 64
     assert torch.equal(net(torch.ones(1, 4)), want)
-    conveyor.clear()
+    offloader.clear()
     assert ledger.now == 0
 
 
-def test_a_conveyor_is_empty_after_an_error_is_cleared() -> None:
+def test_an_offloader_is_empty_after_an_error_is_cleared() -> None:
     net, ledger = line(4, 4, 4), Ledger()
-    conveyor = BlockOffloader([(m, Part([m], CPU, ledger)) for m in net], CPU)
+    offloader = BlockOffloader([(m, WeightGroup([m], CPU, ledger)) for m in net], CPU)
     with pytest.raises(RuntimeError):
         net(torch.ones(1, 5))
     assert ledger.now > 0
-    conveyor.clear()
+    offloader.clear()
     assert ledger.now == 0
 
 
 def test_phases_take_turns() -> None:
     a, b, ledger = line(8), line(4, 4), Ledger()
     residency = OffloadManager(
-        {"a": Phase([Part([a], CPU, ledger)]), "b": Phase([Part([b], CPU, ledger)])}, moving=True
+        {"a": Phase([WeightGroup([a], CPU, ledger)]), "b": Phase([WeightGroup([b], CPU, ledger)])}, moving=True
     )
     assert ledger.now == 0
     with residency.using("a"):
@@ -56,23 +64,23 @@ def test_phases_take_turns() -> None:
     with residency.using("b"):
         assert ledger.now == 2 * 4 * 4 * 4
     assert ledger.peak == 8 * 8 * 4
-    OffloadManager({"a": Phase([Part([a], CPU, ledger)])}, moving=False)
+    OffloadManager({"a": Phase([WeightGroup([a], CPU, ledger)])}, moving=False)
     assert ledger.now == 2 * 4 * 4 * 4 + 8 * 8 * 4
 
 
 def test_parts_share_nothing_that_is_left_out_and_count_tied_tensors_once() -> None:
     net, ledger = line(4, 4), Ledger()
     net[1].weight = net[0].weight
-    assert Part([net], CPU, ledger).bytes == 64
-    assert Part([line(4, 4)], CPU, ledger, without=[]).bytes == 128
+    assert WeightGroup([net], CPU, ledger).bytes == 64
+    assert WeightGroup([line(4, 4)], CPU, ledger, without=[]).bytes == 128
     other = line(4, 4)
-    assert Part([other], CPU, ledger, without=[other[0]]).bytes == 64
+    assert WeightGroup([other], CPU, ledger, without=[other[0]]).bytes == 64
 
 
 def test_one_thread_at_a_time_uses_what_moves() -> None:
     a, b, ledger = line(8), line(8), Ledger()
     residency = OffloadManager(
-        {"a": Phase([Part([a], CPU, ledger)]), "b": Phase([Part([b], CPU, ledger)])}, moving=True
+        {"a": Phase([WeightGroup([a], CPU, ledger)]), "b": Phase([WeightGroup([b], CPU, ledger)])}, moving=True
     )
     wrong: list[int] = []
 

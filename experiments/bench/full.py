@@ -69,7 +69,7 @@ def chains(flow: Flux, vae: VaeFlux, native_steps: int) -> None:
     native = mf.recipes.native(size=HIGH, steps=native_steps)
     cond, info = words(), replace(mf.FLUX, version="random")
     for graphs in (True, False):
-        model = Flux1(flow=flow, vae=vae, text=None, info=info, device=CUDA, ways=RuntimeOptions(graphs=graphs))
+        model = Flux1(flow=flow, vae=vae, text=None, info=info, device=CUDA, runtime=RuntimeOptions(graphs=graphs))
         rows: list[tuple[str, mf.Chain[mf.Start, mf.Pixels], int]] = [("MrFlow 12 + 1", staged, 5)]
         rows += [(f"native {native_steps}", native, 1)] if graphs else []
         for label, chain, repeats in rows:

@@ -25,13 +25,13 @@ class Family:
     """How a family's blocks are called: `lists` of blocks, in order, and the arguments that have a row an item.
 
     `joined` says that later lists work on one sequence, text first. `single` are the arguments of blocks that all work
-    on one sequence, in which they are given behind it; `image_first` says how it lies. `probe` is the image stream as
-    the first block's modulated norm sees it.
+    on one sequence, in which they are given behind it; `image_first` says how it lies. `modulated_input` is
+    the image stream as the first block's modulated norm sees it.
     """
 
     lists: tuple[str, ...]
     batched: tuple[str, ...]
-    probe: Callable[[Any, Tensor, Call], Tensor]
+    modulated_input: Callable[[Any, Tensor, Call], Tensor]
     joined: bool = False
     single: tuple[str, ...] = ()
     image_first: bool = False
@@ -55,10 +55,10 @@ class BridgedPieces:
         """Embedded already."""
         return tokens
 
-    def probe(self, img: Tensor, table: Tensor) -> Tensor:
+    def modulated_input(self, img: Tensor, table: Tensor) -> Tensor:
         """The image stream as the first block's modulated norm sees it."""
         name, block = self.blocks[0]
-        return self.family.probe(block, img, self._rows(name, table))
+        return self.family.modulated_input(block, img, self._rows(name, table))
 
     def run(
         self, img: Tensor, txt: Tensor, cos: Tensor, sin: Tensor, table: Tensor, start: int, stop: int
@@ -194,14 +194,14 @@ def first_of(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
     return out
 
 
-def qwen_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
+def qwen_modulated_input(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
     """Qwen-Image: shift and scale are the first two of six."""
     shift, scale = block.img_mod(given["temb"]).chunk(6, -1)[:2]
     out: Tensor = block.img_norm1(img) * (1 + scale[:, None]) + shift[:, None]
     return out
 
 
-def flux2_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
+def flux2_modulated_input(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
     """FLUX.2: one modulation serves all blocks."""
     modulation = given["temb_mod_img"]
     shift, scale = (modulation if modulation.ndim == 3 else modulation[:, None]).chunk(6, -1)[:2]
@@ -209,14 +209,14 @@ def flux2_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
     return out
 
 
-def z_image_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
+def z_image_modulated_input(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
     """Z-Image: scale alone."""
     scale = block.adaLN_modulation(given["adaln_input"])[:, None].chunk(4, -1)[0]
     out: Tensor = block.attention_norm1(img) * (1 + scale)
     return out
 
 
-def krea2_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
+def krea2_modulated_input(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
     """Krea-2: a shared modulation and the block's own table, scale before shift."""
     scale, shift = (given["temb"].unflatten(-1, (6, -1)) + block.scale_shift_table).unbind(-2)[:2]
     out: Tensor = block.norm1(img) * (1 + scale) + shift
@@ -224,18 +224,18 @@ def krea2_probe(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
 
 
 FLUX = Family(("transformer_blocks", "single_transformer_blocks"), ("temb",), first_of)
-QWEN = Family(("transformer_blocks",), ("temb", "encoder_hidden_states_mask"), qwen_probe)
+QWEN = Family(("transformer_blocks",), ("temb", "encoder_hidden_states_mask"), qwen_modulated_input)
 SD3 = Family(("transformer_blocks",), ("temb",), first_of)
 FLUX2 = Family(
     ("transformer_blocks", "single_transformer_blocks"),
     ("temb_mod_img", "temb_mod_txt", "temb_mod"),
-    flux2_probe,
+    flux2_modulated_input,
     joined=True,
 )
 Z_IMAGE = Family(
     ("layers",),
     ("attn_mask", "freqs_cis", "adaln_input"),
-    z_image_probe,
+    z_image_modulated_input,
     # mask, rotations, level, and what editing models add
     single=("attn_mask", "freqs_cis", "adaln_input", "noise_mask", "adaln_noisy", "adaln_clean"),
     image_first=True,
@@ -243,6 +243,6 @@ Z_IMAGE = Family(
 KREA2 = Family(
     ("transformer_blocks",),
     ("temb", "attention_mask"),
-    krea2_probe,
+    krea2_modulated_input,
     single=("temb", "image_rotary_emb", "attention_mask"),
 )

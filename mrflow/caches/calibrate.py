@@ -28,7 +28,7 @@ class Change:
     """From one evaluation to the next: relative L1 of the modulated input and of the network's output, and the mean
     over tokens of the ratio of lengths of what the blocks add."""
 
-    probe: float
+    modulated_input: float
     output: float
     ratio: float
 
@@ -52,11 +52,11 @@ class RecordingStep:
         img = p.embed(tokens)
         out, _ = p.run(img, text, cos, sin, table, 0, p.count)
         velocity = p.head(out, table)
-        now = (p.probe(img, table), velocity, (out - img).float().norm(dim=-1))
+        now = (p.modulated_input(img, table), velocity, (out - img).float().norm(dim=-1))
         if self.before is not None:
-            probe, output, size = self.before
+            modulated, output, size = self.before
             ratio = float((now[2] / (size + 1e-8)).mean())
-            self.track.append(Change(difference(now[0], probe), difference(now[1], output), ratio))
+            self.track.append(Change(difference(now[0], modulated), difference(now[1], output), ratio))
         self.before = now
         return velocity
 

@@ -28,25 +28,25 @@ class Evaluation:
         total: int,
         sigma: float,
         *,
-        probe: Callable[[], Tensor] | None = None,
+        modulated_input: Callable[[], Tensor] | None = None,
         change: Callable[[], Tensor] | None = None,
         latents: Callable[[], Tensor] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> None:
         self.index, self.place, self.total, self.sigma = index, place, total, sigma
         self.grid = grid  # tokens down and across
-        self._probe, self._change, self._latents = probe, change, latents
+        self._modulated_input, self._change, self._latents = modulated_input, change, latents
 
     @property
     def last(self) -> bool:
         """Whether the integration ends here."""
         return self.place == self.total - 1
 
-    def probe(self) -> Tensor:
+    def modulated_input(self) -> Tensor:
         """The embedded image after the first block's modulated norm, before attention: (1, tokens, width)."""
-        if self._probe is None:
+        if self._modulated_input is None:
             raise Unseen
-        return self._probe()
+        return self._modulated_input()
 
     def change(self) -> Tensor:
         """What the blocks before the cached span added to the image stream: (1, tokens, width)."""

@@ -88,11 +88,11 @@ class CachedStep:
             after = p.run(after[0], after[1], cos, sin, table, self.stop, p.count)
         return p.head(after[0], table)
 
-    def _computed(self, rows: Sequence[int], before: Streams, steering: Streams) -> Streams:
+    def _computed(self, rows: Sequence[int], before: Streams, conditioning: Streams) -> Streams:
         """What these pictures have after the span, remembered; nothing where there are none."""
         if not rows:
             return ()
-        p, (cos, sin, table) = self.pieces, steering
+        p, (cos, sin, table) = self.pieces, conditioning
         if len(rows) < len(self.items):
             before = tuple(stream[rows] for stream in before)
             table = table[rows] if len(table) == len(self.items) else table
@@ -117,10 +117,10 @@ class CachedStep:
         """Whether each picture is computed: its rule says so, nothing is kept of it, or no block can be left out."""
         seen: dict[str, Tensor] = {}
 
-        def probe(i: int) -> Tensor:
-            if "probe" not in seen:
-                seen["probe"] = self.pieces.probe(img, table)
-            return seen["probe"][i : i + 1]
+        def modulated_input(i: int) -> Tensor:
+            if "modulated_input" not in seen:
+                seen["modulated_input"] = self.pieces.modulated_input(img, table)
+            return seen["modulated_input"][i : i + 1]
 
         def change(i: int) -> Tensor:
             if "change" not in seen:
@@ -129,7 +129,7 @@ class CachedStep:
 
         clock, due, latents = self.clock, list[bool](), self.clock.latents
         for i, item in enumerate(self.items):
-            eyes = {"probe": partial(probe, i), "change": partial(change, i)}
+            eyes = {"modulated_input": partial(modulated_input, i), "change": partial(change, i)}
             if latents is not None:
                 eyes["latents"] = partial(latents.narrow, 0, i, 1)
             look = Evaluation(self.index, clock.place, clock.total, clock.sigma, **eyes, grid=clock.grid)

@@ -82,9 +82,9 @@ class SeaCache(Cache):
         """What is filtered: (channels, height, width)."""
         if self.of == "latents":
             return look.latents()[0]
-        probe = look.probe()
+        modulated = look.modulated_input()
         assert look.grid is not None
-        return rearrange(probe[0], "(h w) c -> c h w", h=look.grid[0])
+        return rearrange(modulated[0], "(h w) c -> c h w", h=look.grid[0])
 
     def estimate(self, evaluations: int) -> int:
         """From the one published speed-up, no more than `limit` allows; the two ends are always computed."""

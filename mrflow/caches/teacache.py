@@ -67,7 +67,7 @@ class TeaCache(Cache):
         from mrflow.caches.calibrate import fit, observe
 
         seen = observe(model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
-        pairs = [(step.probe, step.output) for track in seen for step in track]
+        pairs = [(step.modulated_input, step.output) for track in seen for step in track]
         return TeaCache(threshold, coefficients=fit(pairs, degree))
 
     def check(self, info: ModelInfo) -> None:
@@ -92,13 +92,13 @@ class TeaCache(Cache):
             nonlocal total
             if self.threshold == 0:
                 return True
-            probe = look.probe()
+            modulated = look.modulated_input()
             if before and not look.last:
-                total += abs(polynomial(coefficients, difference(probe, before[0])))
+                total += abs(polynomial(coefficients, difference(modulated, before[0])))
                 computed = not total < self.threshold
             else:
                 computed = True
-            before[:] = [probe]
+            before[:] = [modulated]
             if computed:
                 total = 0.0
             return computed

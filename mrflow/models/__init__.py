@@ -85,7 +85,7 @@ def load(
         raise PlanError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     if storage not in (None, "fp8"):
         raise PlanError(f"storage must be None or 'fp8', got {storage!r}")
-    ways = RuntimeOptions(check_offload(offload), bool(fold), compile, graphs, tile, kernels)
+    runtime = RuntimeOptions(check_offload(offload), bool(fold), compile, graphs, tile, kernels)
     inside = shipped(str(where))
     path = Path(where) if inside is None else inside
     if inside is not None or is_pocket(path):
@@ -117,7 +117,7 @@ def load(
     said = {"shift": curve, "text": text_tokens}
     version += "".join(f"+{name} {value}" for name, value in said.items() if value is not None)
     files = replace(files, curve=curve or files.curve, text_tokens=text_tokens)
-    options = Loading(files, version, working, dtype, chosen, storage, ways, upscaler, chain, loras)
+    options = Loading(files, version, working, dtype, chosen, storage, runtime, upscaler, chain, loras)
     return files.family.load(options)
 
 

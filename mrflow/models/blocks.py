@@ -15,7 +15,7 @@ FP16_MAX = 65504.0
 ONE_BY_ONE = ("cpu",)  # devices whose modulations are the same bits for one level as for several
 
 
-class Sizes:
+class TransformerParams:
     """What the parameters of every transformer of these blocks have in common; their dataclasses add the fields."""
 
     hidden: int
@@ -57,7 +57,7 @@ def fused(width: int, rows: tuple[int, ...], *, split: bool, bias: bool = True) 
 class SelfAttention(nn.Module):
     """The parameters of one stream's attention; `stream` and `proj` stand before and after the joint attention."""
 
-    def __init__(self, p: Sizes, *, split: bool) -> None:
+    def __init__(self, p: TransformerParams, *, split: bool) -> None:
         super().__init__()
         self.heads, self.rows = p.heads, (p.hidden,) * 3
         self.qkv = fused(p.hidden, self.rows, split=split)
@@ -75,7 +75,7 @@ def attended(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor
     return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
-def mlp(p: Sizes) -> nn.Sequential:
+def mlp(p: TransformerParams) -> nn.Sequential:
     """Linear, GELU (tanh form), linear."""
     return nn.Sequential(nn.Linear(p.hidden, p.mlp), nn.GELU(approximate="tanh"), nn.Linear(p.mlp, p.hidden))
 
@@ -88,7 +88,7 @@ def clip_fp16(x: Tensor) -> Tensor:
 class DoubleStreamBlock(nn.Module):
     """Image and text with parameters of their own, and one attention over both."""
 
-    def __init__(self, p: Sizes, *, split: bool) -> None:
+    def __init__(self, p: TransformerParams, *, split: bool) -> None:
         super().__init__()
         self.img_mod, self.txt_mod = Modulate(p.hidden, 6), Modulate(p.hidden, 6)
         self.img_attn, self.txt_attn = SelfAttention(p, split=split), SelfAttention(p, split=split)
@@ -139,7 +139,7 @@ class FinalLayer(nn.Module):
 
     scale_first = False
 
-    def __init__(self, p: Sizes) -> None:
+    def __init__(self, p: TransformerParams) -> None:
         super().__init__()
         self.linear = nn.Linear(p.hidden, p.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(p.hidden, 2 * p.hidden))
@@ -170,7 +170,7 @@ def tables(
 class Transformer(nn.Module, ABC):
     """What caches, adapters and offloading need of a network. Streams are (items, tokens, width)."""
 
-    params: Sizes
+    params: TransformerParams
     attention: Attention
     ops: Ops = PLAIN
     final_layer: FinalLayer

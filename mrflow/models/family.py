@@ -141,7 +141,7 @@ class Loading:
     dtype: torch.dtype | None
     device: torch.device
     storage: Literal["fp8"] | None
-    ways: RuntimeOptions
+    runtime: RuntimeOptions
     upscaler: Upscaler | None
     chain: Chain[Any, Any] | None
     loras: tuple[Lora, ...]
@@ -154,7 +154,7 @@ class Loading:
     @property
     def resting(self) -> torch.device:
         """Where weights are read to."""
-        return torch.device("cpu") if self.ways.offload != "none" else self.device
+        return torch.device("cpu") if self.runtime.offload != "none" else self.device
 
 
 _registered: tuple[Family, ...] = ()

@@ -22,7 +22,16 @@ from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed
 from mrflow.models.kernels import compiled, fused
-from mrflow.models.offload import BlockOffloader, Ledger, OffloadManager, Part, Phase, RuntimeOptions, tensors_of, watch
+from mrflow.models.offload import (
+    BlockOffloader,
+    Ledger,
+    OffloadManager,
+    Phase,
+    RuntimeOptions,
+    WeightGroup,
+    tensors_of,
+    watch,
+)
 from mrflow.models.pieces import BlockRunner
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.models.wide import widened
@@ -74,14 +83,14 @@ class LatentModel(TransformerModel):
         info: ModelInfo,
         device: torch.device,
         step: Callable[..., Tensor],
-        ways: RuntimeOptions = DIRECT,
+        runtime: RuntimeOptions = DIRECT,
         upscaler: Upscaler | None = None,
     ) -> None:
         assert isinstance(vae, Autoencoder)
         self._net: Transformer = flow
         self._vae: Autoencoder = vae
         self._words = text
-        self._info, self._device, self._ways, self._upscaler = info, device, ways, upscaler
+        self._info, self._device, self._runtime, self._upscaler = info, device, runtime, upscaler
         self.ledger = Ledger()
         for module in (flow, vae):
             module.eval().requires_grad_(False)  # noqa: FBT003
@@ -89,17 +98,17 @@ class LatentModel(TransformerModel):
             if p.ndim == 4 and p.shape[-1] > 1:
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
         files = mapped_files((flow, vae, *(text.modules() if isinstance(text, TextEncoder) else ())))
-        if not ways.compile:
+        if not runtime.compile:
             layers = text.layers() if isinstance(text, TextEncoder) else ()
             watch((*flow.stack(), *flow.modulators(), *layers), files)
-        self._residency = OffloadManager(self._phases(flow, vae), moving=ways.offload != "none", files=files)
+        self._offload = OffloadManager(self._phases(flow, vae), moving=runtime.offload != "none", files=files)
         if device.type == "cpu":
             widened(flow)
-        if ways.compile:
-            flow.ops = compiled("inductor" if ways.compile is True else ways.compile)
-        elif ways.kernels:
+        if runtime.compile:
+            flow.ops = compiled("inductor" if runtime.compile is True else runtime.compile)
+        elif runtime.kernels:
             flow.ops = fused(device)
-        self._graphs = ways.graphs and device.type == "cuda" and ways.offload == "none"
+        self._graphs = runtime.graphs and device.type == "cuda" and runtime.offload == "none"
         self._whole, self._adapted = step, dict[object, LatentModel]()
         self._policies: dict[object, Policies] = {}
         self._wire()
@@ -179,28 +188,28 @@ class LatentModel(TransformerModel):
 
     def _phases(self, flow: nn.Module, vae: nn.Module) -> dict[str, Phase]:
         """Text encoders are one phase, transformer and autoencoder the other."""
-        ways = self._ways
+        runtime = self._runtime
 
-        def part(*modules: nn.Module, without: Sequence[nn.Module] = (), pin: bool = False) -> Part:
-            return Part(modules, self._device, self.ledger, without=without, pin=pin)
+        def part(*modules: nn.Module, without: Sequence[nn.Module] = (), pin: bool = False) -> WeightGroup:
+            return WeightGroup(modules, self._device, self.ledger, without=without, pin=pin)
 
-        def conveyor(modules: Sequence[nn.Module], without: Sequence[nn.Module] = ()) -> BlockOffloader:
+        def streamed(modules: Sequence[nn.Module], without: Sequence[nn.Module] = ()) -> BlockOffloader:
             return BlockOffloader([(m, part(m, without=without, pin=True)) for m in modules], self._device)
 
         modulators = list(self._net.modulators())
         apart: list[nn.Module] = []
-        conveyors: list[BlockOffloader] = []
-        if ways.offload == "block" or (ways.offload == "phase" and ways.fold):
-            conveyors.append(conveyor(modulators))
+        offloaders: list[BlockOffloader] = []
+        if runtime.offload == "block" or (runtime.offload == "phase" and runtime.fold):
+            offloaders.append(streamed(modulators))
             apart += modulators
-        if ways.offload == "block":
-            conveyors.append(conveyor(self._net.stack(), without=modulators))
+        if runtime.offload == "block":
+            offloaders.append(streamed(self._net.stack(), without=modulators))
             apart += self._net.stack()
-        phases = {"main": Phase([part(flow, vae, without=apart)], conveyors)}
+        phases = {"main": Phase([part(flow, vae, without=apart)], offloaders)}
         if isinstance(self._words, TextEncoder):
-            layers = self._words.layers() if ways.offload == "block" else []
+            layers = self._words.layers() if runtime.offload == "block" else []
             rest = part(*self._words.modules(), without=layers)
-            phases["text"] = Phase([rest], [conveyor(layers)] if layers else [])
+            phases["text"] = Phase([rest], [streamed(layers)] if layers else [])
         return phases
 
     @property
@@ -241,8 +250,8 @@ class LatentModel(TransformerModel):
 
     def _in_tiles(self, f: Callable[[Tensor], Tensor], x: Tensor, *, up: int = 1, down: int = 1) -> Tensor:
         """f(x), whole or in tiles; in tiles too when the whole does not fit into memory. `down`: x is pixels."""
-        tile = self._ways.tile
-        with self._residency.using("main"):
+        tile = self._runtime.tile
+        with self._offload.using("main"):
             if tile is None:
                 try:
                     return f(x)

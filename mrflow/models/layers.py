@@ -187,9 +187,9 @@ def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, 
     at, parts = 0, cast("list[tuple[Tensor, Tensor, Tensor]]", [])
     for q, k, v, *scales in streams:
         at += k.shape[1]
-        split_heads = [Rope(*(table[..., at - x.shape[1] : at, None, :] for table in rope)) for x in (q, k)]
+        turns = [Rope(*(table[..., at - x.shape[1] : at, None, :] for table in rope)) for x in (q, k)]
         q, k = (F.rms_norm(x, s.shape, s, EPS) for x, s in zip((q, k), scales, strict=True))
-        parts.append((apply_rope(q, split_heads[0]), apply_rope(k, split_heads[1]), v))
+        parts.append((apply_rope(q, turns[0]), apply_rope(k, turns[1]), v))
     q, k, v = parts[0] if len(parts) == 1 else (torch.cat(same, 1) for same in zip(*parts, strict=True))
     return q, k, v
 

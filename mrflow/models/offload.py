@@ -1,7 +1,7 @@
 """Where weights are: on the device all the time, in the phase that needs them, or block by block.
 
-A `Part` keeps its tensors on the host and lends them to the device; going back copies nothing. Where host and device
-are one (a CPU) nothing moves, but the ledger counts as if it did, so that predictions can be held against it.
+A `WeightGroup` keeps its tensors on the host and lends them to the device; going back copies nothing. Where host
+and device are one (a CPU) nothing moves, but the ledger counts as if it did, so that predictions can be checked.
 """
 
 import threading
@@ -60,7 +60,7 @@ class Ledger:
         self.peak = max(self.peak, self.now)
 
 
-class Part:
+class WeightGroup:
     """Tensors of some modules that visit the device together; those of the modules in `without` are not among them."""
 
     def __init__(
@@ -122,7 +122,7 @@ class Part:
 class BlockOffloader:
     """Blocks that run one after another: each is on the device while it runs, and the next one is on its way."""
 
-    def __init__(self, blocks: Sequence[tuple[nn.Module, Part]], device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[tuple[nn.Module, WeightGroup]], device: torch.device) -> None:
         self.parts = [part for _, part in blocks]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for number, (module, _) in enumerate(blocks):
@@ -144,10 +144,10 @@ class BlockOffloader:
 
 
 class Phase:
-    """What has to be on the device at the same time: parts that stay for the phase, conveyors that run in it."""
+    """What has to be on the device at the same time: parts that stay for the phase, offloaders that run in it."""
 
-    def __init__(self, parts: Sequence[Part], conveyors: Sequence[BlockOffloader] = ()) -> None:
-        self.parts, self.conveyors = parts, conveyors
+    def __init__(self, parts: Sequence[WeightGroup], offloaders: Sequence[BlockOffloader] = ()) -> None:
+        self.parts, self.offloaders = parts, offloaders
 
     def bring(self) -> None:
         """Begin."""
@@ -156,8 +156,8 @@ class Phase:
 
     def send_back(self) -> None:
         """End."""
-        for conveyor in self.conveyors:
-            conveyor.clear()
+        for offloader in self.offloaders:
+            offloader.clear()
         for part in self.parts:
             part.send_back()
 

@@ -30,7 +30,7 @@ class BlockRunner:
         """The image stream."""
         return self.net.embed_image(tokens)
 
-    def probe(self, img: Tensor, table: Tensor) -> Tensor:
+    def modulated_input(self, img: Tensor, table: Tensor) -> Tensor:
         """What the first block's image stream begins with: the modulated norm."""
         return self.net.modulated_input(img, table)
 

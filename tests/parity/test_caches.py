@@ -189,12 +189,12 @@ def modulated(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     if hasattr(module, "x_embedder"):
         x, guidance = module.x_embedder(kwargs["hidden_states"]), kwargs["guidance"]
         temb = module.time_text_embed(time * 1000, guidance * 1000, kwargs["pooled_projections"])
-        probe = block.norm1(x, emb=temb)[0]
+        modulated = block.norm1(x, emb=temb)[0]
     else:
         x = module.img_in(kwargs["hidden_states"])
         temb = module.time_text_embed(time, x)
-        probe = block._modulate(block.img_norm1(x), block.img_mod(temb).chunk(2, -1)[0])[0]
-    return list(rearrange(probe, "b (h w) c -> b c 1 h w", h=4))
+        modulated = block._modulate(block.img_norm1(x), block.img_mod(temb).chunk(2, -1)[0])[0]
+    return list(rearrange(modulated, "b (h w) c -> b c 1 h w", h=4))
 
 
 def sea(
@@ -275,7 +275,7 @@ class TeaReenacted:
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
         if first:
-            self._decide(state, self._probe(block, x, kwargs["temb"] if "temb" in kwargs else args[2]))
+            self._decide(state, self._modulated_input(block, x, kwargs["temb"] if "temb" in kwargs else args[2]))
             state["in"] = x
         out = forward(*args, **kwargs) if state["compute"] else (text, x)
         if last:
@@ -286,22 +286,22 @@ class TeaReenacted:
             self.calls += 1
         return out
 
-    def _probe(self, block: Any, x: Tensor, temb: Tensor) -> Tensor:
+    def _modulated_input(self, block: Any, x: Tensor, temb: Tensor) -> Tensor:
         if hasattr(block, "norm1"):
             return block.norm1(x, emb=temb)[0]
         return block._modulate(block.img_norm1(x), block.img_mod(temb).chunk(2, -1)[0])[0]
 
-    def _decide(self, state: dict[str, Any], probe: Tensor) -> None:
+    def _decide(self, state: dict[str, Any], seen: Tensor) -> None:
         step = self.calls // self.branches
         if step in (0, STEPS - 1):
             state["compute"], state["sum"] = True, 0.0
         else:
-            change = ((probe - state["probe"]).abs().mean() / state["probe"].abs().mean()).item()
+            change = ((seen - state["modulated_input"]).abs().mean() / state["modulated_input"].abs().mean()).item()
             state["sum"] += abs(self.polynomial(change))
             state["compute"] = state["sum"] >= self.threshold
             if state["compute"]:
                 state["sum"] = 0.0
-        state["probe"] = probe
+        state["modulated_input"] = seen
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mrflow as mf
 from mrflow.backbone import Backbone
 from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, check_layout, compute_dtype, save_file
-from mrflow.models.blocks import Sizes, Transformer
+from mrflow.models.blocks import Transformer, TransformerParams
 from mrflow.models.family import Family, Files, Loading
 from mrflow.models.latent_model import LatentModel, count, footprint
 from mrflow.models.layers import Merge, Rope
@@ -25,7 +25,7 @@ SPACE = mf.LatentSpace("toy-family", 4, 2)
 
 
 @dataclass(frozen=True)
-class ToyParams(Sizes):
+class ToyParams(TransformerParams):
     """A width of 16; a token is 2 x 2 cells of 4 channels."""
 
     hidden: int = 16
@@ -176,7 +176,7 @@ class ToyFamily(Family):
         info = replace(self.info(net, vae, loading.files), version=loading.version)
         step = partial(_no_step)
         return ToyModel(
-            flow=net, vae=vae, text=None, info=info, device=loading.device, step=step, ways=loading.ways,
+            flow=net, vae=vae, text=None, info=info, device=loading.device, step=step, runtime=loading.runtime,
             upscaler=loading.upscaler,
         )  # fmt: skip
 

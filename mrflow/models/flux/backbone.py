@@ -38,11 +38,11 @@ class Flux1(LatentModel):
         text: "ClipT5 | None",
         info: ModelInfo,
         device: torch.device,
-        ways: RuntimeOptions = DIRECT,
+        runtime: RuntimeOptions = DIRECT,
         upscaler: Upscaler | None = None,
     ) -> None:
         super().__init__(
-            flow=flow, vae=vae, text=text, info=info, device=device, step=step, ways=ways, upscaler=upscaler
+            flow=flow, vae=vae, text=text, info=info, device=device, step=step, runtime=runtime, upscaler=upscaler
         )
 
     @property
@@ -63,7 +63,7 @@ class Flux1(LatentModel):
         assert a is not None
 
         def encode(different: list[str]) -> dict[str, Tensor]:
-            with self._residency.using("text"):
+            with self._offload.using("text"):
                 context, pooled = words(different, length=a.text_tokens)
             return {"context": context, "pooled": pooled}
 
@@ -84,9 +84,9 @@ class Flux1(LatentModel):
             context,
             pooled,
             strength,
-            levels=options.sigmas if self._ways.fold else None,
+            levels=options.sigmas if self._runtime.fold else None,
             step=self._step if step is None else step(self._pieces),
-            using=partial(self._residency.using, "main"),
+            using=partial(self._offload.using, "main"),
             positions=options.positions,
         )
         return repeated(field, 1 + len(options.beside))
@@ -99,7 +99,7 @@ class Flux1(LatentModel):
             None if v is None else torch.full((cond.batch,), v, device=self._device) for v in (sigma, value)
         )
         assert level is not None
-        with self._residency.using("main"):
+        with self._offload.using("main"):
             return self._flow.conditioning_vector(level, strength, pooled)
 
     def _checked(self, cond: Condition) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ class FluxFamily(Family):
         info = flux1_info(flow, vae, text, files.curve, files.text_tokens, version=loading.version, path=files.where)
         info = replace(info, files=files.paths)
         return Flux1(
-            flow=flow, vae=vae, text=text, info=info, device=device, ways=loading.ways, upscaler=loading.upscaler
+            flow=flow, vae=vae, text=text, info=info, device=device, runtime=loading.runtime, upscaler=loading.upscaler
         )
 
     def describe(self, what: str, header: Header) -> list[str]:

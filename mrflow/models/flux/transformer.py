@@ -13,8 +13,8 @@ from mrflow.models.blocks import (
     DoubleStreamBlock,
     FinalLayer,
     Modulate,
-    Sizes,
     Transformer,
+    TransformerParams,
     attended,
     clip_fp16,
     fused,
@@ -39,7 +39,7 @@ from mrflow.models.layers import (
 
 
 @dataclass(frozen=True)
-class FluxParams(Sizes):
+class FluxParams(TransformerParams):
     """Sizes of a FLUX transformer; the defaults are FLUX.1-dev's. `axes` are a head's channels for each axis."""
 
     in_channels: int = 64

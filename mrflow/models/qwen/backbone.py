@@ -45,12 +45,12 @@ class Qwen(LatentModel):
         text: "QwenText | None",
         info: ModelInfo,
         device: torch.device,
-        ways: RuntimeOptions = DIRECT,
+        runtime: RuntimeOptions = DIRECT,
         upscaler: Upscaler | None = None,
         tables: Mapping[float, Tensor] | None = None,
     ) -> None:
         super().__init__(
-            flow=flow, vae=vae, text=text, info=info, device=device, step=qwen_step, ways=ways, upscaler=upscaler
+            flow=flow, vae=vae, text=text, info=info, device=device, step=qwen_step, runtime=runtime, upscaler=upscaler
         )
         self._folded = None if tables is None else {k: t.to(device) for k, t in tables.items()}
         self._kept: OrderedDict[float, Tensor] = OrderedDict()
@@ -89,7 +89,7 @@ class Qwen(LatentModel):
         words = self._encoder(QwenText)
 
         def encode(different: list[str]) -> dict[str, Tensor]:
-            with self._residency.using("text"):
+            with self._offload.using("text"):
                 context, mask = padded(words(different))
             return {"context": context, "mask": mask}
 
@@ -102,7 +102,7 @@ class Qwen(LatentModel):
         """
         if options.guidance is not None:
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale, rescale=True)")
-        sigmas = options.sigmas if self._ways.fold else None
+        sigmas = options.sigmas if self._runtime.fold else None
         if step is None:
             return QwenField(
                 self._flow,
@@ -110,7 +110,7 @@ class Qwen(LatentModel):
                 levels=sigmas,
                 step=self._step,
                 tables=self._tables,
-                using=partial(self._residency.using, "main"),
+                using=partial(self._offload.using, "main"),
                 positions=options.positions,
             )
         items = self._states(cond)
@@ -123,7 +123,7 @@ class Qwen(LatentModel):
                 levels=None,  # `tables` remembers for all fields
                 step=step(self._pieces),
                 tables=lambda wanted: [tables(sigma) for sigma in wanted],
-                using=partial(self._residency.using, "main"),
+                using=partial(self._offload.using, "main"),
                 positions=options.positions,
             )
             for group in ([items] if alike else [[item] for item in items])
@@ -139,13 +139,13 @@ class Qwen(LatentModel):
 
     def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
         """What every modulation starts from at a level: (b, width), alike for all items."""
-        with self._residency.using("main"):
+        with self._offload.using("main"):
             vector = self._flow.conditioning_vector(torch.full((1,), sigma, device=self._device))
         return vector.expand(cond.batch, -1)
 
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:
         """Modulations at these levels: made beforehand, kept from an earlier picture, or made now."""
-        if self._folded is None and not self._ways.fold:
+        if self._folded is None and not self._runtime.fold:
             return self._made(levels)
         if self._folded is None:
             with self._keeping:

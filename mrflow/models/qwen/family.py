@@ -97,7 +97,7 @@ class QwenFamily(Family):
             text=text,
             info=info,
             device=device,
-            ways=loading.ways,
+            runtime=loading.runtime,
             upscaler=loading.upscaler,
             tables=made,
         )

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.blocks import DoubleStreamBlock, FinalLayer, Sizes, Transformer, clip_fp16, tables
+from mrflow.models.blocks import DoubleStreamBlock, FinalLayer, Transformer, TransformerParams, clip_fp16, tables
 from mrflow.models.layers import (
     SINUSOID,
     Attention,
@@ -32,7 +32,7 @@ MAX_POSITION = 4096  # the reference's tables of text positions end there
 
 
 @dataclass(frozen=True)
-class QwenParams(Sizes):
+class QwenParams(TransformerParams):
     """Sizes of a Qwen-Image transformer; the defaults are the published ones."""
 
     in_channels: int = 64

@@ -36,11 +36,11 @@ class ZImageModel(LatentModel):
         text: "ZImageText | None",
         info: ModelInfo,
         device: torch.device,
-        ways: RuntimeOptions = DIRECT,
+        runtime: RuntimeOptions = DIRECT,
         upscaler: Upscaler | None = None,
     ) -> None:
         super().__init__(
-            flow=flow, vae=vae, text=text, info=info, device=device, step=step, ways=ways, upscaler=upscaler
+            flow=flow, vae=vae, text=text, info=info, device=device, step=step, runtime=runtime, upscaler=upscaler
         )
 
     @property
@@ -60,7 +60,7 @@ class ZImageModel(LatentModel):
         words = self._encoder(ZImageText)
 
         def encode(different: list[str]) -> dict[str, Tensor]:
-            with self._residency.using("text"):
+            with self._offload.using("text"):
                 context, mask = padded(words(different))
             return {"context": context, "mask": mask}
 
@@ -72,7 +72,7 @@ class ZImageModel(LatentModel):
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale)")
         batch = cond.batch
         texts = [states for each in (cond, *options.beside) for states in self._states(each)]
-        table = ModulationTables(self._tables, options.sigmas if self._ways.fold else None)
+        table = ModulationTables(self._tables, options.sigmas if self._runtime.fold else None)
         groups = [
             (
                 rows,
@@ -81,7 +81,7 @@ class ZImageModel(LatentModel):
                     [texts[i] for i in rows],
                     step=self._step if step is None else step(self._pieces),
                     table=table,
-                    using=partial(self._residency.using, "main"),
+                    using=partial(self._offload.using, "main"),
                     positions=options.positions,
                 ),
             )
@@ -100,7 +100,7 @@ class ZImageModel(LatentModel):
 
     def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
         """What every modulation starts from at a level: (b, width), alike for all items."""
-        with self._residency.using("main"):
+        with self._offload.using("main"):
             vector = self._flow.conditioning_vector(torch.full((1,), sigma, device=self._device))
         return vector.expand(cond.batch, -1)
 

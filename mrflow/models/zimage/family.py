@@ -90,7 +90,7 @@ class ZImageFamily(Family):
         merge(flow, changed)
         info = replace(zimage_info(flow, vae, text, files.curve, version=loading.version), files=files.paths)
         return ZImageModel(
-            flow=flow, vae=vae, text=text, info=info, device=device, ways=loading.ways, upscaler=loading.upscaler
+            flow=flow, vae=vae, text=text, info=info, device=device, runtime=loading.runtime, upscaler=loading.upscaler
         )
 
     def describe(self, what: str, header: Header) -> list[str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mrflow.models.blocks import Sizes, Transformer, attended, clip_fp16, fused
+from mrflow.models.blocks import Transformer, TransformerParams, attended, clip_fp16, fused
 from mrflow.models.layers import (
     SINUSOID,
     Attention,
@@ -33,7 +33,7 @@ WHOLE = 32  # text and image are filled up to a multiple of so many tokens
 
 
 @dataclass(frozen=True)
-class ZImageParams(Sizes):
+class ZImageParams(TransformerParams):
     """Sizes of a Z-Image transformer; the defaults are the published ones.
 
     `mlp_ratio` counts three matrices as two; `level` and `time` are the outer and inner width of the level's embedding.
