@@ -21,7 +21,7 @@ from mrflow.records.stage_cache import StageCache
 from mrflow.result import PathStep, Result, StageRecord
 from mrflow.solvers import Step
 from mrflow.spec import ModelInfo, Pixels, Spec, Start, State
-from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Context, Stage, Work, keep_promise, plan, scopes, short
+from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Context, Plan, Stage, Work, keep_promise, plan, scopes, short
 
 log = logging.getLogger(__name__)
 MAX_PROMPT = 1_000_000
@@ -78,6 +78,7 @@ def run(
     keep: bool | Literal["path"] = False,
     on_event: Listener | None = None,
     cache: StageCache | None = None,
+    planned: Plan | None = None,
 ) -> Result:
     """Make pictures. One prompt with several seeds, or several prompts with one seed each or one for all, is a batch.
 
@@ -87,7 +88,7 @@ def run(
     `start` is pixels (b, 3, h, w) in [0, 1] or a State for a chain that does not begin with noise; `condition` replaces
     the encoded prompts; `keep` keeps every stage's tensor, and as "path" also every step's estimate, for
     `Result.animate` (the result then holds the model); `on_event` hears of stages, steps and notes; `cache` reuses
-    stages that were run before.
+    stages that were run before. `planned` is what `plan` said of this chain, model and batch, if it was asked.
 
     Raises:
         PlanError: the arguments or the chain cannot work, or a fork broke CUDA; before any tensor is made.
@@ -103,8 +104,11 @@ def run(
     prompts, seeds = _batch(prompt, seed, condition)
     whole = chain if isinstance(chain, Chain) else Chain[A, B]((chain,))
     first = _first(start, len(prompts), model)
-    planned = plan(whole, model.info, batch=len(prompts), start=first.spec)
     stages: tuple[AnyStage, ...] = tuple(whole)
+    if planned is None:
+        planned = plan(whole, model.info, batch=len(prompts), start=first.spec)
+    else:
+        planned = _same(planned, stages, model.info, first.spec)
     for number, stage in enumerate(stages, 1):
         try:
             stage.check(model)
@@ -179,6 +183,15 @@ def run(
         tuple(path or ()),
         None if path is None else lambda latents: model.decode(latents.to(model.device)),
     )
+
+
+def _same(planned: Plan, stages: tuple[AnyStage, ...], model: ModelInfo, start: Spec) -> Plan:
+    """The plan, if it is of these stages for this model and start; what a model takes of memory may differ."""
+    ours = (stages, start, replace(model, footprint=None))
+    if (planned.stages, planned.rows[0].spec, replace(planned.model, footprint=None)) != ours:
+        raise PlanError(f"planned= is of another chain, model or batch than this run of {model.name} from {start}; "
+                        "plan this one, or leave it out")  # fmt: skip
+    return replace(planned, model=model)
 
 
 def _batch(

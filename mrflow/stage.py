@@ -234,6 +234,7 @@ class Plan:
 
     model: ModelInfo
     rows: tuple[PlannedStage, ...]
+    stages: tuple[AnyStage, ...] = ()
 
     @property
     def out(self) -> Spec:
@@ -337,7 +338,7 @@ def plan(
         except Exception as error:
             raise PlanError(f"{where}: its plan failed with {type(error).__name__}: {error}") from error
         spec = rows[-1].out
-    return Plan(model, tuple(rows))
+    return Plan(model, tuple(rows), stages)
 
 
 def short(stage: object) -> str:

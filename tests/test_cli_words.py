@@ -24,6 +24,7 @@ from mrflow.cli.parsing import parse_seeds, parse_shift, read_prompts
 from mrflow.cli.plan import describe
 from mrflow.cli.records import difference, difference_text
 from mrflow.errors import PlanError
+from mrflow.models.pocket import model as pocket
 from mrflow.records.pictures import describe_record
 from mrflow.sheet import table
 from tests.test_cli import call, here  # noqa: F401
@@ -177,10 +178,31 @@ def drawn(tmp_path: Path, options: DrawOptions, prompts: list[str]) -> list[Path
     chain = mf.recipes.native(size=(16, 16), steps=2)
     err = Console(file=io.StringIO())
     out = tmp_path / "x.png"
-    drawing.draw(
-        err, chain, mf.toy(), [(p, s) for p in prompts for s in parse_seeds(options.seed, 1)], options, name=out
-    )
+    pairs = [(p, s) for p in prompts for s in parse_seeds(options.seed, 1)]
+    drawing.draw(err, lambda info: (chain, None), lambda on_facts: mf.toy(), pairs, options, name=out)
     return sorted(tmp_path.glob("*.png"))
+
+
+def test_a_chain_is_planned_once_and_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    plan_row, load_file = mf.Sample.plan_row, pocket.load_file
+
+    def planned(self: mf.Sample, *given: Any) -> Any:
+        done.append("planned")
+        return plan_row(self, *given)
+
+    def read(path: Path) -> Any:
+        done.append("read")
+        return load_file(path)
+
+    monkeypatch.setattr(mf.Sample, "plan_row", planned)
+    monkeypatch.setattr(pocket, "load_file", read)
+    words = ["generate", "a big red circle", "--recipe", "native", "--steps", "1", "--out", str(tmp_path / "x.png")]
+    assert CliRunner().invoke(app, [*words, "--size", "64x72"]).exit_code == 2
+    assert "read" not in done
+    done.clear()
+    assert CliRunner().invoke(app, [*words, "--size", "64x64"]).exit_code == 0
+    assert done[0] == "planned" and done.count("planned") == 1 and "read" in done
 
 
 def test_many_pictures_are_drawn_and_saved_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from mrflow.models.encoders import text_layout
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.flux.weights import flux_layout, flux_names, flux_params, vae_layout, vae_names, vae_params
+from mrflow.models.headers import transformer_layout
 from mrflow.models.latent_model import footprint
 from mrflow.models.qwen.text import UNUSED
 from mrflow.models.qwen.transformer import QwenImage
@@ -29,7 +30,7 @@ from mrflow.models.qwen.weights import (
 )
 from mrflow.models.zimage.facts import TURBO
 from mrflow.models.zimage.transformer import ZImage, ZImageParams
-from mrflow.models.zimage.weights import single_file, zimage_diffusers, zimage_layout, zimage_params
+from mrflow.models.zimage.weights import single_file, zimage_diffusers, zimage_params
 from mrflow.spec import FLUX, QWEN, SCHNELL
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "checkpoints.json").read_text())
@@ -190,8 +191,9 @@ def test_zimage() -> None:
         split, fused = (ZImage(ZImageParams(), split=split).bfloat16() for split in (True, False))
         vae = VaeFlux(vae_params(v := header("vae_bfl"), vae_names(v))).bfloat16()
     for net in (split, fused):
-        assert expected(net, zimage_layout(net, zimage_diffusers)) == {n: e.shape for n, e in given.tensors.items()}
-    single = expected(fused, zimage_layout(fused, single_file))
+        layout = transformer_layout(net, zimage_diffusers)
+        assert expected(net, layout) == {n: e.shape for n, e in given.tensors.items()}
+    single = expected(fused, transformer_layout(fused, single_file))
     assert single["layers.29.attention.qkv.weight"] == (11520, 3840) and single["x_pad_token"] == (1, 3840)
     assert "noise_refiner.1.attention.q_norm.weight" in single and "t_embedder.mlp.2.bias" in single
     counted, planned = footprint(fused, vae, None), TURBO.footprint

@@ -1,6 +1,6 @@
 """Running: seeds, batches, events, starts, the stage cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +411,18 @@ def test_a_picture_is_planned_once_and_the_plan_carries_the_noise_levels(monkeyp
         ("Refine", 2, 1),
     ]
     assert rows[0].sigmas == (*rows[0].evaluations, 0.0)
+
+
+def test_a_plan_is_taken_where_it_fits_and_refused_elsewhere() -> None:
+    model, chain = mf.toy(), mf.Sample(16, 16, mf.Shifted(2)) >> mf.Decode()
+    planned = mf.plan(chain, model, batch=2)
+    assert torch.equal(mf.run(chain, model, seed=[1, 2], planned=planned).data, mf.run(chain, model, seed=[1, 2]).data)
+    other = mf.Sample(16, 16, mf.Shifted(3)) >> mf.Decode()
+    for wrong in (other, chain):
+        with pytest.raises(mf.PlanError, match="planned= is of another chain, model or batch"):
+            mf.run(wrong, model, seed=[1] if wrong is chain else [1, 2], planned=planned)
+    with pytest.raises(mf.PlanError, match="another chain, model"):
+        mf.run(chain, model, seed=[1, 2], planned=replace(planned, model=replace(planned.model, cfg=2.0)))
 
 
 def test_plain_meanings_are_taken_and_others_refused_before_work() -> None:

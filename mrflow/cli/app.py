@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +42,7 @@ from mrflow.cli.parsing import (
 from mrflow.errors import PlanError
 
 if TYPE_CHECKING:
+    from mrflow.spec import ModelInfo
     from mrflow.stage import AnyChain
 
 HELP = "Rectified-flow pictures in stages: sample low, upscale, reinject noise, refine."
@@ -95,11 +97,13 @@ def generate(
         if chain.sr in (None, "own") and chain.name in ("paper", "official") and not embedded(model):
             raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
         pairs, net = drawing.pairs(prompts), chain.net()
-        backbone = options.load(model)
-        own = chain.build(backbone.info, net)
         last = chain.ladder.split(",")[-1] if chain.ladder else chain.size
-        other = ChainOptions(recipe="native", size=last).build(backbone.info, None) if compare else None
-        draw(err, own, backbone, pairs, drawing, other=other)
+        native = ChainOptions(recipe="native", size=last)
+
+        def make(info: "ModelInfo") -> "tuple[AnyChain, AnyChain | None]":
+            return chain.build(info, net), native.build(info, None) if compare else None
+
+        draw(err, make, partial(options.load, model), pairs, drawing)
 
 
 @app.command()
@@ -118,7 +122,7 @@ def run(
     with console() as err:
         pairs, own = drawing.pairs(prompts), load_chain(chain)
         pixels = None if start is None else read_image(start)
-        draw(err, own, options.load(model), pairs, drawing, start=pixels)
+        draw(err, lambda info: (own, None), partial(options.load, model), pairs, drawing, start=pixels)
 
 
 @app.command()
@@ -166,12 +170,15 @@ def refine(
         if isinstance(net, str):
             raise PlanError(f"--sr {net} enlarges latents; refining a picture goes over pixels")
         pairs, pixels = drawing.pairs([prompt]), read_image(photo)
-        backbone = options.load(model)
-        height, width = pixels.shape[-2:]
-        part, size = refinement(height, width, scale, backbone.info, crop=crop)
-        chain = enlargement(size, net, backbone.info, sigma=sigma, refine_steps=refine_steps, **vars(slots))
-        whole: AnyChain = chain if part == (height, width) else Crop(*part) >> chain
-        draw(err, whole, backbone, pairs, drawing, start=pixels, name=Path(f"{photo.stem}-refined.png"))
+
+        def make(info: "ModelInfo") -> "tuple[AnyChain, None]":
+            height, width = pixels.shape[-2:]
+            part, size = refinement(height, width, scale, info, crop=crop)
+            chain = enlargement(size, net, info, sigma=sigma, refine_steps=refine_steps, **vars(slots))
+            return (chain if part == (height, width) else Crop(*part) >> chain), None
+
+        name = Path(f"{photo.stem}-refined.png")
+        draw(err, make, partial(options.load, model), pairs, drawing, start=pixels, name=name)
 
 
 PHOTOGRAPHS = (

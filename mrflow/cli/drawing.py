@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,26 +21,42 @@ if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.result import Result
     from mrflow.runner import Event, Listener
-    from mrflow.spec import Pixels, Start
-    from mrflow.stage import AnyChain, Chain, Plan
+    from mrflow.spec import ModelInfo
+    from mrflow.stage import AnyChain, Plan
 
 TOGETHER = 8  # pictures of several prompts that are drawn at once
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What is known before any weights are read: the chains with a plan for each size of a group, and the file.
+
+    `other` is drawn too and compared.
+    """
+
+    chain: "AnyChain"
+    plans: "Mapping[int, Plan]"
+    other: "AnyChain | None"
+    others: "Mapping[int, Plan]"
+    target: Path
+    endings: Sequence[str]
+
+
 def draw(
     err: "Console",
-    chain: "AnyChain",
-    backbone: "Backbone",
+    make: "Callable[[ModelInfo], tuple[AnyChain, AnyChain | None]]",
+    load: "Callable[[Callable[[ModelInfo], object]], Backbone]",
     pairs: Sequence[tuple[str, int]],
     options: DrawOptions,
     *,
-    other: "Chain[Start, Pixels] | None" = None,
     start: "Tensor | None" = None,
     name: Path | None = None,
 ) -> None:
-    """Check, run, save, report. `pairs` are prompts and seeds, those of one prompt in a row.
+    """Check, load, run, save, report. `pairs` are prompts and seeds, those of one prompt in a row.
 
-    `other` is drawn too and compared; `name` is the default of --out.
+    `make` gives the chain for a model, and another one to compare with, if any. `load` reads the model and hands its
+    facts on before it reads weights (`mrflow.load(on_facts=)`): all is planned there, once. `name` is the default of
+    --out.
 
     Raises:
         PlanError: an option cannot be, or does nothing with this chain.
@@ -56,32 +72,48 @@ def draw(
     each = sum(text == pairs[0][0] for text, _ in pairs[: pairs.count(pairs[0]) and count])
     size = max(TOGETHER // each, 1) * each
     groups = [pairs[i : i + size] for i in range(0, count, size)]
-    begin = None if start is None else Picture(len(groups[0]), *start.shape[-2:])
-    planned = plan(chain, backbone.info, batch=len(groups[0]), start=begin)
-    refuse(
-        options.negative is not None and not planned.work.negative, "--negative",
-        f"with this chain: {backbone.info.name} draws without a second branch (--guidance 'CFG(4)' has one)",
-    )  # fmt: skip
-    if odd := untrained(planned):
-        err.print(odd)
-    endings = [f"-{stage}" for stage in sheet.stage_names(chain)] if options.stages else []
-    endings += ["-compare"] if other is not None else []
     default = name or Path(f"{slug(pairs[0][0])}-seed{pairs[0][1]}.png")
-    target = free_path(options.out, default, count, options.force, endings)
-    if other is not None:
-        plan(other, backbone.info, batch=len(groups[0]))
-        sheet.warm_up((chain, other), backbone, len(groups[0]))
+    found: list[Checked] = []
 
-    def run(one: "AnyChain", told: "Plan", keep: Callable[["Result", int], None] | None = None) -> "Result":
+    def plans(chain: "AnyChain | None", info: "ModelInfo") -> "dict[int, Plan]":
+        starts = {len(group): None if start is None else Picture(len(group), *start.shape[-2:]) for group in groups}
+        return {} if chain is None else {n: plan(chain, info, batch=n, start=spec) for n, spec in starts.items()}
+
+    def check(info: "ModelInfo") -> None:
+        chain, other = make(info)
+        planned = plans(chain, info)
+        first = planned[len(groups[0])]
+        refuse(
+            options.negative is not None and not first.work.negative, "--negative",
+            f"with this chain: {info.name} draws without a second branch (--guidance 'CFG(4)' has one)",
+        )  # fmt: skip
+        if odd := untrained(first):
+            err.print(odd)
+        endings = [f"-{stage}" for stage in sheet.stage_names(chain)] if options.stages else []
+        endings += ["-compare"] if other is not None else []
+        target = free_path(options.out, default, count, options.force, endings)
+        found.append(Checked(chain, planned, other, plans(other, info), target, endings))
+
+    backbone = load(check)
+    if not found:  # a family of the user's own, which hands on no facts
+        check(backbone.info)
+    (ready,) = found
+    if ready.other is not None:
+        sheet.warm_up((ready.chain, ready.other), backbone, len(groups[0]))
+
+    def run(
+        one: "AnyChain", planned: "Mapping[int, Plan]", keep: Callable[["Result", int], None] | None = None
+    ) -> "Result":
         from mrflow.runner import run as execute
 
         made: list[Result] = []
-        with progress(err, told, [len(group) for group in groups]) as listen:
+        with progress(err, planned[len(groups[0])], [len(group) for group in groups]) as listen:
             for number, group in enumerate(groups):
                 first = None if start is None else start.expand(len(group), -1, -1, -1)
                 result = execute(
                     one, backbone, [text for text, _ in group], seed=[seed for _, seed in group], start=first,
-                    negative=options.negative, keep=options.stages and one is chain, on_event=listen,
+                    negative=options.negative, keep=options.stages and one is ready.chain, on_event=listen,
+                    planned=planned[len(group)],
                 )  # fmt: skip
                 made.append(result)
                 if keep is not None:
@@ -99,20 +131,21 @@ def draw(
                 made |= {p.with_stem(f"{p.stem}-{stage}"): png(i) for p, i in zip(own, images, strict=True)}
             return made
 
-        fixed = options.out or (None if len(groups) == 1 else target)  # later groups keep to the first one's name
-        paths.extend(save_free(files, target, fixed, default, count, options.force, endings))
+        # Later groups keep to the first one's name.
+        fixed = options.out or (None if len(groups) == 1 else ready.target)
+        paths.extend(save_free(files, ready.target, fixed, default, count, options.force, ready.endings))
         if options.as_json:
             records.extend(make_record(result, i) for i in range(len(result.seeds)))
 
-    result = run(chain, planned, keep)
+    result = run(ready.chain, ready.plans, keep)
     err.print(sheet.table(result, width(err)))
     speedup = None
-    if other is not None:
-        native = run(other, plan(other, backbone.info, batch=len(groups[0])))
+    if ready.other is not None:
+        native = run(ready.other, ready.others)
         err.print(sheet.table(native, width(err)))
         speedup = native.seconds / result.seconds
         side = png(sheet.compare(result, native))
-        beside = target.with_stem(f"{target.stem}-compare")
+        beside = ready.target.with_stem(f"{ready.target.stem}-compare")
         paths += save_free(lambda path: {path: side}, beside, options.out, beside, 1, options.force)
         err.print(f"staged {result.seconds:.2f} s, native {native.seconds:.2f} s: {speedup:.1f}x faster")
     if options.as_json:
@@ -126,24 +159,23 @@ def joined(results: Sequence["Result"]) -> "Result":
     """Results of one chain and model as one: pictures in their order, seconds and operations added up."""
     import torch
 
-    from mrflow.stage import plan
-
     first = results[0]
     if len(results) == 1:
         return first
     total = sum(len(each.seeds) for each in results)
-    spec: Any = first.plan.rows[0].spec
-    before = replace(spec, batch=total)
-    planned = plan(first.chain, first.plan.model, batch=total, start=before)
+
+    def whole(spec: Any) -> Any:  # noqa: ANN401
+        return replace(spec, batch=total)
+
     stages = tuple(
         replace(
-            rows[0], spec=planned.rows[number].out, data=None, seconds=sum(row.seconds for row in rows),
+            rows[0], spec=whole(rows[0].spec), data=None, seconds=sum(row.seconds for row in rows),
             flops=sum(row.flops for row in rows), notes=tuple(dict.fromkeys(n for row in rows for n in row.notes)),
         )
-        for number, rows in enumerate(zip(*(each.stages for each in results), strict=True))
+        for rows in zip(*(each.stages for each in results), strict=True)
     )  # fmt: skip
     return replace(
-        first, data=torch.cat([each.data for each in results]), spec=planned.out, stages=stages, plan=planned,
+        first, data=torch.cat([each.data for each in results]), spec=whole(first.spec), stages=stages,
         prompts=tuple(p for each in results for p in each.prompts),
         seeds=tuple(s for each in results for s in each.seeds),
         condition_seconds=sum(each.condition_seconds for each in results),

@@ -61,15 +61,15 @@ class ModelOptions(FactOptions):
         list[str] | None, typer.Option("--lora", help="A LoRA to merge into the weights: FILE or FILE:STRENGTH.")
     ] = None
 
-    def load(self, model: str) -> "Backbone":
-        """The model, as `mrflow.load` finds it.
+    def load(self, model: str, on_facts: "Callable[[ModelInfo], object] | None" = None) -> "Backbone":
+        """The model, as `mrflow.load` finds it; `on_facts` is given its facts before weights are read.
 
         Raises:
             PlanError: an option cannot be. WeightsError: there is no such model.
         """
         return load_model(
             model, self.device, self.dtype, self.offload, self.storage, self.vae, self.text, self.compile, self.lora,
-            parse_shift(self.shift), self.text_tokens,
+            parse_shift(self.shift), self.text_tokens, on_facts,
         )  # fmt: skip
 
 

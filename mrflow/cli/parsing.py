@@ -39,6 +39,7 @@ def load_model(
     lora: Sequence[str] | None = None,
     shift: "Shift | float | None" = None,
     text_tokens: int | None = None,
+    on_facts: "Callable[[ModelInfo], object] | None" = None,
 ) -> "Backbone":
     """A model from the words of the command line."""
     import torch
@@ -63,6 +64,7 @@ def load_model(
         lora=[parse_lora(word) for word in lora or ()],
         shift=shift,
         text_tokens=text_tokens,
+        on_facts=on_facts,
     )
 
 

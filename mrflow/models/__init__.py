@@ -42,6 +42,7 @@ def load(
     lora: Lora | str | Path | Sequence[Lora | str | Path] | None = None,
     shift: Shift | float | None = None,
     text_tokens: int | None = None,
+    on_facts: Callable[[ModelInfo], object] | None = None,
 ) -> Backbone:
     """A model ready to run: "pocket", a hub id (`owner/name`, `owner/name@revision`), a folder or a file.
 
@@ -70,6 +71,8 @@ def load(
         shift: the model's curve of noise levels, or a static factor; None is what its scheduler's configuration says,
             or else the published one. Single files have no such configuration.
         text_tokens: how many text tokens FLUX.1 is given; None is 512, of FLUX.1-schnell 256.
+        on_facts: called with the model's facts when all headers are checked and no weights are read: plan there, and
+            what it raises is raised here.
 
     Raises:
         WeightsError: there is no such model, or a file is missing, broken, or not what it should be; all headers are
@@ -93,7 +96,7 @@ def load(
         given |= {"fold": isinstance(fold, Chain), "shift": shift is not None, "text_tokens": text_tokens is not None}
         if odd := [name for name, value in given.items() if value]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
-        return load_pocket(path, device=chosen, dtype=dtype or torch.float32, loras=loras)
+        return load_pocket(path, device=chosen, dtype=dtype or torch.float32, loras=loras, on_facts=on_facts)
     hub = next((hub for hub, facts in published().items() if facts.name == str(where)), None)
     if hub is not None and not path.exists():
         raise WeightsError(
@@ -117,7 +120,7 @@ def load(
     said = {"shift": curve, "text": text_tokens}
     version += "".join(f"+{name} {value}" for name, value in said.items() if value is not None)
     files = replace(files, curve=curve or files.curve, text_tokens=text_tokens)
-    options = Loading(files, version, working, dtype, chosen, storage, runtime, upscaler, chain, loras)
+    options = Loading(files, version, working, dtype, chosen, storage, runtime, upscaler, chain, loras, on_facts)
     return files.family.load(options)
 
 

@@ -5,7 +5,7 @@ ask the same family, so that they cannot differ.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -133,6 +133,7 @@ class Loading:
     """What was asked of `load`, and the files that were found for it.
 
     `working` is what the transformer computes in; `resting` is where weights are while they are not used.
+    `on_facts` is to be given the facts before any weights are read.
     """
 
     files: Files
@@ -145,6 +146,7 @@ class Loading:
     upscaler: Upscaler | None
     chain: Chain[Any, Any] | None
     loras: tuple[Lora, ...]
+    on_facts: Callable[[ModelInfo], object] | None = None
 
     @property
     def where(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.fields import step as whole_step
 from mrflow.models.kernels import compiled, fused
 from mrflow.models.offload import (
     BlockOffloader,
@@ -72,7 +73,12 @@ Model = TypeVar("Model", bound="LatentModel")
 
 
 class LatentModel(TransformerModel):
-    """A transformer, an autoencoder and perhaps text encoders. A family adds `condition` and `opened`."""
+    """A transformer, an autoencoder and perhaps text encoders. A family adds `condition` and `opened`.
+
+    `step` is one evaluation of its network: from tokens, text, rotations and modulations to the velocity's tokens.
+    """
+
+    step: ClassVar[Callable[..., Tensor]] = staticmethod(whole_step)
 
     def __init__(
         self,
@@ -82,7 +88,6 @@ class LatentModel(TransformerModel):
         text: object | None,
         info: ModelInfo,
         device: torch.device,
-        step: Callable[..., Tensor],
         runtime: RuntimeOptions = DIRECT,
         upscaler: Upscaler | None = None,
     ) -> None:
@@ -109,13 +114,13 @@ class LatentModel(TransformerModel):
         elif runtime.kernels:
             flow.ops = fused(device)
         self._graphs = runtime.graphs and device.type == "cuda" and runtime.offload == "none"
-        self._whole, self._adapted = step, dict[object, LatentModel]()
+        self._adapted = dict[object, LatentModel]()
         self._policies: dict[object, Policies] = {}
         self._wire()
 
     def _wire(self) -> None:
         """What runs the network: whole, and in pieces."""
-        net, step = self._net, self._whole
+        net, step = self._net, type(self).step
         self._step: Callable[..., Tensor] = Graphed(partial(step, net)) if self._graphs else partial(step, net)
         self._pieces = BlockRunner(net, graphs=self._graphs)
 

@@ -1,8 +1,7 @@
 """A family of models in a folder of its own: a transformer of two linears, an autoencoder of two convolutions."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import mrflow as mf
-from mrflow.backbone import Backbone
-from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, check_layout, compute_dtype, save_file
+from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, save_file
 from mrflow.models.blocks import Transformer, TransformerParams
-from mrflow.models.family import Family, Files, Loading
-from mrflow.models.latent_model import LatentModel, count, footprint
+from mrflow.models.family import Files
+from mrflow.models.latent_model import LatentModel, footprint
 from mrflow.models.layers import Merge, Rope
-from mrflow.models.lora import changes, merge
+from mrflow.models.prepared import prepare_autoencoder, prepare_transformer
+from mrflow.models.transformer_family import TransformerFamily
 from mrflow.pieces import StepFactory
 from mrflow.spec import Architecture
 from mrflow.tokens import pack, unpack
@@ -127,7 +126,7 @@ class ToyModel(LatentModel):
         return velocity
 
 
-class ToyFamily(Family):
+class ToyFamily(TransformerFamily):
     """The family."""
 
     name = "Toy"
@@ -137,55 +136,34 @@ class ToyFamily(Family):
     autoencoder_marks = ("toy_down.weight",)
     pipelines = ("ToyPipeline",)
     network = ToyNet
+    model = ToyModel
 
     def names(self, parameter: str) -> tuple[str, ...]:
         return (f"toy_{parameter}",)
 
-    def prepare(self, header: Header, net: Any, dtype: torch.dtype | None) -> Prepared[Any]:
-        layout: Layout = {n: Source(self.names(n), (len(t),)) for n, t in net.state_dict().items()}
-        kept = dtype or compute_dtype(header)
-        check_layout(net, header, layout, dtype=kept)
-        return Prepared(net, header, layout, kept, "cpu", kept)
+    def layout(self, net: nn.Module) -> Layout:
+        return {n: Source(self.names(n), (len(t),)) for n, t in net.state_dict().items()}
 
-    def parts(self, files: Files, dtype: torch.dtype | None) -> tuple[Prepared[ToyNet], Prepared[ToyVae]]:
-        with torch.device("meta"):
-            net, vae = ToyNet(), ToyVae()
-        return self.prepare(files.transformer, net, dtype), self.prepare(files.vae, vae, dtype)
+    def prepare(self, header: Header, **how: Any) -> Prepared[ToyNet]:
+        return prepare_transformer(header, lambda split: ToyNet(), self.layout, **how)
 
-    def info(self, net: ToyNet, vae: ToyVae, files: Files) -> mf.ModelInfo:
+    def prepare_autoencoder(self, header: Header, **how: Any) -> Prepared[ToyVae]:
+        return prepare_autoencoder(header, ToyVae, self.layout, **how)
+
+    def info(self, net: ToyNet, vae: ToyVae, text: object, files: Files, parameters: int) -> mf.ModelInfo:
         return mf.ModelInfo(
             "toy-family",
             SPACE,
             files.curve or mf.Shift(0.5, 1.0),
             size=(32, 32),
             low=(16, 16),
-            architecture=Architecture(16, 2, 0, 3, 1, count(net)),
-            footprint=footprint(net, vae, None),
+            architecture=Architecture(16, 2, 0, 3, 1, parameters),
+            footprint=footprint(net, vae, text),
             capabilities=mf.Capabilities(lora=True),
         )
 
-    def facts(self, files: Files) -> mf.ModelInfo:
-        net, vae = self.parts(files, None)
-        return self.info(net.net.to(net.dtype), vae.net.to(vae.dtype), files)
-
-    def load(self, loading: Loading) -> Backbone:
-        prepared, prepared_vae = self.parts(loading.files, loading.working)
-        changed = changes(prepared.net, loading.loras, loading.where)
-        net, vae = prepared.read(), prepared_vae.read()
-        merge(net, changed)
-        info = replace(self.info(net, vae, loading.files), version=loading.version)
-        step = partial(_no_step)
-        return ToyModel(
-            flow=net, vae=vae, text=None, info=info, device=loading.device, step=step, runtime=loading.runtime,
-            upscaler=loading.upscaler,
-        )  # fmt: skip
-
     def describe(self, what: str, header: Header) -> list[str]:
         return [f"sizes     {len(header.tensors)} tensors of a toy"]
-
-
-def _no_step(*args: object, **kwargs: object) -> Tensor:
-    raise NotImplementedError
 
 
 def write_repository(folder: Path) -> Path:

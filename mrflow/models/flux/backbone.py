@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,39 +10,18 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.models.fields import step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
-from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, count, encoded_once, footprint
-from mrflow.models.offload import RuntimeOptions
+from mrflow.models.latent_model import LatentModel, encoded_once, footprint
 from mrflow.models.transformer_model import repeated, side_by_side
 from mrflow.notes import note
 from mrflow.pieces import StepFactory
 from mrflow.spec import Architecture, LatentSpace, ModelInfo, Shift, flux_facts
-from mrflow.upscaler import Upscaler
-
-if TYPE_CHECKING:
-    from mrflow.models.flux.text import ClipT5
 
 
 class Flux1(LatentModel):
     """FLUX.1-dev, -schnell, or a model of their architecture. Build it with `mrflow.load`."""
-
-    def __init__(
-        self,
-        *,
-        flow: Flux,
-        vae: VaeFlux,
-        text: "ClipT5 | None",
-        info: ModelInfo,
-        device: torch.device,
-        runtime: RuntimeOptions = DIRECT,
-        upscaler: Upscaler | None = None,
-    ) -> None:
-        super().__init__(
-            flow=flow, vae=vae, text=text, info=info, device=device, step=step, runtime=runtime, upscaler=upscaler
-        )
 
     @property
     def _flow(self) -> Flux:
@@ -121,14 +99,14 @@ class Flux1(LatentModel):
 def flux1_info(
     flow: Flux,
     vae: VaeFlux,
-    text: "ClipT5 | TextBytes | None",
+    text: object,
     curve: Shift | None,
     text_tokens: int | None,
+    parameters: int,
     *,
-    version: str,
     path: object,
 ) -> ModelInfo:
-    """Facts of a loaded model, with its own sizes: `flux_facts` for its curve of levels."""
+    """All facts of a model but the version, with its own sizes: `flux_facts` for its curve of levels."""
     p = flow.params
     base = flux_facts(guidance=p.guidance, curve=curve)
     assert base.architecture is not None
@@ -139,12 +117,11 @@ def flux1_info(
             "text_tokens=512"
         )
     tokens = text_tokens or base.architecture.text_tokens
-    architecture = Architecture(p.hidden, p.double_blocks, p.single_blocks, p.context, tokens, count(flow), p.mlp_ratio)
+    architecture = Architecture(p.hidden, p.double_blocks, p.single_blocks, p.context, tokens, parameters, p.mlp_ratio)
     return replace(
         base,
         space=LatentSpace("flux1", vae.params.latent, vae.params.downscale),
         shift=curve or base.shift,
         architecture=architecture,
         footprint=footprint(flow, vae, text),
-        version=version,
     )

@@ -1,16 +1,14 @@
 """FLUX.1: its files, its names, its facts, and how it is built."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from mrflow.backbone import Backbone
-from mrflow.checkpoints.safetensors import Header
-from mrflow.errors import PlanError
-from mrflow.models.family import Family, Files, Loading
+from mrflow.checkpoints.safetensors import Header, Prepared
+from mrflow.models.family import Files
 from mrflow.models.flux.backbone import Flux1, flux1_info
 from mrflow.models.flux.transformer import Flux
+from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.flux.weights import (
     flux_diffusers,
     flux_names,
@@ -20,8 +18,7 @@ from mrflow.models.flux.weights import (
     vae_names,
     vae_params,
 )
-from mrflow.models.latent_model import text_bytes
-from mrflow.models.lora import changes, merge
+from mrflow.models.transformer_family import TransformerFamily
 from mrflow.spec import FLUX, SCHNELL, ModelInfo
 
 NATIVE = "decoder.mid.block_1.conv1.weight"  # a name of BFL's autoencoder that the other layout changes
@@ -35,7 +32,7 @@ XLABS = {
 XLABS_SINGLE = {"processor.qkv_lora": "linear1", "processor.proj_lora": "linear2"}
 
 
-class FluxFamily(Family):
+class FluxFamily(TransformerFamily):
     """FLUX.1-dev, -schnell, and models of their architecture, in Black Forest Labs' layout or diffusers'."""
 
     name = "FLUX"
@@ -54,6 +51,8 @@ class FluxFamily(Family):
         "black-forest-labs/FLUX.1-schnell": SCHNELL,
     }
     network = Flux
+    model = Flux1
+    text_layer = "block"
     text_tokens = True
 
     def names(self, parameter: str) -> tuple[str, ...]:
@@ -74,37 +73,27 @@ class FluxFamily(Family):
 
         return find_text(folder)
 
-    def facts(self, files: Files) -> ModelInfo:
+    def prepare(self, header: Header, **how: Any) -> Prepared[Flux]:  # noqa: ANN401
+        """In either layout."""
+        return prepare_flux(header, **how)
+
+    def prepare_autoencoder(self, header: Header, **how: Any) -> Prepared[VaeFlux]:  # noqa: ANN401
+        """In either layout."""
+        return prepare_vae_flux(header, **how)
+
+    def prepare_text(self, files: Any, **how: Any) -> Callable[[], object]:  # noqa: ANN401
+        """CLIP and T5."""
+        from mrflow.models.flux.text import prepare_text
+
+        return prepare_text(files, **how)
+
+    def text_headers(self, files: Any) -> tuple[Header, ...]:  # noqa: ANN401
+        """CLIP's and T5's."""
+        return (files.clip, files.t5)
+
+    def info(self, net: Flux, vae: VaeFlux, text: object, files: Files, parameters: int) -> ModelInfo:
         """FLUX.1-dev's or -schnell's, told apart by the guidance embedding, with the files' own sizes."""
-        from mrflow.models.flux.text import TextFiles
-
-        prepared = prepare_flux(files.transformer)
-        vae = prepare_vae_flux(files.vae, dtype=prepared.dtype)
-        net = prepared.net.to(prepared.dtype)
-        words = text_bytes((files.text.clip, files.text.t5), "block") if isinstance(files.text, TextFiles) else None
-        vae_net = vae.net.to(prepared.dtype)
-        return flux1_info(net, vae_net, words, files.curve, files.text_tokens, version="", path=files.where)
-
-    def load(self, loading: Loading) -> Backbone:
-        """The model from its parts."""
-        from mrflow.models.flux.text import TextFiles, prepare_text
-
-        files, device, resting = loading.files, loading.device, loading.resting
-        if loading.chain is not None:
-            raise PlanError("fold=chain is for Qwen-Image; FLUX's modulations depend on the prompt too: use fold=True")
-        prepared_vae = prepare_vae_flux(files.vae, dtype=loading.working, device=resting)
-        prepared = prepare_flux(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
-        changed = changes(prepared.net, loading.loras, files.where) if loading.loras else {}
-        read_text = None
-        if isinstance(files.text, TextFiles):
-            read_text = prepare_text(files.text, dtype=loading.dtype, device=resting)
-        vae, flow, text = prepared_vae.read(), prepared.read(), None if read_text is None else read_text()
-        merge(flow, changed)
-        info = flux1_info(flow, vae, text, files.curve, files.text_tokens, version=loading.version, path=files.where)
-        info = replace(info, files=files.paths)
-        return Flux1(
-            flow=flow, vae=vae, text=text, info=info, device=device, runtime=loading.runtime, upscaler=loading.upscaler
-        )
+        return flux1_info(net, vae, text, files.curve, files.text_tokens, parameters, path=files.where)
 
     def describe(self, what: str, header: Header) -> list[str]:
         """Layout and sizes."""

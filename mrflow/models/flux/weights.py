@@ -7,28 +7,17 @@ long because names, sizes, loading and saving of one layout are only understood 
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mrflow.checkpoints.blueprint import blueprint
-from mrflow.checkpoints.safetensors import (
-    Header,
-    Layout,
-    Prepared,
-    Source,
-    check_layout,
-    compute_dtype,
-    exported,
-    open_checkpoint,
-    save_file,
-)
-from mrflow.errors import PlanError, WeightsError
+from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, exported, save_file
+from mrflow.errors import WeightsError
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
-from mrflow.models.fp8 import described, store_fp8
 from mrflow.models.headers import (
     ATTENTION,
     PART,
@@ -37,12 +26,12 @@ from mrflow.models.headers import (
     axes_of,
     config_of,
     count,
-    part,
     refuse,
     shape,
     transformer_layout,
 )
 from mrflow.models.layers import SplitLinear
+from mrflow.models.prepared import network_header, prepare_autoencoder, prepare_transformer, sizes_of
 
 # diffusers 0.42.1 `loaders/single_file_utils.py`
 EMBEDDERS = {
@@ -110,33 +99,24 @@ def prepare_flux(
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
 ) -> Prepared[Flux]:
-    """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` is the file's.
-
-    Names and shapes are checked now; `read` of what is given back reads the weights.
-
-    `storage="fp8"` keeps the blocks' matrices in 8 bits. `fuse` joins projections that the file keeps apart, which
-    copies them; unless said, they stay apart, and all weights mapped, where nothing else needs a copy either.
+    """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout (`prepare_transformer`).
 
     Raises:
         WeightsError: it is no FLUX transformer, or anything in it is missing, left over or of a wrong shape.
     """
-    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), "a FLUX transformer"))
+    header = network_header(where, "a FLUX transformer")
     names = flux_names(header)
     params = flux_params(header, names)
-    dtype = dtype or compute_dtype(header)
-    apart = len(names("double_blocks.0.img_attn.qkv.weight")) > 1
-    unchanged = all(entry.dtype == dtype for entry in header.tensors.values())
-    if fuse is None:
-        fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
-    with blueprint():
-        flux = Flux(params, split=apart and not (fuse or storage))
-    flux.final_layer.scale_first = apart and not (fuse or storage)
-    if storage == "fp8":
-        store_fp8(flux.double_blocks)
-        store_fp8(flux.single_blocks)
-    layout = flux_layout(flux, names)
-    check_layout(flux, header, layout, dtype=dtype)
-    return Prepared(flux, header, layout, dtype, device, cast=dtype)
+
+    def build(*, split: bool) -> Flux:
+        flux = Flux(params, split=split)
+        flux.final_layer.scale_first = split
+        return flux
+
+    return prepare_transformer(
+        header, build, partial(flux_layout, names=names), dtype=dtype, device=device, storage=storage, fuse=fuse,
+        apart=names is flux_diffusers,
+    )  # fmt: skip
 
 
 def save_flux(flux: Flux, path: Path) -> None:
@@ -170,21 +150,15 @@ def load_vae_flux(
 def prepare_vae_flux(
     where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Prepared[VaeFlux]:
-    """A FLUX autoencoder from a file, folder or header, in BFL's or diffusers' layout; `dtype=None` keeps the file's.
-
-    Names and shapes are checked now; `read` of what is given back reads the weights.
+    """A FLUX autoencoder from a file, folder or header, in BFL's or diffusers' layout (`prepare_autoencoder`).
 
     Raises:
         WeightsError: it is no such autoencoder, or anything in it is missing, left over or of a wrong shape.
     """
-    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), "a FLUX autoencoder"))
+    header = network_header(where, "a FLUX autoencoder")
     names = vae_names(header)
-    params = vae_params(header, names)
-    with blueprint():
-        vae = VaeFlux(params)
-    layout = vae_layout(vae, names)
-    check_layout(vae, header, layout, dtype=dtype)
-    return Prepared(vae, header, layout, dtype or compute_dtype(header), device, cast=dtype)
+    build, layout = partial(VaeFlux, vae_params(header, names)), partial(vae_layout, names=names)
+    return prepare_autoencoder(header, build, layout, dtype=dtype, device=device)
 
 
 def save_vae_flux(vae: VaeFlux, path: Path) -> None:
@@ -301,7 +275,7 @@ def flux_params(header: Header, names: Names) -> FluxParams:
         },
     )
     axes = axes_of(header, config, head, FluxParams.axes)
-    try:
+    with sizes_of(header):
         return FluxParams(
             in_channels=in_channels,
             out_channels=shape(header, names("final_layer.linear.weight")[0], 2)[0],
@@ -316,10 +290,6 @@ def flux_params(header: Header, names: Names) -> FluxParams:
             guidance=guidance,
             theta=config.number("theta", FluxParams.theta, low=1),
         )
-    except WeightsError:
-        raise
-    except (PlanError, TypeError, ValueError) as error:
-        raise WeightsError(f"{header.path}: {error}") from None
 
 
 def vae_params(header: Header, names: Names) -> VaeParams:
@@ -331,7 +301,7 @@ def vae_params(header: Header, names: Names) -> VaeParams:
     if latent != 16 and not {"scaling_factor", "shift_factor"} <= set(config):
         raise WeightsError(f"{header.path}: {latent} latent channels, but no config.json says their scale and shift")
     agree(header, config, {"latent_channels": latent, "block_out_channels": channels})
-    try:
+    with sizes_of(header):
         return VaeParams(
             channels=tuple(channels),
             latent=latent,
@@ -340,7 +310,3 @@ def vae_params(header: Header, names: Names) -> VaeParams:
             shift=config.number("shift_factor", VaeParams.shift),
             groups=config.whole("norm_num_groups", VaeParams.groups, high=4096),
         )
-    except WeightsError:
-        raise
-    except (PlanError, TypeError, ValueError) as error:
-        raise WeightsError(f"{header.path}: {error}") from None

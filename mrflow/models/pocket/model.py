@@ -139,6 +139,11 @@ def channels_last(net: N) -> N:
     return net
 
 
+def dtype_mark(dtype: torch.dtype) -> str:
+    """What a dtype other than float32 adds to a version."""
+    return "" if dtype == torch.float32 else f"/{dtype}".replace("torch.", "")
+
+
 class PocketSR(Upscaler):
     """The model's own x2 net: pictures of this world, enlarged."""
 
@@ -181,8 +186,7 @@ class Pocket(TransformerModel):
         self._autoencoder = channels_last(autoencoder.to(device).eval())
         self._device = device
         self._adapted: dict[object, Pocket] = {}
-        kept = "" if dtype == torch.float32 else f"/{dtype}".replace("torch.", "")
-        self._info = replace(info, version=version + kept)
+        self._info = replace(info, version=version + dtype_mark(dtype))
         self._sr = PocketSR(channels_last(sr.to(device).eval()), version)
 
     @property
@@ -425,6 +429,7 @@ def load_pocket(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     loras: Sequence[Lora] = (),
+    on_facts: Callable[[ModelInfo], object] | None = None,
 ) -> Pocket:
     """The model from its file, or its two; adapters are merged into its weights.
 
@@ -443,16 +448,22 @@ def load_pocket(
         )
     modules = dict(zip(parts, (text, flow, autoencoder, sr), strict=True))
     check_parts(header, modules)
+    from mrflow.models import lora
+
     files = sorted({entry.file for entry in header.tensors.values()})
+    version = header.metadata.get("version", "")
+    info = replace(
+        facts(header), version=version + lora.mark_of(loras),
+        files=() if path.parent == Path(__file__).parent else tuple(map(str, files)),
+    )  # fmt: skip
+    if on_facts is not None:
+        on_facts(replace(info, version=info.version + dtype_mark(dtype)))
     for file in files:
         for name, tensor in load_file(file).items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor.float()
     for part, module in modules.items():
         module.load_state_dict(parts[part], strict=True, assign=True)
-    from mrflow.models import lora
-
-    version = header.metadata.get("version", "")
     say_other_teacher(loras, version)
     lora.merge(flow, lora.changes(flow, loras, "pocket"))
     return Pocket(
@@ -460,8 +471,8 @@ def load_pocket(
         flow=flow,
         autoencoder=autoencoder,
         sr=sr,
-        version=version + lora.mark_of(loras),
+        version=info.version,
         device=device or torch.device("cpu"),
         dtype=dtype,
-        info=replace(facts(header), files=() if path.parent == Path(__file__).parent else tuple(map(str, files))),
+        info=info,
     )

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,43 +16,27 @@ from mrflow.flow import Velocity
 from mrflow.models.blocks import Transformer
 from mrflow.models.fields import ModulationTables
 from mrflow.models.folded import Folded
-from mrflow.models.latent_model import DIRECT, LatentModel, TextBytes, encoded_once, footprint
-from mrflow.models.offload import RuntimeOptions
+from mrflow.models.language_conditioned import LanguageConditioned
+from mrflow.models.latent_model import footprint
 from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.pieces import StepFactory
 from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo, Shift
-from mrflow.upscaler import Upscaler
-
-if TYPE_CHECKING:
-    from mrflow.models.qwen.text import QwenText
-
 
 # Values alive at once per pixel in bfloat16, where norms work in float32: measured on the networks themselves.
 ENCODE, DECODE = 587.0, 676.0
 KEPT = 64  # levels whose modulations stay: 4.4 MB each in bfloat16
 
 
-class Qwen(LatentModel):
+class Qwen(LanguageConditioned):
     """Qwen-Image, or a model of its architecture. Build it with `mrflow.load`."""
 
-    def __init__(
-        self,
-        *,
-        flow: QwenImage,
-        vae: VaeQwen,
-        text: "QwenText | None",
-        info: ModelInfo,
-        device: torch.device,
-        runtime: RuntimeOptions = DIRECT,
-        upscaler: Upscaler | None = None,
-        tables: Mapping[float, Tensor] | None = None,
-    ) -> None:
-        super().__init__(
-            flow=flow, vae=vae, text=text, info=info, device=device, step=qwen_step, runtime=runtime, upscaler=upscaler
-        )
-        self._folded = None if tables is None else {k: t.to(device) for k, t in tables.items()}
+    step = staticmethod(qwen_step)
+
+    def __init__(self, *, tables: Mapping[float, Tensor] | None = None, **parts: Any) -> None:  # noqa: ANN401
+        super().__init__(**parts)
+        self._folded = None if tables is None else {k: t.to(self._device) for k, t in tables.items()}
         self._kept: OrderedDict[float, Tensor] = OrderedDict()
         self._keeping = threading.Lock()
 
@@ -80,20 +64,6 @@ class Qwen(LatentModel):
     def transformer(self) -> QwenImage:
         """The network itself: `embed_image`, `blocks`, `head` and `attention` are open to wrappers."""
         return self._flow
-
-    def condition(self, prompts: Sequence[str]) -> Condition:
-        """States (b, longest, width), zeros behind, and a mask (b, longest) of the text; equal prompts encoded once."""
-        from mrflow.models.encoders import padded
-        from mrflow.models.qwen.text import QwenText
-
-        words = self._encoder(QwenText)
-
-        def encode(different: list[str]) -> dict[str, Tensor]:
-            with self._offload.using("text"):
-                context, mask = padded(words(different))
-            return {"context": context, "mask": mask}
-
-        return Condition(encoded_once(prompts, encode))
 
     def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow: all conditions in one pass, linears over all tokens, attention by item.
@@ -137,12 +107,6 @@ class Qwen(LatentModel):
 
         return velocity
 
-    def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
-        """What every modulation starts from at a level: (b, width), alike for all items."""
-        with self._offload.using("main"):
-            vector = self._flow.conditioning_vector(torch.full((1,), sigma, device=self._device))
-        return vector.expand(cond.batch, -1)
-
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:
         """Modulations at these levels: made beforehand, kept from an earlier picture, or made now."""
         if self._folded is None and not self._runtime.fold:
@@ -167,24 +131,6 @@ class Qwen(LatentModel):
     def _made(self, levels: Sequence[float]) -> list[Tensor]:
         return self._flow.tables([torch.full((1,), level, device=self._device) for level in levels])
 
-    def _states(self, cond: Condition) -> list[Tensor]:
-        """Each item's own states, without padding."""
-        width, names = self._flow.params.context, set(cond.tensors)
-        if "context" not in names:
-            raise PlanError(f"{self._info.name} needs a condition with context, got {sorted(names)}")
-        context = cond["context"].to(self._device)
-        if context.ndim != 3 or context.shape[-1] != width or context.shape[1] == 0:
-            raise PlanError(
-                f"{self._info.name} needs context (batch, tokens, {width}), got {tuple(context.shape)}; was the prompt "
-                "encoded for another model?"
-            )
-        if "mask" not in names:
-            return list(context)
-        lengths = [int(n) for n in cond["mask"].sum(1)]
-        if min(lengths) == 0:
-            raise PlanError("a prompt's mask marks no text at all")
-        return [item[:length] for item, length in zip(context, lengths, strict=True)]
-
 
 def qwen_facts(vae: VaeQwen, curve: Shift | None) -> ModelInfo:
     """Facts of a model that do not depend on its transformer's weights: Qwen-Image's, with its own sizes."""
@@ -195,13 +141,11 @@ def qwen_facts(vae: VaeQwen, curve: Shift | None) -> ModelInfo:
 def qwen_info(
     flow: QwenImage,
     vae: VaeQwen,
-    text: "QwenText | TextBytes | None",
+    text: object,
     curve: Shift | None,
-    *,
-    version: str,
     parameters: int,
 ) -> ModelInfo:
-    """All facts of a loaded model."""
+    """All facts of a model but the version."""
     p = flow.params
     assert QWEN.architecture is not None
     words = QWEN.architecture.text_tokens
@@ -209,5 +153,4 @@ def qwen_info(
         qwen_facts(vae, curve),
         architecture=Architecture(p.hidden, p.double_blocks, 0, p.context, words, parameters, p.mlp_ratio),
         footprint=footprint(flow, vae, text, encode_values=ENCODE, decode_values=DECODE),
-        version=version,
     )

@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,24 +17,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
     Prepared,
     Source,
     assembled,
-    check_layout,
-    compute_dtype,
     fill,
-    open_checkpoint,
     save_file,
 )
-from mrflow.errors import PlanError, ResourceError, WeightsError
+from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.blocks import tables
 from mrflow.models.folded import Folded
-from mrflow.models.fp8 import Fp8Linear, described, store_fp8
-from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, count, part, shape, transformer_layout
+from mrflow.models.fp8 import Fp8Linear
+from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, count, shape, transformer_layout
+from mrflow.models.prepared import network_header, prepare_autoencoder, prepare_transformer, sizes_of
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
 from mrflow.notes import note
@@ -61,49 +59,46 @@ BLOCK = ATTENTION | {
 OTHER = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
-class PreparedQwen(Prepared[QwenImage]):
-    """A transformer whose checkpoint was checked, which can be read without its modulations."""
+def read_folded(
+    prepared: Prepared[QwenImage], levels: Sequence[float], *, device: torch.device, keep: Path | None = None
+) -> tuple[QwenImage, dict[float, Tensor]]:
+    """All weights but those of modulations, and the modulations of these levels, which are made once and kept.
 
-    def read_folded(
-        self, levels: Sequence[float], *, device: torch.device, keep: Path | None = None
-    ) -> tuple[QwenImage, dict[float, Tensor]]:
-        """All weights but those of modulations, and the modulations of these levels, which are made once and kept.
+    Each linear is read, serves all levels and is let go; where `keep` holds the tables already, none is read.
+    """
+    net = prepared.net
+    names = {id(m): n for n, m in net.named_modules()}
+    linears = [names[id(m)] for m in net.modulators()]
+    gone = {f"{name}.{leaf}" for name in linears for leaf in ("weight", "bias")}
+    fill(net, prepared.header, prepared.layout, dtype=prepared.dtype, device=prepared.device, skip=gone)
+    for name in linears:
+        owner, _, leaf = name.rpartition(".")
+        old = net.get_submodule(name)
+        assert isinstance(old, nn.Linear | Fp8Linear)
+        setattr(net.get_submodule(owner), leaf, Folded(*reversed(old.weight.shape)))
+    known = kept_tables(keep)
+    if set(levels) <= set(known):
+        return net, known
 
-        Each linear is read, serves all levels and is let go; where `keep` holds the tables already, none is read.
-        """
-        net = self.net
-        names = {id(m): n for n, m in net.named_modules()}
-        linears = [names[id(m)] for m in net.modulators()]
-        gone = {f"{name}.{leaf}" for name in linears for leaf in ("weight", "bias")}
-        fill(net, self.header, self.layout, dtype=self.dtype, device=self.device, skip=gone)
-        for name in linears:
-            owner, _, leaf = name.rpartition(".")
-            old = net.get_submodule(name)
-            assert isinstance(old, nn.Linear | Fp8Linear)
-            setattr(net.get_submodule(owner), leaf, Folded(*reversed(old.weight.shape)))
-        known = kept_tables(keep)
-        if set(levels) <= set(known):
-            return net, known
+    def linear(name: str) -> nn.Module:
+        parts = (assembled(prepared.header, prepared.layout[f"{name}.{leaf}"], {}, dtype=prepared.dtype, device=device)
+                 for leaf in ("weight", "bias"))  # fmt: skip
+        return Given(*parts)
 
-        def linear(name: str) -> nn.Module:
-            parts = (assembled(self.header, self.layout[f"{name}.{leaf}"], {}, dtype=self.dtype, device=device)
-                     for leaf in ("weight", "bias"))  # fmt: skip
-            return Given(*parts)
-
-        with torch.inference_mode():
-            here = next(net.time_in.parameters()).device == device  # a copy, elsewhere in memory, may round differently
-            embedder = net.time_in if here else copy.deepcopy(net.time_in).to(device)
-            vectors = [net.conditioning_vector(torch.full((1,), level, device=device), embedder) for level in levels]
-            first = net.final_layer.scale_first
-            made = tables((linear(name) for name in linears), vectors, net.params.hidden, scale_first=first)
-        out = {level: table.cpu() for level, table in zip(levels, made, strict=True)}
-        if keep is not None:
-            try:
-                keep.parent.mkdir(parents=True, exist_ok=True)
-                save_file({repr(level): table for level, table in out.items()}, keep)
-            except (OSError, ResourceError) as error:
-                note(f"modulations could not be kept for the next time: {error}; $MRFLOW_CACHE names another folder")
-        return net, out
+    with torch.inference_mode():
+        here = next(net.time_in.parameters()).device == device  # a copy, elsewhere in memory, may round differently
+        embedder = net.time_in if here else copy.deepcopy(net.time_in).to(device)
+        vectors = [net.conditioning_vector(torch.full((1,), level, device=device), embedder) for level in levels]
+        first = net.final_layer.scale_first
+        made = tables((linear(name) for name in linears), vectors, net.params.hidden, scale_first=first)
+    out = {level: table.cpu() for level, table in zip(levels, made, strict=True)}
+    if keep is not None:
+        try:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            save_file({repr(level): table for level, table in out.items()}, keep)
+        except (OSError, ResourceError) as error:
+            note(f"modulations could not be kept for the next time: {error}; $MRFLOW_CACHE names another folder")
+    return net, out
 
 
 def kept_tables(path: Path | None) -> dict[float, Tensor]:
@@ -135,27 +130,22 @@ def prepare_qwen(
     device: torch.device | str = "cpu",
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
-) -> PreparedQwen:
-    """A Qwen-Image transformer from a file, folder or header, as `prepare_flux`: names and shapes are checked now.
+) -> Prepared[QwenImage]:
+    """A Qwen-Image transformer from a file, folder or header (`prepare_transformer`).
 
     Raises:
         WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
     """
-    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), TRANSFORMER))
-    names = qwen_names
-    params = qwen_params(header, names)
-    dtype = dtype or compute_dtype(header)
-    unchanged = all(entry.dtype == dtype for entry in header.tensors.values())
-    if fuse is None:
-        fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
-    with blueprint():
-        net = QwenImage(params, split=not (fuse or storage))
-    net.final_layer.scale_first = not (fuse or storage)
-    if storage == "fp8":
-        store_fp8(net.double_blocks)
-    layout = qwen_layout(net, names)
-    check_layout(net, header, layout, dtype=dtype)
-    return PreparedQwen(net, header, layout, dtype, device, dtype)
+    header = network_header(where, TRANSFORMER)
+    params = qwen_params(header, qwen_names)
+
+    def build(*, split: bool) -> QwenImage:
+        net = QwenImage(params, split=split)
+        net.final_layer.scale_first = split
+        return net
+
+    layout = partial(qwen_layout, names=qwen_names)
+    return prepare_transformer(header, build, layout, dtype=dtype, device=device, storage=storage, fuse=fuse)
 
 
 def qwen_names(name: str) -> tuple[str, ...]:
@@ -190,7 +180,7 @@ def qwen_params(header: Header, names: Names) -> QwenParams:
     sizes = {"attention_head_dim": head, "num_attention_heads": hidden // head, "num_layers": blocks}
     agree(header, config, sizes | {"in_channels": in_channels, "joint_attention_dim": context})
     axes = axes_of(header, config, head, QwenParams.axes)
-    try:
+    with sizes_of(header):
         return QwenParams(
             in_channels=in_channels,
             out_channels=shape(header, names("final_layer.linear.weight")[0], 2)[0],
@@ -201,10 +191,6 @@ def qwen_params(header: Header, names: Names) -> QwenParams:
             mlp_ratio=mlp / hidden,
             double_blocks=blocks,
         )
-    except WeightsError:
-        raise
-    except (PlanError, TypeError, ValueError) as error:
-        raise WeightsError(f"{header.path}: {error}") from None
 
 
 WAN_RULES = (
@@ -247,15 +233,12 @@ def prepare_vae_qwen(
     Raises:
         WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
     """
-    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), AUTOENCODER))
+    header = network_header(where, AUTOENCODER)
     names = wan if "decoder.middle.0.residual.0.gamma" in header.tensors else same
     params = qwen_vae_params(header, names)
     header = replace(header, tensors={n: e for n, e in header.tensors.items() if ".time_conv." not in n})
-    with blueprint():
-        vae = VaeQwen(params)
-    layout = qwen_vae_layout(vae, header, names)
-    check_layout(vae, header, layout, dtype=dtype)
-    return Prepared(vae, header, layout, dtype or compute_dtype(header), device, cast=dtype)
+    layout = partial(qwen_vae_layout, header=header, names=names)
+    return prepare_autoencoder(header, partial(VaeQwen, params), layout, dtype=dtype, device=device)
 
 
 def qwen_vae_layout(vae: VaeQwen, header: Header, names: Names) -> Layout:
@@ -288,7 +271,7 @@ def qwen_vae_params(header: Header, names: Names) -> QwenVaeParams:
     if latent != 16 and (mean is None or std is None):
         raise WeightsError(f"{header.path}: {latent} latent channels, but no config.json says their mean and std")
     agree(header, config, {"z_dim": latent, "base_dim": channels[0]})
-    try:
+    with sizes_of(header):
         return QwenVaeParams(
             channels=tuple(channels),
             latent=latent,
@@ -296,7 +279,3 @@ def qwen_vae_params(header: Header, names: Names) -> QwenVaeParams:
             mean=config.numbers("latents_mean", QwenVaeParams.mean, count=latent),
             std=config.numbers("latents_std", QwenVaeParams.std, count=latent),
         )
-    except WeightsError:
-        raise
-    except (PlanError, TypeError, ValueError) as error:
-        raise WeightsError(f"{header.path}: {error}") from None

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mrflow.models.flux.vae import VaeFlux
-from mrflow.models.latent_model import count, footprint
+from mrflow.models.latent_model import footprint
 from mrflow.models.zimage.transformer import ZImage
 from mrflow.spec import FLUX, Architecture, Capabilities, Footprint, LatentSpace, ModelInfo, Shift
 
@@ -49,20 +49,19 @@ UNDISTILLED = replace(
 """Z-Image before its distillation: the published scale of 4 counts from the conditional branch, ours from the other."""
 
 
-def zimage_info(net: ZImage, vae: VaeFlux, text: object | None, curve: Shift | None, *, version: str) -> ModelInfo:
-    """All facts of a loaded model, with its own sizes.
+def zimage_info(net: ZImage, vae: VaeFlux, text: object, curve: Shift | None, parameters: int) -> ModelInfo:
+    """All facts of a model but the version, with its own sizes.
 
     Turbo and the undistilled model have the same tensors; their schedulers tell them apart: a factor of 3, and no
     configuration at all, is taken for Turbo.
     """
     p = net.params
     base = TURBO if curve in (None, TURBO.shift) else UNDISTILLED
-    sizes = Architecture(p.hidden, 0, len(net.stack()), p.context, TEXT_TOKENS, count(net), p.mlp_ratio)
+    sizes = Architecture(p.hidden, 0, len(net.stack()), p.context, TEXT_TOKENS, parameters, p.mlp_ratio)
     return replace(
         base,
         space=LatentSpace("flux1", vae.params.latent, vae.params.downscale),
         shift=curve or base.shift,
         architecture=sizes,
         footprint=footprint(net, vae, text),
-        version=version,
     )

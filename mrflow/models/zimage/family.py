@@ -1,19 +1,16 @@
 """Z-Image: its files, its names, its facts, and how it is built."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from mrflow.backbone import Backbone
-from mrflow.checkpoints.safetensors import Header
-from mrflow.errors import PlanError
+from mrflow.checkpoints.safetensors import Header, Prepared
 from mrflow.models.encoders import PREFIXES
-from mrflow.models.family import Family, Files, Loading
+from mrflow.models.family import Files
 from mrflow.models.flux.family import FluxFamily
+from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.flux.weights import prepare_vae_flux
-from mrflow.models.latent_model import text_bytes
-from mrflow.models.lora import changes, merge
+from mrflow.models.transformer_family import TransformerFamily
 from mrflow.models.zimage.backbone import ZImageModel
 from mrflow.models.zimage.facts import TURBO, UNDISTILLED, zimage_info
 from mrflow.models.zimage.transformer import ZImage
@@ -28,7 +25,7 @@ from mrflow.models.zimage.weights import (
 from mrflow.spec import ModelInfo
 
 
-class ZImageFamily(Family):
+class ZImageFamily(TransformerFamily):
     """Z-Image-Turbo, Z-Image, and models of their architecture, in single files or diffusers' layout."""
 
     name = "Z-Image"
@@ -46,6 +43,7 @@ class ZImageFamily(Family):
         "Tongyi-MAI/Z-Image": UNDISTILLED,
     }
     network = ZImage
+    model = ZImageModel
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """diffusers' names."""
@@ -62,36 +60,23 @@ class ZImageFamily(Family):
 
         return find_text_zimage(folder)
 
-    def facts(self, files: Files) -> ModelInfo:
-        """Z-Image-Turbo's or Z-Image's, told apart by the scheduler's factor, with the files' own sizes."""
-        from mrflow.models.language import LanguageFiles
+    def prepare(self, header: Header, **how: Any) -> Prepared[ZImage]:  # noqa: ANN401
+        """In either layout."""
+        return prepare_zimage(header, **how)
 
-        prepared = prepare_zimage(files.transformer)
-        vae = prepare_vae_flux(files.vae, dtype=prepared.dtype)
-        words = text_bytes((files.text.encoder,), "layers") if isinstance(files.text, LanguageFiles) else None
-        net, vae_net = prepared.net.to(prepared.dtype), vae.net.to(prepared.dtype)
-        return zimage_info(net, vae_net, words, files.curve, version="")
+    def prepare_autoencoder(self, header: Header, **how: Any) -> Prepared[VaeFlux]:  # noqa: ANN401
+        """FLUX.1's."""
+        return prepare_vae_flux(header, **how)
 
-    def load(self, loading: Loading) -> Backbone:
-        """The model from its parts."""
-        from mrflow.models.language import LanguageFiles
+    def prepare_text(self, files: Any, **how: Any) -> Callable[[], object]:  # noqa: ANN401
+        """Qwen3-4B."""
         from mrflow.models.zimage.text import prepare_text_zimage
 
-        files, device, resting = loading.files, loading.device, loading.resting
-        if loading.chain is not None:
-            raise PlanError("fold=chain is for Qwen-Image, of whose weights modulations are a third: use fold=True")
-        prepared_vae = prepare_vae_flux(files.vae, dtype=loading.working, device=resting)
-        prepared = prepare_zimage(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
-        changed = changes(prepared.net, loading.loras, files.where) if loading.loras else {}
-        read_text = None
-        if isinstance(files.text, LanguageFiles):
-            read_text = prepare_text_zimage(files.text, dtype=loading.dtype, device=resting)
-        vae, flow, text = prepared_vae.read(), prepared.read(), None if read_text is None else read_text()
-        merge(flow, changed)
-        info = replace(zimage_info(flow, vae, text, files.curve, version=loading.version), files=files.paths)
-        return ZImageModel(
-            flow=flow, vae=vae, text=text, info=info, device=device, runtime=loading.runtime, upscaler=loading.upscaler
-        )
+        return prepare_text_zimage(files, **how)
+
+    def info(self, net: ZImage, vae: VaeFlux, text: object, files: Files, parameters: int) -> ModelInfo:
+        """Z-Image-Turbo's or Z-Image's, told apart by the scheduler's factor, with the files' own sizes."""
+        return zimage_info(net, vae, text, files.curve, parameters)
 
     def describe(self, what: str, header: Header) -> list[str]:
         """Layout and sizes of the transformer; the autoencoder is described by its own family."""

@@ -5,23 +5,16 @@ Two layouts are published: single files, whose names ours follow, and diffusers'
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from mrflow.checkpoints.blueprint import blueprint
-from mrflow.checkpoints.safetensors import (
-    Header,
-    Layout,
-    Prepared,
-    check_layout,
-    compute_dtype,
-    open_checkpoint,
-)
-from mrflow.errors import PlanError, WeightsError
-from mrflow.models.fp8 import described, store_fp8
-from mrflow.models.headers import Names, agree, axes_of, config_of, count, part, shape, transformer_layout
+from mrflow.checkpoints.safetensors import Header, Prepared
+from mrflow.errors import WeightsError
+from mrflow.models.headers import Names, agree, axes_of, config_of, count, shape, transformer_layout
+from mrflow.models.prepared import network_header, prepare_transformer, sizes_of
 from mrflow.models.zimage.transformer import ZImage, ZImageParams
 
 CLASS = "ZImageTransformer2DModel"
@@ -72,35 +65,20 @@ def prepare_zimage(
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
 ) -> Prepared[ZImage]:
-    """A Z-Image transformer from a file, folder or header, in either layout: names and shapes are checked now.
-
-    The arguments are those of `prepare_flux`.
+    """A Z-Image transformer from a file, folder or header, in either layout (`prepare_transformer`).
 
     Raises:
         WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
     """
-    header = described(part(where if isinstance(where, Header) else open_checkpoint(where), TRANSFORMER))
+    header = network_header(where, TRANSFORMER)
     header = replace(header, tensors={n: e for n, e in header.tensors.items() if n not in NOT_READ})
     names = zimage_names(header)
     params = zimage_params(header, names)
-    dtype = dtype or compute_dtype(header)
-    apart = names is zimage_diffusers
-    if fuse is None:
-        unchanged = all(entry.dtype == dtype for entry in header.tensors.values())
-        fuse = not (unchanged and storage is None and torch.device(device).type == "cpu")
-    with blueprint():
-        net = ZImage(params, split=apart and not (fuse or storage))
-    if storage == "fp8":
-        for block in (*net.context_refiner, *net.stack()):
-            store_fp8(block)
-    layout = zimage_layout(net, names)
-    check_layout(net, header, layout, dtype=dtype)
-    return Prepared(net, header, layout, dtype, device, cast=dtype)
-
-
-def zimage_layout(net: ZImage, names: Names) -> Layout:
-    """Where every parameter of the transformer lies."""
-    return transformer_layout(net, names)
+    return prepare_transformer(
+        header, partial(ZImage, params), partial(transformer_layout, names=names), dtype=dtype,
+        device=device, storage=storage, fuse=fuse, apart=names is zimage_diffusers,
+        blocks=lambda net: (*net.context_refiner, *net.stack()),
+    )  # fmt: skip
 
 
 def zimage_params(header: Header, names: Names) -> ZImageParams:
@@ -126,7 +104,7 @@ def zimage_params(header: Header, names: Names) -> ZImageParams:
     sizes = {"dim": hidden, "n_heads": hidden // head, "n_layers": layers, "n_refiner_layers": refiners}
     agree(header, config, sizes | {"cap_feat_dim": context, "in_channels": in_channels // 4})
     axes = axes_of(header, config, head, ZImageParams.axes, key="axes_dims")
-    try:
+    with sizes_of(header):
         return ZImageParams(
             in_channels=in_channels,
             out_channels=shape(header, names("final_layer.linear.weight")[0], 2)[0],
@@ -141,7 +119,3 @@ def zimage_params(header: Header, names: Names) -> ZImageParams:
             level=level,
             time=time,
         )
-    except WeightsError:
-        raise
-    except (PlanError, TypeError, ValueError) as error:
-        raise WeightsError(f"{header.path}: {error}") from None
