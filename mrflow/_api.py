@@ -35,6 +35,7 @@ from mrflow.flow import renoise as renoise
 from mrflow.flow import to_noise as to_noise
 from mrflow.guidance import APG as APG
 from mrflow.guidance import CFG as CFG
+from mrflow.guidance import NAG as NAG
 from mrflow.guidance import TCFG as TCFG
 from mrflow.guidance import CFGZero as CFGZero
 from mrflow.guidance import Distilled as Distilled
@@ -151,3 +152,4 @@ from mrflow.upscalers import Lanczos as Lanczos
 from mrflow.upscalers import Sharpen as Sharpen
 from mrflow.upscalers import Spandrel as Spandrel
 from mrflow.upscalers import load_upscaler as load_upscaler
+from mrflow.upscalers.latent import LatentCheckpoint as LatentCheckpoint

@@ -111,6 +111,10 @@ def in_parts(positions: Positions | None, f: Callable[[Tensor, int], Tensor], x:
     return torch.cat([f(part, i) for i, part in enumerate(x.chunk(positions.parts, -1))], -1)
 
 
+Mix = Callable[[Tensor, Tensor], Tensor]
+"""What image tokens are given by attention, (b, heads, n, channels), under the first condition and under the other."""
+
+
 @dataclass(frozen=True)
 class FieldOptions:
     """What an integration knows when it asks for a field. A model is only asked for what its `Capabilities` say.
@@ -120,10 +124,11 @@ class FieldOptions:
     says where tokens lie that are on no grid. `cache` leaves evaluations out, `loras` are on in this field alone,
     `policy` has the network give a policy instead of a velocity (the field is then a `PolicyField`). `beside` are
     conditions that are run together with the first: the field takes latents (b, c, h, w) and gives velocities
-    (b (1 + n), c, h, w), one condition's items behind another's.
+    (b (1 + n), c, h, w), one condition's items behind another's. `attention` goes with one condition beside: in every
+    attention, image tokens go on with what it makes of the two outputs they have, under either condition.
 
     Raises:
-        PlanError: a cache or a policy beside what it cannot be beside.
+        PlanError: a cache or a policy beside what it cannot be beside, or `attention` without one condition beside.
     """
 
     guidance: float | None = None
@@ -133,6 +138,7 @@ class FieldOptions:
     loras: tuple[Lora, ...] = ()
     policy: PiFlow | None = None
     beside: tuple[Condition, ...] = ()
+    attention: Mix | None = None
 
     def __post_init__(self) -> None:
         if self.cache is not None and self.beside:
@@ -143,6 +149,8 @@ class FieldOptions:
             raise PlanError("a cache remembers one sequence of tokens, not several in turn; leave out one of them")
         if self.policy is not None and (self.cache is not None or self.beside or self.positions is not None):
             raise PlanError("a policy's field takes no cache, positions or other conditions")
+        if self.attention is not None and len(self.beside) != 1:
+            raise PlanError(f"attention mixes two conditions: one must be beside the first, not {len(self.beside)}")
 
     @property
     def needs(self) -> Capabilities:
@@ -153,6 +161,7 @@ class FieldOptions:
             lora=bool(self.loras),
             policy=self.policy is not None,
             together=bool(self.beside),
+            attention=self.attention is not None,
         )
 
 

@@ -65,6 +65,9 @@ def sampling_work(
     A cache (the stage's, or the model's own) leaves some out: exactly where its rule goes by the step alone, else as it
     estimates, and then the work is marked so. Forwards are those that are computed; their operations include what a
     cached one still computes. Adapters count as if they lay on every token, which holds for all but modulations.
+
+    Raises:
+        PlanError: the model cannot do what the guidance needs, or the cache cannot be beside it.
     """
     chosen = guidance or own_guidance(model)
     points, one = solver.points(sigmas), forward_flops(model, out.tokens)
@@ -74,6 +77,9 @@ def sampling_work(
         one += flops_per_token(lora) * (out.tokens + model.architecture.text_tokens)
     whole = out.batch * one
     cache = cache or model.cache
+    model.require(chosen.needs)
+    if cache is not None and chosen.needs.attention:
+        raise PlanError(f"{chosen!r} works inside attention, which {cache!r} leaves out; take one of them")
     if cache is None:
         nfe = chosen.evals(points)
         return Work(nfe=nfe, flops=nfe * whole, negative=chosen.passes > 1, estimated=solver.estimated)

@@ -17,7 +17,7 @@ from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.flow import Velocity
 from mrflow.notes import note
-from mrflow.spec import ModelInfo
+from mrflow.spec import Capabilities, ModelInfo
 
 
 class Guidance(ABC):
@@ -41,6 +41,11 @@ class Guidance(ABC):
     def branches(self, points: Sequence[float]) -> tuple[tuple[float, ...], ...]:
         """The levels at which each field of a model is asked, of evaluations at these: what caches are planned by."""
         return (tuple(points),) * self.passes
+
+    @property
+    def needs(self) -> Capabilities:
+        """What a model must be able to do for it."""
+        return Capabilities()
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,55 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class NAG(Guidance):
+    """Normalised attention guidance (Chen et al. 2025, arXiv 2505.21179), for models without a second branch.
+
+    One image, a text stream for the prompt and one for the negative. In every attention an image token has z under the
+    one and z' under the other, over all heads, and goes on with alpha n + (1 - alpha) z (eq. 10), where
+    e = z + (scale - 1) (z - z') and n = min(r, tau) / r e with r = |e|_1 / |z|_1 (eqs. 8 and 9). `scale` is 1 plus the
+    paper's phi; at 1 it is the prompt's field, in one pass. An evaluation costs two passes. `tau` and `alpha` are the
+    published code's for FLUX. The distilled guidance of a model stays as it is; caches cannot be beside it.
+    """
+
+    scale: float
+    tau: float = field(default=2.5, kw_only=True)
+    alpha: float = field(default=0.25, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale, 0)
+        check_number("tau", self.tau, 1.0, 1000.0)
+        check_number("alpha", self.alpha, 0.0, 1.0)
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.scale == 1.0 else 2
+
+    @property
+    def needs(self) -> Capabilities:
+        return Capabilities(attention=self.scale != 1.0)
+
+    def mix(self, z: Tensor, other: Tensor) -> Tensor:
+        """The formula above for outputs (b, heads, n, channels), in float32, given back in their dtype."""
+        one = z.float()
+        e = torch.lerp(other.float(), one, self.scale)
+        r = _length(e) / _length(one).clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.lerp(one, e * (self.tau / r).clamp(max=1.0), self.alpha).to(z.dtype)
+
+    def field(
+        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
+    ) -> Velocity:
+        if self.scale == 1.0:
+            return model.field(cond, options)
+        both = model.field(cond, replace(options, beside=(_other(cond, negative, self),), attention=self.mix))
+        return lambda x, sigma: both(x, sigma)[: len(x)]
+
+
+def _length(z: Tensor) -> Tensor:
+    """The L1 norm of each token over all heads: (b, 1, n, 1)."""
+    return z.abs().sum((1, 3), keepdim=True)
+
+
+@dataclass(frozen=True)
 class Interval(Guidance):
     """`inner` where low < sigma <= high, the conditional alone elsewhere (Kynkäänniemi et al., arXiv 2404.07724)."""
 
@@ -276,6 +330,10 @@ class Interval(Guidance):
     @property
     def passes(self) -> int:
         return self.inner.passes
+
+    @property
+    def needs(self) -> Capabilities:
+        return self.inner.needs
 
     def field(
         self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
@@ -318,9 +376,7 @@ def _branches(
     packed: bool,
 ) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
     """Both velocities: from one pass where the model can and memory allows, else from a field each."""
-    if negative is None:
-        raise PlanError(f"{guidance!r} needs a negative; encode one (the empty prompt will do), or use scale 1")
-    other = negative.repeat(cond.batch)
+    other = _other(cond, negative, guidance)
     packed = packed and model.info.capabilities.together and options.cache is None
     joint = model.field(cond, replace(options, beside=(other,))) if packed else None
     apart: list[Velocity] = []
@@ -341,6 +397,13 @@ def _branches(
         return apart[0](x, sigma), apart[1](x, sigma)
 
     return both
+
+
+def _other(cond: Condition, negative: Condition | None, guidance: Guidance) -> Condition:
+    """The negative, an item for each of the condition's."""
+    if negative is None:
+        raise PlanError(f"{guidance!r} needs a negative; encode one (the empty prompt will do), or use scale 1")
+    return negative.repeat(cond.batch)
 
 
 def own_guidance(model: ModelInfo) -> Guidance:

@@ -22,7 +22,7 @@ from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import Chain
 from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Sample, Tiles, Upscale
 from mrflow.students import Student
-from mrflow.upscaler import Upscaler
+from mrflow.upscaler import LatentUpscaler, Upscaler
 from mrflow.upscalers.interpolate import Filter
 
 if TYPE_CHECKING:
@@ -202,12 +202,16 @@ def latent(
     schedule: Schedule | None = None,
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
+    upscaler: LatentUpscaler | None = None,
 ) -> Chain[Start, Pixels]:
-    """`paper` without pixels between: latents are interpolated. The baseline that shows what the SR network is for."""
+    """`paper` without pixels between: latents are interpolated, the baseline that shows what the SR network is for.
+
+    With an `upscaler`, a network that was trained to (`LatentCheckpoint`) enlarges them.
+    """
     _check_rise(low, size, "low ", "size ")
     return (
         Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance)
-        >> Lift(size, filter)
+        >> Lift(size, filter, upscaler=upscaler)
         >> Reinject(sigma)
         >> Refine(DirectSigma(refine_steps), solver=solver, guidance=guidance)
         >> Decode()

@@ -135,7 +135,8 @@ class Capabilities:
     """What a model's field can be asked for beside its velocity. What a chain needs of the rest, `plan` refuses.
 
     `positions`: tokens that lie on no grid. `cache`: its network can be taken apart. `lora`: adapters that are on in
-    one stage. `policy`: pi-Flow adapters. `together`: several conditions in one pass. `zero`: the field at sigma 0.
+    one stage. `policy`: pi-Flow adapters. `together`: several conditions in one pass. `attention`: two conditions mixed
+    inside attention. `zero`: the field at sigma 0.
     `lora_advice` is what to do instead where adapters are put on in another way.
     """
 
@@ -144,11 +145,12 @@ class Capabilities:
     lora: bool = False
     policy: bool = False
     together: bool = False
+    attention: bool = False
     zero: bool = False
     lora_advice: str = "a backbone of your own says Capabilities(lora=True) and serves options.loras"
 
 
-EVERYTHING = Capabilities(positions=True, cache=True, lora=True, policy=True, together=True)
+EVERYTHING = Capabilities(positions=True, cache=True, lora=True, policy=True, together=True, attention=True)
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,11 @@ class ModelInfo:
             raise PlanError(f"{self.name} takes no LoRA; {can.lora_advice}")
         if needs.policy and not can.policy:
             raise PlanError(f"{self.name} takes no pi-Flow adapter; load FLUX.1 or Qwen-Image, without a cache")
+        if needs.attention and not can.attention:
+            raise PlanError(
+                f"{self.name} lets no guidance into its attention; use CFG(scale), or load FLUX.1, Qwen-Image, Z-Image "
+                "or pocket with mrflow.load"
+            )
         if needs.together and not can.together:
             raise PlanError(f"{self.name} takes one condition at a time; ask for a field each")
         if needs.zero and not can.zero:

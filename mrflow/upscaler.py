@@ -28,10 +28,15 @@ class Upscaler(ABC):
 class LatentUpscaler(ABC):
     """Enlarges clean latents. Subclass it as a frozen dataclass, or with a `repr` that names the weights.
 
-    `space` is the name of the latents that it knows, as in `model.info.space.name`.
+    `space` is the name of the latents that it knows, as in `model.info.space.name`, `channels` theirs (None: not held).
     """
 
     space: str
+
+    @property
+    def channels(self) -> int | None:
+        """Channels of the latents that it takes; a plan refuses others."""
+        return None
 
     @property
     @abstractmethod

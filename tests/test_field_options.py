@@ -39,8 +39,8 @@ def test_what_a_model_cannot_do_is_refused_by_its_facts(
 
 def test_every_capability_is_asked_for_by_name() -> None:
     """One that nobody checks would be one that nobody can rely on."""
-    able = mf.Capabilities(positions=True, cache=True, lora=True, policy=True, together=True)
-    for name in ("positions", "cache", "lora", "policy", "together"):
+    able = mf.Capabilities(positions=True, cache=True, lora=True, policy=True, together=True, attention=True)
+    for name in ("positions", "cache", "lora", "policy", "together", "attention"):
         lacking = replace(TOY.info, capabilities=replace(able, **{name: False}))
         replace(lacking, capabilities=able).require(able)
         with pytest.raises(mf.PlanError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mrflow._checks import check_whole
-from mrflow.cli.parsing import LATENT, load_file, parse_size, parse_tiles, upscaler
+from mrflow.cli.parsing import LATENT, LATENT_FILE, load_file, parse_size, parse_tiles, upscaler
 from mrflow.errors import PlanError, named
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def build(
     if guidance is not None:
         settings["guidance"] = parse_guidance(guidance, info)
     if isinstance(net, str):
-        settings["filter"] = net.removeprefix(LATENT)
+        settings |= _latents(net, info)
     elif net is not None:
         settings[names.get("sr", "sr")] = net
     own = signature(make).parameters.get(names.get("sigma", "sigma"))
@@ -110,6 +110,15 @@ def _slots(said: dict[str, Any]) -> dict[str, Any]:
     kinds: dict[str, Callable[..., Any]] = {"solver": Solver, "cache": Cache}
     found = {k: slot(f"--{k}", said[k], kind) for k, kind in kinds.items() if said.get(k) is not None}
     return found | ({} if said.get("tiles") is None else {"tiles": parse_tiles(said["tiles"])})
+
+
+def _latents(word: str, info: "ModelInfo") -> dict[str, Any]:
+    """How latents are enlarged, by the word of --sr: a filter, or the network of a file."""
+    from mrflow.upscalers.latent import LatentCheckpoint
+
+    if word.startswith(LATENT_FILE):
+        return {"upscaler": LatentCheckpoint(word.removeprefix(LATENT_FILE), info.space.name)}
+    return {"filter": word.removeprefix(LATENT)}
 
 
 def _recipe(

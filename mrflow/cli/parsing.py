@@ -121,12 +121,13 @@ def parse_tiles(word: str | None) -> "Tiles | None":
 
 
 LATENT = "latent-"
+LATENT_FILE = "latent:"
 FILTERS = ("nearest", "bilinear", "bicubic")
 NETWORK_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".param")
 SR_WORDS = (
     "own, nearest, bilinear, bicubic, lanczos, latent-nearest, latent-bilinear, latent-bicubic, realesrgan-x4, anime, "
-    "video (see mrflow sr add), a checkpoint (.pth, .safetensors, ncnn's .param), BasicSR options (.yml or "
-    ".yml:WEIGHTS), or an upscaler of your own (file.py:name)"
+    "video (see mrflow sr add), latent:FILE (a network for latents), a checkpoint (.pth, .safetensors, ncnn's "
+    ".param), BasicSR options (.yml or .yml:WEIGHTS), or an upscaler of your own (file.py:name)"
 )
 
 
@@ -144,6 +145,8 @@ def upscaler(name: str | None) -> "Upscaler | str | None":
     if name in FILTERS:
         return Interpolate(2, name)  # type: ignore[arg-type]  # pyright: ignore
     if name.startswith(LATENT) and name.removeprefix(LATENT) in FILTERS:
+        return name
+    if name.startswith(LATENT_FILE) and name != LATENT_FILE:
         return name
     if Path(name).suffix.lower() in NETWORK_FILES and ".yml:" not in name and ".yaml:" not in name:
         return load_upscaler(name)

@@ -12,6 +12,7 @@ from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.models.mixed_attention import MixedStep
 from mrflow.pieces import StepFactory
 from mrflow.policies import PolicyField
 from mrflow.spec import ModelInfo
@@ -70,6 +71,8 @@ class TransformerModel(ABC):
             return self.adapted(options.loras).field(cond, replace(options, loras=()))
         if options.cache is not None:
             return options.cache.field(partial(self.opened, cond, options), options.sigmas, self.info)
+        if options.attention is not None:
+            return self.opened(cond, options, partial(MixedStep, mix=options.attention))
         return self.opened(cond, options, None)
 
 

@@ -29,6 +29,7 @@ def forwards(
 ) -> Work:
     """The work of Euler steps along each of `sigmas`, over as many tokens each."""
     chosen, nfe, flops = guidance or own_guidance(model), 0, 0.0
+    model.require(chosen.needs)
     for levels, count in zip(sigmas, tokens, strict=True):
         evals = chosen.evals(Euler().points(levels))
         nfe, flops = nfe + evals, flops + evals * forward_flops(model, count)

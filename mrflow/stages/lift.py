@@ -48,6 +48,12 @@ class Lift(Stage[Latents, Latents]):
         if self.upscaler is None:
             return risen(spec, self.size, model)
         check_known(self.upscaler.space, spec, type(self.upscaler).__name__)
+        channels = self.upscaler.channels
+        if channels not in (None, spec.space.channels):
+            raise PlanError(
+                f"{type(self.upscaler).__name__} enlarges latents of {channels} channels; {model.name}'s have "
+                f"{spec.space.channels}"
+            )
         per = model.space.downscale * self.upscaler.scale
         out = risen(spec, self.size or (per * spec.height, per * spec.width), model)
         passes_to((out.height, out.width), spec.height, spec.width, self.upscaler.scale)

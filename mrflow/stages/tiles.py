@@ -117,6 +117,10 @@ class InTiles(Guidance):
     def passes(self) -> int:
         return self.inner.passes
 
+    @property
+    def needs(self) -> Capabilities:
+        return self.inner.needs
+
     def evals(self, points: Sequence[float]) -> int:
         return self.inner.evals(points) * len(self.layout.begins)
 

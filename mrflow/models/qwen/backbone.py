@@ -73,15 +73,16 @@ class Qwen(LanguageConditioned):
         if options.guidance is not None:
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale, rescale=True)")
         sigmas = options.sigmas if self._runtime.fold else None
-        if step is None:
+        if step is None or options.attention is not None:
             return QwenField(
                 self._flow,
                 [self._states(each) for each in (cond, *options.beside)],
                 levels=sigmas,
-                step=self._step,
+                step=self._step if step is None else step(self._pieces),
                 tables=self._tables,
                 using=partial(self._offload.using, "main"),
                 positions=options.positions,
+                padded=options.attention is not None,
             )
         items = self._states(cond)
         alike = len({len(item) for item in items}) == 1

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mrflow.backbone import Positions, in_parts
 from mrflow.errors import PlanError
@@ -35,8 +36,8 @@ class QwenField:
 
     `branches` holds, for each branch of a guidance, the states (tokens, width) of each item. Items whose texts are
     equally long are a batch; otherwise all lie in one sequence, and attention stays within each: no padding, no mask.
-    Modulations depend on the level alone: one row serves all items. `positions`
-    says where tokens lie that are no grid.
+    Modulations depend on the level alone: one row serves all items. `positions` says where tokens lie that are no grid.
+    `padded` makes a batch of all items, in their order: texts are padded with zeros, the step is told lengths.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class QwenField:
         tables: Callable[[Sequence[float]], list[Tensor]],
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
         positions: Positions | None = None,
+        padded: bool = False,
     ) -> None:
-        self.net, self.branches, self.positions = net, branches, positions
+        self.net, self.branches, self.positions, self.padded = net, branches, positions, padded
         self.step, self.table, self.using = step, ModulationTables(tables, levels), using
         items = [item for branch in branches for item in branch]
         # Equal lengths side by side, so that attention may treat them as a batch.
-        self.order = sorted(range(len(items)), key=lambda i: len(items[i]))
+        self.order = sorted(range(len(items)), key=lambda i: 0 if padded else len(items[i]))
         self.items = [items[i] for i in self.order]
         self.lengths = tuple(len(item) for item in self.items)
         self.text: Tensor | None = None
@@ -85,7 +87,8 @@ class QwenField:
         tokens = torch.stack([packed[i % len(packed)] for i in self.order])  # (items, tokens, channels)
         key: object = self.net.attention
         if not self.batched:
-            tokens, key = tokens.flatten(0, 1)[None], (h * w, self.lengths)
+            tokens = tokens if self.padded else tokens.flatten(0, 1)[None]
+            key = (h * w, self.lengths)
         out = self.step(tokens, text, *self.ropes[h, w, part], table, key=key).float()
         back = torch.empty(len(self.order), dtype=torch.long)
         back[torch.tensor(self.order)] = torch.arange(len(self.order))
@@ -93,15 +96,15 @@ class QwenField:
 
     def _embedded(self) -> Tensor:
         """The text streams, a batch or one behind the other."""
-        if self.batched:
-            return self.net.embed_text(torch.stack(list(self.items)))
+        if self.batched or self.padded:
+            return self.net.embed_text(pad_sequence(list(self.items), batch_first=True))
         return self.net.embed_text(torch.cat(list(self.items))[None])
 
     def _rope(self, h: int, w: int, part: int) -> Rope:
         """Rotations of each text in turn, then of each image; of one text and image where they are a batch."""
         device = self.items[0].device
         whole = self.net.rope(self._positions(h, w, part).to(device))
-        if self.batched:
+        if self.batched or self.padded:
             return whole
         start = max(self.lengths)
         rows = [torch.arange(length, device=device) for length in self.lengths]

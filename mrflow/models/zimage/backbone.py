@@ -52,7 +52,7 @@ class ZImageModel(LanguageConditioned):
                     positions=options.positions,
                 ),
             )
-            for rows in alike(texts)
+            for rows in ([list(range(len(texts)))] if options.attention is not None else alike(texts))
         ]
 
         def velocity(x: Tensor, sigma: float) -> Tensor:

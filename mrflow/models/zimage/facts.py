@@ -8,7 +8,7 @@ from mrflow.models.zimage.transformer import ZImage
 from mrflow.spec import FLUX, Architecture, Capabilities, Footprint, LatentSpace, ModelInfo, Shift
 
 TEXT_TOKENS = 64  # of a usual prompt in its template, filled up to a multiple of 32
-CAN = Capabilities(positions=True, cache=True, lora=True, together=True)
+CAN = Capabilities(positions=True, cache=True, lora=True, together=True, attention=True)
 
 # In bfloat16: parameters x 2, counted on the meta device. Text: Qwen3-4B without its head, whose 36 layers may visit.
 _FOOTPRINT = Footprint(

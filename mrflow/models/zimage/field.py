@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from mrflow.pieces import Step
 
 
 class ZImageField:
-    """The velocity (x, sigma) -> d x / d sigma for texts that fill up to one length.
+    """The velocity (x, sigma) -> d x / d sigma for texts that fill up to one length; of others the step is told them.
 
     Refined text and rotations are made at the first call and die with the field. `table` gives the modulations of a
     level, which serve all items. `using` is entered while the network works, so that its weights can be brought where
@@ -34,6 +36,8 @@ class ZImageField:
     ) -> None:
         self.net, self.texts, self.step, self.table, self.using = net, texts, step, table, using
         self.positions = positions
+        self.rows = {filled(texts[rows[0]]): rows for rows in alike(texts)}
+        self.lengths = tuple(filled(text) for text in texts)
         self.refined: Tensor | None = None
         self.fixed: dict[tuple[int, int, int], tuple[Tensor, Rope]] = {}
 
@@ -42,25 +46,47 @@ class ZImageField:
         with self.using():
             table = self.table(sigma)
             if self.refined is None:
-                self.refined = self.net.embed_text(self.texts)
+                self.refined = self._refined()
             refined = self.refined
             return in_parts(self.positions, lambda part, index: self._one(part, refined, table, index), x)
 
     def _one(self, x: Tensor, refined: Tensor, table: Tensor, part: int) -> Tensor:
         h, w = x.shape[2] // 2, x.shape[3] // 2
         if (h, w, part) not in self.fixed:
-            places = grid_positions(h, w, refined.shape[1], device=x.device)
-            if self.positions is not None:
-                places[len(places) - h * w :, 1:] = self.positions.part(part).to(places)
             self.fixed.clear()  # the newest alone: those of many parts are large
-            self.fixed[h, w, part] = self.net.filled(refined, h * w), self.net.rope(places)
+            self.fixed[h, w, part] = self.net.filled(refined, h * w), self._rope(h, w, part, x)
         text, rope = self.fixed[h, w, part]
         tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2)
-        out = self.step(tokens, text, *rope, table, key=self.net.attention).float()
+        key = self.net.attention if len(set(self.lengths)) == 1 else (h * w, self.lengths)
+        out = self.step(tokens, text, *rope, table, key=key).float()
         return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)
+
+    def _refined(self) -> Tensor:
+        """The refined texts; shorter ones are padded with zeros."""
+        own = {n: self.net.embed_text([self.texts[i] for i in rows]) for n, rows in self.rows.items()}
+        out = torch.cat([F.pad(text, (0, 0, 0, max(own) - n)) for n, text in own.items()])
+        return out[sorted(range(len(out)), key=[i for rows in self.rows.values() for i in rows].__getitem__)]
+
+    def _rope(self, h: int, w: int, part: int, x: Tensor) -> Rope:
+        """Rotations of text, filling and image; of each item where texts differ in length: the image lies behind."""
+        ropes: dict[int, Rope] = {}
+        for n in self.rows:
+            places = grid_positions(h, w, n, device=x.device)
+            if self.positions is not None:
+                places[len(places) - h * w :, 1:] = self.positions.part(part).to(places)
+            padding = places.new_zeros(max(self.rows) - n, 3)
+            ropes[n] = self.net.rope(torch.cat((places[:n], padding, places[n:])))
+        if len(ropes) == 1:
+            return next(iter(ropes.values()))
+        return Rope(*(torch.stack(tables) for tables in zip(*(ropes[n] for n in self.lengths), strict=True)))
+
+
+def filled(text: Tensor) -> int:
+    """Tokens of a text that is filled up."""
+    return len(text) + filling(len(text))
 
 
 def alike(texts: Sequence[Tensor]) -> list[list[int]]:
     """Which items' texts fill up to one length, shortest first."""
-    lengths = [len(text) + filling(len(text)) for text in texts]
+    lengths = [filled(text) for text in texts]
     return [[i for i, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))]
