@@ -7,7 +7,7 @@ Coordinates are fractions of the picture's side, x to the right and y down, so a
 
 import hashlib
 import random
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
 from mrflow.errors import MrflowError
@@ -113,9 +113,29 @@ class Background:
     phase: tuple[float, float] = (0.0, 0.0)
 
 
+Point = tuple[float, float]
+Strokes = tuple[tuple[Point, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """Another way to draw the same scenes (`mrflow.scenes.looks`): what a fine-tune of the model is taught.
+
+    Strokes of each letter in the unit square, an outline of each shape about the origin, within the unit circle; and
+    whether it is night.
+    """
+
+    glyphs: Mapping[str, Strokes] = field(default_factory=dict[str, Strokes])
+    outlines: Mapping[str, tuple[Point, ...]] = field(default_factory=dict[str, tuple[Point, ...]])
+    night: bool = False
+
+
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is in a picture. `kind` is one of object, pair, count, face, word, or one of `hard.KINDS`."""
+    """Everything that is in a picture. `kind` is one of object, pair, count, face, word, or one of `hard.KINDS`.
+
+    `look` is how it is drawn, None as the model's own world is.
+    """
 
     kind: str
     background: Background
@@ -123,6 +143,7 @@ class Scene:
     faces: tuple[Face, ...] = ()
     words: tuple[Word, ...] = ()
     caption: str = field(default="", compare=False)
+    look: Look | None = None
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from mrflow.errors import PlanError
 from mrflow.scenes.grammar import COLOURS, LETTERS, SHAPES, SKIN, Background, Face, Object, Scene, Word
 from mrflow.scenes.hard import FEELINGS, HARD, PERIODS, WEAVES, parse
 from mrflow.scenes.letters import Array, length
+from mrflow.scenes.looks import seen
 from mrflow.scenes.reading import checked, find_tint
-from mrflow.scenes.render import TEXTURE, letter_boxes, render, render_window
+from mrflow.scenes.render import TEXTURE, by_day, letter_boxes, render, render_window
 
 LEAST = 256  # smaller pictures are enlarged to this side before they are read
 SLACK = 0.02  # how far beyond the world's freedom things are looked for, of the side
@@ -44,14 +45,18 @@ class Part:
         return self.said == self.read
 
 
-def read_parts(pixels: Array | Tensor, caption: str) -> list[Part]:
+def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[Part]:
     """Every part of a picture, float (3, side, side) in [0, 1], of a caption of the hard world.
 
+    `look` names another way to draw (`mrflow.scenes.looks`): its letters and shapes are what is looked for.
+
     Raises:
-        CaptionError: the caption is of neither grammar. PlanError: it is of the older world, or the picture cannot be
-            scored.
+        CaptionError: the caption is of neither grammar. PlanError: it is of the older world, the picture cannot be
+            scored, or there is no such look.
     """
-    scene, image = parse(caption), _working_copy(checked(pixels))
+    scene, image = seen(parse(caption), look), _working_copy(checked(pixels))
+    if scene.look is not None and scene.look.night:
+        scene, image = replace(scene, look=replace(scene.look, night=False)), by_day(image)
     if scene.kind not in _READERS:
         raise PlanError(f"caption {caption[:80]!r} is of the older world; mrflow.scenes.score reads it")
     tint = find_tint(image)
@@ -62,9 +67,9 @@ def read_parts(pixels: Array | Tensor, caption: str) -> list[Part]:
     return _READERS[scene.kind](image, scene)
 
 
-def hard_score(pixels: Array | Tensor, caption: str) -> dict[str, float]:
+def hard_score(pixels: Array | Tensor, caption: str, *, look: str = "") -> dict[str, float]:
     """The share of right parts in each category that the caption speaks of, and their mean as `overall`."""
-    return _shares(read_parts(pixels, caption))
+    return _shares(read_parts(pixels, caption, look=look))
 
 
 def hard_score_many(pixels: Array | Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -134,7 +139,7 @@ def _sign(image: Array, scene: Scene) -> list[Part]:
             box = _box(x - 0.3 * w, y - 0.18 * h, x + 1.3 * w, y + 1.18 * h, len(image))
             left = word.x + (i - (len(word.text) - 1) / 2) * word.advance  # of a word of this letter alone
             singles = {other: Word(other, word.colour, word.y, word.height, word.advance, left) for other in LETTERS}
-            scenes = {name: Scene("sign", scene.background, words=(one,)) for name, one in singles.items()}
+            scenes = {name: _only(scene, words=(one,)) for name, one in singles.items()}
             parts.append(Part("letters", letter, _nearest(map_, image, scenes, box, MIN_LETTER)[0]))
     return parts
 
@@ -146,10 +151,7 @@ def _faces(image: Array, scene: Scene) -> list[Part]:
     for f in scene.faces:
         r = 1.15 * f.radius
         box = _box(f.x - r, f.y - r, f.x + r, f.y + r, len(image))
-        scenes = {
-            feeling: Scene("faces", scene.background, faces=(Face(feeling, f.x, f.y, f.radius),))
-            for feeling in FEELINGS
-        }
+        scenes = {feeling: _only(scene, faces=(Face(feeling, f.x, f.y, f.radius),)) for feeling in FEELINGS}
         parts.append(Part("expressions", f.expression, _nearest(_plain, image, scenes, box, MIN_FACE)[0]))
     return parts
 
@@ -170,7 +172,7 @@ def _objects(image: Array, scene: Scene) -> list[Part]:
     plain = Background(scene.background.tint)
     parts: list[Part] = []
     for o in scene.objects:
-        alone = Scene(scene.kind, plain, (o,))
+        alone = replace(_only(scene, objects=(o,)), background=plain)
         reach = o.radius + HARD.free + 2 * SLACK
         box = _box(o.x - reach, o.y - reach, o.x + reach, o.y + reach, len(image))
         best, found = -1.0, o
@@ -229,7 +231,7 @@ def _thing(map_: "Map", image: Array, scene: Scene, o: Object) -> str:
     """Colour and shape of the object there: "" if it is like none."""
     r = 1.12 * o.radius
     box = _box(o.x - r, o.y - r, o.x + r, o.y + r, len(image))
-    scenes = {shape: Scene(scene.kind, scene.background, (replace(o, shape=shape),)) for shape in SHAPES}
+    scenes = {shape: _only(scene, objects=(replace(o, shape=shape),)) for shape in SHAPES}
     shape, (dx, dy) = _nearest(map_, image, scenes, box, MIN_SHAPE)
     if not shape:
         return ""
@@ -275,6 +277,13 @@ def _window(scene: Scene, side: int, box: tuple[int, int, int, int]) -> Array:
 
 def _box(left: float, top: float, right: float, bottom: float, side: int) -> tuple[int, int, int, int]:
     return math.floor(left * side), math.floor(top * side), math.ceil(right * side), math.ceil(bottom * side)
+
+
+def _only(
+    scene: Scene, *, objects: tuple[Object, ...] = (), faces: tuple[Face, ...] = (), words: tuple[Word, ...] = ()
+) -> Scene:
+    """The scene's ground and look with these things alone."""
+    return replace(scene, objects=objects, faces=faces, words=words)
 
 
 def _moved(scene: Scene, dx: float, dy: float) -> Scene:

@@ -6,17 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mrflow.scenes.grammar import COLOURS, SKIN, Background, Face, Object, Scene, Word
+from mrflow.scenes.grammar import COLOURS, SKIN, Background, Face, Look, Object, Point, Scene, Word
 
 INK = (0.10, 0.08, 0.08)
 TEXTURE = 0.76  # how much darker a texture is than its ground
 DOT = 0.30  # radius of a dot, as a fraction of the period
 STROKE = 0.20  # stroke width of a letter, as a fraction of its height
+USUAL = Look()
+DARK, DIM = 0.10, 0.60  # of `by_night`: what white becomes, and the contrast that is left
 
-Point = tuple[float, float]
 
-
-def _arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float, n: int = 14) -> tuple[Point, ...]:
+def arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float, n: int = 14) -> tuple[Point, ...]:
     """Points on an ellipse, angles in degrees, 0 to the right, growing clockwise on the screen."""
     angles = [math.radians(start + (stop - start) * i / n) for i in range(n + 1)]
     return tuple((cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles)
@@ -27,28 +27,28 @@ GLYPHS: dict[str, tuple[tuple[Point, ...], ...]] = {
     "A": (((0, 1), (0.5, 0), (1, 1)), ((0.2, 0.65), (0.8, 0.65))),
     "B": (
         ((0, 0), (0, 1)),
-        ((0, 0), (0.6, 0), *_arc(0.6, 0.25, 0.3, 0.25, -90, 90), (0, 0.5)),
-        ((0.6, 0.5), *_arc(0.65, 0.75, 0.35, 0.25, -90, 90), (0, 1)),
+        ((0, 0), (0.6, 0), *arc(0.6, 0.25, 0.3, 0.25, -90, 90), (0, 0.5)),
+        ((0.6, 0.5), *arc(0.65, 0.75, 0.35, 0.25, -90, 90), (0, 1)),
     ),
-    "C": (_arc(0.5, 0.5, 0.5, 0.5, -50, -310, 22),),
-    "D": (((0, 0), (0, 1), (0.4, 1), *_arc(0.4, 0.5, 0.6, 0.5, 90, -90), (0, 0)),),
+    "C": (arc(0.5, 0.5, 0.5, 0.5, -50, -310, 22),),
+    "D": (((0, 0), (0, 1), (0.4, 1), *arc(0.4, 0.5, 0.6, 0.5, 90, -90), (0, 0)),),
     "E": (((1, 0), (0, 0), (0, 1), (1, 1)), ((0, 0.5), (0.8, 0.5))),
     "F": (((1, 0), (0, 0), (0, 1)), ((0, 0.5), (0.8, 0.5))),
-    "G": (_arc(0.5, 0.5, 0.5, 0.5, -50, -360, 24), ((1, 0.5), (0.6, 0.5))),
+    "G": (arc(0.5, 0.5, 0.5, 0.5, -50, -360, 24), ((1, 0.5), (0.6, 0.5))),
     "H": (((0, 0), (0, 1)), ((1, 0), (1, 1)), ((0, 0.5), (1, 0.5))),
     "I": (((0.5, 0), (0.5, 1)),),
-    "J": (((0.9, 0), (0.9, 0.65), *_arc(0.5, 0.65, 0.4, 0.35, 0, 180)),),
+    "J": (((0.9, 0), (0.9, 0.65), *arc(0.5, 0.65, 0.4, 0.35, 0, 180)),),
     "K": (((0, 0), (0, 1)), ((1, 0), (0, 0.55)), ((0.3, 0.4), (1, 1))),
     "L": (((0, 0), (0, 1), (0.9, 1)),),
     "M": (((0, 1), (0, 0), (0.5, 0.6), (1, 0), (1, 1)),),
     "N": (((0, 1), (0, 0), (1, 1), (1, 0)),),
-    "O": (_arc(0.5, 0.5, 0.5, 0.5, 0, 360, 28),),
-    "P": (((0, 1), (0, 0), (0.6, 0), *_arc(0.6, 0.28, 0.4, 0.28, -90, 90), (0, 0.56)),),
-    "Q": (_arc(0.5, 0.5, 0.5, 0.5, 0, 360, 28), ((0.6, 0.65), (1, 1))),
-    "R": (((0, 1), (0, 0), (0.6, 0), *_arc(0.6, 0.27, 0.4, 0.27, -90, 90), (0, 0.54)), ((0.45, 0.54), (1, 1))),
-    "S": ((*_arc(0.5, 0.27, 0.45, 0.27, -30, -260), *_arc(0.5, 0.76, 0.48, 0.24, -80, 150)),),
+    "O": (arc(0.5, 0.5, 0.5, 0.5, 0, 360, 28),),
+    "P": (((0, 1), (0, 0), (0.6, 0), *arc(0.6, 0.28, 0.4, 0.28, -90, 90), (0, 0.56)),),
+    "Q": (arc(0.5, 0.5, 0.5, 0.5, 0, 360, 28), ((0.6, 0.65), (1, 1))),
+    "R": (((0, 1), (0, 0), (0.6, 0), *arc(0.6, 0.27, 0.4, 0.27, -90, 90), (0, 0.54)), ((0.45, 0.54), (1, 1))),
+    "S": ((*arc(0.5, 0.27, 0.45, 0.27, -30, -260), *arc(0.5, 0.76, 0.48, 0.24, -80, 150)),),
     "T": (((0, 0), (1, 0)), ((0.5, 0), (0.5, 1))),
-    "U": (((0, 0), (0, 0.6), *_arc(0.5, 0.6, 0.5, 0.4, 180, 0), (1, 0)),),
+    "U": (((0, 0), (0, 0.6), *arc(0.5, 0.6, 0.5, 0.4, 180, 0), (1, 0)),),
     "V": (((0, 0), (0.5, 1), (1, 0)),),
     "W": (((0, 0), (0.25, 1), (0.5, 0.35), (0.75, 1), (1, 0)),),
     "X": (((0, 0), (1, 1)), ((1, 0), (0, 1))),
@@ -60,9 +60,9 @@ GLYPHS: dict[str, tuple[tuple[Point, ...], ...]] = {
 def _shape(shape: str, cx: float, cy: float, r: float) -> list[tuple[Point, ...]]:
     """Outlines that together fill the shape (a ring is drawn as two: the second is a hole)."""
     if shape == "circle":
-        return [_arc(cx, cy, r, r, 0, 360, 64)]
+        return [arc(cx, cy, r, r, 0, 360, 64)]
     if shape == "ring":
-        return [_arc(cx, cy, r, r, 0, 360, 64), _arc(cx, cy, 0.55 * r, 0.55 * r, 0, 360, 64)]
+        return [arc(cx, cy, r, r, 0, 360, 64), arc(cx, cy, 0.55 * r, 0.55 * r, 0, 360, 64)]
     if shape == "square":
         s = 0.87 * r
         return [((cx - s, cy - s), (cx + s, cy - s), (cx + s, cy + s), (cx - s, cy + s))]
@@ -129,8 +129,11 @@ def _rgb(colour: tuple[float, float, float]) -> tuple[int, int, int]:
     return (round(255 * colour[0]), round(255 * colour[1]), round(255 * colour[2]))
 
 
-def _object(canvas: _Canvas, o: Object, ground: tuple[float, float, float]) -> None:
-    outlines = _shape(o.shape, o.x, o.y, o.radius)
+def _object(canvas: _Canvas, o: Object, ground: tuple[float, float, float], look: Look) -> None:
+    if (own := look.outlines.get(o.shape)) is not None:
+        outlines = [tuple((o.x + o.radius * x, o.y + o.radius * y) for x, y in own)]
+    else:
+        outlines = _shape(o.shape, o.x, o.y, o.radius)
     for i, outline in enumerate(outlines):
         hole = o.shape == "ring" and i == 1
         canvas.polygon(outline, _rgb(ground if hole else o.rgb or COLOURS[o.colour]))
@@ -138,20 +141,20 @@ def _object(canvas: _Canvas, o: Object, ground: tuple[float, float, float]) -> N
 
 def _face(canvas: _Canvas, f: Face) -> None:
     r, ink = f.radius, _rgb(INK)
-    canvas.polygon(_arc(f.x, f.y, r, r, 0, 360, 64), _rgb(SKIN))
+    canvas.polygon(arc(f.x, f.y, r, r, 0, 360, 64), _rgb(SKIN))
     for side in (-1, 1):
         if side == 1 and f.expression == "winking":
             canvas.stroke(((f.x + 0.2 * r, f.y - 0.28 * r), (f.x + 0.56 * r, f.y - 0.28 * r)), 0.14 * r, ink)
         else:
-            canvas.polygon(_arc(f.x + side * 0.38 * r, f.y - 0.28 * r, 0.15 * r, 0.2 * r, 0, 360, 32), ink)
+            canvas.polygon(arc(f.x + side * 0.38 * r, f.y - 0.28 * r, 0.15 * r, 0.2 * r, 0, 360, 32), ink)
     if f.expression == "calm":
         canvas.stroke(((f.x - 0.45 * r, f.y + 0.42 * r), (f.x + 0.45 * r, f.y + 0.42 * r)), 0.16 * r, ink)
     elif f.expression in ("happy", "winking"):
-        canvas.stroke(_arc(f.x, f.y + 0.12 * r, 0.5 * r, 0.45 * r, 15, 165), 0.16 * r, ink)
+        canvas.stroke(arc(f.x, f.y + 0.12 * r, 0.5 * r, 0.45 * r, 15, 165), 0.16 * r, ink)
     elif f.expression == "sad":
-        canvas.stroke(_arc(f.x, f.y + 0.72 * r, 0.5 * r, 0.42 * r, 195, 345), 0.16 * r, ink)
+        canvas.stroke(arc(f.x, f.y + 0.72 * r, 0.5 * r, 0.42 * r, 195, 345), 0.16 * r, ink)
     else:
-        canvas.polygon(_arc(f.x, f.y + 0.42 * r, 0.24 * r, 0.3 * r, 0, 360, 32), ink)
+        canvas.polygon(arc(f.x, f.y + 0.42 * r, 0.24 * r, 0.3 * r, 0, 360, 32), ink)
 
 
 def letter_boxes(word: Word) -> list[tuple[float, float, float, float]]:
@@ -161,10 +164,10 @@ def letter_boxes(word: Word) -> list[tuple[float, float, float, float]]:
     return [(left + (i + 0.19) * word.advance, top, width, word.height) for i in range(len(word.text))]
 
 
-def _word(canvas: _Canvas, word: Word) -> None:
+def _word(canvas: _Canvas, word: Word, look: Look) -> None:
     width, colour = STROKE * min(word.height, 1.1 * word.advance), _rgb(word.rgb or COLOURS[word.colour])
     for letter, (x, y, w, h) in zip(word.text, letter_boxes(word), strict=True):
-        for stroke in GLYPHS[letter]:
+        for stroke in look.glyphs.get(letter, GLYPHS[letter]):
             canvas.stroke(tuple((x + w * px, y + h * py) for px, py in stroke), width, colour)
 
 
@@ -173,7 +176,7 @@ def render(scene: Scene, size: int, *, oversample: int = 4) -> NDArray[np.uint8]
     n = size * oversample
     image = _ground(scene.background, n)
     _things(_Canvas(image, n), scene)
-    return np.asarray(image.reduce(oversample))
+    return _toned(np.asarray(image.reduce(oversample)), scene)
 
 
 def render_window(scene: Scene, size: int, box: tuple[int, int, int, int], *, oversample: int = 4) -> NDArray[np.uint8]:
@@ -184,13 +187,32 @@ def render_window(scene: Scene, size: int, box: tuple[int, int, int, int], *, ov
     left, top, right, bottom = (oversample * edge for edge in box)
     image = Image.new("RGB", (right - left, bottom - top), _rgb(scene.background.tint))
     _things(_Canvas(image, size * oversample, left, top), scene)
-    return np.asarray(image.reduce(oversample))
+    return _toned(np.asarray(image.reduce(oversample)), scene)
 
 
 def _things(canvas: _Canvas, scene: Scene) -> None:
+    look = scene.look or USUAL
     for item in scene.objects:
-        _object(canvas, item, scene.background.tint)
+        _object(canvas, item, scene.background.tint, look)
     for face in scene.faces:
         _face(canvas, face)
     for word in scene.words:
-        _word(canvas, word)
+        _word(canvas, word, look)
+
+
+def _toned(image: NDArray[np.uint8], scene: Scene) -> NDArray[np.uint8]:
+    if scene.look is None or not scene.look.night:
+        return image
+    return (255 * by_night(image.astype(np.float32) / 255) + 0.5).astype(np.uint8)
+
+
+def by_night(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A picture (..., 3) in [0, 1] with lights and darks exchanged, hues kept, at `DIM` of the contrast."""
+    toned = DARK + DIM * (1 + image - 2 * image.mean(-1, keepdims=True))
+    return np.clip(toned, 0, 1).astype(np.float32)
+
+
+def by_day(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What `by_night` was made of, where nothing was clipped."""
+    lit = (image - DARK) / DIM
+    return np.clip(1 + lit - 2 * lit.mean(-1, keepdims=True), 0, 1).astype(np.float32)

@@ -123,10 +123,11 @@ class Legible(Metric):
     """Which parts of what a caption names can be read in the picture, for captions of the hard world; from 0 to 1.
 
     The exact reader of `mrflow/scenes/legible.py`: letters among 26, expressions among 5, cells, weaves. There is no
-    number for prompts of other grammars.
+    number for prompts of other grammars. `look` names another way to draw (`mrflow.scenes.looks`).
     """
 
     aims: ClassVar[Mapping[str, Aim | Scale]] = own("legible")
+    look: str = ""
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`legible`, and `legible.letters` and so on, as far as the caption speaks of them."""
@@ -134,7 +135,7 @@ class Legible(Metric):
         from mrflow.scenes.legible import hard_score
 
         try:
-            found = hard_score(made.pixels, made.prompt)
+            found = hard_score(made.pixels, made.prompt, look=self.look)
         except CaptionError:
             return {}
         return {"legible" if name == "overall" else f"legible.{name}": value for name, value in found.items()}
