@@ -9,7 +9,7 @@ WHEEL := .venv-wheel
 TRITON := .triton
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test site mutate test-basicsr test-real test-kernels test-wheel figure pocket check lint fast docs parity gpu wheel clean
+.PHONY: help demo test evidence site mutate test-basicsr test-real test-kernels test-wheel figure pocket check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -39,6 +39,9 @@ figure: $(VENV)/.installed-dev ## Every method on the embedded model: docs/image
 
 pocket: $(VENV)/.installed-dev ## Train the embedded model again, into runs/pocket-3 (ten minutes on an H200, days without; goes on where it stopped)
 	$(BIN)/python -m experiments.train_pocket --device auto --workers $$($(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 2) - 2))')
+
+evidence: $(VENV)/.installed-dev ## All questions asked of MODEL=file (and its STUDENT=file): 90 minutes on two cores; goes on where it stopped
+	$(BIN)/python -m experiments.evidence --model $(MODEL) $(if $(STUDENT),--student $(STUDENT))
 
 site: $(VENV)/.installed-dev ## The documentation as a site, with the API, into build/site; every warning is an error
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,site]'

@@ -4,7 +4,8 @@ Held-out captions, the same number of each kind and size of detail. Rows that dr
 truth through the autoencoder, the truth through the staged path (rendered at half the side, autoencoder,
 super-resolution, autoencoder), the mean of many renderings of a caption through the autoencoder (what one forward can
 know), and the truth held against another caption of its kind. Rows that sample: one unguided forward, native, staged.
-Each picture has a seed of its own, the same in all rows. Intervals are 95 % bootstrap over captions.
+Each picture has a seed of its own, the same in all rows. Intervals are 95 % bootstrap over captions. With --out, an
+interrupted run goes on after the last size of detail that was done.
 
     python -m experiments.hard_scores --rows truth autoencoder "staged path" mean other     # minutes: no sampling
     python -m experiments.hard_scores --model runs/pocket-4/pocket-4.safetensors --captions 6 --out runs/hard.json
@@ -112,19 +113,32 @@ def main() -> None:
     print(f"{model.info.version}, {args.captions} captions a size of detail, {args.size} px\n", flush=True)
     rows, doses, rng = args.rows or rows, args.doses or doses, np.random.default_rng(0)
     print(f"| detail | read | {' | '.join(rows)} |\n|{'---|' * (len(rows) + 2)}", flush=True)
-    kept: dict[str, dict[str, list[dict[str, float]]]] = {}
+    settings = [model.info.version, args.captions, args.size, rows]
+    kept = _resumed(args.out, settings)
     for dose in doses:
         captions = captions_of(dose, args.captions)
-        kept[dose] = {}
-        for row in rows:
+        rest = [] if dose in kept else rows
+        mine = kept.setdefault(dose, {})
+        for row in rest:
             images = images_of(row, model, args.size, captions, args.steps)
             against = others_of(dose, args.captions) if row == "other" else captions
-            kept[dose][row] = [hard_score(image, caption) for image, caption in zip(images, against, strict=True)]
-        print("\n".join(_lines(dose, captions, kept[dose], rng)), flush=True)
+            mine[row] = [hard_score(image, caption) for image, caption in zip(images, against, strict=True)]
+        print("\n".join(_lines(dose, captions, mine, rng)), flush=True)
         if args.out is not None:
-            write_bytes(args.out, json.dumps(kept).encode())
-    means = [np.mean([s["overall"] for dose in kept.values() for s in dose[row]]) for row in rows]
+            write_bytes(args.out, json.dumps({"settings": settings, "scores": kept}).encode())
+    means = [np.mean([s["overall"] for dose in doses for s in kept[dose][row]]) for row in rows]
     print(f"| all | overall | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+
+
+Scores = dict[str, dict[str, list[dict[str, float]]]]  # by size of detail and row, of each picture
+
+
+def _resumed(path: Path | None, settings: list[object]) -> Scores:
+    """What a file of the same settings has; one of others is begun anew."""
+    if path is None or not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    return found["scores"] if found["settings"] == settings else {}
 
 
 def _lines(

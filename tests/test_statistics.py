@@ -156,6 +156,25 @@ def test_a_table_of_methods_that_are_alike_shows_an_arrow_in_at_most_6_per_cent(
     assert sum(one.low > 0 or one.high < 0 for one in ends) / 1000 > 0.08
 
 
+SKEWED = {  # differences of mean 0
+    "exponential": lambda rng, n: rng.exponential(1, n) - 1,
+    "one in five": lambda rng, n: np.where(rng.random(n) < 0.2, rng.exponential(1, n), 0) - 0.2,
+}
+
+
+@pytest.mark.parametrize(
+    ("law", "at_20", "at_100"), [("exponential", (0.06, 0.14), 0.09), ("one in five", (0.13, 0.27), 0.14)]
+)
+def test_skewed_differences_show_more_false_verdicts_the_fewer_the_prompts(
+    law: str, at_20: tuple[float, float], at_100: float
+) -> None:
+    """What docs/how-to/read-a-report.md says of a single test."""
+    rng = np.random.default_rng(0)
+    few, many = (np.mean([sign_flip(list(SKEWED[law](rng, n))) <= 0.05 for _ in range(400)]) for n in (20, 100))
+    assert at_20[0] < few < at_20[1]
+    assert many < min(few, at_100)
+
+
 def test_a_family_still_finds_what_differs() -> None:
     rng = np.random.default_rng(6)
     found = {i: paired("m", {k: [v[0] + (i == 3)] for k, v in null(rng, 24).items()}) for i in range(12)}

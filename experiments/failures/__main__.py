@@ -17,6 +17,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 import mrflow as mf
 from experiments.failures import tables
 from experiments.failures.details import DETAILS, prompts
@@ -36,16 +38,20 @@ def main() -> int:
     parser.add_argument("--model", default="pocket", help="an embedded model, or a file of such weights")
     parser.add_argument("--captions", type=int, default=20, help="of each size of detail (default: 20)")
     parser.add_argument("--details", nargs="+", choices=DETAILS, help="(default: all)")
+    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="of detail, such as 8%% or 1/32 (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="LABEL", help="only these, and the reference (default: all)")
     parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
     parser.add_argument("--low", type=int, help="side of the low stage (default: half)")
     parser.add_argument("--steps", type=int, default=24, help="of native sampling (default: 24)")
     parser.add_argument("--few", type=int, default=12, help="of the staged low stage (default: 12)")
     parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--threads", type=int, help="of the processor")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="the folder (default: runs/failures/MODEL/QUESTION)")
     parser.add_argument("--figure", type=Path, help="of `map`: an SVG file")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     try:
         run(args)
     except MrflowError as error:
@@ -58,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     """Make the rows that are missing, and print what all of them say.
 
     Raises:
-        MrflowError: the model is not there, or a size does not fit it; before anything is drawn.
+        MrflowError: the model is not there, a size does not fit it, or no detail has it; before anything is drawn.
     """
     facts = info(args.model)
     size = args.size or facts.size[0]
@@ -69,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         if unknown := set(args.methods) - set(chains):
             raise mf.PlanError(f"no method is called {', '.join(sorted(unknown))}; there are {', '.join(chains)}")
         chains = {label: chain for label, chain in chains.items() if label in {reference, *args.methods}}
-    sweep = Sweep(chains, prompts(args.captions, args.details), metrics=[Legible()], model=args.model)
+    sweep = Sweep(chains, prompts(args.captions, args.details, args.sizes), metrics=[Legible()], model=args.model)
     sweep.plans(facts)
     folder = args.out or Path("runs") / "failures" / Path(args.model).stem / args.question
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from mrflow.errors import PlanError
 from mrflow.scenes.hard import FACE_SIZES, GRIDS, HARD, LETTER_SIZES, PERIODS, HardWorld, held_out_captions
 from mrflow.sweep import Prompt
 
@@ -52,12 +53,21 @@ DETAILS = {
 }
 
 
-def prompts(count: int, details: list[str] | None = None) -> list[Prompt]:
-    """So many held-out captions of each size of each kind of detail, tagged `detail` and `size`."""
+def prompts(count: int, details: list[str] | None = None, sizes: list[str] | None = None) -> list[Prompt]:
+    """So many held-out captions of each size of each kind of detail, tagged `detail` and `size`.
+
+    Raises:
+        PlanError: no such detail has one of the sizes.
+    """
+    known = [size for name in details or DETAILS for size in DETAILS[name].sizes]
+    if sizes is not None and (unknown := set(sizes) - set(known)):
+        raise PlanError(f"no detail has the size {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     out = list[Prompt]()
     for name in details or DETAILS:
         detail = DETAILS[name]
         for size, world in detail.worlds.items():
+            if sizes is not None and size not in sizes:
+                continue
             texts = held_out_captions(world, count, kind=detail.kind)
             out += [Prompt(text, {"detail": name, "size": size}) for text in texts]
     return out

@@ -210,7 +210,7 @@ def train(run: Run, recipe: Recipe, name: str) -> tuple[Path, Path]:
     }
     version = export(name, parts.flow, parts.autoencoder, parts.sr, model, facts)
     taught = student.train(run, "student", WORLDS[recipe.phases[-1].world], recipe.lessons, model)
-    student.export(taught, version, run.count(recipe.lessons.steps), adapter)
+    student.export(taught, student.said(version, recipe.lessons, run.count(recipe.lessons.steps)), adapter)
     log.info("made %s and %s; mrflow ships them from mrflow/models/pocket", model, adapter)
     return model, adapter
 

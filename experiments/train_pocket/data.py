@@ -19,10 +19,11 @@ from torch import Tensor
 from mrflow.errors import ResourceError
 from mrflow.records.pictures import to_images
 from mrflow.scenes.grammar import FULL, POCKET_1, Scene, World, held_out
-from mrflow.scenes.hard import HardWorld, sample
+from mrflow.scenes.hard import HARD, HardWorld, sample
 from mrflow.scenes.render import render
 
 WORLDS = {"pocket-1": POCKET_1, "full": FULL}
+HARD_WORLDS: dict[str, World | HardWorld] = {**WORLDS, "hard": HARD}
 
 
 def rendered(scenes: Sequence[Scene], size: int, pool: Executor | None = None) -> Tensor:

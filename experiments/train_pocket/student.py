@@ -6,9 +6,11 @@ straight line between the window's ends. One Euler step a window is then exact w
 which doubles the teacher's cost, is in its weights. Text encoder and autoencoder stay the teacher's.
 
     python -m experiments.train_pocket.student --device cuda --out runs/student --export mine.safetensors
+    python -m experiments.train_pocket.student --teacher FILE --world hard --shift 2 --export student.safetensors
 """
 
 import argparse
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +24,10 @@ from torch import Tensor, nn
 
 import mrflow as mf
 from experiments.train_pocket.autoencoder import State
-from experiments.train_pocket.data import WORLDS, grid, start_log
+from experiments.train_pocket.data import HARD_WORLDS, grid, start_log
 from experiments.train_pocket.export import digest, write_once
 from experiments.train_pocket.flow import SHOWN, plain_attention
+from experiments.train_pocket.hard import SHOWN as HARD_SHOWN
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, keep_settings, log, save_whole
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError
@@ -33,7 +36,9 @@ from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.lora import Adapted, Change, grafted, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, facts, load_pocket
 from mrflow.records.pictures import check_writable
-from mrflow.scenes.grammar import World, held_out, sample_scene
+from mrflow.scenes.grammar import World, held_out
+from mrflow.scenes.hard import HardWorld, sample
+from mrflow.spec import Shift
 from mrflow.tokens import pack
 
 WINDOWS, RANK, RATE = 2, 32, 2e-3
@@ -44,33 +49,37 @@ Pairs = tuple[Tensor, Tensor, Tensor]  # states (item, window end, ...), context
 @dataclass(frozen=True)
 class Lessons:
     """How many captions are taught at each size, how many make a batch there, and the steps, of which all sizes have
-    the same share; the teacher takes `inner` steps in each window."""
+    the same share; the teacher takes `inner` steps in each window. With a `shift` windows have the same ends at every
+    size, those that the student is used with."""
 
     captions: Mapping[int, int]
     batch: Mapping[int, int]
     steps: int
     inner: int = 4
+    shift: Shift | None = None
 
 
 LESSONS = Lessons({128: 1500, 256: 600, 512: 200}, {128: 24, 256: 6, 512: 2}, 2400)  # an hour on two cores
 
 
-def window_levels(model: Pocket, size: int, windows: int = WINDOWS) -> tuple[float, ...]:
-    """Where windows begin and end: the model's own schedule of so many steps."""
-    return mf.Shifted(windows)(1.0, model.info.tokens(size, size), model.info)
+def window_levels(model: Pocket, size: int, shift: Shift | None) -> tuple[float, ...]:
+    """Where windows begin and end: the model's own schedule of so many steps, or that of another shift."""
+    return mf.Shifted(WINDOWS, shift=shift)(1.0, model.info.tokens(size, size), model.info)
 
 
 @torch.inference_mode()
-def teach(model: Pocket, world: World, size: int, count: int, batch: int, inner: int) -> Pairs:
+def teach(
+    model: Pocket, world: World | HardWorld, size: int, count: int, batch: int, inner: int, shift: Shift | None
+) -> Pairs:
     """States of the guided teacher at the ends of all windows, for `count` captions of training."""
-    rng, levels = random.Random(size), window_levels(model, size)
+    rng, levels = random.Random(size), window_levels(model, size, shift)
     fine = [hi + (lo - hi) * i / inner for hi, lo in pairwise(levels) for i in range(inner)]
     empty, side = model.condition([""]), size // 8
     states, contexts, pooleds = list[Tensor](), list[Tensor](), list[Tensor]()
     guidance = mf.CFG(model.info.cfg)
     generator = torch.Generator().manual_seed(size)
     while sum(len(x) for x in states) < count:
-        captions = [sample_scene(world, rng).caption for _ in range(min(batch, 2 * count))]
+        captions = [sample(world, rng).caption for _ in range(min(batch, 2 * count))]
         captions = [caption for caption in captions if not held_out(caption)]
         if not captions:
             continue
@@ -89,14 +98,14 @@ def teach(model: Pocket, world: World, size: int, count: int, batch: int, inner:
     return torch.cat(states).clone(), torch.cat(contexts).clone(), torch.cat(pooleds).clone()
 
 
-def cached_pairs(run: Run, name: str, teacher: Pocket, world: World, lessons: Lessons) -> dict[int, Pairs]:
+def cached_pairs(run: Run, name: str, teacher: Pocket, world: World | HardWorld, lessons: Lessons) -> dict[int, Pairs]:
     """What the teacher does at each size, made once."""
     out: dict[int, Pairs] = {}
     for size, count in lessons.captions.items():
         path = run.folder / f"{name}-pairs-{size}.pt"
         if not path.exists():
             batch = run.items(lessons.batch[size])
-            save_whole(teach(teacher, world, size, run.count(count), batch, lessons.inner), path)
+            save_whole(teach(teacher, world, size, run.count(count), batch, lessons.inner, lessons.shift), path)
         out[size] = torch.load(path, weights_only=True)
     return out
 
@@ -112,6 +121,18 @@ def adapters(flow: Flux) -> dict[str, Change]:
         up = torch.zeros(int(str(rows)), RANK)
         out[target.path] = Change(*(nn.Parameter(part.to(flow.img_in.weight.device)) for part in (down, up)))
     return out
+
+
+def graft(flow: Flux) -> tuple[Flux, dict[str, Tensor]]:
+    """The transformer with trainable pairs on top, whose own weights are frozen; and those pairs by PEFT's names."""
+    flow.requires_grad_(requires_grad=False)
+    changed = adapters(flow)
+    dtype, device = flow.dtype, flow.img_in.weight.device
+    grafts = {p: Adapted(flow.get_submodule(p), change, dtype=dtype, device=device) for p, change in changed.items()}
+    student = grafted(flow, grafts)
+    if device.type == "cpu":
+        student.attention = plain_attention
+    return student, {f"{path}.{key}": getattr(change, part) for path, change in changed.items() for key, part in NAMES}
 
 
 def loss_at(student: Flux, pairs: Pairs, pick: Tensor, levels: tuple[float, ...]) -> Tensor:
@@ -133,31 +154,23 @@ def loss_at(student: Flux, pairs: Pairs, pick: Tensor, levels: tuple[float, ...]
     return F.mse_loss(velocity.float(), pack(slope))
 
 
-def train(run: Run, name: str, world: World, lessons: Lessons, teacher: Path) -> State:
+def train(run: Run, name: str, world: World | HardWorld, lessons: Lessons, teacher: Path) -> State:
     """The adapter's tensors, in PEFT's layout."""
     if (done := finished(run, name)) is not None:
         return done
     torch.manual_seed(0)
     model = load_pocket(teacher, device=run.device)
-    flow = model._flow.requires_grad_(requires_grad=False)
     data = cached_pairs(run, name, model, world, lessons)
-    changed = adapters(flow)
-    levels = {size: window_levels(model, size) for size in data}
-    grafts = {
-        path: Adapted(flow.get_submodule(path), change, dtype=flow.dtype, device=run.device)
-        for path, change in changed.items()
-    }
-    student = grafted(flow, grafts)
-    weights = {f"{path}.{key}": getattr(change, part) for path, change in changed.items() for key, part in NAMES}
+    levels = {size: window_levels(model, size, lessons.shift) for size in data}
+    student, weights = graft(model._flow)
     optimiser = torch.optim.AdamW(list(weights.values()), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99))
-    if run.device.type == "cpu":
-        student.attention = plain_attention
 
     def draw() -> Image.Image:
         drawer = model.with_flow(student, "/student")
-        student_alone = replace(mf.students.POCKET, lora=())  # at the levels of the one that is shipped
+        student_alone = replace(mf.students.POCKET, lora=(), shift=lessons.shift or mf.students.POCKET.shift)
         chains = [mf.recipes.few(student_alone, size=model.info.size, steps=n) for n in (1, 2)]
-        return grid([mf.run(chain, drawer, SHOWN, seed=0).pixels.cpu() for chain in chains])
+        shown = HARD_SHOWN if isinstance(world, HardWorld) else SHOWN
+        return grid([mf.run(chain, drawer, shown, seed=0).pixels.cpu() for chain in chains])
 
     loop = Loop(
         name,
@@ -178,18 +191,24 @@ def train(run: Run, name: str, world: World, lessons: Lessons, teacher: Path) ->
     return loop.finish()
 
 
-def export(tensors: Mapping[str, Tensor], teacher: str, steps: int, path: Path) -> None:
-    """Write the adapter in half precision; its metadata names the teacher's weights."""
-    facts = {"teacher": teacher, "steps": str(WINDOWS), "trained": f"{steps} steps"}
+def export(tensors: Mapping[str, Tensor], facts: Mapping[str, str], path: Path) -> None:
+    """Write an adapter in half precision; its metadata are `facts`, such as the teacher's version, and a digest."""
     halves = {name: value.half().contiguous() for name, value in tensors.items()}
     write_once(path, halves, {**facts, "version": digest(halves)})
+
+
+def said(teacher: str, lessons: Lessons, steps: int) -> dict[str, str]:
+    """What a student's file says of itself."""
+    shift = {} if lessons.shift is None else {"shift": f"{math.exp(lessons.shift.low):g}"}
+    return {"teacher": teacher, "steps": str(WINDOWS), "trained": f"{steps} steps", **shift}
 
 
 def main() -> None:
     """A student of any model file of this architecture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=WEIGHTS)
-    parser.add_argument("--world", choices=list(WORLDS), default="full")
+    parser.add_argument("--world", choices=list(HARD_WORLDS), default="full")
+    parser.add_argument("--shift", type=float, help="factor of the noise levels at every size (default: the model's)")
     parser.add_argument("--steps", type=int, default=LESSONS.steps)
     parser.add_argument("--batch", type=float, default=1.0, help="times as many in every batch; less on a processor")
     parser.add_argument("--out", type=Path, default=Path("runs/student"))
@@ -199,6 +218,7 @@ def main() -> None:
     if args.steps < 1:
         parser.error(f"--steps {args.steps} is out of range")
     try:
+        shift = None if args.shift is None else Shift.fixed(args.shift)
         run = Run(args.out, choose_device(args.device), batch=args.batch)
         check_writable(args.export)
         if args.export.exists():
@@ -206,13 +226,13 @@ def main() -> None:
         header = read_header(args.teacher)
         teacher, largest = header.metadata.get("version", ""), max(facts(header).size)
         known = {size: count for size, count in LESSONS.captions.items() if size <= largest}
-        lessons = replace(LESSONS, steps=args.steps, captions=known)
+        lessons = replace(LESSONS, steps=args.steps, captions=known, shift=shift)
         keep_settings(run, repr((teacher, args.world, lessons, WINDOWS, RANK, RATE)))
     except MrflowError as error:
         parser.error(str(error))
     start_log(run.folder)
-    tensors = train(run, "student", WORLDS[args.world], lessons, args.teacher)
-    export(tensors, teacher, args.steps, args.export)
+    tensors = train(run, "student", HARD_WORLDS[args.world], lessons, args.teacher)
+    export(tensors, said(teacher, lessons, args.steps), args.export)
 
 
 if __name__ == "__main__":
