@@ -40,7 +40,7 @@ figure: $(VENV)/.installed-dev ## Every method on the embedded model: docs/image
 pocket: $(VENV)/.installed-dev ## Train the embedded model again, into runs/pocket-3 (ten minutes on an H200, days without; goes on where it stopped)
 	$(BIN)/python -m experiments.train_pocket --device auto --workers $$($(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 2) - 2))')
 
-evidence: $(VENV)/.installed-dev ## All questions asked of MODEL=file (and its STUDENT=file): 90 minutes on two cores; goes on where it stopped
+evidence: $(VENV)/.installed-dev ## All questions asked of MODEL=file (and its STUDENT=file): an hour and a half on two cores; goes on where it stopped
 	$(BIN)/python -m experiments.evidence --model $(MODEL) $(if $(STUDENT),--student $(STUDENT))
 
 site: $(VENV)/.installed-dev ## The documentation as a site, with the API, into build/site; every warning is an error

@@ -28,7 +28,7 @@ SETTINGS = (
     *(f"sigma {sigma:g}" for sigma in SIGMAS),
     *("2 refining steps", "4 refining steps", "Lanczos", "latents enlarged", "lift", "SelfLift", "SPEED", "RALU"),
 )
-PATHS = ("truth", "autoencoder", "staged path", "other")
+PATHS = ("truth", "autoencoder", "staged path", "mean", "other")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Piece:
 def pieces(model: Path, folder: Path, *, captions: int, student: Path | None, trial: bool) -> list[Piece]:
     """All pieces, in order, with so many captions of each category; mends have one size, with four times as many."""
     few = ("--steps", "2", "--few", "2") if trial else ()
-    one = ("--details", "letters", "--sizes", "8%") if trial else ()
+    one = ("--details", "letters", "--sizes", "13%", "8%") if trial else ()
     many = captions if trial else 4 * captions
     native, staged = ("2", "1") if trial else ("24", "12")
     doses = ("--doses", "letters 8%") if trial else ()
@@ -73,7 +73,7 @@ def pieces(model: Path, folder: Path, *, captions: int, student: Path | None, tr
     native_staged = ("--methods", "staged", "one forward", *TRUTHS)
     two = one or ("--details", "letters", "--sizes", "13%", "8%")
     return [
-        Piece("scores", (*scores, "--rows", *rows, "--out", str(folder / "scores.json")), captions, 32.0),
+        Piece("scores", (*scores, "--rows", *rows, "--out", str(folder / "scores.json")), captions, 43.0),
         failures("map", "map", captions, 37.0, *native_staged, *figure, *one),
         failures("map", "settings", captions, 14.0, "--methods", "staged", *SETTINGS, *two),
         failures("budget", "budget", captions, 33.0, *one),
@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--captions", type=int, default=LEAST, help=f"of each category (default: {LEAST})")
     parser.add_argument("--only", nargs="+", metavar="PIECE", help="some of the pieces (default: all)")
     parser.add_argument("--plan", action="store_true", help="say what would be run")
-    parser.add_argument("--trial", action="store_true", help="one caption of one size of detail, in two steps")
+    parser.add_argument("--trial", action="store_true", help="one caption of a size of detail, in two steps")
     parser.add_argument("--out", type=Path, help="the folder (default: runs/evidence/MODEL)")
     args = parser.parse_args()
     folder: Path = args.out or Path("runs") / "evidence" / args.model.stem

@@ -17,6 +17,7 @@ import mrflow as mf
 from mrflow.adapters import check_loras
 from mrflow.cli.app import app
 from mrflow.cli.options import ModelOptions, option_of
+from mrflow.models.pocket.model import NEWEST
 
 SMALL = ["--size", "64x64", "--low", "32x32", "--steps", "2"]
 MINE = """
@@ -147,7 +148,7 @@ def test_plan_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             ["plan", "--model", "nothing"],
             2,
-            "there is no model 'nothing' to plan; known are pocket, pocket-3, flux1-dev",
+            "there is no model 'nothing' to plan; known are pocket, " + NEWEST + ", flux1-dev",
         ),
         (["plan", "none.py:chain"], 2, "there is no Python file none.py in "),
         (["plan", "chain"], 2, "a chain is named file.py:name"),

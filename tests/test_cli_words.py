@@ -25,6 +25,7 @@ from mrflow.cli.plan import describe
 from mrflow.cli.records import difference, difference_text
 from mrflow.errors import PlanError
 from mrflow.models.pocket import model as pocket
+from mrflow.models.pocket.model import NEWEST
 from mrflow.records.pictures import describe_record
 from mrflow.sheet import table
 from tests.test_cli import call, here  # noqa: F401
@@ -339,7 +340,7 @@ def test_inspect_says_every_setting_and_the_machine(here: Path) -> None:  # noqa
         f"torch {torch.__version__}", "Python 3.",
     ):  # fmt: skip
         assert text in out, (text, out)
-    assert "pocket-3-student.safetensors" in out
+    assert f"{NEWEST}-student.safetensors" in out
     assert json.loads(call("inspect", "x.png", "--json")[1])["machine"]
 
 

@@ -11,6 +11,7 @@ import torch
 
 import mrflow as mf
 from experiments.failures import tables
+from experiments.failures.__main__ import main
 from experiments.failures.crossing import Crossing, crossing
 from experiments.failures.details import DETAILS, prompts
 from experiments.failures.figure import draw
@@ -42,6 +43,21 @@ def test_methods_of_the_frontier_cost_alike() -> None:
     for label, speed in speeds.items():
         if label != "native":
             assert 0.95 <= speed / float(label.rsplit(" ", 1)[1].rstrip("x")) <= 1.25
+
+
+def test_sizes_can_be_chosen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = prompts(2, ["letters", "texture"], ["8%", "1/32"])
+    assert [(p.tags["detail"], p.tags["size"]) for p in found] == [("letters", "8%")] * 2 + [("texture", "1/32")] * 2
+    for words, said in (
+        (["--details", "letters", "--sizes", "7%"], "no detail has the size 7%; there are 13%, 8%"),
+        (
+            ["--details", "letters", "--sizes", "8%", "--figure", "a.svg"],
+            "a figure needs two sizes of a detail",
+        ),
+    ):
+        monkeypatch.setattr("sys.argv", ["failures", "map", *words])
+        assert main() == 2
+        assert said in capsys.readouterr().err
 
 
 def scores(size: float, half: float, rng: np.random.Generator, count: int = 60) -> dict[str, list[float]]:

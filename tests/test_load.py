@@ -578,9 +578,9 @@ def test_inspect_says_what_it_is(where: str, said: list[str], repo: Path) -> Non
 def test_inspect_on_single_files(single: Path, tmp_path: Path) -> None:
     assert "Black Forest Labs" in "\n".join(describe(single / "flux1-dev.safetensors"))
     assert "Black Forest Labs" in "\n".join(describe(single / "ae.safetensors"))
-    from mrflow.models.pocket.model import WEIGHTS
+    from mrflow.models.pocket.model import NEWEST, WEIGHTS
 
-    assert "network   pocket, mrflow's embedded model, version pocket-3+" in "\n".join(describe(WEIGHTS))
+    assert f"network   pocket, mrflow's embedded model, version {NEWEST}+" in "\n".join(describe(WEIGHTS))
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     assert "not known to mrflow" in "\n".join(describe(tmp_path / "x.safetensors"))
 

@@ -15,6 +15,7 @@ import torch
 import mrflow as mf
 from mrflow.errors import PlanError, ResourceError
 from mrflow.forks import check_process
+from mrflow.models.pocket.model import NEWEST
 from mrflow.records.files import cache_folder, expanded, known_file
 from mrflow.records.pictures import read_record
 from mrflow.sweep import Store, read, run_sweep
@@ -137,5 +138,5 @@ def test_a_clock_that_jumps_changes_no_row(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_files_that_come_with_mrflow_are_found_by_name() -> None:
-    found = known_file("pocket-3-student.safetensors")
+    found = known_file(f"{NEWEST}-student.safetensors")
     assert found is not None and found.is_file()

@@ -11,7 +11,18 @@ import torch
 import mrflow as mf
 from mrflow.errors import WeightsError
 from mrflow.models import info
-from mrflow.models.pocket.model import POCKET, SHIPPED, TEXT_LENGTH, VOCABULARY, WEIGHTS, load_pocket, shipped
+from mrflow.models.pocket.model import (
+    NEWEST,
+    POCKET,
+    SHIPPED,
+    TEXT_LENGTH,
+    VOCABULARY,
+    WEIGHTS,
+    load_pocket,
+    open_pocket,
+    shipped,
+    tensors_of,
+)
 from mrflow.models.pocket.networks import CompactSR, tokenise
 from mrflow.scenes.grammar import FULL, held_out_captions
 from mrflow.scenes.score import score_many
@@ -23,10 +34,10 @@ GOLDEN = Path(__file__).parent / "golden" / "pocket.json"
 
 def older(folder: Path, name: str) -> Path:
     """A file of another version: the shipped weights, a little smaller, with guidance 3."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     path = folder / f"{name}.safetensors"
-    tensors = {key: 0.99 * tensor for key, tensor in load_file(WEIGHTS).items()}
+    tensors = {key: 0.99 * tensor for key, tensor in tensors_of(open_pocket(WEIGHTS)).items()}
     save_file(tensors, path, {"version": f"{name}+0123456789ab", "cfg": "3.0"})
     return path
 
@@ -39,7 +50,11 @@ def model() -> mf.Backbone:
 
 def test_the_file_is_small_and_has_a_version(model: mf.Backbone) -> None:
     shipped_files = sorted(WEIGHTS.parent.glob("*.safetensors"))
-    assert sorted(p.stem for p in shipped_files) == sorted((*SHIPPED, *(f"{name}-student" for name in SHIPPED)))
+    stems = {stem for name in SHIPPED for stem in (name, f"{name}-student", f"{name}-autoencoder")}
+    assert {*SHIPPED} < {p.stem for p in shipped_files} <= stems
+    assert all(
+        {entry.file for entry in open_pocket(path).tensors.values()} <= {*shipped_files} for path in SHIPPED.values()
+    )
     assert sum(p.stat().st_size for p in shipped_files) < 21e6  # the wheel stays below 22 MB
     assert model.info.version.startswith(f"{next(iter(SHIPPED))}+")
     assert model.info.name == "pocket"
@@ -65,12 +80,12 @@ def test_every_version_loads_by_name_and_its_pictures_are_made_again(
 
 
 def test_a_version_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WeightsError, match=r"no model or file 'pocket-0'; use 'pocket' \(.*pocket-3\)"):
+    with pytest.raises(WeightsError, match=rf"no model or file 'pocket-0'; use 'pocket' \(.*{NEWEST}\)"):
         mf.load("pocket-0")
     assert shipped("pocket", "pocket-0+1") == shipped("pocket") == WEIGHTS
     monkeypatch.setitem(SHIPPED, "pocket-0", tmp_path)
     assert shipped("pocket", "pocket-0+1") == tmp_path and shipped("pocket") == WEIGHTS
-    assert shipped("flux1-dev", "pocket-3+1") is None
+    assert shipped("flux1-dev", f"{NEWEST}+1") is None
 
 
 def test_the_facts_for_planning_are_the_real_ones(model: mf.Backbone) -> None:
@@ -118,9 +133,9 @@ def test_the_facts_of_each_version_are_its_networks_own(name: str) -> None:
 
 
 def test_a_width_that_no_version_has(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    tensors = load_file(WEIGHTS)
+    tensors = tensors_of(open_pocket(WEIGHTS))
     path = tmp_path / "odd.safetensors"
     save_file({**tensors, "flow.img_in.weight": torch.zeros(96, 64)}, path)
     with pytest.raises(
@@ -190,9 +205,9 @@ def test_broken_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path.write_bytes(WEIGHTS.read_bytes()[:100_000])
     with pytest.raises(WeightsError, match=r"cut\.safetensors.*cut off"):
         load_pocket(path)
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    tensors = load_file(WEIGHTS)
+    tensors = tensors_of(open_pocket(WEIGHTS))
     save_file({**tensors, "flow.img_in.bias": torch.zeros(3)}, path)
     with pytest.raises(WeightsError, match=r"cut\.safetensors: flow: .*img_in\.bias"):
         load_pocket(path)
@@ -244,7 +259,7 @@ def test_a_version_may_lie_in_two_files(tmp_path: Path, model: mf.Backbone, monk
 
     monkeypatch.setattr(module, "LARGEST", 1_000_000)
     parts: dict[str, dict[str, torch.Tensor]] = {"flow": {}, "autoencoder": {}, "sr": {}}
-    for key, tensor in load_file(WEIGHTS).items():
+    for key, tensor in tensors_of(open_pocket(WEIGHTS)).items():
         part, _, rest = key.partition(".")
         name = key if part in ("flow", "text") else rest
         parts["flow" if part in ("flow", "text") else part][name] = tensor

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import mrflow as mf
 from mrflow.adapters import check_loras
 from mrflow.checkpoints.safetensors import read_header
+from mrflow.models.pocket.model import NEWEST
 from mrflow.records.files import known_file
 from mrflow.scenes import FULL, held_out_captions, score_many
 from mrflow.students import (
@@ -51,10 +52,10 @@ def test_the_embedded_student_fits_its_teacher_and_says_so_of_others(
     other = older(tmp_path, "pocket-0")
     mf.run(few, mf.load(other, device="cpu"), "a big red circle at the left")
     (said,) = caplog.messages
-    assert said.startswith("pocket-3-student.safetensors was taught by pocket-3+") and "load('pocket-3')" in said
+    assert said.startswith(f"{NEWEST}-student.safetensors was taught by {NEWEST}+") and f"load('{NEWEST}')" in said
     caplog.clear()
     merged = mf.load(other, device="cpu", lora=POCKET_3.lora)
-    assert "was taught by pocket-3+" in caplog.text
+    assert f"was taught by {NEWEST}+" in caplog.text
     assert merged.info.version.startswith("pocket-0+")
 
 
@@ -128,6 +129,6 @@ def test_a_student_on_tiny_models(tmp_path: Path, qwen_repo: Path) -> None:  # n
 
 def test_a_record_finds_the_adapter_that_comes_with_mrflow() -> None:
     """A record holds a file's name and SHA-256, not its place."""
-    found = known_file("pocket-3-student.safetensors")
+    found = known_file(f"{NEWEST}-student.safetensors")
     assert found is not None and found == Path(check_loras(POCKET_3.lora)[0].path)
     assert known_file("nothing.safetensors") is None

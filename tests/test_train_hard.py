@@ -14,7 +14,17 @@ from experiments.train_pocket.data import pictures
 from experiments.train_pocket.loop import Loop, PieceOver, Run, cosine, finished, keep_settings
 from experiments.train_pocket.muon import orthogonalised
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.pocket.model import LONG_TEXT, SHIPPED, TEXT_LENGTH, VOCABULARY, WORDS, load_pocket
+from mrflow.models.pocket.model import (
+    LONG_TEXT,
+    NEWEST,
+    TEXT_LENGTH,
+    VOCABULARY,
+    WEIGHTS,
+    WORDS,
+    load_pocket,
+    open_pocket,
+    tensors_of,
+)
 from mrflow.scenes.grammar import held_out
 from mrflow.scenes.hard import HARD, KINDS, parse
 
@@ -40,7 +50,7 @@ def test_pieces_end_where_one_run_would_have(tmp_path: Path, monkeypatch: pytest
     assert file.exists()
     whole, cut = (load_file(tmp_path / name / "pocket-4.safetensors") for name in ("whole", "cut"))
     assert set(whole) == set(cut) and all(torch.equal(whole[key], cut[key]) for key in whole)
-    start = load_file(SHIPPED["pocket-3"])
+    start = tensors_of(open_pocket(WEIGHTS))
     assert not torch.equal(cut["flow.img_in.weight"], start["flow.img_in.weight"])
     model = load_pocket(tmp_path / "cut" / "pocket-4.safetensors")
     assert model.info.size == (256, 256) and model.info.low == (128, 128)
@@ -63,8 +73,8 @@ def test_the_last_checkpoint_can_be_written_at_any_time(tmp_path: Path, monkeypa
 
 
 def test_it_begins_with_what_the_older_version_knows() -> None:
-    net, auto, sr = recipe.start_from("pocket-3")
-    old, own = load_file(SHIPPED["pocket-3"]), net.state_dict()
+    net, auto, sr = recipe.start_from(NEWEST)
+    old, own = tensors_of(open_pocket(WEIGHTS)), net.state_dict()
     assert all(torch.equal(own[key], value.float()) for key, value in old.items() if key.startswith("flow."))
     assert torch.equal(own["text.tokens.weight"][: len(VOCABULARY)], old["text.tokens.weight"].float())
     assert own["text.tokens.weight"].shape[0] == len(WORDS) and len(own["text.places"]) == LONG_TEXT > TEXT_LENGTH
@@ -105,7 +115,7 @@ def test_what_cannot_be_is_said_before_any_work(
 
 
 def test_a_file_of_more_words_than_there_are_is_refused(tmp_path: Path) -> None:
-    tensors = load_file(SHIPPED["pocket-3"])
+    tensors = tensors_of(open_pocket(WEIGHTS))
     tensors["text.tokens.weight"] = torch.zeros(len(WORDS) + 1, 192)
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match=rf"a text encoder of {len(WORDS) + 1} words and 12 tokens; pocket has at m"):

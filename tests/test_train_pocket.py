@@ -22,7 +22,7 @@ from experiments.train_pocket.export import digest
 from experiments.train_pocket.loop import Loop, Run, cosine, finished, flat_then_linear, keep_settings
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import ResourceError
-from mrflow.models.pocket.model import SHIPPED, SMALL, load_pocket
+from mrflow.models.pocket.model import SMALL, WEIGHTS, load_pocket
 from mrflow.scenes.grammar import FULL, POCKET_1, held_out_captions
 from tests.test_pocket import older
 
@@ -69,7 +69,7 @@ def train(part: str, run: Run) -> dict[str, torch.Tensor]:
         return sr.train(run, part, POCKET_1, 5000, auto, gan=0.4)
     if part == "student":
         lessons = student.Lessons({128: 1000, 256: 1000}, {128: 4, 256: 2}, 5000)
-        return student.train(run, part, POCKET_1, lessons, SHIPPED["pocket-3"])
+        return student.train(run, part, POCKET_1, lessons, WEIGHTS)
     course = recipe.two_sizes(2500, 2500, 0.5)
     return flow.train(run, part, POCKET_1, course, auto, info=SMALL, width=128, head=32)
 

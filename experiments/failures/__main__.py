@@ -75,7 +75,10 @@ def run(args: argparse.Namespace) -> None:
         if unknown := set(args.methods) - set(chains):
             raise mf.PlanError(f"no method is called {', '.join(sorted(unknown))}; there are {', '.join(chains)}")
         chains = {label: chain for label, chain in chains.items() if label in {reference, *args.methods}}
-    sweep = Sweep(chains, prompts(args.captions, args.details, args.sizes), metrics=[Legible()], model=args.model)
+    asked = prompts(args.captions, args.details, args.sizes)
+    if args.figure is not None and len({p.tags["size"] for p in asked}) == len({p.tags["detail"] for p in asked}):
+        raise mf.PlanError("a figure needs two sizes of a detail at least; give more --sizes, or none")
+    sweep = Sweep(chains, asked, metrics=[Legible()], model=args.model)
     sweep.plans(facts)
     folder = args.out or Path("runs") / "failures" / Path(args.model).stem / args.question
 

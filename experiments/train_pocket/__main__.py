@@ -18,7 +18,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from experiments.train_pocket import autoencoder, flow, sr, student
 from experiments.train_pocket.autoencoder import State
@@ -29,7 +28,7 @@ from experiments.train_pocket.loop import Run, finished, keep_settings, log
 from experiments.train_pocket.student import LESSONS, Lessons
 from mrflow.errors import MrflowError
 from mrflow.models import choose_device
-from mrflow.models.pocket.model import HEAD, POCKET, SHIPPED, WIDTH
+from mrflow.models.pocket.model import HEAD, NEWEST, POCKET, SHIPPED, WIDTH, open_pocket, tensors_of
 from mrflow.spec import ModelInfo
 
 
@@ -93,7 +92,7 @@ RECIPES = {
         info=POCKET,
         width=WIDTH,
         head=HEAD,
-        start="pocket-3",
+        start=NEWEST,
     ),
 }
 
@@ -187,7 +186,7 @@ def phase_parts(run: Run, recipe: Recipe, phase: Phase, start: Parts | None) -> 
 
 def parts_of(name: str) -> Parts:
     """The autoencoder and the super-resolution net of a version that is shipped; no flow, which fits no other width."""
-    tensors = load_file(SHIPPED[name])
+    tensors = tensors_of(open_pocket(SHIPPED[name]))
 
     def part(prefix: str) -> State:
         return {key.removeprefix(prefix): t.float() for key, t in tensors.items() if key.startswith(prefix)}

@@ -22,7 +22,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from experiments.train_pocket import autoencoder, sr
@@ -33,7 +32,18 @@ from experiments.train_pocket.flow import RATE, Trainee, drawn, losses_at, optim
 from experiments.train_pocket.loop import Loop, PieceOver, Run, finished, flat_then_linear, keep_settings, save_whole
 from mrflow.errors import MrflowError
 from mrflow.models import choose_device
-from mrflow.models.pocket.model import HEAD, LONG_TEXT, POCKET, SHIPPED, WIDTH, WORDS, channels_last
+from mrflow.models.pocket.model import (
+    HEAD,
+    LONG_TEXT,
+    NEWEST,
+    POCKET,
+    SHIPPED,
+    WIDTH,
+    WORDS,
+    channels_last,
+    open_pocket,
+    tensors_of,
+)
 from mrflow.models.pocket.networks import tokenise
 from mrflow.scenes.grammar import Scene, held_out
 from mrflow.scenes.hard import HARD, KINDS, HardWorld, sample
@@ -119,7 +129,7 @@ def start_from(name: str) -> tuple[Trainee, State, State]:
 
     Rows of the text encoder for new words and later tokens are random, as large as the trained ones.
     """
-    tensors = {key: t.float() for key, t in load_file(SHIPPED[name]).items()}
+    tensors = {key: t.float() for key, t in tensors_of(open_pocket(SHIPPED[name])).items()}
     torch.manual_seed(0)
     net = Trainee(WIDTH, HEAD, words=len(WORDS), length=LONG_TEXT)
     own = net.state_dict()
@@ -249,7 +259,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     start_log(args.out)
-    net, auto, larger = start_from("pocket-3")
+    net, auto, larger = start_from(NEWEST)
     if args.finish:
         auto, larger = finished(run, "autoencoder") or auto, finished(run, "sr") or larger
         loop = loop_of(run, lesson, net, auto, args.steps)

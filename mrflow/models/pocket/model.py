@@ -308,7 +308,7 @@ ADVICE = "it draws captions such as 'a big red circle at the left on coarse dots
 VERSIONS = ("pocket-3",)
 SHIPPED: dict[str, Path] = {name: Path(__file__).parent / f"{name}.safetensors" for name in VERSIONS}
 """The versions that come with mrflow, newest first: `mrflow.load` takes their names; "pocket" is the newest."""
-WEIGHTS = next(iter(SHIPPED.values()))
+NEWEST, WEIGHTS = next(iter(SHIPPED.items()))
 
 
 def shipped(name: str, weights: str = "") -> Path | None:
@@ -423,6 +423,12 @@ def open_pocket(path: Path) -> Header:
     return replace(header, tensors={**header.tensors, **more.tensors})
 
 
+def tensors_of(header: Header) -> dict[str, Tensor]:
+    """All tensors of a version, from its file or its two, as they are stored."""
+    files = sorted({entry.file for entry in header.tensors.values()})
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def load_pocket(
     path: Path = WEIGHTS,
     *,
@@ -458,10 +464,9 @@ def load_pocket(
     )  # fmt: skip
     if on_facts is not None:
         on_facts(replace(info, version=info.version + dtype_mark(dtype)))
-    for file in files:
-        for name, tensor in load_file(file).items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor.float()
+    for name, tensor in tensors_of(header).items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor.float()
     for part, module in modules.items():
         module.load_state_dict(parts[part], strict=True, assign=True)
     say_other_teacher(loras, version)
