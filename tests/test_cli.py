@@ -286,7 +286,7 @@ def test_every_verb_that_loads_a_model_has_the_same_options_for_it(here: Path, v
 
 
 def test_the_words_reach_the_model(here: Path) -> None:
-    file = check_loras(mf.students.POCKET_3.lora)[0].path
+    file = check_loras(mf.students.POCKET.lora)[0].path
     code, out, err = call("generate", "a", *SMALL, "--lora", f"{file}:0.5", "--dtype", "bfloat16", "--json")
     assert code == 0, err
     assert json.loads(out)["records"][0]["weights"] != mf.load("pocket").info.version

@@ -327,7 +327,7 @@ def test_the_chunk_that_other_tools_read(here: Path) -> None:  # noqa: F811
 
 
 def test_inspect_says_every_setting_and_the_machine(here: Path) -> None:  # noqa: F811
-    lora = mf.students.POCKET_3.lora
+    lora = mf.students.POCKET.lora
     chain = mf.recipes.paper(
         size=(64, 64), low=(32, 32), steps=2, solver=mf.Heun(), guidance=mf.CFG(3), sigma=0.2, lora=lora
     )

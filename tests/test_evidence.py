@@ -51,8 +51,8 @@ def test_a_plan_runs_nothing(
     monkeypatch.setattr(subprocess, "run", None)
     assert run_main(monkeypatch, "--plan", "--out", str(tmp_path / "a")) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("scores: 15 min: python -m experiments.hard_scores") and said[-1].startswith(
-        "all: 92 min"
+    assert said[0].startswith("scores: 14 min: python -m experiments.hard_scores") and said[-1].startswith(
+        "all: 93 min"
     )
     assert not (tmp_path / "a").exists()
 

@@ -18,7 +18,7 @@ from mrflow.students import (
     HYPER_16,
     LIGHTNING_4,
     LIGHTNING_8,
-    POCKET_3,
+    POCKET,
     SCHNELL,
     TURBO_ALPHA,
 )
@@ -39,14 +39,14 @@ LEVELS: list[tuple[mf.Student, mf.ModelInfo, int, int | None, list[float]]] = [
     (SCHNELL, mf.SCHNELL, 4096, None, [1, 0.75, 0.5, 0.25]),
     (SCHNELL, mf.SCHNELL, 4096, 2, [1, 0.5]),
     (SCHNELL, mf.SCHNELL, 4096, 1, [1]),
-    (POCKET_3, mf.POCKET, 1024, None, [1, 0.6667]),
+    (POCKET, mf.POCKET, 1024, None, [1, 0.6667]),
 ]
 
 
 def test_the_embedded_student_fits_its_teacher_and_says_so_of_others(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    few = mf.recipes.few(POCKET_3, size=(64, 64))
+    few = mf.recipes.few(POCKET, size=(64, 64))
     mf.run(few, mf.load("pocket", device="cpu"), "a big red circle at the left")
     assert caplog.messages == []
     other = older(tmp_path, "pocket-0")
@@ -54,13 +54,13 @@ def test_the_embedded_student_fits_its_teacher_and_says_so_of_others(
     (said,) = caplog.messages
     assert said.startswith(f"{NEWEST}-student.safetensors was taught by {NEWEST}+") and f"load('{NEWEST}')" in said
     caplog.clear()
-    merged = mf.load(other, device="cpu", lora=POCKET_3.lora)
+    merged = mf.load(other, device="cpu", lora=POCKET.lora)
     assert f"was taught by {NEWEST}+" in caplog.text
     assert merged.info.version.startswith("pocket-0+")
 
 
 def test_an_adapter_for_another_width_does_not_fit(tmp_path: Path) -> None:
-    (adapter,) = check_loras(POCKET_3.lora)
+    (adapter,) = check_loras(POCKET.lora)
     header, tensors = read_header(Path(adapter.path)), load_file(adapter.path)
     narrow = tmp_path / "narrow.safetensors"
     save_file({k: t[..., :64].contiguous() for k, t in tensors.items()}, narrow, dict(header.metadata))
@@ -86,7 +86,7 @@ def test_levels(student: mf.Student, info: mf.ModelInfo, tokens: int, steps: int
 
 def test_no_steps_are_refused() -> None:
     with pytest.raises(mf.PlanError, match="steps"):
-        mf.recipes.few(POCKET_3, size=(256, 256), steps=0)
+        mf.recipes.few(POCKET, size=(256, 256), steps=0)
 
 
 def test_strengths_and_passes() -> None:
@@ -130,5 +130,5 @@ def test_a_student_on_tiny_models(tmp_path: Path, qwen_repo: Path) -> None:  # n
 def test_a_record_finds_the_adapter_that_comes_with_mrflow() -> None:
     """A record holds a file's name and SHA-256, not its place."""
     found = known_file(f"{NEWEST}-student.safetensors")
-    assert found is not None and found == Path(check_loras(POCKET_3.lora)[0].path)
+    assert found is not None and found == Path(check_loras(POCKET.lora)[0].path)
     assert known_file("nothing.safetensors") is None

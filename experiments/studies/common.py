@@ -1,10 +1,11 @@
 """What the studies share: the captions with their tags, the sizes, the metrics."""
 
 import mrflow as mf
+from mrflow.models.pocket.model import NEWEST
 from mrflow.scenes import FULL, held_out_captions, parse
 from mrflow.sweep import Metric, Prompt, SceneScore, Sharpness, Stray
 
-MODEL = "pocket-3"
+MODEL = NEWEST
 SIZE, LOW = (256, 256), (128, 128)  # half of what it is used at: the same methods, at a fifth of the time
 SIGNS = {"higher": " ▲", "lower": " ▼", "no difference shown": "", "too few prompts": " †"}  # of verdicts, in tables
 METRICS: tuple[Metric, ...] = (SceneScore(), Stray(), Sharpness())

@@ -10,7 +10,7 @@ import mrflow as mf
 from experiments.studies.common import LOW, METRICS, MODEL, SIZE, captions, native, paper
 from experiments.studies.figure import speed_figure
 from mrflow.caches import DMD, DBCache, MagCache, SeaCache, Spectrum, TaylorSeer, TeaCache, ToMA
-from mrflow.students import POCKET_3
+from mrflow.students import POCKET
 from mrflow.sweep import Row, Sweep
 
 SPLITS = ((12, 6), (6, 3), (3, 2))  # steps before and after a change of resolution
@@ -46,8 +46,8 @@ chains = {
         f"Fresco {'+'.join(map(str, n))}": mf.recipes.fresco(size=SIZE, steps=n)
         for n in ((8, 4, 6), (5, 3, 4), (2, 2, 3))
     },
-    **{f"student {n}": mf.recipes.few(POCKET_3, size=SIZE, steps=n) for n in (4, 2, 1)},
-    **{f"student {n} + 1": mf.recipes.stacked(POCKET_3, low=LOW, size=SIZE, steps=n) for n in (4, 2, 1)},
+    **{f"student {n}": mf.recipes.few(POCKET, size=SIZE, steps=n) for n in (4, 2, 1)},
+    **{f"student {n} + 1": mf.recipes.stacked(POCKET, low=LOW, size=SIZE, steps=n) for n in (4, 2, 1)},
 }
 sweep = Sweep(chains, captions(), model=MODEL, metrics=METRICS)
 

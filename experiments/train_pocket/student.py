@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--shift", type=float, help="factor of the noise levels at every size (default: the model's)")
     parser.add_argument("--steps", type=int, default=LESSONS.steps)
     parser.add_argument("--batch", type=float, default=1.0, help="times as many in every batch; less on a processor")
+    parser.add_argument("--scale", type=float, default=1.0, help="times as many captions and steps; 0.004 is a trial")
     parser.add_argument("--out", type=Path, default=Path("runs/student"))
     parser.add_argument("--export", type=Path, required=True, help="where the averaged adapter goes")
     parser.add_argument("--device", default="cpu")
@@ -219,7 +220,7 @@ def main() -> None:
         parser.error(f"--steps {args.steps} is out of range")
     try:
         shift = None if args.shift is None else Shift.fixed(args.shift)
-        run = Run(args.out, choose_device(args.device), batch=args.batch)
+        run = Run(args.out, choose_device(args.device), scale=args.scale, batch=args.batch)
         check_writable(args.export)
         if args.export.exists():
             read_header(args.export)  # it is replaced, or stays where it is the same; no other file is
@@ -232,7 +233,7 @@ def main() -> None:
         parser.error(str(error))
     start_log(run.folder)
     tensors = train(run, "student", HARD_WORLDS[args.world], lessons, args.teacher)
-    export(tensors, said(teacher, lessons, args.steps), args.export)
+    export(tensors, said(teacher, lessons, run.count(args.steps)), args.export)
 
 
 if __name__ == "__main__":
