@@ -203,16 +203,18 @@ def _things(canvas: _Canvas, scene: Scene) -> None:
 def _toned(image: NDArray[np.uint8], scene: Scene) -> NDArray[np.uint8]:
     if scene.look is None or not scene.look.night:
         return image
-    return (255 * by_night(image.astype(np.float32) / 255) + 0.5).astype(np.uint8)
+    dark: NDArray[np.uint8] = (255 * by_night(image.astype(np.float32) / np.float32(255)) + 0.5).astype(np.uint8)
+    return dark
 
 
 def by_night(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """A picture (..., 3) in [0, 1] with lights and darks exchanged, hues kept, at `DIM` of the contrast."""
-    toned = DARK + DIM * (1 + image - 2 * image.mean(-1, keepdims=True))
-    return np.clip(toned, 0, 1).astype(np.float32)
+    toned: NDArray[np.float32] = DARK + DIM * (1 + image - 2 * image.mean(-1, keepdims=True))
+    return toned.clip(0, 1)
 
 
 def by_day(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """What `by_night` was made of, where nothing was clipped."""
-    lit = (image - DARK) / DIM
-    return np.clip(1 + lit - 2 * lit.mean(-1, keepdims=True), 0, 1).astype(np.float32)
+    lit: NDArray[np.float32] = (image - DARK) / DIM
+    shown: NDArray[np.float32] = 1 + lit - 2 * lit.mean(-1, keepdims=True)
+    return shown.clip(0, 1)
