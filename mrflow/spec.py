@@ -26,18 +26,19 @@ Offload = Literal["none", "phase", "block"]
 class LatentSpace:
     """Where latents live: two models whose latents have one shape and two meanings differ in `name`.
 
-    `downscale` is pixels per latent cell, `patch` is latent cells per token, both per side.
+    `downscale` is pixels per latent cell, `patch` is latent cells per token, `whole` tokens come together: per side.
     """
 
     name: str
     channels: int = 16
     downscale: int = 8
     patch: int = 2
+    whole: int = 1
 
     @property
     def multiple(self) -> int:
         """What a picture's sides must be a multiple of, in pixels."""
-        return self.downscale * self.patch
+        return self.downscale * self.patch * self.whole
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,8 @@ class ModelInfo:
 
     def tokens(self, height: int, width: int) -> int:
         """Image tokens of a picture of this many pixels."""
-        return (height // self.space.multiple) * (width // self.space.multiple)
+        unit = self.space.downscale * self.space.patch
+        return (height // unit) * (width // unit)
 
 
 class Spec(ABC):

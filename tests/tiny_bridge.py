@@ -256,3 +256,59 @@ def krea2(folder: Path, *, distilled: bool = False) -> Any:
         text_encoder_select_layers=(1, 2, 4),
         is_distilled=distilled,
     )
+
+
+class Words:
+    """Stands for Qwen3-VL's processor: its tokenizer, and a chat's text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: list[str], **more: Any) -> Any:
+        return self.tokenizer(text, **more)
+
+    def apply_chat_template(self, messages: list[Any], **_: Any) -> list[list[int]]:
+        said = "".join(f"<|im_start|>{m['role']}\n{m['content'][0]['text']}<|im_end|>\n" for m in messages)
+        return [self.tokenizer(said)["input_ids"]]
+
+
+def qwen21(folder: Path) -> Any:
+    """A QwenImage21Pipeline; a tokenizer stands for its processor, which only condition images need."""
+    from diffusers import (
+        AutoencoderKLQwenImage21,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImage21Pipeline,
+        QwenImage21Transformer2DModel,
+    )
+    from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
+
+    config = krea2(folder).text_encoder.config
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
+    config.text_config.vocab_size = len(tokenizer)
+    encoder = Qwen3VLForConditionalGeneration(config)
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    generator = torch.Generator().manual_seed(3)
+    mean, std = torch.randn(8, generator=generator).tolist(), (0.5 + torch.rand(8, generator=generator)).tolist()
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=8, num_res_blocks=1, latents_mean=mean, latents_std=std
+    )
+    spread(transformer, vae, encoder)
+    for name, p in vae.named_parameters():
+        if name.endswith("gamma"):
+            p.data = 1 + 0.3 * torch.randn(p.shape, generator=generator)
+    vae.decoder.conv_out.weight.data *= 0.02  # far from black and white
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=4096, base_shift=0.5, max_shift=1.15
+    )
+    return QwenImage21Pipeline(
+        scheduler=scheduler, vae=vae, text_encoder=encoder, processor=Words(tokenizer), transformer=transformer
+    )

@@ -14,6 +14,7 @@ from mrflow.bridge.presets import PRESETS as PRESETS
 from mrflow.bridge.presets import Preset as Preset
 from mrflow.bridge.presets import official as official
 from mrflow.bridge.qwen import BridgedQwen as BridgedQwen
+from mrflow.bridge.qwen21 import BridgedQwen21 as BridgedQwen21
 from mrflow.bridge.sd3 import BridgedSD3 as BridgedSD3
 from mrflow.bridge.zimage import BridgedZImage as BridgedZImage
 from mrflow.errors import PlanError
@@ -22,6 +23,7 @@ from mrflow.upscaler import Upscaler
 FAMILIES: tuple[type[Bridged], ...] = (
     BridgedFlux,
     BridgedQwen,
+    BridgedQwen21,
     BridgedSD3,
     BridgedFlux2,
     BridgedFlux2Dev,
@@ -44,7 +46,8 @@ def from_diffusers(
     pipeline's and may change later; `info.version` then changes with them.
 
     Args:
-        pipe: a pipeline of FLUX.1 (with a ControlNet too), Qwen-Image, Stable Diffusion 3, FLUX.2, Krea-2 or Z-Image.
+        pipe: a pipeline of FLUX.1 (with a ControlNet too), Qwen-Image, Qwen-Image-2.1, Stable Diffusion 3, FLUX.2,
+            Krea-2 or Z-Image.
         guidance: the value of a distilled guidance embedding, or the scale of classifier-free guidance (1: none),
             where it is not the pipeline's default: 3.5 for Stable Diffusion 3.5 Large, 1 for its Turbo.
         text_tokens: how many tokens of a prompt are seen; None is the family's own.

@@ -56,7 +56,7 @@ class Tiles:
         Raises:
             PlanError: size or overlap are not whole tokens.
         """
-        unit, patch = spec.space.multiple, spec.space.patch
+        unit, patch = spec.space.downscale * spec.space.patch, spec.space.patch
         for name, side in (("size", max(self.sides)), ("size", min(self.sides)), ("overlap", self.overlap)):
             if side % unit:
                 near = max(unit, round(side / unit) * unit)
