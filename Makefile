@@ -9,7 +9,7 @@ WHEEL := .venv-wheel
 TRITON := .triton
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test evidence site mutate test-basicsr test-real test-kernels test-wheel figure pocket check lint fast docs parity gpu wheel clean
+.PHONY: help demo test nightly evidence site mutate test-basicsr test-real test-kernels test-wheel figure pocket check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -33,6 +33,9 @@ demo: $(VENV)/.installed ## Draw pictures with the embedded model, staged beside
 
 test: $(VENV)/.installed-dev ## Run all tests, a process for each core
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+nightly: $(VENV)/.installed-dev ## All tests, the property tests on a thousand new examples each (hours)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto --dist worksteal
 
 figure: $(VENV)/.installed-dev ## Every method on the embedded model: docs/images/studies/rivals.svg and its table
 	$(BIN)/python -m experiments.studies rivals --figure --batch 16

@@ -1,33 +1,33 @@
 """Does the suite die when the code is wrong? Mutation testing with mutmut, part by part; `make mutate`.
 
 Every part is a few files of `mrflow` and the tests that hold them. mutmut writes each small change (a sign, a constant,
-a comparison, a call that is left out) and runs the tests that reach the changed function. So many mutants of each part
-are drawn by a recorded seed; a part's drawn mutants that were run are not run again, so it may be stopped at any time.
-All work happens in copies below --out, of the commit that a part was first run on; remove one to run a part anew.
+a comparison, a call that is left out) and `experiments.mutant_trials` runs the tests that reach the changed function,
+in forks of one process. So many mutants of each part are drawn by a recorded seed; a part's drawn mutants that were run
+are not run again, so it may be stopped at any time. All work happens in copies of the working tree below --out, which
+are brought up to date by each call; mutants of a function that changed are run again.
 
     python -m experiments.mutants run flow solvers       # (default: every part; hours)
+    python -m experiments.mutants run flow --again       # the survivors too, after tests were written
     python -m experiments.mutants report                 # a Markdown table, and the survivors by name
-    python -m experiments.mutants show mrflow.flow.x_add_noise__mutmut_3 --part flow
+    python -m experiments.mutants show mrflow.flow.x_add_noise__mutmut_3
 
 A mutant that no test can tell from the code, whatever is tested, is written into `EQUIVALENT` with the reason, and
 counts as neither killed nor survived. A mutant that no test of its part reaches counts as survived.
 """
 
 import argparse
+import ast
+import difflib
 import json
 import os
 import random
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-KILLED, SURVIVED = "killed", "survived"
-CODES = {0: SURVIVED, 33: SURVIVED, 5: SURVIVED}  # of mutmut: tests passed, no tests reach it, none were collected
-CHUNK = 25  # mutants a call of mutmut: what a stop may cost
+COPIED = ("tests", "experiments", "docs", "integrations", "README.md", "pyproject.toml")
 
 
 @dataclass(frozen=True)
@@ -44,105 +44,184 @@ def _tests(*names: str) -> tuple[str, ...]:
 
 PARTS: Mapping[str, Part] = {
     "flow": Part(("mrflow/flow.py",), _tests("flow", "schedules", "solvers", "integrate")),
-    "schedules": Part(("mrflow/schedules.py", "mrflow/schedules/*"), _tests("schedules", "laws", "published")),
-    "solvers": Part(("mrflow/solvers/*",), _tests("solvers", "integrate", "laws")),
-    "guidance": Part(("mrflow/guidance.py", "mrflow/guidance/*"), _tests("guidance", "laws")),
-    "noise": Part(("mrflow/noise.py", "mrflow/seeds.py"), _tests("flow", "laws", "stage", "run")),
-    "stages": Part(("mrflow/stages/*",), _tests("stage", "run", "controls", "tiles", "transitions", "testing")),
-    "rivals": Part(("mrflow/rivals/*",), _tests("transitions", "ladders")),
-    "caches": Part(("mrflow/caches/*",), _tests("caches", "cache_rules", "extrapolate", "toma")),
+    "schedules": Part(
+        ("mrflow/schedules.py", "mrflow/schedules/*"), _tests("schedules", "laws", "published", "comfyui_schedules")
+    ),
+    "solvers": Part(("mrflow/solvers/*",), _tests("solvers", "integrate", "adaptive", "exponential", "ground_truths")),
+    "guidance": Part(("mrflow/guidance.py", "mrflow/guidance/*"), _tests("guidance", "guidance_variants")),
+    "noise": Part(("mrflow/noise.py", "mrflow/seeds.py"), _tests("flow", "stage", "run")),
+    "stages": Part(
+        ("mrflow/stages/*",),
+        _tests("stage", "run", "controls", "tiles", "transitions", "testing", "laws", "ground_truths"),
+    ),
+    "rivals": Part(("mrflow/rivals/*",), _tests("transitions", "ladders", "rivals", "ground_truths")),
+    "caches": Part(
+        ("mrflow/caches/*",),
+        _tests("caches", "cache_rules", "cache_forecasts", "extrapolate", "toma", "laws", "ground_truths"),
+    ),
     "cost": Part(("mrflow/cost.py",), _tests("memory", "transitions", "caches", "pocket", "qwen")),
-    "statistics": Part(("mrflow/sweep/statistics.py", "mrflow/sweep/significance.py"), _tests("statistics")),
-    "scenes": Part(("mrflow/scenes/*",), _tests("scenes", "hard_scenes", "readable", "fidelity", "places")),
+    "statistics": Part(
+        ("mrflow/sweep/statistics.py", "mrflow/sweep/significance.py"), _tests("statistics", "statistics_laws")
+    ),
+    "scenes": Part(
+        ("mrflow/scenes/*",),
+        _tests(
+            "scenes", "hard_scenes", "readable", "fidelity", "legibility", "expressions", "ceilings", "ground_truths"
+        ),
+    ),
     "testing": Part(("mrflow/testing/*",), _tests("testing", "laws", "strategies", "pytest_plugin")),
 }
-EQUIVALENT: Mapping[str, str] = {
-    "mrflow.noise.xǁNestedǁ__call____mutmut_11": "noise has four axes: shape[:+2] is shape[:-2]",
-    "mrflow.noise.xǁNestedǁ__call____mutmut_14": "noise has four axes: shape[+2] is shape[-2]",
+EQUIVALENT: Mapping[tuple[str, str], str] = {
+    ("mrflow.sweep.statistics.interval", "step = max(2, CHUNK // len(groups))"): (
+        "how many draws are made at once bounds memory; the generator's stream, and so every draw, is the same"
+    ),
+    (
+        "mrflow.sweep.statistics.interval",
+        "sums = np.array([v[0] if len(v) == 1 else np.sum(v, dtype=np.float64) for v in groups], dtype=None)",
+    ): "an array of floats, or of sums in float64, is float64 without being told",
+    (
+        "mrflow.sweep.statistics.interval",
+        "sums = np.array([v[0] if len(v) == 1 else np.sum(v, dtype=None) for v in groups], dtype=np.float64)",
+    ): "the values are Python floats, which numpy adds in float64 unasked",
 }
-"""By mutant: why nothing can tell it from the code."""
+"""By function and changed line (as `show` prints it): why nothing can tell the mutant from the code."""
 
 
-def workplace(out: Path, name: str, *, make: bool = True) -> Path:
-    """A copy of the commit that a part was first run on, set up for it; made of the last commit where there is none."""
-    part, place = PARTS[name], out / name
-    if make and not (place / "pyproject.toml").exists():
-        commit = _git("rev-parse", "HEAD")
-        place.mkdir(parents=True, exist_ok=True)
-        archive = subprocess.run(["git", "archive", commit], check=True, capture_output=True).stdout
-        subprocess.run(["tar", "-x", "-C", str(place)], input=archive, check=True)
-        settings = {
-            "source_paths": ["mrflow"],
-            "only_mutate": list(part.files),
-            "also_copy": ["tests", "experiments", "docs", "README.md", "integrations", "pyproject.toml"],
-            "pytest_add_cli_args_test_selection": [t for t in part.tests if (place / t).exists()],
-            "pytest_add_cli_args": ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"],
-            "process_isolation": "forkserver",
-            "use_git_change_detection": False,
-        }
-        lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
-        (place / "COMMIT").write_text(f"{commit}\n", encoding="utf-8")
-        with (place / "pyproject.toml").open("a", encoding="utf-8") as file:
-            file.write(f"\n[tool.mutmut]\n{lines}\n")
+@dataclass(frozen=True)
+class Trial:
+    """What became of a mutant: the test that killed it or None, how many tests were ready to run, and seconds."""
+
+    by: str | None
+    tests: int
+    seconds: float
+
+
+def workplace(out: Path, name: str) -> Path:
+    """A copy of the working tree for a part, with its mutants written, brought up to date."""
+    part, place = PARTS[name], out.resolve() / name
+    listed = _git("ls-files", "-co", "--exclude-standard").splitlines()
+    for path in (Path(line) for line in listed):
+        if path.is_file() and path.parts[0] in {*COPIED, "mrflow"}:
+            _update(place / path, path.read_bytes())
+    settings = {
+        "source_paths": ["mrflow"],
+        "only_mutate": list(part.files),
+        "also_copy": list(COPIED),
+        "use_git_change_detection": False,
+    }
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    text = Path("pyproject.toml").read_text(encoding="utf-8") + f"\n[tool.mutmut]\n{lines}\n"
+    _update(place / "pyproject.toml", text.encode())
+    make = "from mutmut import __main__ as m; from mutmut.utils import file_utils as f; m.create_mutants(1); f."
+    _python(place, "-c", f"{make}copy_also_copy_files()")
     return place
 
 
-def mutants(place: Path) -> dict[str, int | None]:
-    """Every mutant that mutmut wrote, with its exit status, None where it was not run."""
-    out: dict[str, int | None] = {}
+def mutants(place: Path) -> dict[str, str]:
+    """Every mutant that mutmut wrote, with the digest of its function."""
+    out: dict[str, str] = {}
     for meta in sorted((place / "mutants").rglob("*.meta")):
-        out |= json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"]
+        found = json.loads(meta.read_text(encoding="utf-8"))
+        for key in found["exit_code_by_key"]:
+            module, _, function = key.partition("__mutmut_")[0].rpartition(".")
+            out[key] = found["hash_by_function_name"].get(function, module)
     return out
 
 
 def drawn(names: Sequence[str], count: int, seed: int) -> list[str]:
-    """The mutants of a part that are judged: all, or so many drawn by the seed."""
-    ordered = sorted(names)
-    return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
+    """The mutants of a part that are judged: all, or so many drawn by the seed; the first of them stand for all."""
+    return random.Random(seed).sample(sorted(names), min(count, len(names)))
 
 
-def run(name: str, out: Path, count: int, seed: int) -> None:
-    """Write a part's mutants and run those that are drawn and were not run yet."""
+def trials(place: Path) -> dict[str, Trial]:
+    """What became of the mutants that were run, of functions that are as they were then."""
+    file, digests = place / "results.jsonl", mutants(place)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    last = {row["mutant"]: row for row in rows}
+    return {
+        key: Trial(row["by"], row["tests"], row["seconds"])
+        for key, row in last.items()
+        if digests.get(key) == row["digest"]
+    }
+
+
+def run(name: str, out: Path, count: int, seed: int, *, again: bool = False, budget: float = 40.0) -> None:
+    """Run the drawn mutants of a part that were not run yet, or that survived (`again`)."""
     place = workplace(out, name)
-    if not mutants(place):
-        _mutmut(place, "-c", "from mutmut.__main__ import create_mutants; create_mutants(1)")
-    chosen = drawn(list(mutants(place)), count, seed)
-    while left := [key for key in chosen if mutants(place).get(key) is None]:
-        print(f"{name}: {len(chosen) - len(left)} of {len(chosen)}", file=sys.stderr, flush=True)
-        _mutmut(place, "-m", "mutmut", "run", "--max-children", "1", *left[:CHUNK])
-        if [key for key in chosen if mutants(place).get(key) is None] == left:
-            raise SystemExit(f"{name}: mutmut ran none of {', '.join(left[:3])}, ...; see {place}")
+    found, digests = trials(place), mutants(place)
+    chosen = drawn(list(digests), count, seed)
+    left = [key for key in chosen if key not in found or (again and found[key].by is None)]
+    print(f"{name}: {len(left)} of {len(chosen)} to run", file=sys.stderr, flush=True)
+    if not left:
+        return
+    task = place / "task.json"
+    todo = {"mutants": {key: digests[key] for key in left}, "results": str(place / "results.jsonl"), "budget": budget}
+    task.write_text(json.dumps(todo), encoding="utf-8")
+    options = ("-q", "-p", "experiments.mutant_trials", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
+    tests = [test for test in PARTS[name].tests if (place / "mutants" / test).exists()]
+    _python(place, "-m", "pytest", *options, "--basetemp", str(place / "tmp"), *tests, task=task)
+    if missing := [key for key in left if key not in trials(place)]:
+        raise SystemExit(f"{name}: {len(missing)} were not run, {missing[0]} first; see {place / 'mutmut.log'}")
 
 
-def judged(name: str, out: Path, count: int, seed: int) -> dict[str, str]:
-    """What became of each drawn mutant that was run."""
-    found = mutants(workplace(out, name, make=False))
-    chosen = {key: found[key] for key in drawn(list(found), count, seed)}
-    return {key: CODES.get(code, KILLED) for key, code in chosen.items() if code is not None}
+def changed(place: Path, mutant: str) -> tuple[str, str, str]:
+    """A mutant's function, the line of it that differs, and its unified diff."""
+    module, _, name = mutant.rpartition(".")
+    source = (place / "mutants" / module.replace(".", "/")).with_suffix(".py")
+    if not source.exists():
+        source = place / "mutants" / module.replace(".", "/") / "__init__.py"
+    stem = name.partition("__mutmut_")[0]
+    wanted = {f"{stem}__mutmut_orig", name}
+    text = source.read_text(encoding="utf-8")
+    bodies = {
+        node.name: (ast.get_source_segment(text, node) or "").replace(node.name, stem).splitlines()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in wanted
+    }
+    lines = list(difflib.unified_diff(bodies[f"{stem}__mutmut_orig"], bodies[name], lineterm="", n=2))[2:]
+    new = next((line[1:].strip() for line in lines if line.startswith("+")), "")
+    function = stem.removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")
+    return f"{module}.{function}", new, "\n".join(lines)
 
 
 def report(out: Path, count: int, seed: int) -> list[str]:
     """A line a part that was run: how many of its mutants were drawn, killed, equivalent; then the survivors."""
-    lines = ["| part | mutants | drawn and run | killed | equivalent | score |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| part | mutants | drawn and run | killed | equivalent | score | s each |",
+        "|---|---|---|---|---|---|---|",
+    ]
     survivors = list[str]()
     for name in PARTS:
-        every = mutants(workplace(out, name, make=False))
-        found = judged(name, out, count, seed)
+        place = out.resolve() / name
+        every = mutants(place)
+        chosen = set(drawn(list(every), count, seed))
+        found = {key: trial for key, trial in trials(place).items() if key in chosen}
         if not found:
             continue
-        same = [key for key in found if key in EQUIVALENT and found[key] == SURVIVED]
-        counts = Counter(found.values())
-        score = counts[KILLED] / max(1, len(found) - len(same))
-        lines.append(f"| {name} | {len(every)} | {len(found)} | {counts[KILLED]} | {len(same)} | {score:.0%} |")
-        survivors += [key for key, what in found.items() if what == SURVIVED and key not in same]
+        lived = [key for key, trial in found.items() if trial.by is None]
+        same = [key for key in lived if changed(place, key)[:2] in EQUIVALENT]
+        killed, seconds = len(found) - len(lived), sum(trial.seconds for trial in found.values()) / len(found)
+        score = killed / max(1, len(found) - len(same))
+        counts = f"{len(every)} | {len(found)} | {killed} | {len(same)}"
+        lines.append(f"| {name} | {counts} | {score:.0%} | {seconds:.1f} |")
+        survivors += [key for key in lived if key not in same]
     return [*lines, "", *(f"survived: {key}" for key in survivors)]
 
 
-def _mutmut(place: Path, *arguments: str) -> None:
-    """Python with these arguments in a workplace; its own output goes to a file there."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(place / "mutants")}
+def _update(path: Path, content: bytes) -> None:
+    if not path.exists() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def _python(place: Path, *arguments: str, task: Path | None = None) -> None:
+    """Python with these arguments in a workplace, or among its mutants; its own output goes to a file there."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(place / "mutants"), "HYPOTHESIS_PROFILE": "mutants"}
+    if task:
+        env["MRFLOW_MUTANT_TASK"] = str(task)
     with (place / "mutmut.log").open("a", encoding="utf-8") as log:
-        subprocess.run([sys.executable, *arguments], cwd=place, env=env, stdout=log, stderr=log, check=False)
+        where = place / "mutants" if task else place
+        subprocess.run([sys.executable, *arguments], cwd=where, env=env, stdout=log, stderr=log, check=False)
 
 
 def _git(*arguments: str) -> str:
@@ -154,26 +233,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "report", "show"))
     parser.add_argument("names", nargs="*", help="parts to run (default: all), or mutants to show")
-    parser.add_argument("--part", choices=PARTS, help="of the mutants to show")
     parser.add_argument("--draw", type=int, default=100, help="mutants of each part (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="what draws them (default: 0)")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of tests a mutant at most (default: 40)")
+    parser.add_argument("--again", action="store_true", help="run survivors again too")
     parser.add_argument("--out", type=Path, default=Path("runs/mutants"))
     args = parser.parse_args()
     if args.verb == "report":
         print("\n".join(report(args.out, args.draw, args.seed)))
         return
     if args.verb == "show":
-        place = workplace(args.out, args.part or parser.error("--part is missing"), make=False)
         for key in args.names:
-            shown: Any = subprocess.run(
-                [sys.executable, "-m", "mutmut", "show", key], cwd=place, capture_output=True, text=True, check=False
-            )
-            print(cast(str, shown.stdout))
+            place = next((p for p in args.out.resolve().iterdir() if key in mutants(p)), None)
+            print(key, *(changed(place, key)[::2] if place else ["no part has this mutant"]), sep="\n")
         return
     if unknown := set(args.names) - set(PARTS):
         parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     for name in args.names or PARTS:
-        run(name, args.out, args.draw, args.seed)
+        run(name, args.out, args.draw, args.seed, again=args.again, budget=args.budget)
     print("\n".join(report(args.out, args.draw, args.seed)))
 
 

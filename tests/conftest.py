@@ -33,7 +33,7 @@ SLACK = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("fast", max_examples=20, deadline=None, suppress_health_check=SLACK)
 settings.register_profile("default", max_examples=60, deadline=None, suppress_health_check=SLACK)
 settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True, suppress_health_check=SLACK)
-settings.register_profile("nightly", max_examples=5000, deadline=None, suppress_health_check=SLACK)
+settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True, suppress_health_check=SLACK)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

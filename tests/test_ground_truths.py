@@ -1,6 +1,8 @@
 """Stages and solvers beside slow implementations that share nothing with them, and what stages hand to a model."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.backbone import Wrapper
+from mrflow.noise import Noise
 from mrflow.rivals.selflift import mixed
 from mrflow.solvers import StochasticEuler
 from tests.strategies import LAW
@@ -107,3 +110,48 @@ def test_a_stochastic_step_by_hand(churn: float, sigma: float, part: float) -> N
         lambda z, s: 0.3 * z - s, torch.tensor(x), sigma, to, (), noise=torch.tensor(eps)
     )
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9)
+
+
+@dataclass(frozen=True)
+class Pulse(Noise):
+    """Ones in one draw, zeros in all others."""
+
+    at: int
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], *, scope: str, draw: int) -> Tensor:
+        """Float32 of the shape."""
+        return torch.full(shape, float(draw == self.at))
+
+
+def test_each_stochastic_step_of_a_stage_has_noise_of_its_own() -> None:
+    """Draw 0 is the noise it begins with; the step from sigma 1 raises nothing, each later one takes a draw of its own."""
+
+    def sampled(at: int) -> Tensor:
+        solver = StochasticEuler(1.0)
+        return mf.run(mf.Sample(32, 32, mf.Linear(4), solver=solver, noise=Pulse(at)), mf.toy(), "a", seed=0).data
+
+    none = sampled(99)
+    felt = [not torch.equal(sampled(at), none) for at in range(6)]
+    assert felt == [True, False, True, True, True, False]
+
+
+class Same(mf.Upscaler):
+    """Pixels as they are."""
+
+    @property
+    def scale(self) -> int:
+        """1."""
+        return 1
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """A shade brighter, so that what rounds down and what rounds up differ."""
+        return pixels + 0.7 / 255
+
+
+def test_eight_bits_are_rounded_on_the_way_in_and_cut_off_on_the_way_out() -> None:
+    """Level k + 0.4 comes in as k, becomes k + 0.7, and goes out as k; k + 0.6 as k + 1. White stays white."""
+    k = torch.arange(255.0).expand(1, 3, 1, 255)
+    for part, out in ((0.4, k), (0.6, k + 1)):
+        assert torch.equal((mf.EightBit(Same())((k + part) / 255) * 255).round(), out)
+        exact = mf.EightBit(Same())((k + part) / 255) * 255
+        torch.testing.assert_close(exact, out, rtol=0, atol=1e-3)

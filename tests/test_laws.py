@@ -1,6 +1,8 @@
 """Every law catches its counterexample and lets through what is right."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 
@@ -18,9 +20,15 @@ from mrflow.testing import (
     check_stage,
     check_transition,
     check_upscaler,
+    of_caches,
+    of_schedules,
+    of_slots,
+    of_solvers,
+    of_stages,
 )
+from mrflow.testing.of_caches import SpoiledCache
 from mrflow.testing.of_schedules import Even
-from mrflow.testing.of_slots import SpoiledCache, SpoiledGuidance, SpoiledModel, SpoiledNoise, SpoiledUpscaler
+from mrflow.testing.of_slots import SpoiledGuidance, SpoiledModel, SpoiledNoise, SpoiledUpscaler
 from mrflow.testing.of_solvers import Spoiled as Step
 from mrflow.testing.of_stages import Spoiled as Reinjection
 from mrflow.testing.of_stages import SpoiledGrowth
@@ -56,6 +64,8 @@ RIGHT: list[Callable[[], None]] = [
     *(lambda u=u: check_upscaler(u) for u in (mf.Lanczos(3), mf.Interpolate(2))),
     *(lambda c=c: check_cache(c) for c in (mf.caches.TaylorSeer(2), mf.caches.DBCache(0.1))),
     *(lambda c=c: check_cache(c) for c in (mf.caches.Spectrum(warmup=2), mf.caches.SeaCache(), mf.caches.DMD(1.0))),
+    *(lambda c=c: check_cache(c) for c in (mf.caches.TeaCache(0.25), mf.caches.DBCache(0.4, front=2, warmup=1))),
+    *(lambda c=c: check_cache(c) for c in (mf.caches.ToMA(0.5), mf.caches.TaylorSeer(2, of="velocity"))),
     lambda: check_cache(mf.caches.L2P(((), (), (-1.0, 2.0), (), (-0.5, 1.5)))),
     lambda: check_transition(mf.Grow(), sigma=0.8),
 ]
@@ -64,6 +74,30 @@ RIGHT: list[Callable[[], None]] = [
 @pytest.mark.parametrize("check", RIGHT)
 def test_a_counterexample_with_nothing_spoiled_keeps_all_laws(check: Callable[[], None]) -> None:
     check()
+
+
+@pytest.mark.parametrize(
+    ("room", "laws", "check"),
+    [
+        (of_schedules, "SCHEDULE_LAWS", lambda: check_schedule(Even())),
+        (of_solvers, "SOLVER_LAWS", lambda: check_solver(Step(), order=1)),
+        (of_stages, "STAGE_LAWS", lambda: check_stage(Reinjection())),
+        (of_stages, "TRANSITION_LAWS", lambda: check_transition(SpoiledGrowth())),
+        (of_slots, "GUIDANCE_LAWS", lambda: check_guidance(SpoiledGuidance())),
+        (of_slots, "NOISE_LAWS", lambda: check_noise(SpoiledNoise())),
+        (of_caches, "CACHE_LAWS", lambda: check_cache(SpoiledCache())),
+        (of_slots, "UPSCALER_LAWS", lambda: check_upscaler(SpoiledUpscaler())),
+        (of_slots, "BACKBONE_LAWS", lambda: check_backbone(SpoiledModel())),
+    ],
+)
+def test_a_check_holds_every_law(
+    room: ModuleType, laws: str, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, every = list[str](), getattr(room, laws)
+    watched = [replace(law, check=lambda *_, name=law.name, **__: held.append(name)) for law in every]
+    monkeypatch.setattr(room, laws, tuple(watched))
+    check()
+    assert held == [law.name for law in every] and all(law in LAWS for law in every)
 
 
 def test_a_transition_that_keeps_the_mean_alone_is_caught() -> None:

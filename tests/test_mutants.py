@@ -21,15 +21,55 @@ def test_the_draw_depends_on_the_seed_alone() -> None:
     names = [f"m{i}" for i in range(300)]
     first = mutants.drawn(names, 100, 0)
     assert len(set(first)) == 100 and first == mutants.drawn(names[::-1], 100, 0) != mutants.drawn(names, 100, 1)
-    assert mutants.drawn(names[:20], 100, 0) == sorted(names[:20])
+    assert sorted(mutants.drawn(names[:20], 100, 0)) == sorted(names[:20])
 
 
-def test_the_score_leaves_out_what_is_equivalent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meta = tmp_path / "flow" / "mutants" / "mrflow" / "flow.py.meta"
-    meta.parent.mkdir(parents=True)
-    codes = {"dies": 1, "hangs": 36, "lives": 0, "unreached": 33, "same": 0, "not run": None}
-    meta.write_text(json.dumps({"exit_code_by_key": codes}))
-    monkeypatch.setattr(mutants, "EQUIVALENT", {"same": "multiplies by 1", "dies": "no longer true"})
-    lines = mutants.report(tmp_path, 100, 0)
-    assert lines[2] == "| flow | 6 | 5 | 2 | 1 | 50% |"
-    assert lines[4:] == ["survived: lives", "survived: unreached"]
+SOURCE = '''def x_half__mutmut_orig(x):
+    """A half."""
+    return x / 2
+
+def x_half__mutmut_1(x):
+    """A half."""
+    return x / 3
+
+def x_half__mutmut_2(x):
+    """A half."""
+    return 1 * x / 2
+
+def x_half__mutmut_3(x):
+    """A half."""
+    return x * 2
+'''
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """What mutmut and three runs leave: one killed, one that is equivalent, one from before its function changed."""
+    place = tmp_path / "flow"
+    (place / "mutants" / "mrflow").mkdir(parents=True)
+    (place / "mutants" / "mrflow" / "flow.py").write_text(SOURCE, encoding="utf-8")
+    keys = [f"mrflow.flow.x_half__mutmut_{i}" for i in (1, 2, 3)]
+    meta = {"exit_code_by_key": dict.fromkeys(keys), "hash_by_function_name": {"x_half": "now"}}
+    (place / "mutants" / "mrflow" / "flow.py.meta").write_text(json.dumps(meta), encoding="utf-8")
+    rows = [(keys[0], "now", None), (keys[0], "now", "test_half"), (keys[1], "now", None), (keys[2], "before", None)]
+    lines = [json.dumps({"mutant": m, "digest": d, "by": by, "tests": 1, "seconds": 2.0}) for m, d, by in rows]
+    (place / "results.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return place
+
+
+def test_a_mutant_is_told_by_its_function_and_line(place: Path) -> None:
+    function, line, diff = mutants.changed(place, "mrflow.flow.x_half__mutmut_2")
+    assert (function, line) == ("mrflow.flow.half", "return 1 * x / 2")
+    assert "-    return x / 2\n+    return 1 * x / 2" in diff
+
+
+def test_the_last_run_counts_and_what_is_equivalent_does_not(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutants, "EQUIVALENT", {})
+    lines = mutants.report(place.parent, 100, 0)
+    assert lines[2:] == ["| flow | 3 | 2 | 1 | 0 | 50% | 2.0 |", "", "survived: mrflow.flow.x_half__mutmut_2"]
+    monkeypatch.setattr(mutants, "EQUIVALENT", {("mrflow.flow.half", "return 1 * x / 2"): "multiplies by 1"})
+    assert mutants.report(place.parent, 100, 0)[2:] == ["| flow | 3 | 2 | 1 | 1 | 100% | 2.0 |", ""]
+
+
+def test_equivalents_have_their_proof() -> None:
+    assert all(len(proof) > 20 for proof in mutants.EQUIVALENT.values())

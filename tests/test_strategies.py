@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from hypothesis import find, given
+from hypothesis import find, given, settings
+from hypothesis import strategies as st
 
 import mrflow as mf
 from mrflow.backbone import Condition
@@ -12,7 +14,7 @@ from mrflow.records.chains import decode_chain, encode_chain
 from mrflow.spec import FLUX, ModelInfo, Spec
 from mrflow.testing import TOY
 from mrflow.testing import strategies as some
-from tests.strategies import FEW, LAW
+from tests.strategies import FEW, LAW, law
 
 
 @LAW
@@ -88,3 +90,24 @@ def test_counterexamples_are_readable(strategy, fails: Callable[[object], bool],
         assert found.stages[0] == mf.Sample(4, 8, mf.Linear(1))
     else:
         assert repr(found) == simplest
+
+
+@pytest.mark.parametrize(("profile", "same"), [("default", True), ("ci", True), ("nightly", False)])
+def test_only_the_night_sees_new_examples(profile: str, same: bool) -> None:
+    seen = list[int]()
+
+    @settings(law(profile), max_examples=20, database=None)
+    @given(st.integers())
+    def drawn(number: int) -> None:
+        seen.append(number)
+
+    drawn()
+    first = seen.copy()
+    seen.clear()
+    drawn()
+    assert (seen == first) is same
+
+
+def test_the_night_is_made_with_its_profile() -> None:
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    assert "HYPOTHESIS_PROFILE=nightly" in makefile.partition("\nnightly:")[2].partition("\n\n")[0]

@@ -8,11 +8,12 @@ def test_mine(): check_stage(Sharpen())
 
 from mrflow.testing.laws import Law as Law
 from mrflow.testing.laws import LawBroken as LawBroken
+from mrflow.testing.of_caches import CACHE_LAWS
+from mrflow.testing.of_caches import check_cache as check_cache
 from mrflow.testing.of_schedules import SCHEDULE_LAWS
 from mrflow.testing.of_schedules import check_schedule as check_schedule
-from mrflow.testing.of_slots import BACKBONE_LAWS, CACHE_LAWS, GUIDANCE_LAWS, NOISE_LAWS, UPSCALER_LAWS
+from mrflow.testing.of_slots import BACKBONE_LAWS, GUIDANCE_LAWS, NOISE_LAWS, UPSCALER_LAWS
 from mrflow.testing.of_slots import check_backbone as check_backbone
-from mrflow.testing.of_slots import check_cache as check_cache
 from mrflow.testing.of_slots import check_guidance as check_guidance
 from mrflow.testing.of_slots import check_noise as check_noise
 from mrflow.testing.of_slots import check_upscaler as check_upscaler

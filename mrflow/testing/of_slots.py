@@ -1,4 +1,4 @@
-"""The laws of guidances, noises, caches, upscalers and backbones."""
+"""The laws of guidances, noises, upscalers and backbones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
-from mrflow.caches import Cache, Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem
-from mrflow.spec import FLUX, ModelInfo
 from mrflow.testing.laws import Law, demand
 from mrflow.testing.toy import Toy, toy
 from mrflow.upscaler import Upscaler
 
 POINTS = (1.0, 0.8, 0.55, 0.3, 0.1)
-_ALONE = "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`"
+ALONE = "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`"
 
 
 def check_guidance(guidance: Guidance, *, model: Backbone | None = None) -> None:
@@ -39,17 +37,6 @@ def check_noise(noise: Noise) -> None:
     """
     for law in NOISE_LAWS:
         law.hold(noise)
-
-
-def check_cache(cache: Cache, *, info: ModelInfo = FLUX) -> None:
-    """Hold a cache to the laws of caches in `LAWS`: its rule, span and forecast for a model with these facts.
-
-    Raises:
-        LawBroken: naming the law. PlanError: the cache refuses the model.
-    """
-    cache.check(info)
-    for law in CACHE_LAWS:
-        law.hold(cache, info=info)
 
 
 def check_upscaler(upscaler: Upscaler) -> None:
@@ -200,7 +187,7 @@ GUIDANCE_LAWS: tuple[Law, ...] = (
         "evals = sum of |branch|", "what `plan` counts: `mrflow.Plan.nfe`", _passes, SpoiledGuidance("passes"), _ON,
     ),
     Law(
-        "guidance", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", _ALONE, _guidance_items,
+        "guidance", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", ALONE, _guidance_items,
         SpoiledGuidance("items"), _ON,
     ),
     Law(
@@ -284,7 +271,7 @@ NOISE_LAWS: tuple[Law, ...] = (
         "x(1) ~ N(0, I): arXiv 2209.03003", _normal, SpoiledNoise("uniform"),
     ),
     Law(
-        "noise", "items", "An item's noise depends on its seed alone.", "n(seeds)_i = n(seed_i)", _ALONE, _noise_items,
+        "noise", "items", "An item's noise depends on its seed alone.", "n(seeds)_i = n(seed_i)", ALONE, _noise_items,
         SpoiledNoise("items"),
     ),
     Law(
@@ -363,7 +350,7 @@ UPSCALER_LAWS: tuple[Law, ...] = (
         "(h, w) -> (k h, k w)", _UPSCALER, _scale, SpoiledUpscaler("scale"),
     ),
     Law(
-        "upscaler", "items", "An item of a batch is what it is alone.", "u(x)_i = u(x_i)", _ALONE, _upscaler_items,
+        "upscaler", "items", "An item of a batch is what it is alone.", "u(x)_i = u(x_i)", ALONE, _upscaler_items,
         SpoiledUpscaler("items"),
     ),
     Law(
@@ -373,80 +360,6 @@ UPSCALER_LAWS: tuple[Law, ...] = (
     Law(
         "upscaler", "coarse", "A smooth picture, reduced again, is the picture.", "mean_k(u(x)) = x",
         "super-resolution leaves the low frequencies: arXiv 2607.01642", _coarse, SpoiledUpscaler("mirror"),
-    ),
-)  # fmt: skip
-
-
-def _rule(cache: Cache, info: ModelInfo) -> list[bool] | None:
-    """What a fresh rule decides along `POINTS` without a picture; None where it must see one."""
-    forecast = cache.forecast(info, POINTS, POINTS)
-    if not forecast.exact:
-        return None
-    rule = cache.rule(info, POINTS)
-    return [bool(rule(Evaluation(i, i, len(POINTS), sigma))) for i, sigma in enumerate(POINTS)]
-
-
-def _fresh_rule(cache: Cache, info: ModelInfo) -> None:
-    one = _rule(cache, info)
-    demand(one == _rule(cache, info), "a second rule decides differently; what it remembers must lie in the rule")
-
-
-def _span(cache: Cache, info: ModelInfo) -> None:
-    a = info.architecture
-    blocks = a.double_blocks + a.single_blocks if a else 57
-    start, stop = cache.span(blocks)
-    demand(0 <= start <= stop <= blocks, f"its span of {blocks} blocks is from {start} to {stop}")
-
-
-def _forecast(cache: Cache, info: ModelInfo) -> None:
-    f = cache.forecast(info, POINTS, POINTS)
-    demand(f.asked == len(POINTS) and 1 <= f.computed <= f.asked, f"it forecasts {f.computed} of {f.asked} evaluations")
-    decided = _rule(cache, info)
-    if decided is not None:
-        computed = sum(decided) + (not decided[0])
-        demand(f.computed == computed, f"it forecasts {f.computed} evaluations, and its rule computes {computed}")
-    share = cache.share(info, 256)
-    demand(0 < share <= 1.5, f"a computed evaluation costs {share:g} of a whole one")
-
-
-@dataclass(frozen=True)
-class SpoiledCache(Cache):
-    """Every second evaluation, with one thing wrong."""
-
-    how: str = ""
-
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
-        if self.how == "holds":
-
-            def third(look: Evaluation) -> bool:
-                _asked.append(1)
-                return len(_asked) % 3 == 0
-
-            return third
-        return lambda look: look.index % 2 == 0
-
-    def span(self, blocks: int) -> tuple[int, int]:
-        return (1, blocks + 1) if self.how == "span" else (0, blocks)
-
-    def share(self, info: ModelInfo, tokens: int) -> float:
-        return 0.0 if self.how == "share" else 1.0
-
-
-_asked: list[int] = []
-_FLUX: dict[str, object] = {"info": FLUX}
-_CACHE = "the contract of `mrflow.caches.Cache`"
-CACHE_LAWS: tuple[Law, ...] = (
-    Law(
-        "cache", "fresh rule", "Each picture, branch and integration has a rule of its own.", "rule() = rule()", _CACHE,
-        _fresh_rule, SpoiledCache("holds"), _FLUX,
-    ),
-    Law(
-        "cache", "span", "It leaves out blocks that there are.", "0 <= start <= stop <= n", _CACHE, _span,
-        SpoiledCache("span"), _FLUX,
-    ),
-    Law(
-        "cache", "forecast", "It computes what its forecast says, at least once, for a cost above 0.",
-        "1 <= computed <= asked, share > 0", _CACHE, _forecast, SpoiledCache("share"), _FLUX,
     ),
 )  # fmt: skip
 
@@ -560,7 +473,7 @@ BACKBONE_LAWS: tuple[Law, ...] = (
         "arXiv 2210.02747", _velocity, SpoiledModel("velocity"), _SIZE,
     ),
     Law(
-        "backbone", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", _ALONE, _backbone_items,
+        "backbone", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", ALONE, _backbone_items,
         SpoiledModel("items"), _SIZE,
     ),
     Law(
