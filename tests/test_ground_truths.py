@@ -124,7 +124,7 @@ class Pulse(Noise):
 
 
 def test_each_stochastic_step_of_a_stage_has_noise_of_its_own() -> None:
-    """Draw 0 is the noise it begins with; the step from sigma 1 raises nothing, each later one takes a draw of its own."""
+    """Draw 0 is the noise it begins with; from sigma 1 nothing is raised, and each later step takes a new draw."""
 
     def sampled(at: int) -> Tensor:
         solver = StochasticEuler(1.0)
