@@ -129,12 +129,13 @@ def optimisers(net: Trainee, rate: float, dtype: torch.dtype = torch.float32) ->
     return Muon(matrices, lr=rate, dtype=dtype), torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.99))
 
 
-def losses_at(net: Trainee, latents: Tensor, ids: Tensor, shift: Shift) -> Tensor:
-    """Mean squared error of each item's velocity at a random noise level: (batch)."""
+def losses_at(net: Trainee, latents: Tensor, ids: Tensor, *shifts: Shift) -> Tensor:
+    """Mean squared error of each item's velocity at a random noise level: (batch); `shifts` are taken in turn."""
     b, _, h, w = latents.shape
     tokens, device = (h // 2) * (w // 2), latents.device
     s = torch.sigmoid(torch.randn(b, device=device))
-    factor = math.exp(shift.mu(tokens))
+    factors = torch.tensor([math.exp(shift.mu(tokens)) for shift in shifts], device=device)
+    factor = factors[torch.arange(b, device=device) % len(shifts)]
     sigma = factor * s / (1 + (factor - 1) * s)
     eps = torch.randn_like(latents)
     x = latents + sigma.view(b, 1, 1, 1) * (eps - latents)
