@@ -82,8 +82,8 @@ class Lesson:
 
 
 LESSON = Lesson(HARD, 300, 600, 2000, {128: 12, 256: 8}, {128: 128, 256: 40}, {128: 0.45, 256: 0.55})
-# Which letters a sign of 13 % has is decided above sigma 0.9 at 256 px, where the sampling schedule's shift (a factor of
-# 2) puts 7 % of the levels. Every other item is drawn with a factor of 7 (4 at 128 px): a fifth of all lies there.
+# Which letters a sign of 13 % has is decided above sigma 0.9 at 256 px, where the sampling schedule shifts by a factor
+# of 2 and puts 7 % of the levels. Every other item is drawn with a factor of 7 (4 at 128 px).
 SHIFTS = POCKET.shift, Shift(math.log(4), math.log(7), 64, 256)
 Shard = tuple[Tensor, Tensor, Tensor]
 
