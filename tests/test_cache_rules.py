@@ -13,8 +13,9 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.caches import Cache, DBCache, Evaluation, MagCache, TaylorSeer, TeaCache
-from mrflow.caches.base import Clock, between, difference
+from mrflow.caches.base import between, difference
 from mrflow.caches.calibrate import fit
+from mrflow.caches.clock import Clock
 from mrflow.caches.extrapolate import Series
 from mrflow.caches.memory import CachedStep
 from mrflow.caches.teacache import COEFFICIENTS, polynomial

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.errors import DeviceLostError, MrflowError, is_device_lost
+from mrflow.errors import DeviceLostError, MrflowError
 from mrflow.models.digests import hub_digest
 from mrflow.records.chains import fingerprint
 from mrflow.sweep import Measured, Metric, Psnr, Sharpness, Store, leases, maker, read, run_sweep
+from mrflow.sweep.failures import is_device_lost
 from mrflow.sweep.leases import Claim, LeaseLostError
 from mrflow.sweep.report import page
 from mrflow.sweep.rows import Row, read_row

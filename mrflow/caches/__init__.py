@@ -2,9 +2,9 @@
 
 from mrflow.caches.base import Cache as Cache
 from mrflow.caches.base import Cached as Cached
-from mrflow.caches.base import Evaluation as Evaluation
-from mrflow.caches.base import Rule as Rule
 from mrflow.caches.base import difference as difference
+from mrflow.caches.clock import Evaluation as Evaluation
+from mrflow.caches.clock import Rule as Rule
 from mrflow.caches.dbcache import DBCache as DBCache
 from mrflow.caches.dmd import DMD as DMD
 from mrflow.caches.extrapolate import Extrapolation as Extrapolation

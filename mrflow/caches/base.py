@@ -17,11 +17,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
-from mrflow.caches.clock import Clock as Clock
-from mrflow.caches.clock import Evaluation as Evaluation
-from mrflow.caches.clock import Feature as Feature
-from mrflow.caches.clock import Rule as Rule
-from mrflow.caches.clock import Unseen
+from mrflow.caches.clock import Clock, Evaluation, Feature, Rule, Unseen
 from mrflow.caches.extrapolate import Extrapolation, Predictor
 from mrflow.caches.memory import CachedStep
 from mrflow.errors import PlanError, RecordError

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
-from mrflow.caches.base import Cache, Clock, Rule, difference
+from mrflow.caches.base import Cache, difference
+from mrflow.caches.clock import Clock, Rule
 from mrflow.caches.memory import products
 from mrflow.caches.taylorseer import Of
 from mrflow.errors import PlanError

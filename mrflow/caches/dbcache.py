@@ -8,7 +8,8 @@ from math import ceil
 from torch import Tensor
 
 from mrflow._checks import check_number, check_whole
-from mrflow.caches.base import Cache, Evaluation, Rule, between, difference
+from mrflow.caches.base import Cache, between, difference
+from mrflow.caches.clock import Evaluation, Rule
 from mrflow.caches.extrapolate import Extrapolation, Predictor, Series
 from mrflow.spec import ModelInfo
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from mrflow._checks import check_whole
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Evaluation, Feature, Rule
+from mrflow.caches.base import Cache
+from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Gram
 from mrflow.caches.taylorseer import Of, check_of, regular
 from mrflow.errors import PlanError

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from mrflow._checks import check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Evaluation, Rule, measured
+from mrflow.caches.base import Cache, measured
+from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.schedules import Schedule, Shifted

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrflow._checks import check_number, check_whole, require
-from mrflow.caches.base import Cache, Evaluation, Rule, between, difference
+from mrflow.caches.base import Cache, between, difference
+from mrflow.caches.clock import Evaluation, Rule
 from mrflow.caches.extrapolate import Extrapolation
 from mrflow.spec import ModelInfo
 

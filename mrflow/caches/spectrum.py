@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mrflow._checks import check_number, check_whole
-from mrflow.caches.base import Cache, Evaluation, Feature, Rule
+from mrflow.caches.base import Cache
+from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Gram, lagrange
 from mrflow.caches.taylorseer import Of, check_of
 from mrflow.errors import PlanError

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mrflow._checks import check_whole
-from mrflow.caches.base import Cache, Evaluation, Feature, Rule
+from mrflow.caches.base import Cache
+from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Extrapolation, Series
 from mrflow.errors import PlanError
 from mrflow.spec import ModelInfo

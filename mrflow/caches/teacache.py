@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mrflow._checks import check_number
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, Evaluation, Rule, between, difference, measured
+from mrflow.caches.base import Cache, between, difference, measured
+from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.schedules import Schedule, Shifted

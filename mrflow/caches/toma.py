@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrflow._checks import check_whole, is_number, require
-from mrflow.caches.base import Cache, Clock, Evaluation, Rule
+from mrflow.caches.base import Cache
+from mrflow.caches.clock import Clock, Evaluation, Rule
 from mrflow.cost import forward_flops
 from mrflow.errors import PlanError
 from mrflow.models.layers import Merge, Merged, Rope

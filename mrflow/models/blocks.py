@@ -131,7 +131,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last modulated norm and the linear to patches.
+    """The last modulated norm and the linear to patches: of its `vectors`, made of `given` channels (default: hidden).
 
     `scale_first` says that the modulation's rows are (scale, shift), as diffusers' files have them: then those can stay
     mapped, and the two vectors are exchanged instead of the matrix's halves.
@@ -139,10 +139,10 @@ class FinalLayer(nn.Module):
 
     scale_first = False
 
-    def __init__(self, p: TransformerParams) -> None:
+    def __init__(self, p: TransformerParams, *, given: int | None = None, vectors: int = 2) -> None:
         super().__init__()
         self.linear = nn.Linear(p.hidden, p.out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(p.hidden, 2 * p.hidden))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(given or p.hidden, vectors * p.hidden))
 
 
 def tables(
@@ -173,12 +173,13 @@ class Transformer(nn.Module, ABC):
     params: TransformerParams
     attention: Attention
     ops: Ops = PLAIN
+    img_in: nn.Linear
     final_layer: FinalLayer
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
         """What it computes in."""
+        return self.img_in.weight.dtype
 
     @abstractmethod
     def stack(self) -> list[nn.Module]:
@@ -188,9 +189,10 @@ class Transformer(nn.Module, ABC):
     def modulators(self) -> Iterator[nn.Module]:
         """The linears that make modulation vectors."""
 
-    @abstractmethod
-    def embed_image(self, tokens: Tensor) -> Tensor:
-        """The image stream of packed latents."""
+    def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
+        """The image stream of packed latents, of any floating dtype."""
+        image: Tensor = self.img_in(tokens.to(self.dtype))
+        return image
 
     def modulated_input(self, img: Tensor, modulation: Tensor) -> Tensor:
         """The embedded image as the first block's modulated norm sees it."""
@@ -210,6 +212,8 @@ class Transformer(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Both streams after the blocks from `start` to before `stop`."""
 
-    @abstractmethod
-    def head(self, img: Tensor, modulation: Tensor) -> Tensor:
-        """The velocity's tokens."""
+    def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "m v d"]) -> Float[Tensor, "b l o"]:
+        """The velocity's tokens, in the network's dtype."""
+        shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)
+        velocity: Tensor = self.final_layer.linear(self.ops.norm(img, shift, scale))
+        return velocity

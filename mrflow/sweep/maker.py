@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, Wrapper
-from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_device_lost, is_out_of_memory
+from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_out_of_memory
 from mrflow.forks import check_process
 from mrflow.images import read_image
 from mrflow.machine import machine
@@ -26,6 +26,7 @@ from mrflow.result import Result, make_record
 from mrflow.runner import run
 from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels
+from mrflow.sweep.failures import is_device_lost
 from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions, weights
 from mrflow.sweep.leases import Claim, LeaseLostError
 from mrflow.sweep.limits import RowTimeoutError, time_limit

@@ -28,8 +28,8 @@ from mrflow.caches import (
     TeaCache,
     memory,
 )
-from mrflow.caches.base import Feature
 from mrflow.caches.calibrate import RecordingModel, RecordingStep, Track
+from mrflow.caches.clock import Feature
 from mrflow.caches.magcache import RATIOS
 from mrflow.caches.teacache import COEFFICIENTS
 from tests.parity.test_flux import relative

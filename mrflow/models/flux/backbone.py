@@ -30,7 +30,7 @@ class Flux1(LatentModel):
 
     @property
     def transformer(self) -> Flux:
-        """The network itself: `embed_image`, `blocks`, `head` and `attention` are open to wrappers."""
+        """The network itself: `embed_image`, `some_blocks`, `head` and `attention` are open to wrappers."""
         return self._flow
 
     def condition(self, prompts: Sequence[str]) -> Condition:

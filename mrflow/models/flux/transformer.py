@@ -141,11 +141,6 @@ class Flux(Transformer):
         self.single_blocks = Blocks[SingleBlock](SingleBlock(p, split=split) for _ in range(p.single_blocks))
         self.final_layer = FinalLayer(p)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the network computes in."""
-        return self.img_in.weight.dtype
-
     def forward(
         self,
         tokens: Float[Tensor, "b l i"],
@@ -163,7 +158,9 @@ class Flux(Transformer):
         if modulation is None:
             modulation = self.modulate(sigma, guidance, pooled)
         rope = rope or self.rope(ids, context_ids)
-        return self.head(self.blocks(self.embed_image(tokens), self.embed_text(context), rope, modulation), modulation)
+        img, txt = self.embed_image(tokens), self.embed_text(context)
+        img, _ = self.some_blocks(img, txt, rope, modulation, 0, len(self.stack()))
+        return self.head(img, modulation)
 
     def rope(self, ids: Float[Tensor, "l 3"], context_ids: Float[Tensor, "t 3"]) -> Rope:
         """Rotations of the joint sequence, text first."""
@@ -213,25 +210,10 @@ class Flux(Transformer):
             raise PlanError("this transformer has no guidance embedding: `guidance` must be None")
         return F.silu(vector + self.vector_in(pooled.to(dtype)))
 
-    def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
-        """The image stream, from tokens of any floating dtype."""
-        image: Tensor = self.img_in(tokens.to(self.dtype))
-        return image
-
     def embed_text(self, context: Float[Tensor, "b t c"]) -> Float[Tensor, "b t d"]:
         """The text stream; it does not depend on the level."""
         text: Tensor = self.txt_in(context.to(self.dtype))
         return text
-
-    def blocks(
-        self,
-        img: Float[Tensor, "b l d"],
-        txt: Float[Tensor, "b t d"],
-        rope: Rope,
-        modulation: Float[Tensor, "b m d"],
-    ) -> Float[Tensor, "b l d"]:
-        """The image stream after all blocks; `rope` has a row for each token of text, then of image."""
-        return self.some_blocks(img, txt, rope, modulation, 0, len(self.double_blocks) + len(self.single_blocks))[0]
 
     def some_blocks(
         self,
@@ -246,8 +228,8 @@ class Flux(Transformer):
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b u d"]]:
         """Both streams after the blocks from `start` to before `stop`, counted through both kinds.
 
-        The last of all leaves the text empty. `merge` says, for the n-th block of a kind ("double", "single"), how it
-        merges image tokens.
+        The last of all leaves the text empty. `rope` has a row for each token of text, then of image. `merge` says, for
+        the n-th block of a kind ("double", "single"), how it merges image tokens.
         """
         vectors = modulation.unsqueeze(2).unbind(1)
         doubles = len(self.double_blocks)
@@ -267,9 +249,3 @@ class Flux(Transformer):
                 x = single(x, rope, own, self.attention, text=txt.shape[1], last=last, merge=how, ops=self.ops)
         text = txt.shape[1] if stop < count else 0
         return x[:, text:], x[:, :text]
-
-    def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "b m d"]) -> Float[Tensor, "b l o"]:
-        """The image stream to the velocity."""
-        shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)
-        velocity: Tensor = self.final_layer.linear(self.ops.norm(img, shift, scale))
-        return velocity

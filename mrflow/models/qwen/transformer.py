@@ -123,11 +123,6 @@ class QwenImage(Transformer):
         self.double_blocks = Blocks[DoubleStreamBlock](double)
         self.final_layer = FinalLayer(p)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the network computes in."""
-        return self.img_in.weight.dtype
-
     def forward(
         self,
         tokens: Float[Tensor, "b l i"],
@@ -178,11 +173,6 @@ class QwenImage(Transformer):
         embedded = torch.cat((angles.cos(), angles.sin()), -1)
         return F.silu((embedder or self.time_in)(embedded.to(self.dtype)))
 
-    def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
-        """The image stream, from tokens of any floating dtype."""
-        image: Tensor = self.img_in(tokens.to(self.dtype))
-        return image
-
     def embed_text(self, context: Float[Tensor, "b t c"]) -> Float[Tensor, "b t d"]:
         """The text stream; it does not depend on the level."""
         text: Tensor = self.txt_in(self.txt_norm(context.to(self.dtype)))
@@ -225,9 +215,3 @@ class QwenImage(Transformer):
                 img, txt = block(img, txt, rope, own, attend or self.attention, last=i == last, merge=how, ops=self.ops)
                 img = clip_fp16(img)
         return img, txt
-
-    def head(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "m v d"]) -> Float[Tensor, "b l o"]:
-        """The image stream to the velocity."""
-        shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)
-        velocity: Tensor = self.final_layer.linear(self.ops.norm(img, shift, scale))
-        return velocity

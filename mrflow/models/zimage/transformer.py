@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mrflow.models.blocks import Transformer, TransformerParams, attended, clip_fp16, fused
+from mrflow.models.blocks import FinalLayer, Transformer, TransformerParams, attended, clip_fp16, fused
 from mrflow.models.layers import (
     SINUSOID,
     Attention,
@@ -155,17 +155,6 @@ def behind(rope: Rope, start: int) -> Rope:
     return Rope(rope.cos[..., start:, :], rope.sin[..., start:, :])
 
 
-class FinalLayer(nn.Module):
-    """What scales the last norm, and the linear to patches."""
-
-    scale_first = False
-
-    def __init__(self, p: ZImageParams) -> None:
-        super().__init__()
-        self.linear = nn.Linear(p.hidden, p.out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(p.level, p.hidden))
-
-
 class ZImage(Transformer):
     """v(x, sigma): image tokens and text states to the velocity d x / d sigma.
 
@@ -185,7 +174,7 @@ class ZImage(Transformer):
         self.context_refiner = Blocks[Block](Block(p, split=split, modulated=False) for _ in range(p.refiners))
         self.noise_refiner = Blocks[Block](Block(p, split=split) for _ in range(p.refiners))
         self.layers = Blocks[Block](Block(p, split=split) for _ in range(p.layers))
-        self.final_layer = FinalLayer(p)  # type: ignore[assignment]  # pyright: ignore  (of its own kind)
+        self.final_layer = FinalLayer(p, given=p.level, vectors=1)
 
     @property
     def dtype(self) -> torch.dtype:
