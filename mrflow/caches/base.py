@@ -173,6 +173,18 @@ def measured(table: Mapping[str, N], info: ModelInfo) -> N | None:
     return table.get(info.version.partition("+")[0], table.get(info.name))
 
 
+def known(own: N | None, table: Mapping[str, N], info: ModelInfo, lacking: str, advice: str) -> N:
+    """The numbers that a cache works with for a model: its `own`, or those that were measured of it.
+
+    Raises:
+        PlanError: there are none: "TeaCache knows no coefficients" (`lacking`), and the `advice`.
+    """
+    found = own or measured(table, info)
+    if found is None:
+        raise PlanError(f"{lacking} for {info.name}; {advice}")
+    return found
+
+
 def between(points: Sequence[tuple[float, float]], x: float) -> float:
     """The value at x of the straight lines through (x, y) `points`, which rise in x; level beyond both ends."""
     at = bisect_right([p[0] for p in points], x)

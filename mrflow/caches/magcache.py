@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mrflow._checks import check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, measured
+from mrflow.caches.base import Cache, known
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -82,13 +82,8 @@ class MagCache(Cache):
         self._known(info)
 
     def _known(self, info: ModelInfo) -> tuple[float, ...]:
-        found = self.ratios or measured(RATIOS, info)
-        if found is None:
-            raise PlanError(
-                f"MagCache knows no ratios for {info.name}; measure them with MagCache.calibrated("
-                f"{self.threshold:g}, model, prompts) or give ratios="
-            )
-        return found
+        advice = f"measure them with MagCache.calibrated({self.threshold:g}, model, prompts) or give ratios="
+        return known(self.ratios, RATIOS, info, "MagCache knows no ratios", advice)
 
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """The accumulated error."""

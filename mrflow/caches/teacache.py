@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mrflow._checks import check_number
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, between, difference, measured
+from mrflow.caches.base import Cache, between, difference, known
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -76,13 +76,8 @@ class TeaCache(Cache):
         self._known(info)
 
     def _known(self, info: ModelInfo) -> tuple[float, ...]:
-        found = self.coefficients or measured(COEFFICIENTS, info)
-        if found is None:
-            raise PlanError(
-                f"TeaCache knows no coefficients for {info.name}; fit them with TeaCache.calibrated("
-                f"{self.threshold:g}, model, prompts) or give coefficients="
-            )
-        return found
+        advice = f"fit them with TeaCache.calibrated({self.threshold:g}, model, prompts) or give coefficients="
+        return known(self.coefficients, COEFFICIENTS, info, "TeaCache knows no coefficients", advice)
 
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """The accumulated rule."""

@@ -218,16 +218,6 @@ class LatentModel(TransformerModel):
         return phases
 
     @property
-    def info(self) -> ModelInfo:
-        """Facts, with the version of these weights."""
-        return self._info
-
-    @property
-    def device(self) -> torch.device:
-        """Where latents and pixels live."""
-        return self._device
-
-    @property
     def upscaler(self) -> Upscaler | None:
         """The super-resolution net it was given, if any."""
         return self._upscaler

@@ -21,10 +21,18 @@ from mrflow.spec import ModelInfo
 class TransformerModel(ABC):
     """A model of one transformer. A family adds `opened`, the field itself, and `adapted`, the model with adapters."""
 
+    _info: ModelInfo
+    _device: torch.device
+
     @property
-    @abstractmethod
     def info(self) -> ModelInfo:
         """Facts, with the version of these weights."""
+        return self._info
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents and pixels live."""
+        return self._device
 
     @abstractmethod
     def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:

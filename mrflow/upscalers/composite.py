@@ -41,16 +41,10 @@ class Blend(Upscaler):
 
 
 @dataclass(frozen=True)
-class Sharpen(Upscaler):
-    """An unsharp mask on what another upscaler gives: y + amount (y - mean of y over a square of 2 radius + 1)."""
+class Around(Upscaler):
+    """What is made of another upscaler and keeps its scale."""
 
     inner: Upscaler
-    amount: float = 0.3
-    radius: int = 1
-
-    def __post_init__(self) -> None:
-        check_number("amount", self.amount, 0.0, 10.0)
-        check_whole("radius", self.radius, 1, 64, wanted="a whole number of pixels from 1 to 64")
 
     @property
     def scale(self) -> int:
@@ -61,6 +55,18 @@ class Sharpen(Upscaler):
     def flops_per_pixel(self) -> float:
         """The inner upscaler's."""
         return self.inner.flops_per_pixel
+
+
+@dataclass(frozen=True)
+class Sharpen(Around):
+    """An unsharp mask on what another upscaler gives: y + amount (y - mean of y over a square of 2 radius + 1)."""
+
+    amount: float = 0.3
+    radius: int = 1
+
+    def __post_init__(self) -> None:
+        check_number("amount", self.amount, 0.0, 10.0)
+        check_whole("radius", self.radius, 1, 64, wanted="a whole number of pixels from 1 to 64")
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Enlarge, then sharpen."""
@@ -69,20 +75,8 @@ class Sharpen(Upscaler):
 
 
 @dataclass(frozen=True)
-class ColourMatch(Upscaler):
+class ColourMatch(Around):
     """Another upscaler's pictures with each channel's mean and standard deviation those of the picture that came in."""
-
-    inner: Upscaler
-
-    @property
-    def scale(self) -> int:
-        """The inner upscaler's."""
-        return self.inner.scale
-
-    @property
-    def flops_per_pixel(self) -> float:
-        """The inner upscaler's."""
-        return self.inner.flops_per_pixel
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Enlarge, then match; a channel of one level stays one."""
@@ -93,23 +87,11 @@ class ColourMatch(Upscaler):
 
 
 @dataclass(frozen=True)
-class EightBit(Upscaler):
+class EightBit(Around):
     """Another upscaler between two roundings to 8 bits: what comes in is rounded, what goes out is cut off below.
 
     So does the published procedure, which hands PIL pictures from part to part; the stage `Quantise` does one of them.
     """
-
-    inner: Upscaler
-
-    @property
-    def scale(self) -> int:
-        """The inner upscaler's."""
-        return self.inner.scale
-
-    @property
-    def flops_per_pixel(self) -> float:
-        """The inner upscaler's."""
-        return self.inner.flops_per_pixel
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Round, enlarge, cut off; clamped."""

@@ -7,37 +7,21 @@ from typing import TYPE_CHECKING
 
 from mrflow.errors import MrflowError, WeightsError
 from mrflow.records.files import located
-from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
+from mrflow.upscalers.network import Facts, OneFile, Opened, Precision
 
 if TYPE_CHECKING:
     from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True)
-class Checkpoint(Network):
+class Checkpoint(OneFile):
     """RRDBNet or SRVGGNetCompact from a file that BasicSR, Real-ESRGAN or ESRGAN wrote: any naming, any size.
 
-    A record names the file without its folder, and its SHA-256. Settings are those of `Network`.
+    Settings are those of `Network`.
 
     Raises:
         WeightsError: the file is missing, unsafe, broken, or holds another kind of network.
     """
-
-    path: str
-    sha256: str = ""
-    tile: int | None = None
-    dtype: Precision | None = None
-
-    def __post_init__(self) -> None:
-        check_settings(self.tile, self.dtype)
-        where, found = located(self.path, self.sha256)
-        object.__setattr__(self, "path", str(where))
-        object.__setattr__(self, "sha256", found)
-        _ = self.opened
-
-    def recorded(self) -> dict[str, object]:
-        """The fields that go into a record: no folder names."""
-        return {"path": Path(self.path).name, "sha256": self.sha256, "tile": self.tile, "dtype": self.dtype}
 
     @property
     def opened(self) -> Opened:

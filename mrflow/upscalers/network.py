@@ -5,6 +5,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mrflow._checks import is_whole, require
 from mrflow.errors import NonFiniteError, PlanError, ResourceError, WeightsError, is_out_of_memory
 from mrflow.notes import note
+from mrflow.records.files import located
 from mrflow.tiling import tiled
 from mrflow.upscaler import Upscaler
 
@@ -218,6 +220,31 @@ class Network(Upscaler):
         if opened.single or (len(x) > 1 and free is not None and need > SHARE * free):
             return torch.cat([opened.call(net, item.to(dtype)).float() for item in x.split(1)])
         return opened.call(net, x.to(dtype)).float()
+
+
+@dataclass(frozen=True)
+class OneFile(Network):
+    """A network whose weights are one file. A record names it without its folder, and its SHA-256.
+
+    Raises:
+        WeightsError: the file is missing, unsafe or broken.
+    """
+
+    path: str
+    sha256: str = ""
+    tile: int | None = None
+    dtype: Precision | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.tile, self.dtype)
+        where, found = located(self.path, self.sha256)
+        object.__setattr__(self, "path", str(where))
+        object.__setattr__(self, "sha256", found)
+        _ = self.opened
+
+    def recorded(self) -> dict[str, object]:
+        """The fields that go into a record: no folder names."""
+        return {"path": Path(self.path).name, "sha256": self.sha256, "tile": self.tile, "dtype": self.dtype}
 
 
 def padded(pixels: Tensor, facts: Facts) -> Tensor:

@@ -9,13 +9,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError, WeightsError
-from mrflow.records.files import located
-from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
+from mrflow.upscalers.network import Facts, OneFile, Opened, Precision
 from mrflow.upscalers.torchvision_shim import shimmed
 
 
 @dataclass(frozen=True)
-class Spandrel(Network):
+class Spandrel(OneFile):
     """A super-resolution network from a file, its architecture told by spandrel (its README lists about forty).
 
     What spandrel says of a network is obeyed: scale, rules for sizes, which half precisions are safe, whether it may be
@@ -26,24 +25,13 @@ class Spandrel(Network):
         WeightsError: the file is missing, unsafe or broken, or spandrel does not know what it holds.
     """
 
-    path: str
-    sha256: str = ""
-    tile: int | None = None
-    dtype: Precision | None = None
-
     def __post_init__(self) -> None:
-        check_settings(self.tile, self.dtype)
-        where, found = located(self.path, self.sha256)
-        object.__setattr__(self, "path", str(where))
-        object.__setattr__(self, "sha256", found)
+        super().__post_init__()
         half = self.opened.facts.half
         if self.dtype not in (None, "float32", *half):
             safe = f"; {', '.join(half)} would work" if half else ""
-            raise PlanError(f"spandrel says that the network of {where.name} is not safe in {self.dtype}{safe}")
-
-    def recorded(self) -> dict[str, object]:
-        """The fields that go into a record: no folder names."""
-        return {"path": Path(self.path).name, "sha256": self.sha256, "tile": self.tile, "dtype": self.dtype}
+            name = Path(self.path).name
+            raise PlanError(f"spandrel says that the network of {name} is not safe in {self.dtype}{safe}")
 
     @property
     def opened(self) -> Opened:

@@ -190,16 +190,6 @@ class Pocket(TransformerModel):
         self._sr = PocketSR(channels_last(sr.to(device).eval()), version)
 
     @property
-    def info(self) -> ModelInfo:
-        """Facts, with the version of these weights."""
-        return self._info
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lives."""
-        return self._device
-
-    @property
     def upscaler(self) -> Upscaler:
         """Its own x2 net."""
         return self._sr
