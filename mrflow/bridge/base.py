@@ -88,6 +88,26 @@ class Bridged(ABC):
     def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow. `step` is given the blocks and gives the step that is taken in their place."""
 
+    def begin(
+        self,
+        cond: Condition,
+        options: FieldOptions,
+        step: StepFactory | None,
+        needs: Mapping[str, int],
+        *,
+        advice: str = "CFG(scale)",
+    ) -> tuple[Callable[..., Any], Callable[[], Any], bool]:
+        """What a field of a model without guidance embedding begins with: network, branch, and whether it has hooks.
+
+        Raises:
+            PlanError: the condition lacks what it `needs`, or guidance is asked for; `advice` names what to use.
+        """
+        net = self.network(step)
+        checked(self.info, cond, needs)
+        if options.guidance is not None:
+            raise PlanError(f"{self.info.name} has no guidance embedding; use {advice}")
+        return net, self.branch(), has_hooks(self.pipe.transformer)
+
     def network(self, step: StepFactory | None) -> Callable[..., Any]:
         """The transformer's forward, with a cache's step in the place of its blocks where one is given."""
         return self.pipe.transformer if step is None else opened(self.pipe.transformer, self.family, step)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import check_batch, checked, has_hooks, plain, thousandths
+from mrflow.bridge.base import check_batch, plain, thousandths
 from mrflow.bridge.blocks import KREA2, Opened
 from mrflow.bridge.facts import parameters, shift_of
 from mrflow.bridge.qwen import PUBLISHED_BASE, BridgedQwen
@@ -79,15 +79,11 @@ class BridgedKrea2(BridgedQwen):
 
     def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of one branch; padding is masked."""
-        net, info, device = self.network(step), self.info, self.device
-        own = self.pipe.transformer
-        checked(info, cond, {"context": own.config.text_hidden_dim, "mask": 0})
-        if options.guidance is not None:
-            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
+        device, needs = self.device, {"context": self.pipe.transformer.config.text_hidden_dim, "mask": 0}
+        net, branch, moved = self.begin(cond, options, step, needs)
         context, mask = plain(cond["context"]).to(device), plain(cond["mask"]).to(device).bool()
         if not bool(mask.any(1).all()):
             raise PlanError("a prompt's mask marks no text at all")
-        branch, moved = self.branch(), has_hooks(own)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             check_batch(x, cond.batch)

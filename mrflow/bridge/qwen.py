@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import Bridged, check_batch, checked, decoded, has_hooks, plain, posterior, thousandths
+from mrflow.bridge.base import Bridged, check_batch, decoded, plain, posterior, thousandths
 from mrflow.bridge.blocks import QWEN as FAMILY
 from mrflow.bridge.facts import parameters, shift_of
 from mrflow.errors import PlanError
@@ -71,11 +71,8 @@ class BridgedQwen(Bridged):
 
     def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of one branch; padding is masked where a batch's texts differ in length."""
-        net, info, device = self.network(step), self.info, self.device
-        own = self.pipe.transformer
-        checked(info, cond, {"context": own.config.joint_attention_dim})
-        if options.guidance is not None:
-            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale, rescale=True)")
+        device, needs = self.device, {"context": self.pipe.transformer.config.joint_attention_dim}
+        net, branch, moved = self.begin(cond, options, step, needs, advice="CFG(scale, rescale=True)")
         context, mask = plain(cond["context"]).to(device), cond.tensors.get("mask")
         if mask is not None:
             longest = int(mask.sum(1).max())
@@ -83,7 +80,7 @@ class BridgedQwen(Bridged):
                 raise PlanError("a prompt's mask marks no text at all")
             context, mask = context[:, :longest], plain(mask).to(device)[:, :longest]
             mask = None if bool(mask.bool().all()) else mask
-        dtype, branch, moved = context.dtype, self.branch(), has_hooks(own)
+        dtype = context.dtype
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             check_batch(x, cond.batch)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, checked, has_hooks, plain, thousandths
+from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, plain, thousandths
 from mrflow.bridge.blocks import SD3
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
@@ -87,14 +87,12 @@ class BridgedSD3(KLBridged):
                 return lambda x, sigma: torch.cat([f(x, sigma) for f in fields])
             joined = self.opened(side_by_side(cond, options.beside), replace(options, beside=()), step)
             return repeated(joined, len(conds))
-        net, info, device = self.network(step), self.info, self.device
-        own = self.pipe.transformer
-        checked(info, cond, {"context": own.config.joint_attention_dim, "pooled": own.config.pooled_projection_dim})
-        if options.guidance is not None:
-            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
+        info, device, config = self.info, self.device, self.pipe.transformer.config
+        needs = {"context": config.joint_attention_dim, "pooled": config.pooled_projection_dim}
+        net, branch, moved = self.begin(cond, options, step, needs)
         context, pooled = (plain(cond[name]).to(device) for name in ("context", "pooled"))
-        branch, moved, patch = self.branch(), has_hooks(own), own.config.patch_size
-        most = (own.config.pos_embed_max_size or 0) * patch
+        patch = config.patch_size
+        most = (config.pos_embed_max_size or 0) * patch
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             check_batch(x, cond.batch)

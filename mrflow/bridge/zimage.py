@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, checked, has_hooks, plain, thousandths
+from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, checked, plain, thousandths
 from mrflow.bridge.blocks import Z_IMAGE, Opened
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.bridge.flux2 import chat
@@ -80,12 +80,9 @@ class BridgedZImage(KLBridged):
         if conds := options.beside:
             joined = self.opened(self._side_by_side((cond, *conds)), replace(options, beside=()), step)
             return repeated(joined, 1 + len(conds))
-        net, info, device = self.network(step), self.info, self.device
-        own = self.pipe.transformer
-        if options.guidance is not None:
-            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
-        texts = self._texts(checked(info, cond, {"context": own.config.cap_feat_dim, "mask": 0}))
-        branch, moved = self.branch(), has_hooks(own)
+        device, own = self.device, self.pipe.transformer
+        net, branch, moved = self.begin(cond, options, step, {"context": own.config.cap_feat_dim, "mask": 0})
+        texts = self._texts(cond)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             check_batch(x, len(texts))

@@ -329,7 +329,7 @@ class Maker:
         data: bytes,
         timed: str,
     ) -> Row:
-        prompt, draw = pair
+        prompt, _ = pair
         batch = len(result.seeds)
         stages = [
             {
@@ -352,17 +352,10 @@ class Maker:
             self._latents(result, item) if self.needs_latents else None,
         )
         metrics, names, unmeasured = self._numbers(self.sweep.metrics, measured, label)
-        return Row(
-            key=claim.key,
+        return replace(
+            self._begun(label, pair, claim),
             status="done",
-            chain=label,
-            model=self.model.info.name,
-            weights=self.weights,
-            prompt=prompt.text,
-            negative=self.negative,
             seed=result.seeds[item],
-            draw=draw,
-            tags=dict(prompt.tags),
             tries=claim.tries + 1,
             seconds=(result.condition_seconds + sum(t[0] for t in took)) / batch,
             nfe=sum(t[1] for t in took),
@@ -376,15 +369,16 @@ class Maker:
             picture_bytes=len(data),
             picture_sha256=digest_of(data),
             stage_pictures=self._stage_pictures(result, item, claim.key) if self.sweep.pictures == "stages" else (),
-            versions=self.made_by,
-            device=str(self.model.device),
-            machine=self.machine,
             batch=batch,
             timed=timed,
-            time=datetime.now(UTC).isoformat(timespec="microseconds"),
         )
 
     def _failed(self, label: str, pair: Pair, claim: Claim, error: str, cause: Cause) -> Row:
+        begun = self._begun(label, pair, claim)
+        return replace(begun, error=error, cause=cause, tries=claim.tries + (cause != "death"))
+
+    def _begun(self, label: str, pair: Pair, claim: Claim) -> Row:
+        """What a row says however it ends."""
         prompt, draw = pair
         return Row(
             key=claim.key,
@@ -397,9 +391,6 @@ class Maker:
             seed=seed_of(prompt.text, draw),
             draw=draw,
             tags=dict(prompt.tags),
-            error=error,
-            cause=cause,
-            tries=claim.tries + (cause != "death"),
             versions=self.made_by,
             device=str(self.model.device),
             machine=self.machine,
