@@ -47,8 +47,6 @@ from mrflow.noise import Nested as Nested
 from mrflow.noise import Noise as Noise
 from mrflow.noise import PerItem as PerItem
 from mrflow.noise import Stream as Stream
-from mrflow.parts import Level as Level
-from mrflow.parts import Part as Part
 from mrflow.progress import ShowProgress as ShowProgress
 from mrflow.records.expressions import parse as parse
 from mrflow.records.pictures import read_image as read_image
@@ -82,6 +80,8 @@ from mrflow.schedules import LogitNormal as LogitNormal
 from mrflow.schedules import Schedule as Schedule
 from mrflow.schedules import Shifted as Shifted
 from mrflow.schedules import WithShift as WithShift
+from mrflow.schedules.partial import Level as Level
+from mrflow.schedules.partial import Part as Part
 from mrflow.solvers import AB2 as AB2
 from mrflow.solvers import AB3 as AB3
 from mrflow.solvers import DEIS as DEIS

@@ -11,12 +11,12 @@ from mrflow.adapters import Loras, PiFlow
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem, Stream
-from mrflow.parts import Level, Part
 from mrflow.rivals import Grow, SampleAnchors, SampleConverged, SampleRegions, SelfLift
 from mrflow.rivals.growth import Spectrum
 from mrflow.rivals.jit import JIT_4X, JIT_7X
 from mrflow.rivals.ralu import RALU_4X, RALU_7X, fitted
 from mrflow.schedules import DirectSigma, FlowMap, Schedule, Shifted
+from mrflow.schedules.partial import Level, Part
 from mrflow.solvers import Euler, Solver
 from mrflow.spec import ModelInfo, Pixels, Start
 from mrflow.stage import Chain

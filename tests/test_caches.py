@@ -28,7 +28,7 @@ from mrflow.caches import (
 )
 from mrflow.caches.calibrate import inner_products
 from mrflow.cli.plan import report
-from mrflow.models.pieces import BlockRunner
+from mrflow.models.block_runner import BlockRunner
 from mrflow.records.chains import decode_chain, encode_chain, fingerprint
 from mrflow.records.replay import inspect_file
 from tests.parity.test_flux import relative

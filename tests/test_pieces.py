@@ -10,10 +10,10 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.caches import Cache, DBCache, TaylorSeer
+from mrflow.models.block_runner import BlockRunner
 from mrflow.models.cuda_graphs import Graphed
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.layers import Rope
-from mrflow.models.pieces import BlockRunner
 from mrflow.models.qwen.transformer import QwenImage
 from tests.tiny import write_flux_repo, write_qwen_repo
 
@@ -83,7 +83,7 @@ def test_runs_of_blocks_can_be_replayed_as_graphs(name: str, tmp_path: Path, mon
 
         return replay, output
 
-    monkeypatch.setattr("mrflow.models.pieces.Graphed", lambda f: Graphed(f, capture=capture))
+    monkeypatch.setattr("mrflow.models.block_runner.Graphed", lambda f: Graphed(f, capture=capture))
     pieces = BlockRunner(model.transformer, graphs=True)
     for cache in (DBCache(0.3, front=1, back=1, warmup=1), TaylorSeer(2)):
         want = made(sample(cache, guidance=mf.Distilled()), model)
@@ -93,5 +93,5 @@ def test_runs_of_blocks_can_be_replayed_as_graphs(name: str, tmp_path: Path, mon
             assert torch.equal(got.data, want.data)
             assert got.nfe == want.nfe
         monkeypatch.undo()
-        monkeypatch.setattr("mrflow.models.pieces.Graphed", lambda f: Graphed(f, capture=capture))
+        monkeypatch.setattr("mrflow.models.block_runner.Graphed", lambda f: Graphed(f, capture=capture))
     assert 3 <= len(captured) <= 4

@@ -19,6 +19,7 @@ from mrflow.backbone import Condition
 from mrflow.checkpoints.hub import located_folder
 from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.errors import PlanError, is_out_of_memory
+from mrflow.models.block_runner import BlockRunner
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed
 from mrflow.models.fields import step as whole_step
@@ -33,7 +34,6 @@ from mrflow.models.offload import (
     tensors_of,
     watch,
 )
-from mrflow.models.pieces import BlockRunner
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.models.wide import widened
 from mrflow.notes import note

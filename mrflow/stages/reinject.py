@@ -9,7 +9,7 @@ from mrflow._checks import is_number, require
 from mrflow.errors import PlanError
 from mrflow.flow import renoise
 from mrflow.noise import Noise, PerItem
-from mrflow.parts import Level
+from mrflow.schedules.partial import Level
 from mrflow.spec import Latents, ModelInfo, State
 from mrflow.stage import Stage
 from mrflow.stages.decode import check_space

@@ -22,11 +22,11 @@ from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Header, read_header
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
+from mrflow.models.block_runner import BlockRunner
 from mrflow.models.encoders import check_prompt
 from mrflow.models.fields import step as flux_step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
-from mrflow.models.pieces import BlockRunner
 from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
 from mrflow.models.transformer_model import TransformerModel, repeated, side_by_side
 from mrflow.pieces import StepFactory

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from mrflow._checks import check_whole
 from mrflow.errors import PlanError
-from mrflow.schedules import Schedule, Sigmas
+from mrflow.schedules.base import Schedule, Sigmas
 from mrflow.spec import Latents, ModelInfo
 
 
