@@ -24,10 +24,10 @@ from experiments.failures.details import DETAILS
 from experiments.failures.questions import Setting
 from experiments.studies.common import SIGNS
 from mrflow.errors import MrflowError
+from mrflow.model_info import ModelInfo, Shift
 from mrflow.models import info
 from mrflow.scenes.hard import HARD, HardWorld, held_out_captions
 from mrflow.scenes.looks import LOOKS
-from mrflow.spec import ModelInfo, Shift
 from mrflow.stage import AnyChain
 from mrflow.sweep import Comparison, Legible, Prompt, Row, Sweep, compare, family, interval, paired, run_sweep, values
 from mrflow.sweep.control_rows import controls

@@ -16,7 +16,7 @@ from torch import Tensor
 from mrflow.adapters import Lora, PiFlow
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
-from mrflow.spec import Cache, Capabilities, ModelInfo
+from mrflow.model_info import Cache, Capabilities, ModelInfo
 from mrflow.upscaler import Upscaler
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from mrflow.errors import PlanError
 from mrflow.guidance import own_guidance
-from mrflow.spec import Cache, Latents, ModelInfo, Pixels, check_size
+from mrflow.model_info import Cache, ModelInfo
+from mrflow.spec import Latents, Pixels, check_size
 from mrflow.stage import AnyChain, Plan, Work, plan
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
     from mrflow.adapters import Lora
     from mrflow.guidance import Guidance
+    from mrflow.model_info import Offload
     from mrflow.schedules import Sigmas
     from mrflow.solvers import Solver
-    from mrflow.spec import Offload
 
 
 def forward_flops(model: ModelInfo, tokens: int) -> float:

@@ -16,8 +16,8 @@ from mrflow._checks import check_number, check_whole
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.flow import Velocity
+from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.notes import note
-from mrflow.spec import Capabilities, ModelInfo
 
 
 class Guidance(ABC):

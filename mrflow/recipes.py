@@ -10,6 +10,7 @@ from mrflow._checks import is_whole, require
 from mrflow.adapters import Loras, PiFlow
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
+from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem, Stream
 from mrflow.rivals import Grow, SampleAnchors, SampleConverged, SampleRegions, SelfLift
 from mrflow.rivals.growth import Spectrum
@@ -18,7 +19,7 @@ from mrflow.rivals.ralu import RALU_4X, RALU_7X, fitted
 from mrflow.schedules import DirectSigma, FlowMap, Schedule, Shifted
 from mrflow.schedules.partial import Level, Part
 from mrflow.solvers import Euler, Solver
-from mrflow.spec import ModelInfo, Pixels, Start
+from mrflow.spec import Pixels, Start
 from mrflow.stage import Chain
 from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Sample, Tiles, Upscale
 from mrflow.students import Student

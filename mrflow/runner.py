@@ -15,12 +15,13 @@ from mrflow.cost import forward_flops
 from mrflow.errors import PlanError, PromptError, named
 from mrflow.flow import finite
 from mrflow.forks import check_process
+from mrflow.model_info import ModelInfo
 from mrflow.noise import check_seed
 from mrflow.notes import collected, note, tallied
 from mrflow.records.stage_cache import StageCache
 from mrflow.result import PathStep, Result, StageRecord
 from mrflow.solvers import Step
-from mrflow.spec import ModelInfo, Pixels, Spec, Start, State
+from mrflow.spec import Pixels, Spec, Start, State
 from mrflow.stage import A, AnyChain, AnyStage, B, Chain, Context, Plan, Stage, Work, keep_promise, plan, scopes, short
 
 log = logging.getLogger(__name__)

@@ -21,13 +21,14 @@ from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, named
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
+from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.notes import count
 from mrflow.policies import GM, PolicyField, automatic, follow
 from mrflow.records.readable import described
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Solver, Step, integrate
-from mrflow.spec import Latents, ModelInfo, Pixels, Spec, Start, State
+from mrflow.spec import Latents, Pixels, Spec, Start, State
 
 A = TypeVar("A", bound=Spec)
 B = TypeVar("B", bound=Spec)

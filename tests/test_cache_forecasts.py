@@ -20,7 +20,7 @@ from mrflow.caches.l2p import fitted
 from mrflow.caches.memory import products
 from mrflow.caches.seacache import filtered
 from mrflow.caches.spectrum import Chebyshev
-from mrflow.spec import FLUX
+from mrflow.model_info import FLUX
 from tests.test_cache_rules import Numbers, drive
 
 WHOLE = TaylorSeer(1)
@@ -45,7 +45,7 @@ def test_spectrum_computes_as_published() -> None:
     assert steps(Spectrum(growth=3)) == [0, 1, 2, 3, 4, 6, 11, 19, 30, 44]
     assert steps(Spectrum(1, 0)) == list(range(50))
     levels = [1 - i / 50 for i in range(50)]
-    assert Spectrum().forecast(FLUX, levels, levels) == mf.spec.Forecast(50, 14, 0.0, exact=True)
+    assert Spectrum().forecast(FLUX, levels, levels) == mf.model_info.Forecast(50, 14, 0.0, exact=True)
 
 
 def test_spectrum_is_exact_on_its_basis() -> None:

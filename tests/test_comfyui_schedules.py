@@ -10,8 +10,8 @@ import pytest
 
 import mrflow as mf
 from mrflow.errors import PlanError
+from mrflow.model_info import FLUX, Shift
 from mrflow.schedules import BongTangent, ComfyUI, KLOptimal, LinearQuadratic, Schedule, Shifted
-from mrflow.spec import FLUX, Shift
 from mrflow.testing import check_schedule
 
 beta: Any = importlib.import_module("scipy.stats").beta

@@ -14,9 +14,9 @@ from mrflow.backbone import Backbone, Condition
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import CFG, Distilled, Guidance, Interval, own_guidance, token_norm
+from mrflow.model_info import FLUX, QWEN, SCHNELL, ModelInfo
 from mrflow.schedules import Linear
 from mrflow.solvers import RK4, Heun, Solver, integrate
-from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo
 
 SHAPE = (2, 16, 6, 4)
 

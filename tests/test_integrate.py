@@ -14,6 +14,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.errors import NonFiniteError, PlanError, PromiseError
 from mrflow.flow import Velocity
+from mrflow.model_info import FLUX
 from mrflow.schedules import Linear, cut
 from mrflow.solvers import (
     AB2,
@@ -30,7 +31,6 @@ from mrflow.solvers import (
     StochasticSolver,
     integrate,
 )
-from mrflow.spec import FLUX
 from tests.flows import ALL, X, gaussian, gaussian_map, mixture, name, order, point, steady
 from tests.strategies import FEW, falling
 

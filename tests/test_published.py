@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mrflow.checkpoints.safetensors import DTYPES, Entry, Header, Layout, Source
+from mrflow.model_info import FLUX, QWEN, SCHNELL
 from mrflow.models.encoders import text_layout
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
@@ -31,7 +32,6 @@ from mrflow.models.qwen.weights import (
 from mrflow.models.zimage.facts import TURBO
 from mrflow.models.zimage.transformer import ZImage, ZImageParams
 from mrflow.models.zimage.weights import single_file, zimage_diffusers, zimage_params
-from mrflow.spec import FLUX, QWEN, SCHNELL
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "checkpoints.json").read_text())
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrflow.errors import PlanError
+from mrflow.model_info import FLUX, QWEN, SCHNELL, ModelInfo, Shift
 from mrflow.schedules import (
     Beta,
     Cosine,
@@ -34,7 +35,6 @@ from mrflow.schedules import (
     stretch,
     unshift,
 )
-from mrflow.spec import FLUX, QWEN, SCHNELL, ModelInfo, Shift
 from tests.strategies import FEW, LAW, falling, levels, models, schedules, starts, step_counts, tokens
 
 stats: Any = importlib.import_module("scipy.stats")

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mrflow.model_info import FLUX
 from mrflow.schedules import Linear, Shifted
 from mrflow.solvers import (
     AB2,
@@ -25,7 +26,6 @@ from mrflow.solvers import (
     Solver,
     integrate,
 )
-from mrflow.spec import FLUX
 from tests.flows import DETERMINISTIC, ORDERS, X, gaussian, gaussian_map, mixture, name, order, point, steady
 from tests.strategies import FEW, LAW, falling
 

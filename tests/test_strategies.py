@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import mrflow as mf
 from mrflow.backbone import Condition
+from mrflow.model_info import FLUX, ModelInfo
 from mrflow.records.chains import decode_chain, encode_chain
-from mrflow.spec import FLUX, ModelInfo, Spec
+from mrflow.spec import Spec
 from mrflow.testing import TOY
 from mrflow.testing import strategies as some
 from tests.strategies import FEW, LAW, law

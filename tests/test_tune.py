@@ -56,7 +56,7 @@ class Costly:
         from dataclasses import replace
 
         self._toy = mf.toy()
-        self.info = replace(self._toy.info, architecture=mf.spec.Architecture(8, 1, 1, 8, 4, 1000), size=(32, 32))
+        self.info = replace(self._toy.info, architecture=mf.model_info.Architecture(8, 1, 1, 8, 4, 1000), size=(32, 32))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._toy, name)

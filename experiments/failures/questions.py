@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import mrflow as mf
-from mrflow.spec import ModelInfo
+from mrflow.model_info import ModelInfo
 from mrflow.stage import AnyChain
 from mrflow.sweep.control_rows import affordable, controls
 

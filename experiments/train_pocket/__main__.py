@@ -27,9 +27,9 @@ from experiments.train_pocket.flow import Course
 from experiments.train_pocket.loop import Run, finished, keep_settings, log
 from experiments.train_pocket.student import LESSONS, Lessons
 from mrflow.errors import MrflowError
+from mrflow.model_info import ModelInfo
 from mrflow.models import choose_device
 from mrflow.models.pocket.model import HEAD, NEWEST, POCKET, SHIPPED, WIDTH, open_pocket, tensors_of
-from mrflow.spec import ModelInfo
 
 
 @dataclass(frozen=True)

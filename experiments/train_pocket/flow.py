@@ -21,12 +21,12 @@ from experiments.train_pocket.autoencoder import State, loaded
 from experiments.train_pocket.data import grid, pictures, unit
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, log, save_whole
 from experiments.train_pocket.muon import Muon
+from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.flux.initial import reset
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.pocket.model import TEXT_LENGTH, VOCABULARY, Pocket, flux_params, text_encoder
 from mrflow.models.pocket.networks import CompactSR, tokenise
 from mrflow.scenes.grammar import World
-from mrflow.spec import ModelInfo, Shift
 from mrflow.tokens import pack
 
 RATE = 2e-3

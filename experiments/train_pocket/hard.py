@@ -32,6 +32,7 @@ from experiments.train_pocket.export import export
 from experiments.train_pocket.flow import RATE, Trainee, drawn, losses_at, optimisers, plain_attention, prepare
 from experiments.train_pocket.loop import Loop, PieceOver, Run, finished, flat_then_linear, keep_settings, save_whole
 from mrflow.errors import MrflowError
+from mrflow.model_info import Shift
 from mrflow.models import choose_device
 from mrflow.models.pocket.model import (
     HEAD,
@@ -48,7 +49,6 @@ from mrflow.models.pocket.model import (
 from mrflow.models.pocket.networks import tokenise
 from mrflow.scenes.grammar import Scene, held_out
 from mrflow.scenes.hard import HARD, KINDS, HardWorld, sample
-from mrflow.spec import Shift
 
 log = logging.getLogger("train_pocket")
 NAMES = (*KINDS, "older")  # all kinds of the older world are one

@@ -31,6 +31,7 @@ from experiments.train_pocket.hard import SHOWN as HARD_SHOWN
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, keep_settings, log, save_whole
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError
+from mrflow.model_info import Shift
 from mrflow.models import choose_device
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.lora import Adapted, Change, grafted, targets
@@ -38,7 +39,6 @@ from mrflow.models.pocket.model import WEIGHTS, Pocket, facts, load_pocket
 from mrflow.records.pictures import check_writable
 from mrflow.scenes.grammar import World, held_out
 from mrflow.scenes.hard import HardWorld, sample
-from mrflow.spec import Shift
 from mrflow.tokens import pack
 
 WINDOWS, RANK, RATE = 2, 32, 2e-3

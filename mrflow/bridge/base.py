@@ -18,10 +18,10 @@ from mrflow.bridge.blocks import Family, opened
 from mrflow.bridge.version import Watch, version_of
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.models.latent_model import encoded_once
 from mrflow.notes import note
 from mrflow.pieces import StepFactory
-from mrflow.spec import Capabilities, ModelInfo
 from mrflow.upscaler import Upscaler
 
 Pipeline: TypeAlias = Any

@@ -6,8 +6,8 @@ from torch import nn
 
 from mrflow.bridge.version import unwrapped
 from mrflow.checkpoints.blueprint import blueprint
+from mrflow.model_info import FLUX, Shift
 from mrflow.models.scheduler import FLOW, curve_of
-from mrflow.spec import FLUX, Shift
 
 
 def shift_of(scheduler: Any, *, own_grid: bool = False) -> Shift:  # noqa: ANN401

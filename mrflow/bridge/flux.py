@@ -14,9 +14,9 @@ from mrflow.bridge.blocks import FLUX as FAMILY
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity, finite
+from mrflow.model_info import Architecture, LatentSpace, ModelInfo, flux_facts
 from mrflow.models.flux.transformer import image_ids
 from mrflow.pieces import StepFactory
-from mrflow.spec import Architecture, LatentSpace, ModelInfo, flux_facts
 from mrflow.stages.upscale import resize
 from mrflow.tokens import pack, unpack
 from mrflow.upscaler import Upscaler

@@ -13,9 +13,9 @@ from mrflow.bridge.blocks import FLUX2
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import FLUX, Architecture, ByStep, LatentSpace, ModelInfo, Shift
 from mrflow.notes import note
 from mrflow.pieces import StepFactory
-from mrflow.spec import FLUX, Architecture, ByStep, LatentSpace, ModelInfo, Shift
 
 # mu as a line in the tokens, for many steps and for ten (diffusers `compute_empirical_mu`).
 MANY, TEN = (0.00016927, 0.45666666), (8.73809524e-05, 1.89833333)

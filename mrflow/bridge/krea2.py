@@ -11,8 +11,8 @@ from mrflow.bridge.facts import parameters, shift_of
 from mrflow.bridge.qwen import PUBLISHED_BASE, BridgedQwen
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.pieces import StepFactory
-from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.tokens import pack, unpack
 
 MU = 1.15  # of the distilled checkpoint, at every size

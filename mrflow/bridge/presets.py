@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from mrflow import recipes
 from mrflow.errors import PlanError
+from mrflow.model_info import ModelInfo
 from mrflow.noise import Stream
 from mrflow.schedules import DirectSigma, Shifted, shift, shift_linear
-from mrflow.spec import ModelInfo, Pixels, Start
+from mrflow.spec import Pixels, Start
 from mrflow.stage import Chain
 from mrflow.stages import Decode, Encode, Refine, Reinject, Sample, Upscale
 from mrflow.upscaler import Upscaler

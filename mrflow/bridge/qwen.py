@@ -12,8 +12,8 @@ from mrflow.bridge.blocks import QWEN as FAMILY
 from mrflow.bridge.facts import parameters, shift_of
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.pieces import StepFactory
-from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.tokens import pack, unpack
 
 PUBLISHED_BASE = 96

@@ -13,8 +13,8 @@ from mrflow.bridge.facts import parameters, shift_of
 from mrflow.bridge.qwen import BridgedQwen
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.pieces import StepFactory
-from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.tokens import pack, unpack
 
 DOWNSCALE = 16  # pixels of a latent cell, which is a token; cells come in blocks of 2 x 2

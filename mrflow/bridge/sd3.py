@@ -12,9 +12,9 @@ from mrflow.bridge.blocks import SD3
 from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import FLUX, Architecture, LatentSpace, ModelInfo
 from mrflow.models.transformer_model import repeated, side_by_side
 from mrflow.pieces import StepFactory
-from mrflow.spec import FLUX, Architecture, LatentSpace, ModelInfo
 
 
 class BridgedSD3(KLBridged):

@@ -13,9 +13,9 @@ from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
 from mrflow.bridge.flux2 import chat
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import FLUX, Architecture, LatentSpace, ModelInfo
 from mrflow.models.transformer_model import repeated, side_by_side
 from mrflow.pieces import StepFactory
-from mrflow.spec import FLUX, Architecture, LatentSpace, ModelInfo
 
 GATED = 4.0  # its gated MLP of three matrices of 8/3 widths counts as two of four
 

@@ -22,9 +22,9 @@ from mrflow.caches.extrapolate import Extrapolation, Predictor
 from mrflow.caches.memory import CachedStep
 from mrflow.errors import PlanError, RecordError
 from mrflow.flow import Velocity
+from mrflow.model_info import Capabilities, Forecast, ModelInfo
 from mrflow.pieces import Pieces, Step, StepFactory
 from mrflow.records.chains import fingerprint
-from mrflow.spec import Capabilities, Forecast, ModelInfo
 
 
 class Cache(ABC):

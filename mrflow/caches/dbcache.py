@@ -11,7 +11,7 @@ from mrflow._checks import check_number, check_whole
 from mrflow.caches.base import Cache, between, difference
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.caches.extrapolate import Extrapolation, Predictor, Series
-from mrflow.spec import ModelInfo
+from mrflow.model_info import ModelInfo
 
 # Share of evaluations after the warm-up that are computed, by threshold: from the speed-ups that cache-dit publishes
 # for FLUX.1-dev at 50 steps (S: F4 W4 MC4 0.12, 2.66x; M: F1 W4 MC6 0.24, 3.94x; F: F1 W8 I2 MC8 0.8, 5.72x).

@@ -15,8 +15,8 @@ from mrflow.caches.extrapolate import Gram
 from mrflow.caches.taylorseer import Of, check_of, regular
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
+from mrflow.model_info import ModelInfo
 from mrflow.schedules import Schedule, Shifted
-from mrflow.spec import ModelInfo
 
 Rows = tuple[tuple[float, ...], ...]
 

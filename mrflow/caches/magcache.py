@@ -10,8 +10,8 @@ from mrflow.caches.base import Cache, known
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
+from mrflow.model_info import ModelInfo
 from mrflow.schedules import Schedule, Shifted
-from mrflow.spec import ModelInfo
 
 _FLUX = (
     1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mrflow.caches.clock import Clock, Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Predictor
+from mrflow.model_info import ModelInfo
 from mrflow.notes import count
 from mrflow.pieces import Pieces
-from mrflow.spec import ModelInfo
 
 Streams = tuple[Tensor, ...]
 

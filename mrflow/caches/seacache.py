@@ -14,7 +14,7 @@ from mrflow._checks import check_number, check_whole, require
 from mrflow.caches.base import Cache, between, difference
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.caches.extrapolate import Extrapolation
-from mrflow.spec import ModelInfo
+from mrflow.model_info import ModelInfo
 
 Seen = Literal["input", "latents"]
 

@@ -12,7 +12,7 @@ from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Gram, lagrange
 from mrflow.caches.taylorseer import Of, check_of
 from mrflow.errors import PlanError
-from mrflow.spec import ModelInfo
+from mrflow.model_info import ModelInfo
 
 STEPS = 50  # of the published runs: what the curve's axis is where the number of steps was not announced
 

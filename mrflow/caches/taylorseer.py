@@ -9,7 +9,7 @@ from mrflow.caches.base import Cache
 from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Extrapolation, Series
 from mrflow.errors import PlanError
-from mrflow.spec import ModelInfo
+from mrflow.model_info import ModelInfo
 
 Of = Literal["output", "velocity"]
 

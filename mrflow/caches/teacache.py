@@ -11,8 +11,8 @@ from mrflow.caches.base import Cache, between, difference, known
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
+from mrflow.model_info import ModelInfo
 from mrflow.schedules import Schedule, Shifted
-from mrflow.spec import ModelInfo
 
 COEFFICIENTS: dict[str, tuple[float, ...]] = {
     # ali-vilab/TeaCache, TeaCache4FLUX: 28 steps

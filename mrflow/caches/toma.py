@@ -16,10 +16,10 @@ from mrflow.caches.base import Cache
 from mrflow.caches.clock import Clock, Evaluation, Rule
 from mrflow.cost import forward_flops
 from mrflow.errors import PlanError
+from mrflow.model_info import ModelInfo
 from mrflow.models.layers import Merge, Merged, Rope
 from mrflow.notes import count
 from mrflow.pieces import Pieces, Step
-from mrflow.spec import ModelInfo
 
 
 @runtime_checkable

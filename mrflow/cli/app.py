@@ -42,7 +42,7 @@ from mrflow.cli.parsing import (
 from mrflow.errors import PlanError
 
 if TYPE_CHECKING:
-    from mrflow.spec import ModelInfo
+    from mrflow.model_info import ModelInfo
     from mrflow.stage import AnyChain
 
 HELP = "Rectified-flow pictures in stages: sample low, upscale, reinject noise, refine."

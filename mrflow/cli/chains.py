@@ -12,8 +12,9 @@ from mrflow.errors import PlanError, named
 
 if TYPE_CHECKING:
     from mrflow.guidance import Guidance
+    from mrflow.model_info import ModelInfo
     from mrflow.schedules import Schedule
-    from mrflow.spec import ModelInfo, Pixels, Start
+    from mrflow.spec import Pixels, Start
     from mrflow.stage import Chain
     from mrflow.upscaler import Upscaler
 

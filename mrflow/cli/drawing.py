@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mrflow.backbone import Backbone
+    from mrflow.model_info import ModelInfo
     from mrflow.result import Result
     from mrflow.runner import Event, Listener
-    from mrflow.spec import ModelInfo
     from mrflow.stage import AnyChain, Plan
 
 TOGETHER = 8  # pictures of several prompts that are drawn at once

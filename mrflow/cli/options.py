@@ -16,7 +16,8 @@ from mrflow.errors import PlanError
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
-    from mrflow.spec import ModelInfo, Pixels, Start
+    from mrflow.model_info import ModelInfo
+    from mrflow.spec import Pixels, Start
     from mrflow.stage import Chain
     from mrflow.upscaler import Upscaler
 

@@ -13,7 +13,7 @@ from mrflow.errors import MrflowError, PlanError, named
 if TYPE_CHECKING:
     from mrflow.adapters import Lora
     from mrflow.backbone import Backbone
-    from mrflow.spec import ModelInfo, Shift
+    from mrflow.model_info import ModelInfo, Shift
     from mrflow.stage import AnyChain
     from mrflow.stages import Tiles
     from mrflow.upscaler import Upscaler
@@ -74,9 +74,9 @@ def parse_shift(word: str | None) -> "Shift | float | None":
     Raises:
         PlanError: it is none of these.
     """
+    from mrflow.model_info import Shift
     from mrflow.models import published
     from mrflow.records.expressions import parse
-    from mrflow.spec import Shift
 
     if word is None:
         return None

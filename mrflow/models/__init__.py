@@ -14,9 +14,9 @@ from mrflow.backbone import Backbone
 from mrflow.checkpoints.blueprint import collection_paused
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.forks import check_process
+from mrflow.model_info import ModelInfo, Offload, Shift
 from mrflow.models.family import Family, Loading, families
 from mrflow.models.offload import RuntimeOptions, check_offload
-from mrflow.spec import ModelInfo, Offload, Shift
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
 

@@ -18,9 +18,9 @@ from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.checkpoints.safetensors import Header
 from mrflow.errors import PlanError
+from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.blocks import Transformer
 from mrflow.models.offload import RuntimeOptions
-from mrflow.spec import ModelInfo, Shift
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
 

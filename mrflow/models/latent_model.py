@@ -19,6 +19,7 @@ from mrflow.backbone import Condition
 from mrflow.checkpoints.hub import located_folder
 from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.errors import PlanError, is_out_of_memory
+from mrflow.model_info import Footprint, ModelInfo
 from mrflow.models.block_runner import BlockRunner
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed
@@ -37,7 +38,6 @@ from mrflow.models.offload import (
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.models.wide import widened
 from mrflow.notes import note
-from mrflow.spec import Footprint, ModelInfo
 from mrflow.tiling import tiled
 from mrflow.upscaler import Upscaler
 

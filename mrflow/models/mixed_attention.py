@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Mix
+from mrflow.models.block_runner import BlockRunner
 from mrflow.models.blocks import DoubleStreamBlock, Transformer
 from mrflow.models.layers import Attention, Rope
-from mrflow.models.pieces import BlockRunner
 from mrflow.pieces import Pieces
 
 

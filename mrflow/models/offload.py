@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mrflow._checks import is_whole, require
 from mrflow.checkpoints.safetensors import check_whole
 from mrflow.errors import PlanError
-from mrflow.spec import Offload
+from mrflow.model_info import Offload
 
 OFFLOADS: tuple[Offload, ...] = ("none", "phase", "block")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mrflow.checkpoints.configs import Config
 from mrflow.errors import PlanError, WeightsError
-from mrflow.spec import Shift
+from mrflow.model_info import Shift
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
 # Solvers that share one table of flow levels (`use_flow_sigmas`); the levels alone are taken from them.

@@ -11,12 +11,12 @@ from torch import nn
 from mrflow.backbone import Backbone
 from mrflow.checkpoints.safetensors import Header, Prepared
 from mrflow.errors import PlanError
+from mrflow.model_info import ModelInfo
 from mrflow.models.blocks import Transformer
 from mrflow.models.family import Family, Files, Loading
 from mrflow.models.latent_model import LatentModel, count, text_bytes
 from mrflow.models.lora import changes, merge
 from mrflow.notes import collected
-from mrflow.spec import ModelInfo
 
 
 class TransformerFamily(Family):

@@ -12,10 +12,10 @@ from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import ModelInfo
 from mrflow.models.mixed_attention import MixedStep
 from mrflow.pieces import StepFactory
 from mrflow.policies import PolicyField
-from mrflow.spec import ModelInfo
 
 
 class TransformerModel(ABC):

@@ -11,12 +11,13 @@ from torch import Tensor
 from mrflow._checks import is_number, is_whole, require
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
+from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.rivals.ralu import children, places_of, taken
 from mrflow.rivals.shared import at_places, forwards, shared_out
 from mrflow.schedules import Schedule, Shifted, Sigmas, shift_static
 from mrflow.solvers import Euler
-from mrflow.spec import Capabilities, Latents, ModelInfo, Start, State, check_size
+from mrflow.spec import Latents, Start, State, check_size
 from mrflow.stage import Stage, Work
 from mrflow.tokens import pack, unpack
 

@@ -13,11 +13,12 @@ from mrflow._checks import is_number, is_whole, require
 from mrflow.backbone import Backbone, Condition, FieldOptions, Positions
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance, own_guidance
+from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.rivals.shared import forwards, shared_out
 from mrflow.schedules import Beta, Schedule, Sigmas
 from mrflow.solvers import Euler, Step
-from mrflow.spec import Capabilities, Latents, ModelInfo, Start, State, check_size
+from mrflow.spec import Latents, Start, State, check_size
 from mrflow.stage import Stage, Work
 from mrflow.tokens import pack, unpack
 

@@ -17,11 +17,12 @@ from mrflow._checks import is_number, is_whole, require
 from mrflow.cost import decode_flops
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
+from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.rivals.shared import at_places, forwards
 from mrflow.schedules import Sigmas, shift_static
 from mrflow.solvers import Euler, Step
-from mrflow.spec import Capabilities, Latents, ModelInfo, Start, State, check_size
+from mrflow.spec import Latents, Start, State, check_size
 from mrflow.stage import Stage, Work
 from mrflow.tokens import pack, unpack
 

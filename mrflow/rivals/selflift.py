@@ -11,7 +11,8 @@ from torch.nn.functional import interpolate
 from mrflow._checks import is_number, require
 from mrflow.cost import decode_flops, encode_flops
 from mrflow.errors import PlanError
-from mrflow.spec import Latents, ModelInfo, State
+from mrflow.model_info import ModelInfo
+from mrflow.spec import Latents, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.decode import check_space
 from mrflow.stages.lift import risen

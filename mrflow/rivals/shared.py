@@ -10,9 +10,9 @@ from mrflow.backbone import FieldOptions, Positions
 from mrflow.cost import forward_flops
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
+from mrflow.model_info import ModelInfo
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Euler
-from mrflow.spec import ModelInfo
 from mrflow.stage import Work
 from mrflow.tokens import pack, unpack
 

@@ -12,8 +12,8 @@ from statistics import NormalDist
 
 from mrflow._checks import check_number, check_whole, require
 from mrflow.errors import PlanError
+from mrflow.model_info import ModelInfo, Shift
 from mrflow.quantiles import beta_grid
-from mrflow.spec import ModelInfo, Shift
 
 Sigmas = tuple[float, ...]
 """Noise levels, falling strictly; n steps are n + 1 levels."""

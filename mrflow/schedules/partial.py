@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 from mrflow._checks import check_whole
 from mrflow.errors import PlanError
+from mrflow.model_info import ModelInfo
 from mrflow.schedules.base import Schedule, Sigmas
-from mrflow.spec import Latents, ModelInfo
+from mrflow.spec import Latents
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from mrflow._checks import check_whole
-from mrflow.spec import ModelInfo, Pixels, State
+from mrflow.model_info import ModelInfo
+from mrflow.spec import Pixels, State
 from mrflow.stage import Stage
 
 if TYPE_CHECKING:

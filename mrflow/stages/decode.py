@@ -8,7 +8,8 @@ from torch import Tensor
 from mrflow.cost import decode_flops
 from mrflow.decoder import Decoder
 from mrflow.errors import PlanError, PromiseError
-from mrflow.spec import Latents, ModelInfo, Pixels, State
+from mrflow.model_info import ModelInfo
+from mrflow.spec import Latents, Pixels, State
 from mrflow.stage import Stage, Work
 
 if TYPE_CHECKING:

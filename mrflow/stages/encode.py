@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from mrflow.cost import encode_flops
+from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
-from mrflow.spec import Latents, ModelInfo, Pixels, State, check_size
+from mrflow.spec import Latents, Pixels, State, check_size
 from mrflow.stage import Stage, Work
 
 if TYPE_CHECKING:

@@ -12,11 +12,12 @@ from mrflow.caches.base import Cache, check_cache
 from mrflow.cost import sampling_work
 from mrflow.errors import PlanError
 from mrflow.guidance import Distilled, Guidance, own_guidance
+from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.notes import note
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Euler, Solver, StochasticEuler
-from mrflow.spec import Latents, ModelInfo, Spec
+from mrflow.spec import Latents, Spec
 from mrflow.stage import PlannedStage, Stage
 
 if TYPE_CHECKING:

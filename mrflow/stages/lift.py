@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mrflow.errors import PlanError
-from mrflow.spec import Latents, ModelInfo, State, check_size
+from mrflow.model_info import ModelInfo
+from mrflow.spec import Latents, State, check_size
 from mrflow.stage import Stage, Work
 from mrflow.stages.decode import check_known
 from mrflow.upscaler import LatentUpscaler, enlarged, passes_to

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from mrflow.spec import ModelInfo, Pixels, State
+from mrflow.model_info import ModelInfo
+from mrflow.spec import Pixels, State
 from mrflow.stage import Stage
 from mrflow.upscalers.composite import quantise
 

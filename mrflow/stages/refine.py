@@ -7,8 +7,9 @@ from torch import Tensor
 
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
+from mrflow.model_info import ModelInfo
 from mrflow.schedules import DirectSigma, Schedule, Sigmas
-from mrflow.spec import Latents, ModelInfo, State
+from mrflow.spec import Latents, State
 from mrflow.stages.decode import check_space
 from mrflow.stages.integrating import Integrating
 from mrflow.stages.tiles import InTiles, Tiles, check_tiles

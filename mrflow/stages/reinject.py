@@ -8,9 +8,10 @@ from torch import Tensor
 from mrflow._checks import is_number, require
 from mrflow.errors import PlanError
 from mrflow.flow import renoise
+from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.schedules.partial import Level
-from mrflow.spec import Latents, ModelInfo, State
+from mrflow.spec import Latents, State
 from mrflow.stage import Stage
 from mrflow.stages.decode import check_space
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from mrflow.errors import PlanError
+from mrflow.model_info import ModelInfo
 from mrflow.schedules import Schedule, Shifted, Sigmas, cut
-from mrflow.spec import Latents, ModelInfo, Start, State, check_size
+from mrflow.spec import Latents, Start, State, check_size
 from mrflow.stages.integrating import Integrating
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from mrflow.backbone import Backbone, Condition, FieldOptions, Positions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance
-from mrflow.spec import Capabilities, Latents, ModelInfo
+from mrflow.model_info import Capabilities, ModelInfo
+from mrflow.spec import Latents
 from mrflow.tiling import blended, windows
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.spec import ModelInfo, Pixels, Start, State
+from mrflow.model_info import ModelInfo
+from mrflow.spec import Pixels, Start, State
 from mrflow.stage import Stage
 
 if TYPE_CHECKING:

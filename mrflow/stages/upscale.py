@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.spec import MAX_SIDE, ModelInfo, Pixels, State
+from mrflow.model_info import ModelInfo
+from mrflow.spec import MAX_SIDE, Pixels, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.lift import check_rise
 from mrflow.upscaler import Upscaler, enlarged, passes_to

@@ -8,7 +8,8 @@ from typing import cast
 
 from mrflow import recipes
 from mrflow.guidance import CFG, Guidance
-from mrflow.spec import ModelInfo, Pixels, Start
+from mrflow.model_info import ModelInfo
+from mrflow.spec import Pixels, Start
 from mrflow.stage import AnyChain, Chain, plan
 from mrflow.stages import Decode, Encode, Reinject, Truth, Upscale
 

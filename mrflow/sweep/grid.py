@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 from mrflow.errors import PlanError, RecordError
+from mrflow.model_info import ModelInfo
 from mrflow.records.chains import Plain, encode_chain, fingerprint
 from mrflow.seeds import check_seed
-from mrflow.spec import ModelInfo, Pixels, Start
+from mrflow.spec import Pixels, Start
 from mrflow.stage import AnyChain, AnyStage, Chain, Plan, plan
 from mrflow.sweep.rows import row_key as row_key
 from mrflow.sweep.rows import seed_of as seed_of

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 from mrflow import recipes, schedules, solvers
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
+from mrflow.model_info import ModelInfo
 from mrflow.records.expressions import expression
 from mrflow.records.pictures import write_bytes
 from mrflow.schedules import Schedule
 from mrflow.solvers import Solver
-from mrflow.spec import ModelInfo, Pixels, Start
+from mrflow.spec import Pixels, Start
 from mrflow.stage import Chain, Plan, plan
 from mrflow.sweep.aims import Scale, as_scale, scale
 from mrflow.sweep.grid import Prompt, Sweep

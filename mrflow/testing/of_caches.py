@@ -11,14 +11,14 @@ from torch import Tensor
 from mrflow.caches import Cache, Evaluation, Rule
 from mrflow.caches.clock import Clock
 from mrflow.flow import Velocity
+from mrflow.model_info import FLUX, Architecture, ModelInfo
+from mrflow.models.block_runner import BlockRunner
 from mrflow.models.fields import step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.layers import Merge
-from mrflow.models.pieces import BlockRunner
 from mrflow.notes import Tally, tallied
 from mrflow.pieces import Pieces, Step, StepFactory
-from mrflow.spec import FLUX, Architecture, ModelInfo
 from mrflow.testing.laws import Law, demand
 from mrflow.testing.of_slots import ALONE, POINTS
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
+from mrflow.model_info import FLUX, QWEN, ModelInfo
 from mrflow.schedules import Schedule, Sigmas
-from mrflow.spec import FLUX, QWEN, ModelInfo
 from mrflow.testing.laws import Law, LawBroken, demand
 from mrflow.testing.toy import TOY
 

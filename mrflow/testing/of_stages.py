@@ -11,12 +11,13 @@ from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.errors import PlanError, PromiseError
 from mrflow.flow import Velocity
 from mrflow.guidance import Distilled
+from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.rivals.growth import dct_matrix, grown
 from mrflow.runner import run
 from mrflow.schedules import shift_static
 from mrflow.solvers import Euler
-from mrflow.spec import Latents, ModelInfo, Pixels, Spec, Start, State
+from mrflow.spec import Latents, Pixels, Spec, Start, State
 from mrflow.stage import AnyChain, AnyStage, Context, Stage, Work
 from mrflow.testing.laws import Law, demand
 from mrflow.testing.toy import Toy, toy

@@ -19,6 +19,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from mrflow.adapters import Lora
 from mrflow.backbone import Condition
 from mrflow.guidance import CFG, Distilled, Guidance, Interval
+from mrflow.model_info import FLUX, QWEN, SCHNELL, LatentSpace, ModelInfo, Shift
 from mrflow.noise import Nested, Noise, PerItem, Stream
 from mrflow.records.chains import encode_chain
 from mrflow.runner import run
@@ -37,7 +38,7 @@ from mrflow.schedules import (
 )
 from mrflow.seeds import MAX_SEED
 from mrflow.solvers import AB2, AB3, RES2S, RK4, DPMpp2M, Euler, Heun, Midpoint, Solver, UniPC
-from mrflow.spec import FLUX, QWEN, SCHNELL, Latents, LatentSpace, ModelInfo, Pixels, Shift, Spec
+from mrflow.spec import Latents, Pixels, Spec
 from mrflow.stage import AnyChain, AnyStage
 from mrflow.stages import Decode, Encode, Quantise, Refine, Reinject, Sample, Upscale
 from mrflow.testing.toy import TOY, toy

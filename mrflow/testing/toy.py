@@ -11,7 +11,7 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions, in_parts
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.spec import Capabilities, LatentSpace, ModelInfo, Shift
+from mrflow.model_info import Capabilities, LatentSpace, ModelInfo, Shift
 from mrflow.upscaler import Upscaler
 from mrflow.upscalers import Interpolate
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import mrflow as mf
 from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, save_file
+from mrflow.model_info import Architecture
 from mrflow.models.blocks import Transformer, TransformerParams
 from mrflow.models.family import Files
 from mrflow.models.latent_model import LatentModel, footprint
@@ -17,7 +18,6 @@ from mrflow.models.layers import Merge, Rope
 from mrflow.models.prepared import prepare_autoencoder, prepare_transformer
 from mrflow.models.transformer_family import TransformerFamily
 from mrflow.pieces import StepFactory
-from mrflow.spec import Architecture
 from mrflow.tokens import pack, unpack
 
 SPACE = mf.LatentSpace("toy-family", 4, 2)

@@ -10,6 +10,7 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import Architecture, LatentSpace, ModelInfo, Shift, flux_facts
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
@@ -17,7 +18,6 @@ from mrflow.models.latent_model import LatentModel, encoded_once, footprint
 from mrflow.models.transformer_model import repeated, side_by_side
 from mrflow.notes import note
 from mrflow.pieces import StepFactory
-from mrflow.spec import Architecture, LatentSpace, ModelInfo, Shift, flux_facts
 
 
 class Flux1(LatentModel):

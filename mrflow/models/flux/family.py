@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mrflow.checkpoints.safetensors import Header, Prepared
+from mrflow.model_info import FLUX, SCHNELL, ModelInfo
 from mrflow.models.family import Files
 from mrflow.models.flux.backbone import Flux1, flux1_info
 from mrflow.models.flux.transformer import Flux
@@ -19,7 +20,6 @@ from mrflow.models.flux.weights import (
     vae_params,
 )
 from mrflow.models.transformer_family import TransformerFamily
-from mrflow.spec import FLUX, SCHNELL, ModelInfo
 
 NATIVE = "decoder.mid.block_1.conv1.weight"  # a name of BFL's autoencoder that the other layout changes
 # XLabs' adapters name a block's joint projections by their processors.

@@ -22,6 +22,7 @@ from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Header, read_header
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
+from mrflow.model_info import EVERYTHING, Architecture, Footprint, LatentSpace, ModelInfo, Shift
 from mrflow.models.block_runner import BlockRunner
 from mrflow.models.encoders import check_prompt
 from mrflow.models.fields import step as flux_step
@@ -32,7 +33,7 @@ from mrflow.models.transformer_model import TransformerModel, repeated, side_by_
 from mrflow.pieces import StepFactory
 from mrflow.scenes import grammar, hard
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
-from mrflow.spec import EVERYTHING, Architecture, Footprint, Latents, LatentSpace, ModelInfo, Shift
+from mrflow.spec import Latents
 from mrflow.stage import Plan
 from mrflow.upscaler import Upscaler
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo, Shift
 from mrflow.models.blocks import Transformer
 from mrflow.models.fields import ModulationTables
 from mrflow.models.folded import Folded
@@ -22,7 +23,6 @@ from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.pieces import StepFactory
-from mrflow.spec import QWEN, Architecture, LatentSpace, ModelInfo, Shift
 
 # Values alive at once per pixel in bfloat16, where norms work in float32: measured on the networks themselves.
 ENCODE, DECODE = 587.0, 676.0

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from mrflow.checkpoints.safetensors import Header, Prepared
 from mrflow.cost import levels
 from mrflow.errors import PlanError
+from mrflow.model_info import QWEN, ModelInfo
 from mrflow.models.encoders import PREFIXES
 from mrflow.models.family import Files, Loading
 from mrflow.models.qwen.backbone import Qwen, qwen_facts, qwen_info
@@ -23,7 +24,6 @@ from mrflow.models.qwen.weights import (
 )
 from mrflow.models.transformer_family import TransformerFamily
 from mrflow.records.files import cache_folder
-from mrflow.spec import QWEN, ModelInfo
 
 
 class QwenFamily(TransformerFamily):

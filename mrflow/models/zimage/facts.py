@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
+from mrflow.model_info import FLUX, Architecture, Capabilities, Footprint, LatentSpace, ModelInfo, Shift
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.latent_model import footprint
 from mrflow.models.zimage.transformer import ZImage
-from mrflow.spec import FLUX, Architecture, Capabilities, Footprint, LatentSpace, ModelInfo, Shift
 
 TEXT_TOKENS = 64  # of a usual prompt in its template, filled up to a multiple of 32
 CAN = Capabilities(positions=True, cache=True, lora=True, together=True, attention=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mrflow.checkpoints.safetensors import Header, Prepared
+from mrflow.model_info import ModelInfo
 from mrflow.models.encoders import PREFIXES
 from mrflow.models.family import Files
 from mrflow.models.flux.family import FluxFamily
@@ -22,7 +23,6 @@ from mrflow.models.zimage.weights import (
     zimage_names,
     zimage_params,
 )
-from mrflow.spec import ModelInfo
 
 
 class ZImageFamily(TransformerFamily):
