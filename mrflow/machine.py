@@ -14,7 +14,9 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{'' if device.type == 'cpu' else f'{device.type}, '}{_processor()}, {torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        threads = f"{count} thread{'s' * (count != 1)}"
+        name = f"{'' if device.type == 'cpu' else f'{device.type}, '}{_processor()}, {threads}"
     return f"{name}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
 
 

@@ -27,8 +27,9 @@ from mrflow.notes import count
 from mrflow.policies import GM, PolicyField, automatic, follow
 from mrflow.records.readable import described
 from mrflow.schedules import Sigmas
-from mrflow.solvers import Solver, Step, integrate
+from mrflow.solvers import FiniteCheck, Solver, Step, integrate
 from mrflow.spec import Latents, Pixels, Spec, Start, State
+from mrflow.tokens import TokenField, pack, unpack
 
 A = TypeVar("A", bound=Spec)
 B = TypeVar("B", bound=Spec)
@@ -393,29 +394,40 @@ class Context:
         info, asked = self.model.info, list[float]()
         options = replace(options, sigmas=() if solver.estimated else tuple(solver.points(sigmas)))
         field = guidance.field(self.model, self.cond, self.negative, options)
+        shape, patch = tuple(x.shape), info.space.patch
+        h, w = x.shape[-2] // patch, x.shape[-1] // patch
+        packed = field.on_tokens(h, w) if solver.pointwise and isinstance(field, TokenField) else None
+        velocity = packed or field
+
+        def there(latents: Tensor) -> Tensor:
+            return latents if packed is None else pack(latents, patch=patch)
+
+        def back(state: Tensor) -> Tensor:
+            return state if packed is None else unpack(state, h, w, patch=patch)
 
         def told(step: Step) -> None:
+            step = replace(step, x=back(step.x), denoised=back(step.denoised))
             for listener in (self.on_step, watch):
                 if listener is not None:
                     listener(step)
 
         def counted(x: Tensor, sigma: float) -> Tensor:
             asked.append(sigma)
-            return field(x, sigma)
+            return velocity(x, sigma)
 
         out = integrate(
             solver,
             counted,
-            x,
+            there(x),
             sigmas,
             on_step=told if self.on_step or watch else None,
             facts=(self.model.info.name,),
-            noise=lambda: self.noise(tuple(x.shape), source=source, draw=next(draws)),
+            noise=lambda: there(self.noise(shape, source=source, draw=next(draws))),
         )
         if options.cache is None and info.cache is None:
-            evals, patch = guidance.evals(asked) * len(x), info.space.patch
-            count(None, evals, evals, evals, tokens=(x.shape[-2] // patch) * (x.shape[-1] // patch))
-        return out
+            evals = guidance.evals(asked) * len(x)
+            count(None, evals, evals, evals, tokens=h * w)
+        return back(out)
 
     def follow(
         self,
@@ -428,7 +440,7 @@ class Context:
     ) -> Tensor:
         """Ask the network for a policy at each level but the last, and follow it to the next one."""
         value = guidance.value if isinstance(guidance, Distilled) else None
-        steps = len(sigmas) - 1
+        steps, check = len(sigmas) - 1, FiniteCheck()
         heat = automatic(steps) if adapter.temperature == "auto" else adapter.temperature
         options = FieldOptions(guidance=value, sigmas=tuple(sigmas[:-1]), loras=tuple(lora), policy=adapter)
         field = self.model.field(self.cond, options)
@@ -439,10 +451,10 @@ class Context:
             if heat is not None and index < steps and isinstance(policy, GM):
                 policy = policy.tempered(heat)
             x = follow(policy, x, sigma, to, shift=field.shift, total=adapter.substeps)
-            if not finite(x):
-                raise NonFiniteError(f"NaN or infinity after step {index} of {steps} ({self.model.info.name})")
+            check.step(x, f"after step {index} of {steps} ({self.model.info.name})")
             if self.on_step is not None:
                 self.on_step(Step(index, steps, sigma, to, x, policy.denoised(x, to) if to else x))
+        check.end()
         return x
 
     def only(self, item: int) -> "Context":

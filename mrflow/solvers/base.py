@@ -37,6 +37,9 @@ class Solver(ABC):
     estimated: ClassVar[bool] = False
     """Whether the picture decides how often it asks, so that `points` is an estimate."""
 
+    pointwise: ClassVar[bool] = False
+    """Whether a step does the same with every value, wherever it lies in x, which may then be packed into tokens."""
+
     @property
     def at_zero(self) -> bool:
         """Whether it was told that it may ask for the field at sigma 0; a solver that never does needs no telling."""
@@ -107,7 +110,7 @@ def integrate(
         PlanError: the levels are not in [0, 1] and falling, `x` holds no floating-point numbers, noise is missing, or
             the solver asks for the field at sigma 0 without having been told that it may.
         PromiseError: the velocity or the noise has another shape than `x`.
-        NonFiniteError: NaN or infinity after a step.
+        NonFiniteError: NaN or infinity after a step; on a GPU once all steps were asked for.
     """
     levels = check_sigmas(sigmas)
     if not x.is_floating_point():
@@ -118,6 +121,7 @@ def integrate(
     steps = len(levels) - 1
     past: History = ()
     newest: list[Tensor] = []
+    check = FiniteCheck()
 
     def checked(x: Tensor, sigma: float) -> Tensor:
         if not 0 < sigma <= 1 and not (sigma == 0 and solver.at_zero):
@@ -132,13 +136,50 @@ def integrate(
             x, past = solver.step(checked, x, sigma, to, past, noise=_like(x, noise(), "the noise"))
         else:
             x, past = solver.step(checked, x, sigma, to, past)
-        if not flow.finite(x):
-            what = "NaN" if bool(torch.isnan(x).any()) else "infinity"
-            where = ", ".join((f"sigma {sigma:g} -> {to:g}", *facts))
-            raise NonFiniteError(f"{what} after step {index} of {steps} ({where})")
+        check.step(x, f"after step {index} of {steps} ({', '.join((f'sigma {sigma:g} -> {to:g}', *facts))})")
         if on_step is not None:
             on_step(Step(index, steps, sigma, to, x, flow.denoised(x, newest[0], to)))
+    check.end()
     return x
+
+
+class FiniteCheck:
+    """Refuses states that hold NaN or infinity: on a CPU after each step, elsewhere once `end` is called.
+
+    To read a number from a GPU is to wait for everything that was asked of it. So each state's largest magnitude, which
+    NaN and infinity go through, stays there until the last step was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Tensor, str]] = []
+
+    def step(self, x: Tensor, where: str) -> None:
+        """Look at a state, or remember to; `where` says which it is, for the error.
+
+        Raises:
+            NonFiniteError: "NaN" or "infinity", and `where`.
+        """
+        if x.device.type != "cpu":
+            self.waiting.append((torch.linalg.vector_norm(x, math.inf), where))
+        elif not flow.finite(x):
+            _refuse(bool(torch.isnan(x).any()), where)
+
+    def end(self) -> None:
+        """Read what was remembered.
+
+        Raises:
+            NonFiniteError: as `step`, of the first state that is not finite.
+        """
+        if not self.waiting:
+            return
+        norms, places = zip(*self.waiting, strict=True)
+        for norm, where in zip(torch.stack(norms).tolist(), places, strict=True):
+            if not math.isfinite(norm):
+                _refuse(math.isnan(norm), where)
+
+
+def _refuse(nan: bool, where: str) -> None:  # noqa: FBT001
+    raise NonFiniteError(f"{'NaN' if nan else 'infinity'} {where}")
 
 
 @lru_cache(maxsize=1024)

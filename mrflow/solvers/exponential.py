@@ -38,6 +38,7 @@ class DEIS(Solver):
     order of the whole is 2 at most, and in the step to 0; an estimate at sigma 1 is infinitely far away and left out.
     """
 
+    pointwise: ClassVar[bool] = True
     order_at_ends: ClassVar[float] = 2.0
     solver_order: int = 2
 
@@ -61,6 +62,7 @@ class RES2M(Solver):
     / 2 for phi_2. One evaluation a step. Euler in the first step and in the step to 0.
     """
 
+    pointwise: ClassVar[bool] = True
     order_at_ends: ClassVar[float] = 2.0
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
@@ -80,6 +82,7 @@ class RES2S(Solver):
     From sigma 1 and to 0, where lambda is infinite, the step is the midpoint rule's in sigma.
     """
 
+    pointwise: ClassVar[bool] = True
     evals: ClassVar[int] = 2
     order_at_ends: ClassVar[float] = 2.0
 
@@ -101,6 +104,7 @@ class RES3S(Solver):
     infinite, the step is Ralston's of order 3 in sigma.
     """
 
+    pointwise: ClassVar[bool] = True
     evals: ClassVar[int] = 3
     order_at_ends: ClassVar[float] = 2.0
 
@@ -127,6 +131,7 @@ class UniPC(Solver):
     `lower_order_final` is on.) One evaluation a step.
     """
 
+    pointwise: ClassVar[bool] = True
     order_at_ends: ClassVar[float] = 2.0
     solver_order: int = 2
     variant: Literal["bh1", "bh2"] = "bh2"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class AB2(Solver):
     One evaluation a step. The first step is Euler's, whose local error h^2 keeps the order at 2.
     """
 
+    pointwise: ClassVar[bool] = True
+
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
         past = (*past, (sigma, v(x, sigma)))
         return _adams(x, to, past), past[-1:]
@@ -30,6 +33,8 @@ class AB3(Solver):
     One evaluation a step, two in the first: it is a midpoint step, the second is AB2's; their local errors h^3 keep the
     order at 3.
     """
+
+    pointwise: ClassVar[bool] = True
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
         now = v(x, sigma)
@@ -52,6 +57,8 @@ class DPMpp2M(Solver):
     clean estimate does not change. Order 2; all the way to 0 the error falls as log(n) / n^2, since the last steps do
     not shrink in lambda.
     """
+
+    pointwise: ClassVar[bool] = True
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
         clean = flow.denoised(x, v(x, sigma), sigma)

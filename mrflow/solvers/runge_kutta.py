@@ -13,6 +13,8 @@ from mrflow.solvers.base import History, Solver, combine
 class Euler(Solver):
     """x + h v, order 1, with h = to - sigma. Exact where the clean estimate does not change."""
 
+    pointwise: ClassVar[bool] = True
+
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
         return combine(x, to - sigma, (1.0,), (v(x, sigma),)), ()
 
@@ -24,6 +26,7 @@ class Heun(Solver):
     A step to 0 is Euler's: its local error h^2 is that of the whole integration, so the order stays 2.
     """
 
+    pointwise: ClassVar[bool] = True
     evals: ClassVar[int] = 2
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
@@ -34,6 +37,7 @@ class Heun(Solver):
 class Midpoint(Solver):
     """x + h v(x + h/2 v1, sigma + h/2): order 2. Its second evaluation lies half-way, so every step is alike."""
 
+    pointwise: ClassVar[bool] = True
     evals: ClassVar[int] = 2
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
@@ -47,6 +51,7 @@ class RK4(Solver):
     A step to 0 is Ralston's of order 3 (1962), which stays above 0: its local error h^4 keeps the whole order at 4.
     """
 
+    pointwise: ClassVar[bool] = True
     evals: ClassVar[int] = 4
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 from itertools import pairwise
 
 import torch
@@ -25,6 +26,8 @@ class StochasticEuler(StochasticSolver):
     noise: in all exp(churn) from 1 to 0, however many steps there are, so finer schedules converge. Too much churn for
     too few steps leaves too little variance, which looks flat and blurred; `variance` says how much.
     """
+
+    pointwise: ClassVar[bool] = True
 
     churn: float = 1.0
 
@@ -80,6 +83,8 @@ class SASolver(StochasticSolver):
     `corrector` of them with that one (0: it does not); that costs nothing. The step to 0 is the estimate itself. The
     reference code changes weights through two estimates by a term of order h^3; this does not.
     """
+
+    pointwise: ClassVar[bool] = True
 
     tau: float = 1.0
     solver_order: int = 2

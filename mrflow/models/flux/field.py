@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mrflow.backbone import Positions, in_parts
 from mrflow.errors import PlanError
+from mrflow.flow import Velocity
 from mrflow.models.fields import ModulationTables
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.layers import Rope
@@ -45,20 +46,34 @@ class FluxField:
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Latents (b, c, h, w) at a level to their velocity, float32."""
-        if x.shape[0] != self.context.shape[0]:
-            raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {self.context.shape[0]}")
         with self.using():
-            table = self.table(sigma)
-            if self.text is None:
-                self.text = self.flow.embed_text(self.context)
-            text = self.text
+            text, table = self._prepared(len(x), sigma)
 
             def one(part: Tensor, index: int) -> Tensor:
-                rope = self._rope(part.shape[2] // 2, part.shape[3] // 2, index)
-                tokens = self.step(pack(part), text, *rope, table, key=self.flow.attention)
-                return unpack(tokens.float(), part.shape[2] // 2, part.shape[3] // 2)
+                h, w = part.shape[2] // 2, part.shape[3] // 2
+                tokens = self.step(pack(part), text, *self._rope(h, w, index), table, key=self.flow.attention)
+                return unpack(tokens.float(), h, w)
 
             return in_parts(self.positions, one, x)
+
+    def on_tokens(self, h: int, w: int) -> Velocity | None:
+        """The same velocities for packed latents (b, h w, d); None where `positions` are given."""
+
+        def velocity(tokens: Tensor, sigma: float) -> Tensor:
+            with self.using():
+                text, table = self._prepared(len(tokens), sigma)
+                return self.step(tokens, text, *self._rope(h, w, 0), table, key=self.flow.attention).float()
+
+        return velocity if self.positions is None else None
+
+    def _prepared(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
+        """The embedded text, and the modulations of a level."""
+        if batch != len(self.context):
+            raise PlanError(f"latents for {batch} pictures met a condition for {len(self.context)}")
+        table = self.table(sigma)
+        if self.text is None:
+            self.text = self.flow.embed_text(self.context)
+        return self.text, table
 
     def _rope(self, h: int, w: int, part: int) -> Rope:
         if (h, w, part) not in self.ropes:

@@ -57,6 +57,7 @@ class QwenField:
         items = [item for branch in branches for item in branch]
         # Equal lengths side by side, so that attention may treat them as a batch.
         self.order = sorted(range(len(items)), key=lambda i: 0 if padded else len(items[i]))
+        self.back = sorted(range(len(items)), key=lambda i: self.order[i])
         self.items = [items[i] for i in self.order]
         self.lengths = tuple(len(item) for item in self.items)
         self.text: Tensor | None = None
@@ -90,9 +91,8 @@ class QwenField:
             tokens = tokens if self.padded else tokens.flatten(0, 1)[None]
             key = (h * w, self.lengths)
         out = self.step(tokens, text, *self.ropes[h, w, part], table, key=key).float()
-        back = torch.empty(len(self.order), dtype=torch.long)
-        back[torch.tensor(self.order)] = torch.arange(len(self.order))
-        return unpack(out.view(len(self.order), h * w, -1)[back.to(out.device)], h, w)
+        items = out.view(len(self.order), h * w, -1).unbind()
+        return unpack(torch.stack([items[i] for i in self.back]), h, w)
 
     def _embedded(self) -> Tensor:
         """The text streams, a batch or one behind the other."""
