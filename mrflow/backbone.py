@@ -5,7 +5,7 @@ another backbone and changes a little of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -98,6 +98,10 @@ class Positions:
     def __post_init__(self) -> None:
         if len(self.at) % self.parts:
             raise PlanError(f"{len(self.at)} positions are not {self.parts} sequences of equal length")
+
+    def to(self, device: torch.device) -> "Positions":
+        """The same positions on a device."""
+        return replace(self, at=self.at.to(device))
 
     def part(self, index: int) -> Float[Tensor, "m 2"]:
         """Where the tokens of one part lie."""

@@ -28,7 +28,8 @@ from mrflow.stage import AnyChain, Plan
 class StageRecord:
     """What one stage did. `data` is its tensor where the run was asked to keep it; `nfe` counts forwards a picture.
 
-    With a cache, `nfe` and `flops` are what was computed (a batch's mean, rounded up), and `notes` say so.
+    With a cache, `nfe` and `flops` are what was computed (a batch's mean, rounded up), and `notes` say so. `seconds`
+    are on the wall; `device_seconds`, on CUDA alone, between the stage's first and last moment in the device's queue.
     """
 
     name: str
@@ -39,6 +40,7 @@ class StageRecord:
     cached: bool
     data: Tensor | None
     notes: tuple[str, ...] = ()
+    device_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,7 @@ def make_record(result: Result, item: int = 0) -> dict[str, object]:
             {"name": s.name, "out": str(s.spec), "seconds": round(s.seconds, 6), "nfe": s.nfe, "cached": s.cached}
             | ({"sigmas": [round(sigma, 6) for sigma in row.sigmas]} if row.sigmas else {})
             | ({"notes": list(s.notes)} if s.notes else {})
+            | ({"device_seconds": round(s.device_seconds, 6)} if s.device_seconds is not None else {})
             for s, row in zip(result.stages, result.plan.rows, strict=True)
         ],
         "batch": len(result.seeds),

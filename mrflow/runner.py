@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
+from mrflow.devices import Stopwatch
 from mrflow.errors import PlanError, PromptError, named
 from mrflow.flow import finite
 from mrflow.forks import check_process
@@ -123,7 +123,7 @@ def run(
 
     _reset_peak(model.device)
     with torch.inference_mode():
-        began = time.perf_counter()
+        watch = Stopwatch(model.device)
         with collected() as lost:
             if unread:
                 note(
@@ -138,8 +138,7 @@ def run(
                 other.check_finite("negative prompt's")
         for text in lost:
             _emit(on_event, Noted(None, text))
-        _synchronise(model.device)
-        condition_seconds = time.perf_counter() - began
+        condition_seconds, _ = watch.stop()
         context = Context(model, cond, other, seeds, "", prompts=prompts)
         keys = cache.keys(whole, model, prompts, seeds, negative, first, condition) if cache is not None else []
         done, found = cache.longest(keys, planned, model.device) if cache is not None else (0, None)
@@ -147,14 +146,13 @@ def run(
         records, data = [], first.data if found is None else found
         for index, (stage, row, scope) in enumerate(zip(stages, planned.rows, scopes(stages), strict=True)):
             _emit(on_event, StageBegan(index, len(stages), row.name, row.out))
-            began, cached, notes = time.perf_counter(), index < done, list[str]()
+            watch, cached, notes = Stopwatch(model.device), index < done, list[str]()
             work = Work() if cached else row.work
             if not cached:
                 inner = replace(context, scope=scope, on_step=_relay(on_event, index, path), sigmas=row.sigmas)
                 where = f"stage {index + 1} of {len(stages)}, {short(stage)}"
                 with collected() as notes, tallied() as tally:
                     data = keep_promise(stage, State(row.spec, data), row.out, inner, where)
-                _synchronise(model.device)
                 if tally.caches or (tally.computed and row.work.estimated):
                     flops = sum(forwards * forward_flops(model.info, tokens) for forwards, tokens in tally.forwards)
                     work = Work(math.ceil(tally.computed / len(prompts)), flops)
@@ -162,11 +160,12 @@ def run(
                     notes.append(str(tally))
                 for text in notes:
                     _emit(on_event, Noted(index, text))
-            seconds = time.perf_counter() - began
+            seconds, own_seconds = watch.stop()
             if cache is not None and not cached:
                 cache.put(keys[index], data)
             kept = data if keep and index >= done - 1 else None
-            records.append(StageRecord(row.name, row.out, seconds, work.nfe, work.flops, cached, kept, tuple(notes)))
+            did = (work.nfe, work.flops, cached, kept, tuple(notes))
+            records.append(StageRecord(row.name, row.out, seconds, *did, None if cached else own_seconds))
             _emit(on_event, StageEnded(index, seconds, cached))
     wide = AnyChain(stages)
     return Result(
@@ -265,13 +264,6 @@ def _relay(listener: Listener | None, index: int, path: list[PathStep] | None) -
 def _emit(listener: Listener | None, event: Event) -> None:
     if listener is not None:
         listener(event)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _reset_peak(device: torch.device) -> None:

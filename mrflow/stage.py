@@ -18,6 +18,7 @@ from mrflow import html
 from mrflow._checks import check_whole
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Backbone, Condition, FieldOptions
+from mrflow.devices import to_device
 from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, named
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
@@ -367,7 +368,7 @@ class Context:
 
     def noise(self, shape: tuple[int, ...], *, source: Noise = PerItem(), draw: int = 0) -> Tensor:
         """Standard normal float32 of `shape` on the model's device; `draw` tells draws within one stage apart."""
-        return source(self.seeds, shape, scope=self.scope, draw=draw).to(self.model.device)
+        return to_device(source(self.seeds, shape, scope=self.scope, draw=draw), self.model.device)
 
     def integrate(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition
+from mrflow.devices import to_device
 from mrflow.errors import PlanError
 from mrflow.models.encoders import padded
 from mrflow.models.language import LanguageText
@@ -57,7 +58,7 @@ class LanguageConditioned(LatentModel):
         width, names = self._flow.params.context, set(cond.tensors)
         if "context" not in names:
             raise PlanError(f"{self._info.name} needs a condition with context, got {sorted(names)}")
-        context = cond["context"].to(self._device)
+        context = to_device(cond["context"], self._device)
         if context.ndim != 3 or context.shape[-1] != width or context.shape[1] == 0:
             raise PlanError(
                 f"{self._info.name} needs context (batch, tokens, {width}), got {tuple(context.shape)}; was the prompt "

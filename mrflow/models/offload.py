@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mrflow._checks import is_whole, require
 from mrflow.checkpoints.safetensors import check_whole
+from mrflow.devices import pinned
 from mrflow.errors import PlanError
 from mrflow.model_info import Offload
 
@@ -205,11 +206,6 @@ def tensors_of(module: nn.Module) -> Iterable[Tensor]:
     """Parameters and buffers."""
     yield from module.parameters()
     yield from module.buffers()
-
-
-def pinned(tensor: Tensor) -> Tensor:
-    """A copy in page-locked memory, from which copies to a GPU run beside its work."""
-    return tensor.pin_memory()
 
 
 def check_offload(offload: str) -> Offload:

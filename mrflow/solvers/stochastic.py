@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
+from mrflow.devices import to_device
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import Architecture, LatentSpace, ModelInfo, Shift, flux_facts
@@ -93,7 +94,7 @@ class Flux1(LatentModel):
                 f"{self._info.name} needs context (batch, tokens, {p.context}) and pooled (batch, {p.pooled}), got "
                 f"{tuple(context.shape)} and {tuple(pooled.shape)}; was the prompt encoded for another model?"
             )
-        return context.to(self._device), pooled.to(self._device)
+        return to_device(context, self._device), to_device(pooled, self._device)
 
 
 def flux1_info(

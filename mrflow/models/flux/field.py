@@ -37,7 +37,7 @@ class FluxField:
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
         positions: Positions | None = None,
     ) -> None:
-        self.positions = positions
+        self.positions = positions and positions.to(context.device)
         self.flow, self.context, self.pooled, self.guidance = flow, context, pooled, guidance
         self.step, self.using = step, using
         self.table = ModulationTables(self._tables, levels)

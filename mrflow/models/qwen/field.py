@@ -52,7 +52,8 @@ class QwenField:
         positions: Positions | None = None,
         padded: bool = False,
     ) -> None:
-        self.net, self.branches, self.positions, self.padded = net, branches, positions, padded
+        self.net, self.branches, self.padded = net, branches, padded
+        self.positions = positions and positions.to(branches[0][0].device)
         self.step, self.table, self.using = step, ModulationTables(tables, levels), using
         items = [item for branch in branches for item in branch]
         # Equal lengths side by side, so that attention may treat them as a batch.
@@ -103,7 +104,7 @@ class QwenField:
     def _rope(self, h: int, w: int, part: int) -> Rope:
         """Rotations of each text in turn, then of each image; of one text and image where they are a batch."""
         device = self.items[0].device
-        whole = self.net.rope(self._positions(h, w, part).to(device))
+        whole = self.net.rope(self._positions(h, w, part))
         if self.batched or self.padded:
             return whole
         start = max(self.lengths)
@@ -114,10 +115,10 @@ class QwenField:
 
     def _positions(self, h: int, w: int, part: int) -> Tensor:
         """Positions of the longest text, then of one image: a grid, or tokens at their places on one."""
-        text, given = max(self.lengths), self.positions
+        text, given, device = max(self.lengths), self.positions, self.items[0].device
         if given is None:
-            return grid_positions(h, w, text)
-        grid = grid_positions(given.height, given.width, text)
+            return grid_positions(h, w, text, device=device)
+        grid = grid_positions(given.height, given.width, text, device=device)
         at = given.part(part)
         image = grid[text].repeat(len(at), 1)  # the first cell, from which positions count
         image[:, 1:] += at.to(image)

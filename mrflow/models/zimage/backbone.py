@@ -42,7 +42,7 @@ class ZImageModel(LanguageConditioned):
         table = ModulationTables(self._tables, options.sigmas if self._runtime.fold else None)
         groups = [
             (
-                rows,
+                *(torch.tensor(r, device=self._device) for r in (rows, [i % batch for i in rows])),
                 ZImageField(
                     self._flow,
                     [texts[i] for i in rows],
@@ -59,8 +59,8 @@ class ZImageModel(LanguageConditioned):
             if x.shape[0] != batch:
                 raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {batch}")
             out = torch.empty(len(texts), *x.shape[1:], device=x.device)
-            for rows, field in groups:
-                out[rows] = field(x[[i % batch for i in rows]], sigma)
+            for rows, items, field in groups:
+                out.index_copy_(0, rows, field(x.index_select(0, items), sigma))
             return out
 
         return velocity

@@ -35,7 +35,7 @@ class ZImageField:
         positions: Positions | None = None,
     ) -> None:
         self.net, self.texts, self.step, self.table, self.using = net, texts, step, table, using
-        self.positions = positions
+        self.positions = positions and positions.to(texts[0].device)
         self.rows = {filled(texts[rows[0]]): rows for rows in alike(texts)}
         self.lengths = tuple(filled(text) for text in texts)
         self.refined: Tensor | None = None
