@@ -105,7 +105,8 @@ class Footprint:
 
     `rest` is the transformer without its blocks and its modulation linears; `text` the encoders without their layers.
     Then values alive at once while it computes, at the most: of a forward per token and channel of its width, of the
-    autoencoder per pixel.
+    autoencoder per pixel. FLUX's autoencoder holds 649 and 769 per pixel on a CPU; on CUDA, where group norms know no
+    channels-last layout, the copies between both layouts are added.
     """
 
     rest: int
@@ -118,8 +119,8 @@ class Footprint:
     text_layers: int = 0
     text_pair: int = 0
     forward_values: float = 22.0
-    encode_values: float = 646.0
-    decode_values: float = 768.0
+    encode_values: float = 777.0
+    decode_values: float = 961.0
 
     @property
     def total(self) -> int:

@@ -9,10 +9,15 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, `now` counts what was made since and still lives, `peak` the most of it; older tensors count nothing."""
+    """Inside, `now` counts what was made since and still lives, `peak` the most of it; older tensors count nothing.
 
-    def __init__(self) -> None:
+    `cuda` adds the copies that torch makes there while a group norm is given channels-last values, and a convolution
+    with such a weight others.
+    """
+
+    def __init__(self, *, cuda: bool = False) -> None:
         super().__init__()
+        self.cuda = cuda
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
@@ -22,6 +27,8 @@ class LiveBytes(TorchDispatchMode):
         for t in tree_iter(out):
             if isinstance(t, torch.Tensor):
                 self._see(t.untyped_storage(), inside)
+        if self.cuda and copied_on_cuda(func.overloadpacket.__name__, args[0]):
+            self.peak = max(self.peak, self.now + args[0].nbytes)
         return out
 
     def _see(self, storage: Any, inside: set[int]) -> None:
@@ -36,3 +43,10 @@ class LiveBytes(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def copied_on_cuda(name: str, x: Any) -> bool:
+    """Whether an operator copies its first argument into another layout before it works."""
+    if name == "native_group_norm":
+        return not x.is_contiguous()
+    return name == "convolution" and x.shape[1] > 1 and not x.is_contiguous(memory_format=torch.channels_last)

@@ -1,13 +1,21 @@
 """Ceilings that hold without a GPU: kernels of a block and bytes of a step, counted at full size on the meta device."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
-from experiments.bench.kernels import block, counting, flux_step, main
+import mrflow as mf
+from experiments.bench.kernels import block, counting, flux_step, main, meta
+from mrflow.checkpoints.blueprint import blueprint
+from mrflow.cost import memory
+from mrflow.models.fields import step
+from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.kernels.ops import FUSED
-from mrflow.models.layers import PLAIN
+from mrflow.models.layers import PLAIN, Ops
+from tests.live import LiveBytes
 
 Counted = cache(block)
 
@@ -48,3 +56,44 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: p
     main()
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 14 and all(row.count("|") == 8 for row in rows)
+
+
+def values_a_pixel(which: str, *, cuda: bool) -> float:
+    """bfloat16 values alive at once per pixel while FLUX's autoencoder encodes or decodes."""
+    with blueprint():
+        vae = VaeFlux(VaeParams()).to(torch.bfloat16)
+        shape = (1, 16, 32, 32) if which == "decode" else (1, 3, 256, 256)
+        x = torch.empty(shape).contiguous(memory_format=torch.channels_last)
+    for p in vae.parameters():
+        if p.ndim == 4 and p.shape[-1] > 1:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), LiveBytes(cuda=cuda) as live:
+        vae.decode(x) if which == "decode" else vae.moments(x)
+    return live.peak / 2 / 256**2
+
+
+def test_memory_of_the_blocks_that_were_measured_is_predicted() -> None:
+    """27.0 GB on one H200, without text encoders. What it takes to say so is the copies between layouts."""
+    foot = mf.FLUX.footprint
+    assert foot is not None
+    for which, said in (("encode", foot.encode_values), ("decode", foot.decode_values)):
+        assert abs(values_a_pixel(which, cuda=True) - said) < 0.01 * said
+        assert values_a_pixel(which, cuda=False) < 0.85 * said
+    alone = replace(foot, text=0, text_layers=0, text_pair=0)
+    planned = memory(mf.plan(mf.recipes.paper(mf.Lanczos(2)), replace(mf.FLUX, footprint=alone)))
+    assert planned is not None and abs(planned.peak / 27.0e9 - 1) < 0.05
+
+
+@pytest.mark.parametrize("ops", [PLAIN, FUSED])
+def test_values_of_a_forward_are_no_more_than_is_said(ops: Ops) -> None:
+    """Of both paths; the kernels leave fewer alive."""
+    params, n, text = FluxParams(double_blocks=2, single_blocks=2), 1024, 512
+    with blueprint():
+        net = meta(Flux(params), ops)
+        tokens, cos = torch.empty(1, n, 64), torch.empty(text + n, 64)
+        words = torch.empty(1, text, params.hidden, dtype=torch.bfloat16)
+        table = torch.empty(1, params.modulations, params.hidden, dtype=torch.bfloat16)
+    with torch.no_grad(), LiveBytes() as live:
+        step(net, tokens, words, cos, cos, table)
+    assert mf.FLUX.footprint is not None
+    assert live.peak / 2 / (n + text) / params.hidden <= mf.FLUX.footprint.forward_values - (4 if ops is FUSED else 0)

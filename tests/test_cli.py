@@ -280,7 +280,19 @@ def test_short_help_and_the_version(here: Path) -> None:
 def test_every_verb_that_loads_a_model_has_the_same_options_for_it(here: Path, verb: str) -> None:
     words = call(verb, "-h")[1]
     wanted = {option_of(field.name) for field in dataclasses.fields(ModelOptions)}
-    names = ["device", "dtype", "offload", "storage", "vae", "text", "compile", "lora", "shift", "text-tokens"]
+    names = [
+        "device",
+        "dtype",
+        "offload",
+        "storage",
+        "compute",
+        "vae",
+        "text",
+        "compile",
+        "lora",
+        "shift",
+        "text-tokens",
+    ]
     assert wanted == {f"--{name}" for name in names}
     assert wanted <= set(re.findall(r"^ +(--[a-z-]+)", words, re.MULTILINE))
 

@@ -31,7 +31,14 @@ from mrflow.sheet import table
 from tests.test_cli import call, here  # noqa: F401
 
 SMALL = ["--size", "64x64", "--low", "32x32", "--steps", "2"]
-OPTIONS = {"storage": "--storage", "start": "--start", "sigma": "--sigma", "own": "--with", "sr": "--sr"}
+OPTIONS = {
+    "storage": "--storage",
+    "compute": "--compute",
+    "start": "--start",
+    "sigma": "--sigma",
+    "own": "--with",
+    "sr": "--sr",
+}
 
 
 def test_slots_are_the_words_of_python() -> None:

@@ -1,6 +1,8 @@
 """8-bit files and 8-bit storage: values against the same file in 32 bits, and files that are not what they say."""
 
 import json
+import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrflow.checkpoints.safetensors import open_checkpoint
-from mrflow.errors import WeightsError
+from mrflow.errors import PlanError, WeightsError
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.weights import flux_diffusers, flux_layout, load_flux, whole_state
-from mrflow.models.fp8 import FP8_MAX, Fp8Linear, described
+from mrflow.models.fp8 import FP8_MAX, Fp8Linear, Fp8Product, check_fp8, described, multiply_fp8
 from tests.parity.test_flux import SMALL, call, inputs, relative, scatter
 
 PARAMS = FluxParams(16, 16, 24, 12, 128, 1, (16, 56, 56), 4.0, 1, 1, guidance=True)
@@ -234,3 +236,75 @@ def test_a_listed_layer_without_its_scale_is_refused(tmp_path: Path) -> None:
         save_file(state, file, metadata=CONFIG)
         with pytest.raises(WeightsError, match=r"double_blocks.0.img_mlp.0.weight is quantised as 'nvfp4'"):
             load_flux(file)
+
+
+def nearest(value: float) -> float:
+    """The float8_e4m3fn that is nearest to a number, ties to even: from the format's definition alone."""
+    table = [(1 + m / 8) * 2.0 ** (e - 7) if e else m / 8 * 2.0**-6 for e in range(16) for m in range(8)][:-1]
+    even = {v: i % 2 == 0 for i, v in enumerate(table)}
+    best = min(table, key=lambda v: (abs(v - abs(value)), not even[v]))
+    return math.copysign(best, value)
+
+
+def slow_product(x: torch.Tensor, linear: Fp8Linear) -> torch.Tensor:
+    """What a product in 8 bits is to give: one number after another, in Python's own arithmetic."""
+    out = torch.empty(len(x), len(linear.weight), dtype=torch.float64)
+    for i, row in enumerate(x.double().tolist()):
+        scale = float(torch.tensor(max(map(abs, row)), dtype=torch.float32) / 448) or 1.0
+        given = [nearest(float(torch.tensor(v, dtype=torch.float32) / scale)) for v in row]
+        for j, weights in enumerate(linear.weight.double().tolist()):
+            total = sum(a * b for a, b in zip(given, weights, strict=True)) * scale * float(linear.scale[j])
+            out[i, j] = total + (0.0 if linear.bias is None else float(linear.bias[j]))
+    return out
+
+
+def in_8_bits(width: int, out: int, *, seed: int = 0, bias: bool = True) -> nn.Module:
+    """A network of one linear with rows of very different sizes."""
+    g = torch.Generator().manual_seed(seed)
+    linear = Fp8Linear(width, out, bias=bias)
+    linear.take(
+        [(torch.randn(out, width, generator=g) * 10.0 ** torch.arange(out)[:, None].sub(out // 2), None)], "cpu"
+    )
+    if linear.bias is not None:
+        linear.bias.data = torch.randn(out, generator=g).bfloat16()
+    return nn.Sequential(linear)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_8_bits_are_what_arithmetic_gives(bias: bool) -> None:
+    net = in_8_bits(32, 16, bias=bias)
+    x = (torch.randn(3, 32) * torch.tensor([[1e-3], [1.0], [300.0]])).bfloat16()
+    x[0, 3] = 0.0
+    want, stored = slow_product(x, net[0]), net(x)
+    multiply_fp8(net, ())
+    got = net(x[None])[0]
+    assert got.dtype == torch.bfloat16 and got.shape == want.shape
+    each = (got.double() - want).norm(dim=0) / want.norm(dim=0)
+    assert float(each.max()) < 4e-3  # bfloat16, once
+    assert 5e-3 < relative(got, stored) < 0.1  # the control: it is lossy, and not another product
+    assert not net(torch.zeros(1, 32).bfloat16()).isnan().any()
+
+
+def test_only_products_that_fit_are_in_8_bits() -> None:
+    fitting, narrow, left = in_8_bits(32, 16)[0], in_8_bits(32, 12)[0], in_8_bits(16, 16)[0]
+    multiply_fp8(nn.ModuleList([fitting, narrow, left]), [left])
+    assert [type(m) for m in (fitting, narrow, left)] == [Fp8Product, Fp8Linear, Fp8Linear]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "said"),
+    [
+        ("cuda", torch.bfloat16, (8, 0), r"8.9 or newer \(Ada, Hopper\), this one has 8.0; use storage='fp8'"),
+        ("mps", torch.bfloat16, None, r"for CUDA, and imitated on a CPU, not for mps; use storage='fp8'"),
+        ("cuda", torch.float16, (9, 0), r"gives bfloat16, not float16; dtype=torch.bfloat16"),
+        ("cuda", torch.bfloat16, (9, 0), None),
+        ("cuda", torch.bfloat16, (8, 9), None),
+        ("cpu", torch.bfloat16, None, None),
+    ],
+)
+def test_products_in_8_bits_are_refused_where_there_are_none(
+    device: str, dtype: torch.dtype, capability: object, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with nullcontext() if said is None else pytest.raises(PlanError, match=said):
+        check_fp8(torch.device(device), dtype)

@@ -53,6 +53,9 @@ class ModelOptions(FactOptions):
         str, typer.Option("--offload", help="none, phase or block: weights leave the device when idle.")
     ] = "none"
     storage: Annotated[str | None, typer.Option("--storage", help="fp8: keep the blocks' matrices in 8 bits.")] = None
+    compute: Annotated[
+        str | None, typer.Option("--compute", help="fp8: multiply in 8 bits too (lossy; Ada, Hopper or newer).")
+    ] = None
     vae: Annotated[str | None, typer.Option("--vae", help="The autoencoder, where it is not beside the model.")] = None
     text: Annotated[
         str | None, typer.Option("--text", help="Text encoders and tokenizers, where not beside the model.")
@@ -70,7 +73,7 @@ class ModelOptions(FactOptions):
         """
         return load_model(
             model, self.device, self.dtype, self.offload, self.storage, self.vae, self.text, self.compile, self.lora,
-            parse_shift(self.shift), self.text_tokens, on_facts,
+            parse_shift(self.shift), self.text_tokens, on_facts, self.compute,
         )  # fmt: skip
 
 

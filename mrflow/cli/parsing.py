@@ -40,6 +40,7 @@ def load_model(
     shift: "Shift | float | None" = None,
     text_tokens: int | None = None,
     on_facts: "Callable[[ModelInfo], object] | None" = None,
+    compute: str | None = None,
 ) -> "Backbone":
     """A model from the words of the command line."""
     import torch
@@ -52,12 +53,15 @@ def load_model(
         raise PlanError(f"--dtype takes {', '.join(dtypes)}, got {dtype!r}")
     if storage not in (None, "fp8"):
         raise PlanError(f"--storage takes fp8, got {storage!r}")
+    if compute not in (None, "fp8"):
+        raise PlanError(f"--compute takes fp8, got {compute!r}")
     return load(
         where,
         dtype=dtypes[dtype] if dtype else None,
         device=device,
         offload=check_offload(offload),
         storage=storage,  # type: ignore[arg-type]  # pyright: ignore  # load says what it takes
+        compute=compute,  # type: ignore[arg-type]  # pyright: ignore
         vae=vae,
         text=text,
         compile=compile,

@@ -31,6 +31,7 @@ def load(
     device: str | torch.device = "auto",
     offload: Offload = "none",
     storage: Literal["fp8"] | None = None,
+    compute: Literal["fp8"] | None = None,
     vae: str | Path | None = None,
     text: str | Path | None = None,
     fold: bool | Chain[Any, Any] = True,
@@ -56,6 +57,8 @@ def load(
         offload: "none", "phase" (text encoders leave the device after use, modulations visit it) or "block" (blocks
             visit it one by one).
         storage: "fp8" keeps the blocks' matrices in 8 bits and computes in `dtype`; this changes the pictures a little.
+        compute: "fp8" also multiplies in 8 bits, inputs rounded token by token: lossy, and named in every record.
+            For GPUs from Ada and Hopper on; a CPU imitates it, which is slow. It implies `storage="fp8"`.
         fold: make the modulations of a schedule once, before its first step; the pictures are the same to the bit. For
             Qwen-Image a chain: those of its levels are made while loading, and kept on disk for the next time, and a
             third of the weights is never loaded; other levels are then refused.
@@ -88,11 +91,21 @@ def load(
         raise PlanError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     if storage not in (None, "fp8"):
         raise PlanError(f"storage must be None or 'fp8', got {storage!r}")
-    runtime = RuntimeOptions(check_offload(offload), bool(fold), compile, graphs, tile, kernels)
+    if compute not in (None, "fp8"):
+        raise PlanError(f"compute must be None or 'fp8', got {compute!r}")
+    storage = storage or compute
+    runtime = RuntimeOptions(check_offload(offload), bool(fold), compile, graphs, tile, kernels, compute)
     inside = shipped(str(where))
     path = Path(where) if inside is None else inside
     if inside is not None or is_pocket(path):
-        given = {"offload": offload != "none", "storage": storage, "vae": vae, "text": text, "compile": compile}
+        given = {
+            "offload": offload != "none",
+            "compute": compute,
+            "storage": storage,
+            "vae": vae,
+            "text": text,
+            "compile": compile,
+        }
         given |= {"fold": isinstance(fold, Chain), "shift": shift is not None, "text_tokens": text_tokens is not None}
         if odd := [name for name, value in given.items() if value]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
@@ -104,6 +117,7 @@ def load(
             f"id such as {hub}, a folder or a file"
         )
     from mrflow.checkpoints.safetensors import compute_dtype
+    from mrflow.models.fp8 import check_fp8
     from mrflow.models.sources import find, fingerprint
 
     if not path.exists() and ("/" not in str(where) or path.suffix == ".safetensors"):
@@ -113,11 +127,13 @@ def load(
         )
     files = find(where, vae=vae, text=text)
     working = dtype or compute_dtype(files.transformer)
+    if compute is not None:
+        check_fp8(chosen, working)
     kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
     version = "/".join((fingerprint(*files.headers), *kept)) + (mark_of(loras) if loras else "")
     chain = fold if isinstance(fold, Chain) else None
     curve = _curve(shift, text_tokens, files.family)
-    said = {"shift": curve, "text": text_tokens}
+    said = {"compute": compute, "shift": curve, "text": text_tokens}
     version += "".join(f"+{name} {value}" for name, value in said.items() if value is not None)
     files = replace(files, curve=curve or files.curve, text_tokens=text_tokens)
     options = Loading(files, version, working, dtype, chosen, storage, runtime, upscaler, chain, loras, on_facts)

@@ -7,7 +7,7 @@ older convention marks itself with a tensor `scaled_fp8` and names scales `<laye
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,11 +20,11 @@ from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import parse_config
 from mrflow.checkpoints.names import ends
 from mrflow.checkpoints.safetensors import Entry, Header, mapped, some
-from mrflow.errors import WeightsError
+from mrflow.errors import PlanError, WeightsError
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 SCALES = (".scale_weight", ".weight_scale")
-ACTIVATIONS = (".scale_input", ".input_scale")  # for products in 8 bits, which are not made here
+ACTIVATIONS = (".scale_input", ".input_scale")  # fixed scales of inputs, which are found for each token here
 MARKS = ("scaled_fp8", ".comfy_quant")
 REFUSED = {
     ".absmax": "bitsandbytes 4-bit or 8-bit",
@@ -145,6 +145,63 @@ class Fp8Linear(nn.Module):
             scales.append(row)
         self.weight = nn.Parameter(torch.cat([w.view(torch.uint8) for w in weights]).view(weights[0].dtype), False)  # noqa: FBT003
         self.scale = torch.cat(scales)
+
+
+class Fp8Product(Fp8Linear):
+    """An 8-bit linear whose inputs are rounded to 8 bits too, with one scale a token, so that the product is in 8 bits.
+
+    Only devices with such products gain by it; elsewhere the same numbers are multiplied as float32.
+    """
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        """(x' w') row scale column scale + bias, in bfloat16; sums are float32."""
+        rows = x.reshape(-1, x.shape[-1])
+        values, scale = rounded_rows(rows)
+        if x.device.type == "cuda":
+            out = torch._scaled_mm(
+                values, self.weight.t(), scale_a=scale, scale_b=self.scale[None], bias=self.bias, out_dtype=x.dtype
+            )
+        else:
+            out = F.linear(values.float(), self.weight.float()) * scale * self.scale
+            out = (out if self.bias is None else out + self.bias.float()).to(x.dtype)
+        return out.unflatten(0, x.shape[:-1])
+
+
+def rounded_rows(x: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n i"], Float[Tensor, "n 1"]]:
+    """Rows as float8_e4m3fn, and the float32 scales that they are to be multiplied with: largest magnitude / 448."""
+    wide = x.float()
+    scale = (wide.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide / scale).to(torch.float8_e4m3fn), scale
+
+
+FIT = 16  # sides of an 8-bit product are multiples of it
+
+
+def multiply_fp8(net: nn.Module, without: Iterable[nn.Module]) -> None:
+    """Have 8-bit linears multiply in 8 bits, but for those in `without` and those whose sides do not fit."""
+    left = set(without)
+    for module in net.modules():
+        if type(module) is Fp8Linear and module not in left and not any(side % FIT for side in module.weight.shape):
+            module.__class__ = Fp8Product
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse devices and dtypes for which there are no products in 8 bits.
+
+    Raises:
+        PlanError: it says which there are.
+    """
+    instead = "use storage='fp8', which keeps the weights in 8 bits and computes in dtype"
+    if dtype != torch.bfloat16:
+        raise PlanError(f"compute='fp8' gives bfloat16, not {str(dtype).removeprefix('torch.')}; dtype=torch.bfloat16")
+    if device.type == "cuda":
+        if (found := torch.cuda.get_device_capability(device)) < (8, 9):
+            raise PlanError(
+                f"compute='fp8' needs a GPU of compute capability 8.9 or newer (Ada, Hopper), this one has "
+                f"{found[0]}.{found[1]}; {instead}"
+            )
+    elif device.type != "cpu":
+        raise PlanError(f"compute='fp8' is for CUDA, and imitated on a CPU, not for {device.type}; {instead}")
 
 
 def store_fp8(module: nn.Module) -> None:

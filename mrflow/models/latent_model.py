@@ -24,6 +24,7 @@ from mrflow.models.block_runner import BlockRunner
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed
 from mrflow.models.fields import step as whole_step
+from mrflow.models.fp8 import multiply_fp8
 from mrflow.models.kernels import compiled, fused
 from mrflow.models.offload import (
     BlockOffloader,
@@ -107,6 +108,8 @@ class LatentModel(TransformerModel):
             layers = text.layers() if isinstance(text, TextEncoder) else ()
             watch((*flow.stack(), *flow.modulators(), *layers), files)
         self._offload = OffloadManager(self._phases(flow, vae), moving=runtime.offload != "none", files=files)
+        if runtime.compute == "fp8":
+            multiply_fp8(flow, flow.modulators())
         if device.type == "cpu":
             widened(flow)
         if runtime.compile:

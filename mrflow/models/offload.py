@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class RuntimeOptions:
     ("block"). `fold` makes a schedule's modulations once, before its first step. `compile` compiles what blocks do
     between matrix products, with the dynamo backend of that name if it is one; otherwise `kernels` takes Triton's on
     CUDA. `graphs` replays each step as a CUDA graph. `tile` has the autoencoder work in tiles of so many latent cells;
-    None: whole, and in tiles only when memory runs out.
+    None: whole, and in tiles only when memory runs out. `compute="fp8"` rounds what 8-bit weights are multiplied with
+    to 8 bits too; it alone changes pictures.
     """
 
     offload: Offload = "none"
@@ -41,6 +42,7 @@ class RuntimeOptions:
     graphs: bool = True
     tile: int | None = None
     kernels: bool = True
+    compute: Literal["fp8"] | None = None
 
     def __post_init__(self) -> None:
         if self.compile and self.offload == "block":
