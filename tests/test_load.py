@@ -465,6 +465,21 @@ def test_memory_is_predicted_to_the_byte_for_weights(repo: Path, offload: Any, s
     assert predicted is not None and model.ledger.peak == predicted.peak
 
 
+def test_products_in_8_bits_are_lossy_and_named_in_the_record(repo: Path) -> None:
+    half = torch.bfloat16
+    stored, model = (loaded(repo, dtype=half, **how) for how in ({"storage": "fp8"}, {"compute": "fp8"}))
+    assert model.info.version == f"{stored.info.version}+compute fp8"
+    want, result = draw(stored), draw(model)
+    assert 1e-4 < relative(result.pixels, want.pixels) < 0.2
+    assert "compute fp8" in json.dumps(result.record())
+    kinds = {type(m).__name__ for block in model.transformer.stack() for m in block.modules() if "Fp8" in str(type(m))}
+    assert kinds == {"Fp8Product", "Fp8Linear"}  # modulations keep the products of `storage`
+    with pytest.raises(PlanError, match="gives bfloat16, not float32; dtype=torch.bfloat16"):
+        mf.load(repo, device="cpu", compute="fp8", dtype=torch.float32)
+    with pytest.raises(PlanError, match="compute must be None or 'fp8', got 'int8'"):
+        loaded(repo, compute="int8")
+
+
 def test_memory_is_predicted_for_values_too(repo: Path) -> None:
     model = loaded(repo)
     for chain in (CHAIN, mf.recipes.native(size=(160, 160), steps=2)):

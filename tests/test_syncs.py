@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +51,16 @@ class Syncs(TorchDispatchMode):
             devices |= {torch.device((kwargs or {}).get("device") or args[0].device).type}
         if len(devices) > 1:
             raise AssertionError(f"{name} copies between devices")
+        return func(*args, **(kwargs or {}))
+
+
+class Lists(TorchFunctionMode):
+    """Refuses numbers of Python's that are copied to the device, which no operator shows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        index = args[1] if func in (Tensor.__getitem__, Tensor.__setitem__) else ()
+        if func is torch.tensor or any(isinstance(i, list) for i in (index if isinstance(index, tuple) else (index,))):
+            raise AssertionError(f"{func.__name__} copies between devices")
         return func(*args, **(kwargs or {}))
 
 
@@ -96,6 +107,7 @@ def guarded(ctx: mf.Context, monkeypatch: pytest.MonkeyPatch, size: tuple[int, i
     def told(step: Step) -> None:
         if step.index == 1:
             guard.enter_context(Syncs())
+            guard.enter_context(Lists())
         if step.index == step.steps:
             guard.close()
 

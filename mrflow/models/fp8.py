@@ -164,7 +164,8 @@ class Fp8Product(Fp8Linear):
         else:
             out = F.linear(values.float(), self.weight.float()) * scale * self.scale
             out = (out if self.bias is None else out + self.bias.float()).to(x.dtype)
-        return out.unflatten(0, x.shape[:-1])
+        product: Tensor = out.unflatten(0, x.shape[:-1])
+        return product
 
 
 def rounded_rows(x: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n i"], Float[Tensor, "n 1"]]:
