@@ -45,7 +45,7 @@ def _tests(*names: str) -> tuple[str, ...]:
 PARTS: Mapping[str, Part] = {
     "flow": Part(("mrflow/flow.py",), _tests("flow", "schedules", "solvers", "integrate")),
     "schedules": Part(
-        ("mrflow/schedules.py", "mrflow/schedules/*"), _tests("schedules", "laws", "published", "comfyui_schedules")
+        ("mrflow/schedules.py", "mrflow/schedules/*"), _tests("schedules", "laws", "comfyui_schedules", "optimised")
     ),
     "solvers": Part(("mrflow/solvers/*",), _tests("solvers", "integrate", "adaptive", "exponential", "ground_truths")),
     "guidance": Part(("mrflow/guidance.py", "mrflow/guidance/*"), _tests("guidance", "guidance_variants")),

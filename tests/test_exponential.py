@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.errors import PlanError
-from mrflow.solvers import DEIS, RES2M, RES2S, RES3S, SASolver, Solver, UniPC, integrate
+from mrflow.solvers import DEIS, RES2M, RES2S, RES3S, DPMpp2M, SASolver, Solver, UniPC, integrate
 from mrflow.solvers.base import half_log_snr
 from mrflow.solvers.exponential import exponential_weights, phi
 from mrflow.testing import check_solver
@@ -137,6 +137,21 @@ def test_unipc_is_that_of_diffusers(order: int, variant: Any, start: float) -> N
     same = 6 if order == 3 else 7 if variant == "bh1" else 8
     for mine, other in zip(states(UniPC(order, variant), levels, latents())[:same], want[:same], strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12 if start < 1 else 1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("start", [0.9, 0.6])
+def test_dpmpp_is_that_of_diffusers(start: float) -> None:
+    """Below sigma 1, where its steps are finite, to the float32 that diffusers computes in."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    levels = [start * (1 - i / 8) ** 1.2 for i in range(9)]
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, lower_order_final=False
+    )
+    scheduler.set_timesteps(8)
+    for mine, other in zip(states(DPMpp2M(), levels, latents())[:7], theirs(scheduler, levels)[:7], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parity

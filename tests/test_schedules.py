@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from mrflow.schedules import (
     stretch,
     unshift,
 )
+from mrflow.schedules.base import scale
 from tests.strategies import FEW, LAW, falling, levels, models, schedules, starts, step_counts, tokens
 
 stats: Any = importlib.import_module("scipy.stats")
@@ -393,3 +395,28 @@ def test_settings_are_keyword_only() -> None:
     for kind in kinds:
         with pytest.raises(TypeError, match="positional"):
             kind(4, 1.0)
+
+
+def test_the_last_level_of_the_even_grid_is_where_it_ends_before_0() -> None:
+    """Stable Diffusion 3's grid: even from 1 to `last`, then 0; the shift of mu = 0 leaves it alone."""
+    curve = replace(Shift.fixed(1.0), last=0.1)
+    close(Shifted(5, shift=curve)(1.0, 16, FLUX), [1.0, 0.775, 0.55, 0.325, 0.1, 0.0], within=1e-12)
+    close(Shifted(2, shift=curve)(0.5, 16, FLUX), [0.5, 0.05, 0.0], within=1e-12)
+
+
+def test_levels_that_meet_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"level 2 and level 3 of 4 the same value 0.25; take fewer steps"):
+        scale((1.0, 0.5, 0.5, 0.0), 0.5)
+    assert scale((1.0, 0.5, 0.25, 0.0), 0.5) == (0.5, 0.25, 0.125, 0.0)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_the_beta_distributions_ends_are_bounded(name: str) -> None:
+    with pytest.raises(PlanError, match=f"^{name} must be"):
+        Beta(4, **{name: 0.2})
+    Beta(4, **{name: 0.25})
+
+
+def test_what_is_shifted_is_a_noise_level() -> None:
+    with pytest.raises(PlanError, match="^a noise level must be"):
+        shift_static(1.5, 3.0)

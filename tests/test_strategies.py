@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import mrflow as mf
 from mrflow.backbone import Condition
-from mrflow.model_info import FLUX, ModelInfo
+from mrflow.model_info import FLUX, ModelInfo, Shift
 from mrflow.records.chains import decode_chain, encode_chain
 from mrflow.spec import Spec
 from mrflow.testing import TOY
@@ -91,6 +91,19 @@ def test_counterexamples_are_readable(strategy, fails: Callable[[object], bool],
         assert found.stages[0] == mf.Sample(4, 8, mf.Linear(1))
     else:
         assert repr(found) == simplest
+
+
+@LAW
+@given(some.shifts(), some.few_steps, some.starts, some.tokens)
+def test_shifts_are_defined_at_every_size(shift: Shift, steps: int, start: float, tokens: int) -> None:
+    sigmas = mf.Shifted(steps, shift=shift)(start, tokens, TOY)
+    assert len(sigmas) == steps + 1 and all(b < a for a, b in pairwise(sigmas))
+
+
+@LAW
+@given(some.falling(last=0.0))
+def test_falling_levels_to_0_are_a_schedule(levels: tuple[float, ...]) -> None:
+    assert mf.Explicit(levels)(levels[0], 16, TOY) == levels and levels[-1] == 0.0
 
 
 @pytest.mark.parametrize(("profile", "same"), [("default", True), ("ci", True), ("nightly", False)])

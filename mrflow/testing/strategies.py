@@ -85,11 +85,15 @@ solvers: SearchStrategy[Solver] = st.sampled_from(
 
 @st.composite
 def shifts(draw: DrawFn) -> Shift:
-    """Resolution-dependent curves as models have them, with and without a terminal; rising with the tokens."""
+    """Resolution-dependent curves as models have them, with and without a terminal; rising with the tokens.
+
+    They are defined at every number of tokens: a linear one's factor stays above 0 down to a single token.
+    """
     low, high = draw(st.floats(0.05, 2.0)), draw(st.floats(0.05, 2.0))
     terminal = draw(st.none() | st.floats(0.001, 0.5))
-    kind = draw(st.sampled_from(["exponential", "linear"]))
-    return Shift(low, max(low, high), terminal=terminal, kind="linear" if kind == "linear" else "exponential")
+    if draw(st.sampled_from(["exponential", "linear"])) == "exponential":
+        return Shift(low, max(low, high), terminal=terminal)
+    return Shift(low, min(max(low, high), 14 * low), terminal=terminal, kind="linear")
 
 
 @st.composite
