@@ -48,7 +48,7 @@ PARTS: Mapping[str, Part] = {
         ("mrflow/schedules.py", "mrflow/schedules/*"), _tests("schedules", "laws", "comfyui_schedules", "optimised")
     ),
     "solvers": Part(("mrflow/solvers/*",), _tests("solvers", "integrate", "adaptive", "exponential", "ground_truths")),
-    "guidance": Part(("mrflow/guidance.py", "mrflow/guidance/*"), _tests("guidance", "guidance_variants")),
+    "guidance": Part(("mrflow/guidance.py", "mrflow/guidance/*"), _tests("guidance", "guidance_variants", "nag")),
     "noise": Part(("mrflow/noise.py", "mrflow/seeds.py"), _tests("flow", "stage", "run")),
     "stages": Part(
         ("mrflow/stages/*",),

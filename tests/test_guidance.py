@@ -15,6 +15,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import CFG, Distilled, Guidance, Interval, own_guidance, token_norm
 from mrflow.model_info import FLUX, QWEN, SCHNELL, ModelInfo
+from mrflow.notes import collected
 from mrflow.schedules import Linear
 from mrflow.solvers import RK4, Heun, Solver, integrate
 
@@ -205,3 +206,57 @@ def test_what_models_are_published_with() -> None:
     assert own_guidance(FLUX) == Distilled()
     assert own_guidance(SCHNELL) == Distilled()
     assert own_guidance(QWEN) == CFG(4.0, rescale=True)
+
+
+class Tight(Mock):
+    """A backbone that takes both branches at once, where there is room."""
+
+    def __init__(self, *, room: bool = False) -> None:
+        super().__init__()
+        self.room = room
+        self._info = replace(self._info, capabilities=mf.Capabilities(together=True))
+        self.options: list[mf.FieldOptions] = []
+
+    def field(self, cond: Condition, options: mf.FieldOptions = mf.FieldOptions()) -> Velocity:
+        self.options.append(options)
+        inner = super().field(cond, options)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            if options.beside and not self.room:
+                raise MemoryError
+            others = (Mock.field(self, other, options)(x, sigma) for other in options.beside)
+            return torch.cat((inner(x, sigma), *others))
+
+        return velocity
+
+
+def test_branches_that_fit_are_asked_for_at_once() -> None:
+    roomy, mock, options = Tight(room=True), Mock(), mf.FieldOptions(sigmas=(1.0, 0.5))
+    cond, negative = mock.condition(["a", "b"]), mock.condition(["xyz"])
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    together, apart = (CFG(2.0).field(model, cond, negative, options) for model in (roomy, mock))
+    assert all(torch.equal(together(x, sigma), apart(x, sigma)) for sigma in options.sigmas)
+    (own,) = roomy.options
+    assert own == replace(options, beside=own.beside) and len(own.beside) == 1
+    CFG(2.0, packed=False).field(roomy, cond, negative, options)
+    assert roomy.options[1:] == [options, options]
+
+
+def test_the_branches_of_an_interval() -> None:
+    """The inner guidance's where it holds, then the conditional alone elsewhere."""
+    interval = Interval(CFG(2.0), 0.2, 0.8)
+    assert interval.branches((1.0, 0.8, 0.5, 0.2)) == ((0.8, 0.5), (0.8, 0.5), (1.0, 0.2))
+
+
+def test_branches_that_do_not_fit_take_turns_with_the_same_options() -> None:
+    tight, options = Tight(), mf.FieldOptions(sigmas=(1.0, 0.5))
+    cond, negative = tight.condition(["a", "b"]), tight.condition(["xyz"])
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    with collected() as notes:
+        field = CFG(2.0).field(tight, cond, negative, options)
+        got = [field(x, sigma) for sigma in options.sigmas]
+    mock = Mock()
+    apart = CFG(2.0).field(mock, cond, negative, options)
+    assert all(torch.equal(a, apart(x, sigma)) for a, sigma in zip(got, options.sigmas, strict=True))
+    assert [bool(o.beside) for o in tight.options] == [True, False, False] and tight.options[1:] == [options, options]
+    assert notes == ["both branches of the guidance do not fit into memory at once; they take turns from here on"]
