@@ -9,16 +9,21 @@ import sys
 if sys.argv[:1] == ["-m"] and sys.path:  # `python -m mrflow` looks here first: no file here shall hide a module
     sys.path.append(sys.path.pop(0))
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mrflow._api import *  # noqa: F403
 
-try:
-    __version__ = version("mrflow")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__: str
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mrflow")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"
 
 
 def _public(package: str = "mrflow") -> dict[str, str]:
@@ -35,6 +40,9 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
     from importlib.util import find_spec
 
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
     if not name.startswith("_"):
         if find_spec(f"mrflow.{name}") is not None:
             return import_module(f"mrflow.{name}")

@@ -226,7 +226,7 @@ def _busy(pid: int) -> bool:
 @pytest.mark.slow
 def test_help_is_quick_and_imports_are_light(here: Path) -> None:
     code = (
-        "import sys, mrflow.cli; assert 'torch' not in sys.modules; import mrflow; mrflow.run; "
+        "import sys, mrflow.cli.app; assert 'torch' not in sys.modules; import mrflow; mrflow.run; "
         "bad = {'transformers', 'diffusers', 'matplotlib', 'torchvision'} & set(sys.modules); assert not bad, bad"
     )
     bare = {k: v for k, v in os.environ.items() if k != "HOME"}

@@ -85,3 +85,52 @@ def test_a_worker_is_killed_in_the_middle(tmp_path: Path) -> None:
 def test_pools_are_checked() -> None:
     with pytest.raises(mf.PlanError, match="at least one worker"):
         Pool(0)
+
+
+STAGES = """
+from dataclasses import dataclass
+import mrflow as mf
+from beside import tinted
+
+@dataclass(frozen=True)
+class Tint(mf.Stage[mf.Pixels, mf.Pixels]):
+    amount: float = 0.5
+
+    def plan(self, spec, model):
+        return spec
+
+    def apply(self, state, out, ctx):
+        return tinted(state.data, self.amount)
+
+class Mean:
+    names = ("mean",)
+    key = "mean 1"
+
+    def measure(self, pixels, prompts):
+        return [{"mean": float(each.mean())} for each in pixels]
+
+chain = mf.recipes.native(size=(32, 32), steps=1) >> Tint()
+sweep = mf.Sweep({"tinted": chain}, ["a big red circle", "the word CAT"], seeds=(0, 1), metrics=[Mean()])
+"""
+
+
+@pytest.mark.slow
+def test_stages_of_the_sweeps_own_file_reach_the_workers(tmp_path: Path) -> None:
+    """A stage and a metric of the sweep's file, which imports its neighbour: rows as of one process, with its keys."""
+    pytest.importorskip("ray")
+    (tmp_path / "s.py").write_text(STAGES)
+    (tmp_path / "beside.py").write_text("def tinted(pixels, amount):\n    return pixels * amount\n")
+    root = str(Path(__file__).parents[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "RAY_USAGE_STATS_ENABLED": "0"}
+    summaries: list[dict[str, object]] = []
+    for engine in (["--engine", "ray", "--workers", "1"], []):
+        out = ["--out", "ray" if engine else "local", "--batch", "2", "--json"]
+        words = [sys.executable, "-W", "ignore", "-m", "mrflow", "sweep", "s.py", *out, *engine]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        summaries.append(json.loads(done.stdout))
+    assert summaries[0] == {**summaries[1], "folder": summaries[0]["folder"]}
+    assert summaries[0]["made"] == 4 and summaries[0]["failed"] == summaries[0]["left"] == 0
+    assert facts(read(tmp_path / "ray")) == facts(read(tmp_path / "local"))
+    assert pictures(tmp_path / "ray") == pictures(tmp_path / "local")
+    assert all("mean" in row.metrics for row in read(tmp_path / "ray"))

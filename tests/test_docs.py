@@ -1,5 +1,6 @@
 """The documentation runs: every Python block, every mrflow command in README, every docstring example, every link."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for command in commands:
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0, (command, result.stderr)
+
+
+def test_every_fault_of_the_table_has_a_test_that_exists() -> None:
+    text = (ROOT / "docs/reference/reliability.md").read_text(encoding="utf-8").split("## Faults")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| (\d+) \|(.*)\|$", text, re.M))
+    assert list(rows) == [str(number) for number in range(1, 66)]
+    defined: dict[str, set[str]] = {}
+    for number, row in rows.items():
+        named = re.findall(r"`(test_\w+)?::(test_\w+)`", row)
+        assert named, number
+        file = ""
+        for given, name in named:
+            file = given or file
+            if file not in defined:
+                tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
+                defined[file] = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert name in defined[file], f"{number}: {file} has no {name}"
 
 
 def test_the_two_commands_are_targets_and_ci_calls_them() -> None:

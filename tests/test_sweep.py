@@ -514,6 +514,31 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+class Looked(str):
+    """A text that counts how often it is compared or hashed."""
+
+    __slots__ = ()
+    looks = 0
+
+    def __eq__(self, other: object) -> bool:
+        Looked.looks += 1
+        return str.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        Looked.looks += 1
+        return str.__hash__(self)
+
+
+def test_many_prompts_are_looked_at_a_few_times_each() -> None:
+    count = 16_000
+    texts = [Looked(f"thing {i}") for i in range(count)]
+    assert mf.Sweep({"a": paper()}, texts).rows == count
+    assert 0 < Looked.looks < 5 * count
+    with pytest.raises(mf.PlanError, match="'thing 5' is there twice"):
+        mf.Sweep({"a": paper()}, [*texts, Looked("thing 5")])
+    assert Looked.looks < 20 * count
+
+
 def test_prompts_may_come_from_a_generator() -> None:
     def some() -> Iterator[str]:
         yield from ("x", "y")

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,8 @@ from unittest.mock import patch
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
+from typer import Typer, testing
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import mrflow as mf
@@ -169,7 +171,7 @@ class Inputs:
         for _ in range(rng.randint(0, 4)):
             words += [rng.choice(OPTIONS), rng.choice(ODD)][: rng.choice((1, 2, 2, 2))]
         draws = verb in ("generate", "run", "refine", "sweep", "tune", "replay")
-        with patch.object(Pocket, "condition", undrawn):
+        with patch.object(Pocket, "condition", undrawn), patch.object(testing, "_get_command", command):
             done = CliRunner().invoke(app, [verb, *(["none"] if draws else []), *words])
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception
@@ -274,6 +276,12 @@ class Inputs:
             return f"grew by {grown >> 20} MiB"
         took = time.process_time() - began
         return f"took {took:.0f} s" if took > LIMIT else None
+
+
+@cache
+def command(app: Typer) -> object:
+    """The verbs and options, which take three times as long to make as to call."""
+    return get_command(app)
 
 
 def undrawn(model: Pocket, prompts: object) -> mf.Condition:

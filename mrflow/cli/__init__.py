@@ -1,3 +1,27 @@
 """The command line: one file a group of verbs, parsing, and what is shown."""
 
-from mrflow.cli.app import main as main
+
+def main() -> None:
+    """The entry point. Ctrl-C ends it with 130 also while it begins and ends, when nothing is written."""
+    import signal
+    import sys
+    import threading
+
+    from mrflow.interrupts import GRACE, end_at_once
+
+    def ended(number: int, frame: object) -> None:
+        sys.stdout.flush()
+        sys.stderr.write("stopped\n")
+        end_at_once(number)
+
+    signal.signal(signal.SIGINT, ended)
+    from mrflow.cli.app import main as run
+
+    try:
+        run()
+    except SystemExit as end:
+        if end.code in (130, 143):  # Python waits for threads, such as downloads
+            left = threading.Timer(GRACE, end_at_once, (int(end.code) - 128,))
+            left.daemon = True
+            left.start()
+        raise

@@ -9,8 +9,9 @@ import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import traceback
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NoReturn
@@ -18,6 +19,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from mrflow.errors import MrflowError
+from mrflow.interrupts import GRACE, end_at_once, listening
 from mrflow.notes import printable
 
 CRASHED = 1
@@ -41,46 +43,72 @@ class _Handler(logging.Handler):
                 sys.stderr.write(f"{printable(in_options(self.format(record)))}\n")
 
 
+STOPPED = "stopped; every file that was named is whole"
+
+
 @contextmanager
 def console() -> Generator[Console]:
     """A console on stderr. Errors end the program with one text and an exit code, never with a traceback.
 
-    Those of mrflow with their own code; whatever else is raised with `CRASHED`, and its traceback in a file.
+    Those of mrflow with their own code; whatever else is raised with `CRASHED`, and its traceback in a file. SIGINT and
+    SIGTERM end it with 130 and 143: what runs is interrupted, and what does not let itself be, as a download in other
+    threads or one long operation, ends with the process after `GRACE` seconds.
     """
     err = Plain(stderr=True, highlight=False, soft_wrap=True, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Handler()])
+    asked: list[int] = []
+    over = threading.Event()
 
-    def ended(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, ended)
+    def told(number: int) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            threading.Thread(target=leave, args=(GRACE,), daemon=True).start()
+        else:
+            leave(0)
+
+    def leave(after: float) -> None:
+        if not over.wait(after):
+            err.print(STOPPED)
+            end_at_once(asked[0])
+
     try:
-        yield err
-    except MrflowError as error:
-        err.print(f"error: {in_options(str(error))}")
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        err.print("stopped; every file that was named is whole")
-        raise SystemExit(130) from None
-    except MemoryError:
-        err.print("error: out of memory; try a smaller --size or --batch")
-        raise SystemExit(5) from None
-    except BrokenPipeError:  # whoever read the results has had enough
-        _silence()
-        raise SystemExit(128 + signal.SIGPIPE) from None
-    except OSError as error:
-        if error.errno in OUTPUT and error.filename is None:
-            _silence()
-            err.print(f"error: standard output takes nothing ({error.strerror})")
-            raise SystemExit(5) from None
-        if error.filename is not None:  # a name that is too long, a folder that may not be looked into
-            err.print(f"error: {str(error.filename)[:200]}: {error.strerror}")
-            raise SystemExit(5) from None
-        raise SystemExit(_crash(err, error)) from None
-    except Exception as error:
-        raise SystemExit(_crash(err, error)) from None
+        with listening(interrupt, told):
+            yield err
+    except SystemExit as end:
+        if asked and end.code != 128 + asked[0]:
+            raise SystemExit(_ended(err, end, asked)) from None
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        raise SystemExit(_ended(err, error, asked)) from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        over.set()
+
+
+def _ended(err: Console, error: BaseException, asked: Sequence[int]) -> int:
+    """Say in one text how the program ends; the exit code. What is raised after a signal came of the signal."""
+    if asked or isinstance(error, KeyboardInterrupt):
+        err.print(STOPPED)
+        return 128 + (*asked, signal.SIGINT)[0]
+    if isinstance(error, MrflowError):
+        err.print(f"error: {in_options(str(error))}")
+        return error.exit_code
+    if isinstance(error, MemoryError):
+        err.print("error: out of memory; try a smaller --size or --batch")
+        return 5
+    if isinstance(error, BrokenPipeError):  # whoever read the results has had enough
+        _silence()
+        return 128 + signal.SIGPIPE
+    if isinstance(error, OSError) and error.errno in OUTPUT and error.filename is None:
+        _silence()
+        err.print(f"error: standard output takes nothing ({error.strerror})")
+        return 5
+    if isinstance(error, OSError) and error.filename is not None:  # a name too long, a folder that may not be entered
+        err.print(f"error: {str(error.filename)[:200]}: {error.strerror}")
+        return 5
+    return _crash(err, error)
 
 
 ALIASES = {"upscaler": "--sr", "net": "--sr", "types": "--with", "files": "--file"}

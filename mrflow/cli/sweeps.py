@@ -1,16 +1,12 @@
 """The verbs for many pictures: sweep, report, tune. Thin; nothing heavy is imported before it is needed."""
 
 import json
-import os
-import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +16,7 @@ from mrflow.cli.display import console, duration, width, wrapped
 from mrflow.cli.options import Json, ModelOptions, refuse
 from mrflow.cli.parsing import load_file, module_name
 from mrflow.errors import PlanError
+from mrflow.interrupts import end_at_once, listening
 from mrflow.notes import printable
 
 if TYPE_CHECKING:
@@ -192,44 +189,19 @@ def plan_lines(planned: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def stopping() -> Generator[tuple[threading.Event, list[int]]]:
-    """The first SIGINT or SIGTERM asks to stop after the batch that is being made, the second stops at once.
-
-    Signals are read by a thread of their own, so that the second ends the process whatever the first one waits for.
-    """
+    """The first SIGINT or SIGTERM asks to stop after the batch that is being made, the second stops at once."""
     stop, code = threading.Event(), [130]
-    if threading.current_thread() is not threading.main_thread():
+
+    def told(number: int) -> None:
+        if stop.is_set():
+            end_at_once(number)
+        code[0] = 128 + number
+        stop.set()
+        with suppress(OSError, ValueError):
+            sys.stderr.write("\nstopping after this batch; once more stops at once\n")
+
+    with listening(lambda number, frame: None, told):
         yield stop, code
-        return
-
-    def listen() -> None:
-        while number := hear.recv(1)[0:1]:
-            if number[0] not in (signal.SIGINT, signal.SIGTERM):
-                continue
-            if stop.is_set():
-                os._exit(128 + number[0])
-            code[0] = 128 + number[0]
-            stop.set()
-            with suppress(OSError, ValueError):
-                sys.stderr.write("\nstopping after this batch; once more stops at once\n")
-
-    def nothing(number: int, frame: FrameType | None) -> None:
-        """Python passes a signal on to the thread only if it has a handler."""
-
-    say, hear = socket.socketpair()
-    say.setblocking(False)
-    thread = threading.Thread(target=listen, daemon=True, name="mrflow signals")
-    thread.start()
-    before = {number: signal.signal(number, nothing) for number in (signal.SIGINT, signal.SIGTERM)}
-    old = signal.set_wakeup_fd(say.fileno(), warn_on_full_buffer=False)
-    try:
-        yield stop, code
-    finally:
-        signal.set_wakeup_fd(old)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        say.close()
-        thread.join(1)
-        hear.close()
 
 
 @contextmanager

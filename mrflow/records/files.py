@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 import uuid
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
 from mrflow.errors import ResourceError, WeightsError
+from mrflow.interrupts import held
 
 _known: ContextVar[tuple[Path, ...]] = ContextVar("known", default=())
 
@@ -141,8 +143,28 @@ def drafting(path: Path) -> Generator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        with suppress(OSError):  # it was renamed, or its folder is none
+        with held(), suppress(OSError):  # it was renamed, or its folder is none
             temporary.unlink()
+
+
+@contextmanager
+def filling(folder: Path) -> Generator[Path]:
+    """A folder inside `folder`, which is empty or new: what is put there lies in `folder` at the end, or is removed."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = temporary_beside(folder / "draft")
+    try:
+        draft.mkdir()
+        yield draft
+        with held():
+            for path in draft.iterdir():
+                path.rename(folder / path.name)
+            new = False
+    finally:
+        with held(), suppress(OSError):
+            shutil.rmtree(draft, ignore_errors=True)
+            if new:
+                folder.rmdir()
 
 
 @contextmanager

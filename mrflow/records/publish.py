@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mrflow.errors import PlanError, ResourceError
+from mrflow.interrupts import held
 from mrflow.records.files import temporary_beside
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
@@ -23,6 +24,11 @@ def publish(files: Mapping[Path, bytes], *, force: bool = False) -> None:
         TakenError: a name is taken, also by another process since it was chosen; then none of the files is there.
         ResourceError: the disk is full, or a folder takes no file.
     """
+    with held():
+        _publish(files, force=force)
+
+
+def _publish(files: Mapping[Path, bytes], *, force: bool) -> None:
     drafts = {path: temporary_beside(path) for path in files}
     placed: list[Path] = []
     path = next(iter(files))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mrflow.errors import PlanError, ResourceError
-from mrflow.records.files import beneath, read_regular, write_bytes
+from mrflow.records.files import beneath, filling, read_regular, write_bytes
 from mrflow.sweep.rows import Row
 from mrflow.sweep.tables import flat
 
@@ -37,21 +37,23 @@ def write_dataset(rows: Sequence[Row], folder: str | Path, out: Path) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError(f"{out} exists and is not empty; choose another --out")
     names, lines = flat(done)
-    train = out / "train"
+    text: list[str] = []
     try:
-        train.mkdir(parents=True, exist_ok=True)
-        text: list[str] = []
-        for row, line in zip(done, lines, strict=True):
-            name = f"{row.key}.png"
-            path = beneath(Path(folder), str(row.picture))
-            if path is None:
-                raise ValueError(f"{row.picture} does not lie in {folder}")
-            write_bytes(train / name, read_regular(path, most=MAX_PICTURE))
-            facts = {key: value for key, value in zip(names, line, strict=True) if key not in LEFT_OUT}
-            text.append(json.dumps({"file_name": name, **facts}))
+        with filling(out) as draft:
+            train = draft / "train"
+            train.mkdir()
+            for row, line in zip(done, lines, strict=True):
+                name = f"{row.key}.png"
+                path = beneath(Path(folder), str(row.picture))
+                if path is None:
+                    raise ValueError(f"{row.picture} does not lie in {folder}")
+                write_bytes(train / name, read_regular(path, most=MAX_PICTURE))
+                facts = {key: value for key, value in zip(names, line, strict=True) if key not in LEFT_OUT}
+                text.append(json.dumps({"file_name": name, **facts}))
+            write_bytes(train / "metadata.jsonl", ("\n".join(text) + "\n").encode())
+            chains = len({row.chain for row in done})
+            card = CARD.format(name=out.name, count=len(done), chains=chains, model=done[0].model)
+            write_bytes(draft / "README.md", card.encode())
     except (OSError, ValueError) as error:
         raise ResourceError(f"{out} could not be filled: {error}") from None
-    write_bytes(train / "metadata.jsonl", ("\n".join(text) + "\n").encode())
-    card = CARD.format(name=out.name, count=len(done), chains=len({r.chain for r in done}), model=done[0].model)
-    write_bytes(out / "README.md", card.encode())
     return len(done)

@@ -447,6 +447,7 @@ def load_pocket(
     check_parts(header, modules)
     from mrflow.models import lora
 
+    changes = lora.changes(flow, loras, "pocket")
     files = sorted({entry.file for entry in header.tensors.values()})
     version = header.metadata.get("version", "")
     info = replace(
@@ -461,7 +462,7 @@ def load_pocket(
     for part, module in modules.items():
         module.load_state_dict(parts[part], strict=True, assign=True)
     say_other_teacher(loras, version)
-    lora.merge(flow, lora.changes(flow, loras, "pocket"))
+    lora.merge(flow, changes)
     return Pocket(
         text=text,
         flow=flow,
