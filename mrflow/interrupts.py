@@ -14,6 +14,8 @@ GRACE = 3.0
 naming = threading.RLock()
 """Held while files get their names: whoever ends the process at once takes it first."""
 
+_ears: list[threading.Thread] = []
+
 
 @contextmanager
 def held() -> Generator[None]:
@@ -62,9 +64,11 @@ def listening(handler: Callable[[int, FrameType | None], object], told: Callable
     thread.start()
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     old = signal.set_wakeup_fd(say.fileno(), warn_on_full_buffer=False)
+    _ears.append(thread)
     try:
         yield
     finally:
+        _ears.remove(thread)
         signal.set_wakeup_fd(old)
         for number, previous in before.items():
             if previous is not None:  # one that was installed by other than Python
@@ -75,9 +79,12 @@ def listening(handler: Callable[[int, FrameType | None], object], told: Callable
 
 
 def _unheard() -> None:
-    """A process that was forked tells its parent's thread nothing."""
-    with suppress(ValueError):
-        signal.set_wakeup_fd(-1)
+    """A process that was forked tells its parent's thread nothing, and does not wait for threads that it lacks."""
+    global naming
+    naming = threading.RLock()
+    if _ears:
+        with suppress(ValueError):
+            signal.set_wakeup_fd(-1)
 
 
 if hasattr(os, "register_at_fork"):

@@ -17,8 +17,9 @@ from mrflow.guidance import CFG, Distilled, own_guidance
 from mrflow.machine import machine
 from mrflow.records.chains import encode_chain
 from mrflow.records.expressions import expression
-from mrflow.records.files import check_writable, write_bytes
+from mrflow.records.files import check_writable
 from mrflow.records.pictures import FORMAT, Images, batch_paths, png, to_images, write_animation
+from mrflow.records.publish import publish
 from mrflow.solvers import Euler
 from mrflow.spec import Pixels, Spec, Start
 from mrflow.stage import AnyChain, Plan
@@ -154,8 +155,7 @@ class Result:
 
 def save_result(result: Result, path: Path) -> list[Path]:
     """Write a result's pictures as PNGs with their records, over what has these names."""
-    for each, data in (files := result_files(result, path)).items():
-        write_bytes(each, data)
+    publish(files := result_files(result, path), force=True)
     return list(files)
 
 

@@ -102,12 +102,10 @@ class Tint(mf.Stage[mf.Pixels, mf.Pixels]):
     def apply(self, state, out, ctx):
         return tinted(state.data, self.amount)
 
-class Mean:
-    names = ("mean",)
-    key = "mean 1"
-
-    def measure(self, pixels, prompts):
-        return [{"mean": float(each.mean())} for each in pixels]
+@dataclass(frozen=True)
+class Mean(mf.sweep.Metric):
+    def __call__(self, made):
+        return {"mean": float(made.pixels.mean())}
 
 chain = mf.recipes.native(size=(32, 32), steps=1) >> Tint()
 sweep = mf.Sweep({"tinted": chain}, ["a big red circle", "the word CAT"], seeds=(0, 1), metrics=[Mean()])
@@ -126,7 +124,7 @@ def test_stages_of_the_sweeps_own_file_reach_the_workers(tmp_path: Path) -> None
     for engine in (["--engine", "ray", "--workers", "1"], []):
         out = ["--out", "ray" if engine else "local", "--batch", "2", "--json"]
         words = [sys.executable, "-W", "ignore", "-m", "mrflow", "sweep", "s.py", *out, *engine]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=400, check=False)
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=1200, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         summaries.append(json.loads(done.stdout))
     assert summaries[0] == {**summaries[1], "folder": summaries[0]["folder"]}

@@ -204,3 +204,27 @@ def test_what_cannot_be_interrupted_ends_with_the_process(tmp_path: Path, how: s
         worker.send_signal(signal.SIGINT)
         _, err = worker.communicate(timeout=300)
     assert worker.returncode == 130 and err == f"{STOPPED}\n" and not list(tmp_path.iterdir())
+
+
+FORKED = """
+import os, signal, time
+from mrflow.interrupts import listening
+told = []
+with listening(lambda number, frame: None, told.append):
+    if (child := os.fork()) == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.2)
+    print(told)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+    print(told)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_tells_its_parent_nothing() -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "[]\n[2]\n"
