@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mrflow as mf
+from mrflow.sweep import cluster as engine
 from mrflow.sweep import read, run_sweep
 from mrflow.sweep.cluster import Pool
 from tests.test_sweep import facts, pictures, small
@@ -87,6 +88,26 @@ def test_pools_are_checked() -> None:
         Pool(0)
 
 
+def test_a_cluster_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ray:
+        ended = 0
+
+        def is_initialized(self) -> bool:
+            return False
+
+        def init(self, **_: object) -> None:
+            raise Exception("the node timed out")
+
+        def shutdown(self) -> None:
+            self.ended += 1
+
+    ray = Ray()
+    monkeypatch.setattr(engine, "package", lambda: ray)
+    with pytest.raises(mf.ResourceError, match="Ray does not answer on this machine: the node timed out"):
+        engine.run_on_ray(small(), mf.toy, tmp_path / "s")
+    assert ray.ended == 1 and not list(tmp_path.iterdir())
+
+
 STAGES = """
 from dataclasses import dataclass
 import mrflow as mf
@@ -121,9 +142,9 @@ def test_stages_of_the_sweeps_own_file_reach_the_workers(tmp_path: Path) -> None
     root = str(Path(__file__).parents[1])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "RAY_USAGE_STATS_ENABLED": "0"}
     summaries: list[dict[str, object]] = []
-    for engine in (["--engine", "ray", "--workers", "1"], []):
-        out = ["--out", "ray" if engine else "local", "--batch", "2", "--json"]
-        words = [sys.executable, "-W", "ignore", "-m", "mrflow", "sweep", "s.py", *out, *engine]
+    for how in (["--engine", "ray", "--workers", "1"], []):
+        out = ["--out", "ray" if how else "local", "--batch", "2", "--json"]
+        words = [sys.executable, "-W", "ignore", "-m", "mrflow", "sweep", "s.py", *out, *how]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=1200, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         summaries.append(json.loads(done.stdout))

@@ -128,7 +128,7 @@ def run_on_ray(
 
     Raises:
         PlanError: ray is not installed, or a chain, the batch or the shard cannot work.
-        ResourceError: the folder cannot be written, or no worker could be started.
+        ResourceError: the folder cannot be written, or Ray or its workers could not be started.
     """
     check_run(batch, shard, row_timeout)
     ray = package()
@@ -136,9 +136,13 @@ def run_on_ray(
     here = not ray.is_initialized()
     if here:
         own: dict[str, Any] = {"num_cpus": max(1, round(pool.workers * pool.cpus))} if pool.address is None else {}
-        ray.init(
-            address=pool.address, include_dashboard=False if pool.address is None else None, log_to_driver=False, **own
-        )
+        dashboard = False if pool.address is None else None
+        try:
+            ray.init(address=pool.address, include_dashboard=dashboard, log_to_driver=False, **own)
+        except Exception as error:  # ray raises whatever its own processes die of
+            ray.shutdown()
+            where = "on this machine" if pool.address is None else f"at {pool.address}"
+            raise ResourceError(f"Ray does not answer {where}: {str(error) or type(error).__name__}") from None
     try:
         return _run(ray, sweep, load, where, pool, batch, shard, retry, row_timeout, on_progress, stop)
     finally:
