@@ -228,3 +228,15 @@ def test_a_forked_process_tells_its_parent_nothing() -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, env=env, check=True)
     assert done.stdout == "[]\n[2]\n"
+
+
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
+def test_it_may_be_stopped_while_it_begins(number: signal.Signals) -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "mrflow", "plan"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(words, text=True, stderr=subprocess.PIPE, env=env) as worker:
+        assert worker.stderr is not None
+        assert any("typer" in line for line in worker.stderr)  # what it imports first
+        worker.send_signal(number)
+        said = [line for line in worker.stderr.read().splitlines() if not line.startswith("import time:")]
+    assert worker.returncode == 128 + number and said in (["stopped"], [STOPPED])

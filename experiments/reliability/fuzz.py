@@ -306,7 +306,11 @@ def fuzz(kind: str, count: int, seed: int = 0, first: int = 0, *, show: bool = T
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(kind, Path(folder), seed)
         for number in range(first, first + count):
-            if (wrong := inputs.attempt(number)) is not None:
+            try:
+                wrong = inputs.attempt(number)
+            except KeyboardInterrupt:
+                sys.exit(f"{number - first} {kind} before it was stopped: {len(bad)} bad")
+            if wrong is not None:
                 bad[number] = wrong
                 if show:
                     print(f"{kind} {number}: {wrong}")

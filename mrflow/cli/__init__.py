@@ -2,19 +2,20 @@
 
 
 def main() -> None:
-    """The entry point. Ctrl-C ends it with 130 also while it begins and ends, when nothing is written."""
+    """The entry point. Ctrl-C ends it with 130 and SIGTERM with 143, also while it begins and ends."""
     import signal
     import sys
     import threading
 
-    from mrflow.interrupts import GRACE, end_at_once
+    from mrflow.interrupts import GRACE, SIGNALS, end_at_once
 
     def ended(number: int, frame: object) -> None:
         sys.stdout.flush()
         sys.stderr.write("stopped\n")
         end_at_once(number)
 
-    signal.signal(signal.SIGINT, ended)
+    for number in SIGNALS:
+        signal.signal(number, ended)
     from mrflow.cli.app import main as run
 
     try:
