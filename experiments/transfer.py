@@ -242,11 +242,11 @@ def run(args: argparse.Namespace) -> None:
     if args.student is not None:
         lora = mf.Lora(str(args.student))
         student = mf.students.Student(2, lora, Shift.fixed(args.shift), mf.Distilled())
-    sweeps = {"base": Sweep(chains(setting, facts, "", student), _wanted(args, list(CATEGORIES)), [Legible()])}
+    sweeps = {"base": Sweep(chains(setting, facts, "", student), _wanted(args, list(CATEGORIES)), metrics=[Legible()])}
     for look in args.looks:
         wanted = _wanted(args, CHANGED[look])
-        sweeps[look] = Sweep(chains(setting, facts, look, student), wanted, [Legible(look)])
-        sweeps[f"{look}, base"] = Sweep({STAGED: setting.staged()}, wanted, [Legible(look)])
+        sweeps[look] = Sweep(chains(setting, facts, look, student), wanted, metrics=[Legible(look)])
+        sweeps[f"{look}, base"] = Sweep({STAGED: setting.staged()}, wanted, metrics=[Legible(look)])
     for sweep in sweeps.values():
         sweep.plans(facts)
     rows = {name: _drawn(sweep, name, loras.get(name), args, folder) for name, sweep in sweeps.items()}

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 import mrflow as mf
 from experiments import transfer
+from experiments.failures.questions import Setting
 from experiments.train_pocket import finetune
 from experiments.train_pocket.export import export
 from experiments.train_pocket.hard import start_from
+from mrflow.adapters import check_loras
 from mrflow.models import info
 from mrflow.models.pocket.model import NEWEST, VOCABULARY, WEIGHTS, WORDS
 from mrflow.scenes.grammar import held_out
@@ -141,7 +143,7 @@ def test_a_world_in_which_nothing_differs_has_few_arrows() -> None:
 
 
 def test_rows_of_every_look_can_be_planned() -> None:
-    facts, setting = info("pocket"), transfer.Setting(64, 128, 4, 2)
+    facts, setting = info("pocket"), Setting(64, 128, 4, 2)
     student = mf.students.POCKET
     for look in LOOKS:
         found = transfer.chains(setting, facts, look, student)
@@ -158,7 +160,16 @@ def test_the_study_runs_to_its_last_line(
     untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--model", str(untrained), "--loras", str(tmp_path), "--looks", "runes", "--captions", "1"]
-    words += ["--size", "64", "--steps", "2", "--few", "1", "--student", str(mf.students.POCKET.lora[0].path)]
+    words += [
+        "--size",
+        "64",
+        "--steps",
+        "2",
+        "--few",
+        "1",
+        "--student",
+        str(check_loras(mf.students.POCKET.lora)[0].path),
+    ]
     monkeypatch.setattr("sys.argv", ["transfer", *words])
     assert transfer.main() == 2
     assert "runes-lora.safetensors is not there; make it with python -m experiments.train_pocket.finetune runes" in (
