@@ -159,17 +159,8 @@ def test_rows_of_every_look_can_be_planned() -> None:
 def test_the_study_runs_to_its_last_line(
     untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model", str(untrained), "--loras", str(tmp_path), "--looks", "runes", "--captions", "1"]
-    words += [
-        "--size",
-        "64",
-        "--steps",
-        "2",
-        "--few",
-        "1",
-        "--student",
-        str(check_loras(mf.students.POCKET.lora)[0].path),
-    ]
+    words = ["--model", str(untrained), "--loras", str(tmp_path), "--looks", "runes", "--captions", "1", "--size", "64"]
+    words += ["--steps", "2", "--few", "1", "--student", check_loras(mf.students.POCKET.lora)[0].path]
     monkeypatch.setattr("sys.argv", ["transfer", *words])
     assert transfer.main() == 2
     assert "runes-lora.safetensors is not there; make it with python -m experiments.train_pocket.finetune runes" in (
