@@ -93,6 +93,14 @@ def test_noise_in_the_means_is_smoothed_to_a_rise() -> None:
     assert crossing({0.1: {"a": [0.2]}, 0.4: {"a": [0.8]}}).size == pytest.approx(0.2)  # halfway in the logarithm
 
 
+def test_no_size_is_said_that_was_not_asked() -> None:
+    rows = [made("native", i, size, 1.0) for size in ("13%", "8%") for i in range(20)]
+    line = next(x for x in tables.half_legible(rows, size=256, low=128, reference="native") if x.startswith("| native"))
+    assert line.endswith("| < 8.0 [< 8.0, < 8.0] |")
+    alone = tables.half_legible([r for r in rows if r.tags["size"] == "8%"], size=256, low=128, reference="native")
+    assert alone == ["No size at which half is legible can be said: each detail was asked at one size alone."]
+
+
 def made(chain: str, caption: int, size: str, value: float) -> Row:
     """A row of letters."""
     one = row(f"{size} {caption}", 0, None, chain=chain)

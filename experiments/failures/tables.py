@@ -38,6 +38,9 @@ def half_legible(rows: Sequence[Row], *, size: int, low: int, reference: str) ->
     """A line a method: the size at which half is legible, in per cent of the side, pixels and low-stage cells."""
     chains, found = grouped(rows, lambda r: r.chain), crossings(rows)
     kinds = [name for name in DETAILS if any(name in each for each in found.values())]
+    if not kinds:
+        return ["No size at which half is legible can be said: each detail was asked at one size alone."]
+    asked = {name: [size for each, size in DETAILS[name].sizes.items() if _part(rows, name, each)] for name in kinds}
     lines = [
         f"Half legible from this size on, in % of the side [95 %]; 1 % is {size / 100:g} px here and "
         f"{low / 100 / CELL:.2f} latent cells of the low stage.",
@@ -50,8 +53,7 @@ def half_legible(rows: Sequence[Row], *, size: int, low: int, reference: str) ->
         fast = None if any(r.rendered for r in mine) else speedup(chains[reference], mine)
         cells = [label, "" if fast is None else f"{fast.mean:.1f}"]
         for name in kinds:
-            ends = min(DETAILS[name].sizes.values()), max(DETAILS[name].sizes.values())
-            cells.append(each[name].text(100, 1, ends) if name in each else "")
+            cells.append(each[name].text(100, 1, (min(asked[name]), max(asked[name]))) if name in each else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
