@@ -170,4 +170,4 @@ def test_the_study_runs_to_its_last_line(
     monkeypatch.setattr("sys.argv", ["transfer", *words])
     assert transfer.main() == 0
     said = capsys.readouterr().out
-    assert "| runes | letters 13% |" in said and "**runes, base**" in said and "| truth | | 1.00" in said
+    assert "| runes | letters 13% |" in said and "**runes, base**" in said and "| truth |  | 1.00" in said
