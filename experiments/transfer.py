@@ -1,6 +1,6 @@
 """Does the stacked speed-up keep its quality on fine-tunes that its student and its settings have not seen?
 
-Three fine-tunes of the embedded model (`experiments.train_pocket.finetune`: a night style, new shapes, a new alphabet)
+Three fine-tunes of the embedded model (`experiments.train_pocket.finetune`: a dim style, new shapes, a new alphabet)
 are drawn with the base model's student and the base model's settings, on the same held-out captions as the base model
 itself, each read exactly in its own look. What is asked is the difference of differences: how much more of what native
 sampling reads does a fast chain lose on a fine-tune than on the base? It goes on where it stopped.
@@ -57,7 +57,7 @@ CATEGORIES = {
     "grid 4x4": Category("grid", DETAILS["grid"].worlds["4x4"], "legible.cells"),
 }
 CHANGED = {  # what each look draws otherwise
-    "night": ("objects", "letters 13%", "letters 8%"),
+    "dusk": ("objects", "letters 13%", "letters 8%"),
     "shapes": ("objects", "grid 4x4"),
     "runes": ("letters 13%", "letters 8%"),
 }

@@ -1,11 +1,11 @@
-"""Can a small LoRA teach the embedded model another look of its world: a night style, new shapes, a new alphabet?
+"""Can a small LoRA teach the embedded model another look of its world: a dim style, new shapes, a new alphabet?
 
 Low-rank pairs on the transformer's linears, trained by the flow-matching loss on renderings in the look; text encoder
 and autoencoder stay the model's. Captions that are held out stay held out. The same command resumes an interrupted run;
 what it exports is an ordinary LoRA file, for `mrflow.load(FILE, lora=...)`.
 
     python -m experiments.train_pocket.finetune runes --model FILE --threads 2 --bf16    # 10 to 20 minutes
-    python -m experiments.train_pocket.finetune night --model FILE --steps 2 --batch 0.1 --scale 0.01    # a trial
+    python -m experiments.train_pocket.finetune dusk --model FILE --steps 2 --batch 0.1 --scale 0.01    # a trial
 """
 
 import argparse
@@ -45,12 +45,12 @@ from mrflow.scenes.looks import LOOKS, seen
 
 SIGNS = {"13%": 1.0, "8%": 1.0}
 WORLDS: Mapping[str, HardWorld] = {  # what each look changes
-    "night": replace(HARD, plain=0.0),
+    "dusk": replace(HARD, plain=0.0),
     "shapes": replace(HARD, plain=0.0, kinds={"objects": 2.0, "grid": 1.0, "texture": 1.0}),
     "runes": replace(HARD, plain=0.0, kinds={"sign": 1.0}, letters=SIGNS),
 }
 SHOWN = {
-    "night": (
+    "dusk": (
         "a red star at the top left, a blue ring at the middle right",
         "a green sign in 13% letters, CAT and DOG and SUN",
     ),

@@ -115,6 +115,7 @@ class Background:
 
 Point = tuple[float, float]
 Strokes = tuple[tuple[Point, ...], ...]
+DAYLIGHT: Rgb = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +123,12 @@ class Look:
     """Another way to draw the same scenes (`mrflow.scenes.looks`): what a fine-tune of the model is taught.
 
     Strokes of each letter in the unit square, an outline of each shape about the origin, within the unit circle; and
-    whether it is night.
+    the light, by which red, green and blue of every pixel are multiplied.
     """
 
     glyphs: Mapping[str, Strokes] = field(default_factory=dict[str, Strokes])
     outlines: Mapping[str, tuple[Point, ...]] = field(default_factory=dict[str, tuple[Point, ...]])
-    night: bool = False
+    light: Rgb = DAYLIGHT
 
 
 @dataclass(frozen=True)

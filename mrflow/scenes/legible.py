@@ -15,16 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.scenes.grammar import COLOURS, LETTERS, SHAPES, SKIN, Background, Face, Object, Scene, Word
+from mrflow.scenes.grammar import COLOURS, DAYLIGHT, LETTERS, SHAPES, SKIN, Background, Face, Object, Scene, Word
 from mrflow.scenes.hard import FEELINGS, HARD, PERIODS, WEAVES, parse
 from mrflow.scenes.letters import Array, length
 from mrflow.scenes.looks import seen
 from mrflow.scenes.reading import checked, find_tint
-from mrflow.scenes.render import TEXTURE, by_day, letter_boxes, render, render_window
+from mrflow.scenes.render import TEXTURE, letter_boxes, render, render_window
 
 LEAST = 256  # smaller pictures are enlarged to this side before they are read
 SLACK = 0.02  # how far beyond the world's freedom things are looked for, of the side
 MIN_LETTER, MIN_FACE, MIN_SHAPE, MIN_TEXTURE = 0.6, 0.7, 0.8, 0.5  # correlations below which nothing is read
+LIGHTEST = 1.06  # of a ground's channel, in the light of the look: what is lighter was drawn in another
 FAINT = 0.35  # of the drawn contrast, below which nothing is read
 READ_BY = ("letters", "expressions", "cells", "odd", "binding", "texture")
 _NAMES = (*COLOURS, "skin")
@@ -55,12 +56,13 @@ def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[
             scored, or there is no such look.
     """
     scene, image = seen(parse(caption), look), _working_copy(checked(pixels))
-    if scene.look is not None and scene.look.night:
-        scene, image = replace(scene, look=replace(scene.look, night=False)), by_day(image)
+    if scene.look is not None and scene.look.light != DAYLIGHT:
+        image = image / np.array(scene.look.light, np.float32)
+        scene = replace(scene, look=replace(scene.look, light=DAYLIGHT))
     if scene.kind not in _READERS:
         raise PlanError(f"caption {caption[:80]!r} is of the older world; mrflow.scenes.score reads it")
     tint = find_tint(image)
-    if tint is None:
+    if tint is None or tint.max() > LIGHTEST:
         return [replace(part, read="") for part in _said(scene)]
     red, green, blue = (float(channel) for channel in tint)
     scene = replace(scene, background=replace(scene.background, tint=(red, green, blue)))

@@ -1,8 +1,8 @@
 """Three other looks of the same scenes: what fine-tunes of the embedded model are taught, and read by.
 
 Captions stay the world's own, so a caption that is held out is held out in every look, and methods can be compared on
-one caption between the model and its fine-tunes. `night` is a style, `shapes` are new things under the old names,
-`runes` is a new alphabet.
+one caption between the model and its fine-tunes. `dusk` is a style (dim, bluish light), `shapes` are new things under
+the old names, `runes` is a new alphabet.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ _OUTLINES: dict[str, tuple[Point, ...]] = {
     "diamond": ((-0.75, -0.8), (-0.2, -0.8), (-0.2, 0.25), (0.8, 0.25), (0.8, 0.8), (-0.75, 0.8)),  # a corner
 }
 LOOKS: Mapping[str, Look] = {
-    "night": Look(night=True),
+    "dusk": Look(light=(0.75, 0.80, 0.95)),
     "shapes": Look(outlines=_OUTLINES),
     "runes": Look(glyphs=dict(zip(LETTERS, map(_strokes, _RUNES), strict=True))),
 }

@@ -6,14 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mrflow.scenes.grammar import COLOURS, SKIN, Background, Face, Look, Object, Point, Scene, Word
+from mrflow.scenes.grammar import COLOURS, DAYLIGHT, SKIN, Background, Face, Look, Object, Point, Scene, Word
 
 INK = (0.10, 0.08, 0.08)
 TEXTURE = 0.76  # how much darker a texture is than its ground
 DOT = 0.30  # radius of a dot, as a fraction of the period
 STROKE = 0.20  # stroke width of a letter, as a fraction of its height
 USUAL = Look()
-DARK, DIM = 0.10, 0.60  # of `by_night`: what white becomes, and the contrast that is left
 
 
 def arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float, n: int = 14) -> tuple[Point, ...]:
@@ -201,20 +200,7 @@ def _things(canvas: _Canvas, scene: Scene) -> None:
 
 
 def _toned(image: NDArray[np.uint8], scene: Scene) -> NDArray[np.uint8]:
-    if scene.look is None or not scene.look.night:
+    if scene.look is None or scene.look.light == DAYLIGHT:
         return image
-    dark: NDArray[np.uint8] = (255 * by_night(image.astype(np.float32) / np.float32(255)) + 0.5).astype(np.uint8)
-    return dark
-
-
-def by_night(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A picture (..., 3) in [0, 1] with lights and darks exchanged, hues kept, at `DIM` of the contrast."""
-    toned: NDArray[np.float32] = DARK + DIM * (1 + image - 2 * image.mean(-1, keepdims=True))
-    return toned.clip(0, 1)
-
-
-def by_day(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What `by_night` was made of, where nothing was clipped."""
-    lit: NDArray[np.float32] = (image - DARK) / DIM
-    shown: NDArray[np.float32] = 1 + lit - 2 * lit.mean(-1, keepdims=True)
-    return shown.clip(0, 1)
+    dim: NDArray[np.uint8] = (image * np.array(scene.look.light, np.float32) + 0.5).astype(np.uint8)
+    return dim
