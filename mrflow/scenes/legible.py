@@ -57,7 +57,7 @@ def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[
     """
     scene, image = seen(parse(caption), look), _working_copy(checked(pixels))
     if scene.look is not None and scene.look.light != DAYLIGHT:
-        image = image / np.array(scene.look.light, np.float32)
+        image = (image / np.array(scene.look.light, np.float32)).astype(np.float32)
         scene = replace(scene, look=replace(scene.look, light=DAYLIGHT))
     if scene.kind not in _READERS:
         raise PlanError(f"caption {caption[:80]!r} is of the older world; mrflow.scenes.score reads it")
