@@ -37,8 +37,9 @@ test: $(VENV)/.installed-dev ## Run all tests, a process for each core
 nightly: $(VENV)/.installed-dev ## All tests, the property tests on a thousand new examples each (hours)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto --dist worksteal
 
-figure: $(VENV)/.installed-dev ## Every method on the embedded model: docs/images/studies/rivals.svg and its table
-	$(BIN)/python -m experiments.studies rivals --figure --batch 16
+figure: $(VENV)/.installed-dev ## Every method at equal speeds (MODEL=FILE; resumes): docs/images/studies/frontier.svg, rivals.md
+	$(BIN)/python -m experiments.failures frontier --model $(or $(MODEL),pocket) --steps 50 --figure docs/images/studies/frontier.svg \
+		$(if $(filter pocket%,$(or $(MODEL),pocket)),,--page docs/how-to/rivals.md) # the page is for a model of the hard world
 
 pocket: $(VENV)/.installed-dev ## Train the embedded model again, into runs/pocket-3 (ten minutes on an H200, days without; goes on where it stopped)
 	$(BIN)/python -m experiments.train_pocket --device auto --workers $$($(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 2) - 2))')

@@ -18,7 +18,7 @@ from tests.test_bridge import state
 __all__ = ["pipes"]  # the fixture
 pytestmark = pytest.mark.filterwarnings("ignore")
 Pipes = Callable[[str], Any]
-CACHED = ["dev", "qwen", "sd3", "klein base", "klein", "z-image"]
+CACHED = ["dev", "qwen", "sd3", "klein base", "klein", "z-image", "krea2", "flux2 dev"]
 SIZE = (48, 80)
 
 
@@ -58,6 +58,24 @@ def test_caches_leave_out_what_they_plan_and_items_are_independent(name: str, ca
     assert alone.nfe < mf.plan(cached(None), model.info).nfe
     assert relative(both.pixels[1:], alone.pixels) < 1e-3
     assert "computed" in alone.stages[0].notes[0]
+
+
+@pytest.mark.parametrize("name", ["krea2", "krea2 turbo", "z-image", "flux2 dev"])
+def test_zero_leaves_every_bit_and_planned_forwards_are_those_that_run(name: str, pipes: Pipes) -> None:
+    pipe = pipes(name)
+    model = mf.from_diffusers(pipe)
+    plain = mf.run(cached(None, 4), model, PROMPTS[0], seed=1).pixels
+    for zero in (DBCache(0.0, front=1, warmup=0), TeaCache(0.0, coefficients=(1.0, 0.0)), SeaCache(0.0)):
+        assert torch.equal(mf.run(cached(zero, 4), model, PROMPTS[0], seed=1).pixels, plain), zero
+    ran: list[int] = []
+    last = getattr(pipe.transformer, model.family.lists[-1])[-1]
+    hook = last.register_forward_hook(lambda *_: ran.append(1))
+    try:
+        result = mf.run(cached(TaylorSeer(2)), model, PROMPTS[0], seed=1)
+    finally:
+        hook.remove()
+    assert len(ran) == result.nfe == result.plan.nfe < mf.plan(cached(None), model.info).nfe
+    assert not torch.equal(result.pixels, mf.run(cached(None), model, PROMPTS[0], seed=1).pixels)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ Each question is a sweep over held-out captions of the hard world, tagged by siz
     python -m experiments.failures map --model runs/pocket-4/pocket-4.safetensors --figure
     python -m experiments.failures budget --model FILE --details letters
     python -m experiments.failures mends --model FILE        # the cheapest chain that keeps what native sampling reads
-    python -m experiments.failures frontier --model FILE     # every method at equal planned cost
+    python -m experiments.failures frontier --model FILE --figure FILE.svg --page docs/how-to/rivals.md
+                                             # every method at equal planned cost, and which to try first (make figure)
 
 `map`: native, staged, rivals, and staged sampling's own settings. `budget`: the truth is put in at each stage in turn,
 and each difference is what one stage loses. Captions and reader are those of the embedded model's world; for large
@@ -20,11 +21,13 @@ from pathlib import Path
 import torch
 
 import mrflow as mf
-from experiments.failures import tables
+from experiments.failures import first, tables
 from experiments.failures.details import DETAILS, prompts
-from experiments.failures.questions import QUESTIONS, Setting
+from experiments.failures.questions import QUESTIONS, Setting, fitted
 from mrflow.errors import MrflowError
 from mrflow.models import info
+from mrflow.models.pocket.model import SHIPPED
+from mrflow.scenes.hard import HARD, held_out_captions
 from mrflow.sweep import Legible, Sweep, run_sweep
 from mrflow.sweep.local import Progress
 from mrflow.sweep.report import write_report
@@ -48,7 +51,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="of the processor")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="the folder (default: runs/failures/MODEL/QUESTION)")
-    parser.add_argument("--figure", type=Path, help="of `map`: an SVG file")
+    parser.add_argument("--figure", type=Path, help="of `map` and `frontier`: an SVG file")
+    parser.add_argument("--page", type=Path, help="of `frontier`: the page that says what to try first")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -68,25 +72,30 @@ def run(args: argparse.Namespace) -> None:
     """
     facts = info(args.model)
     size = args.size or facts.size[0]
-    setting = Setting(args.low or size // 2, size, args.steps, args.few)
+    taught = args.model in ("pocket", *SHIPPED)
+    setting = Setting(args.low or size // 2, size, args.steps, args.few, taught)
     chains = QUESTIONS[args.question](setting, facts)
     reference = next(iter(chains))
+    folder = args.out or Path("runs") / "failures" / Path(args.model).stem / args.question
+    model = mf.load(args.model, device=args.device)
+    if args.question == "frontier" and (not args.methods or any("L2P" in each for each in args.methods)):
+        folder.mkdir(parents=True, exist_ok=True)
+        chains |= fitted(setting, model, held_out_captions(HARD, 8, seed=1), folder)
     if args.methods:
         if unknown := set(args.methods) - set(chains):
             raise mf.PlanError(f"no method is called {', '.join(sorted(unknown))}; there are {', '.join(chains)}")
         chains = {label: chain for label, chain in chains.items() if label in {reference, *args.methods}}
     asked = prompts(args.captions, args.details, args.sizes)
-    if args.figure is not None and len({p.tags["size"] for p in asked}) == len({p.tags["detail"] for p in asked}):
+    few = len({p.tags["size"] for p in asked}) == len({p.tags["detail"] for p in asked})
+    if args.figure is not None and args.question != "frontier" and few:
         raise mf.PlanError("a figure needs two sizes of a detail at least; give more --sizes, or none")
     sweep = Sweep(chains, asked, metrics=[Legible()], model=args.model)
     sweep.plans(facts)
-    folder = args.out or Path("runs") / "failures" / Path(args.model).stem / args.question
 
     def show(at: Progress) -> None:
         if at.done % 100 == 0 or at.done == at.total:
             print(f"{at.done} of {at.total} rows", file=sys.stderr, flush=True)
 
-    model = mf.load(args.model, device=args.device)
     done = run_sweep(sweep, model, folder, batch=args.batch, on_progress=show)
     if done.failed:
         print(f"{done.failed} rows failed; the report says why", file=sys.stderr)
@@ -102,7 +111,17 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join([*tables.by_size(rows, reference), ""]))
     if args.question in ("mends", "frontier"):
         print("\n".join(tables.cheapest(rows, reference)))
-    if args.figure is not None:
+    if args.question == "frontier":
+        whole = plans[reference].work.flops
+        speeds = {label: whole / plan.work.flops for label, plan in plans.items()}
+        table = first.table_of(rows, reference, speeds, size=size, low=setting.low)
+        first.write_table(table, folder / "frontier.json")
+        print("\n".join(["", *first.section(table)]))
+        if args.figure is not None:
+            first.draw(table, args.figure)
+        if args.page is not None:
+            first.write_section(table, args.page)
+    elif args.figure is not None:
         from experiments.failures.figure import draw
 
         draw(rows, args.figure, size=size, low=setting.low)

@@ -1,11 +1,14 @@
 """The chains of each question. `Setting` says at which sizes, and in how many steps."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import mrflow as mf
 from mrflow.model_info import ModelInfo
+from mrflow.records.files import write_bytes
 from mrflow.stage import AnyChain
 from mrflow.sweep.control_rows import affordable, controls
 
@@ -14,6 +17,7 @@ Chains = dict[str, Chain]
 SIGMAS = (0.05, 0.2, 0.3, 0.4, 0.5)  # beside the paper's, which `staged` has
 TRUTHS = ("truth", "truth, autoencoder", "truth, staged path")  # of the control rows
 SPEEDS = (4, 8, 12, 20)
+REGIONS = ((7, 8, 9), (5, 6, 7), (4, 5, 6), (3, 4, 5), (2, 3, 5), (2, 2, 3), (1, 2, 3), (1, 1, 2), (1, 1, 1))  # of RALU
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Setting:
     size: int
     steps: int
     few: int
+    students: bool = False  # whether the model is the one that the embedded student was taught by
 
     @property
     def whole(self) -> tuple[int, int]:
@@ -118,11 +123,16 @@ def frontier(s: Setting, info: ModelInfo) -> Chains:
     for label, family in _families(s).items():
         costs = {name: mf.plan(chain, info).work.flops for name, chain in family.items()}
         for speed in SPEEDS:
-            fit = {name: cost for name, cost in costs.items() if 0.8 <= cost * speed / whole <= 1.05}
+            fit = {name: cost for name, cost in costs.items() if _near(cost * speed / whole)}
             if fit:
                 best = max(fit, key=lambda name: fit[name])
                 out[f"{label}, {speed}x"] = family[best]
     return out
+
+
+def _near(share: float) -> bool:
+    """Whether a cost is near enough to what a speed allows: the speed is from 0.95 to 1.25 of the wanted one."""
+    return 0.8 <= share <= 1.05
 
 
 def _families(s: Setting) -> dict[str, Chains]:
@@ -133,16 +143,57 @@ def _families(s: Setting) -> dict[str, Chains]:
     def cached(make: Callable[[float], mf.caches.Cache], values: tuple[float, ...]) -> Chains:
         return {f"{v:g}": s.native(s.steps, cache=make(v)) for v in values}
 
-    return {
+    thirds = [tuple(max(1, round(n * part)) for part in (0.4, 0.25, 0.35)) for n in counts if n > 2]
+    c, three = mf.caches, cast("list[tuple[int, int, int]]", list(dict.fromkeys(thirds)))
+    thresholds = tuple(round(0.05 * 1.4**i, 3) for i in range(14))
+    out = {
         "fewer steps": {str(n): s.native(n) for n in counts},
         "fewer steps, unguided": {str(n): s.native(n, guidance=mf.CFG(1.0)) for n in counts},
         "staged": {f"{n}": s.staged(steps=n) for n in counts},
         "lift": {f"{a} {b}": mf.recipes.lift(low=s.small, size=s.whole, steps=(a, b)) for a, b in halves},
         "SelfLift": {f"{a} {b}": mf.recipes.selflift(low=s.small, size=s.whole, steps=(a, b)) for a, b in halves},
         "SPEED": {f"{a} {b}": mf.recipes.speed(sizes=(s.small, s.whole), steps=(a, b)) for a, b in halves},
-        "TaylorSeer": cached(lambda v: mf.caches.TaylorSeer(int(v)), tuple(range(2, s.steps // 2))),
-        "DBCache": cached(lambda v: mf.caches.DBCache(v, front=1, warmup=2), (0.05, 0.1, 0.2, 0.4, 0.8)),
+        "staged, latents": {str(n): mf.recipes.latent(low=s.small, size=s.whole, steps=n) for n in counts},
+        "RALU": {f"{n}": mf.recipes.ralu(size=s.whole, steps=n, shift=2.0) for n in REGIONS},
+        "JiT": {f"{n}": mf.recipes.jit(size=s.whole, steps=n) for n in three},
+        "Fresco": {f"{n}": mf.recipes.fresco(size=s.whole, steps=n) for n in three},
+        "TaylorSeer": cached(lambda v: c.TaylorSeer(int(v)), tuple(range(2, s.steps))),
+        "Spectrum": cached(lambda v: c.Spectrum(growth=v), (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)),
+        "DBCache": cached(lambda v: c.DBCache(v, front=1, warmup=2), thresholds),
+        "DBTaylor": cached(lambda v: c.DBCache(v, front=1, warmup=2, order=1), thresholds),
+        "DMD": cached(lambda v: c.DMD(1.0, front=1, warmup=4, limit=int(v)), tuple(range(1, s.steps))),
+        "TeaCache": cached(c.TeaCache, thresholds),
+        "MagCache": cached(lambda v: c.MagCache(v, limit=s.steps), thresholds),
+        "SeaCache": cached(c.SeaCache, thresholds),
+        "ToMA": cached(lambda v: c.ToMA(v, every=1, skip=1), (0.25, 0.5, 0.75)),
     }
+    if s.students:
+        student, sizes = mf.students.POCKET_3, {"low": s.small, "size": s.whole}
+        out["student"] = {str(n): mf.recipes.few(student, size=s.whole, steps=n) for n in (8, 6, 4, 3, 2, 1)}
+        out["student, then staged"] = {
+            str(n): mf.recipes.stacked(student, steps=n, **sizes) for n in (8, 6, 4, 3, 2, 1)
+        }
+    return out
+
+
+def fitted(s: Setting, model: mf.Backbone, captions: list[str], folder: Path) -> Chains:
+    """L2P at the frontier's speeds, fitted to a model once: its rows are kept in the folder, so that a run resumes."""
+    file, whole = folder / "l2p.json", mf.plan(s.native(s.steps), model.info).work.flops
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    out: Chains = {}
+    for speed in SPEEDS:
+        plain = {n: s.native(s.steps, cache=mf.caches.TaylorSeer(n)) for n in range(2, s.steps)}
+        fit = [n for n, chain in plain.items() if _near(mf.plan(chain, model.info).work.flops * speed / whole)]
+        if not fit:
+            continue
+        if str(fit[0]) not in known:
+            schedule = mf.Shifted(s.steps)
+            found = mf.caches.L2P.calibrated(fit[0], model, captions, size=s.whole, schedule=schedule)
+            known[str(fit[0])] = found.rows
+            write_bytes(file, json.dumps(known).encode())
+        rows = tuple(tuple(row) for row in known[str(fit[0])])
+        out[f"L2P, {speed}x"] = s.native(s.steps, cache=mf.caches.L2P(rows))
+    return out
 
 
 def _base(s: Setting) -> Chains:

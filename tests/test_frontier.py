@@ -1,0 +1,117 @@
+"""Every method at equal cost: what is chosen, the table of its rows, and the page's section made of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mrflow as mf
+from experiments.failures import __main__ as failures
+from experiments.failures import first
+from experiments.failures.questions import QUESTIONS, SPEEDS, Setting, fitted
+from mrflow.models import info
+from mrflow.sweep import Row
+from tests.test_statistics import row
+
+METHODS = {
+    "fewer steps", "fewer steps, unguided", "staged", "staged, latents", "lift", "SelfLift", "SPEED", "RALU", "JiT",
+    "Fresco", "TaylorSeer", "Spectrum", "DBCache", "DBTaylor", "DMD", "TeaCache", "MagCache", "SeaCache", "student",
+    "student, then staged",
+}  # fmt: skip
+
+
+def test_every_method_goes_as_far_as_it_can() -> None:
+    facts = info("pocket")
+    chains = QUESTIONS["frontier"](Setting(128, 256, 50, 12, students=True), facts)
+    found = [first.place(label) for label in chains if label != "native"]
+    assert {method for method, _ in found} == METHODS  # token merging alone is nowhere near 4x
+    assert {speed for method, speed in found if method == "staged"} == set(SPEEDS[1:])
+    whole = mf.plan(chains["native"], facts).work.flops
+    for label in chains:
+        if label != "native":
+            assert 0.95 <= whole / mf.plan(chains[label], facts).work.flops / first.place(label)[1] <= 1.25, label
+
+
+def rows(captions: int = 40) -> list[Row]:
+    """Three methods at 4x, of which one is as good as the best and one is not, and one at 8x."""
+    rng, out = np.random.default_rng(0), list[Row]()
+    reads = {"native": 0.9, "good, 4x": 0.8, "alike, 4x": 0.79, "bad, 4x": 0.4, "bad, 8x": 0.3}
+    for label, mean in reads.items():
+        for i in range(captions):
+            value = float(np.clip(mean + 0.05 * rng.normal(), 0, 1))
+            one = row(f"caption {i}", 0, None, chain=label)
+            out.append(replace(one, metrics={"legible": value}, seconds=4.0, timed=f"{label}{i // 10}", nfe=7))
+    return out
+
+
+PLANNED = {"native": 1.0, "good, 4x": 4.1, "alike, 4x": 4.0, "bad, 4x": 4.4, "bad, 8x": 8.0}
+
+
+def test_the_section_says_what_the_table_says(tmp_path: Path) -> None:
+    table = first.table_of(rows(), "native", PLANNED, size=256, low=128)
+    verdicts = {(e["method"], e["speed"]): e["behind the best"] for e in table["entries"]}
+    assert verdicts == {
+        ("good", 4): "best",
+        ("alike", 4): "no difference shown",
+        ("bad", 4): "lower",
+        ("bad", 8): "best",
+    }
+    first.write_table(table, tmp_path / "table.json")
+    assert json.loads((tmp_path / "table.json").read_text()) == table
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n\n{first.BEGIN}\nold\n{first.END}\n\nbelow\n")
+    for _ in range(2):  # again over itself
+        first.write_section(table, page)
+    text = page.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "- **4x**: try good first, which reads 0." in text
+    assert "Not told apart from it: alike. Below it: bad." in text
+    assert "| bad | 8x | 8.0 |" in text and "rehearsal" not in text
+    for entry in table["entries"]:
+        mean, low, high = entry["reads"]
+        assert low < mean < high and f"{mean:.2f} [{low:.2f}, {high:.2f}]" in text
+
+
+def test_few_captions_give_no_verdict(tmp_path: Path) -> None:
+    table = first.table_of(rows(4), "native", PLANNED, size=256, low=128)
+    text = "\n".join(first.section(table))
+    assert "A rehearsal" in text and "try good first" not in text
+    (tmp_path / "page.md").write_text("no marks")
+    with pytest.raises(mf.PlanError, match="has no section to fill"):
+        first.write_section(table, tmp_path / "page.md")
+
+
+def test_the_figure_is_drawn_and_the_page_has_its_marks(tmp_path: Path) -> None:
+    first.draw(first.table_of(rows(), "native", PLANNED, size=256, low=128), tmp_path / "frontier.svg")
+    drawn = (tmp_path / "frontier.svg").read_text()
+    assert drawn.startswith("<?xml") and drawn.count("<!-- ") > 20
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "rivals.md").read_text()
+    assert page.index(first.BEGIN) < page.index(first.END)
+
+
+def test_a_fitted_cache_is_fitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, setting = mf.load("pocket", device="cpu"), Setting(32, 64, 12, 6)
+    found = fitted(setting, model, ["a big red circle at the left"], tmp_path)
+    assert "L2P, 4x" in found
+    monkeypatch.setattr(mf.caches.L2P, "calibrated", lambda *_, **__: 1 / 0)
+    assert fitted(setting, model, [], tmp_path) == found
+
+
+def test_the_command_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["frontier", "--size", "64", "--steps", "12", "--captions", "1", "--details", "texture", "--methods"]
+    words += ["staged, 4x", "fewer steps, 4x", "--out", str(tmp_path / "run"), "--figure", str(tmp_path / "f.svg")]
+    monkeypatch.setattr("sys.argv", ["failures", *words])
+    assert failures.main() == 0
+    said = capsys.readouterr()
+    table = json.loads((tmp_path / "run" / "frontier.json").read_text())
+    assert "A rehearsal" in said.out and (tmp_path / "f.svg").is_file()
+    assert {e["method"] for e in table["entries"]} == {"staged", "fewer steps"}
+    made = sorted((tmp_path / "run").rglob("*.png"))
+    before = [p.stat().st_mtime_ns for p in made]
+    assert failures.main() == 0
+    assert [p.stat().st_mtime_ns for p in made] == before
+    assert json.loads((tmp_path / "run" / "frontier.json").read_text()) == table
