@@ -46,9 +46,10 @@ def by_hand(state: dict[str, Tensor], x: Tensor, *, groups: int, skip: str) -> T
     w = {name.removeprefix("upsampler."): t for name, t in state.items()}
 
     def norm(name: str, y: Tensor, eps: float) -> Tensor:
-        parts = y.unflatten(1, (groups, -1)).flatten(2)
+        parts = y.reshape(len(y), groups, -1)
         parts = (parts - parts.mean(2, keepdim=True)) / (parts.var(2, unbiased=False, keepdim=True) + eps).sqrt()
-        return parts.view_as(y) * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
+        out: Tensor = parts.view_as(y) * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
+        return out
 
     def conv(name: str, y: Tensor) -> Tensor:
         weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
@@ -124,7 +125,7 @@ def test_what_is_no_such_file_says_so(tmp_path: Path) -> None:
 def test_a_chain_draws_records_and_refuses_with_it(tmp_path: Path) -> None:
     where = folder(tmp_path / "net")
     model = mf.load("pocket", device="cpu")
-    recipe = {"low": (32, 32), "size": (128, 128), "steps": 1}
+    recipe: dict[str, Any] = {"low": (32, 32), "size": (128, 128), "steps": 1}
     chain = mf.recipes.latent(upscaler=mf.LatentCheckpoint(str(where), "pocket"), **recipe)
     result = mf.run(chain, model, PROMPT)
     assert result.pixels.shape == (1, 3, 128, 128)

@@ -50,7 +50,7 @@ def latents(model: Any, batch: int = 1) -> Tensor:
 
 def turned(x: Tensor, rope: Rope) -> Tensor:
     """(tokens, heads, channels), each pair as a complex number times its rotation."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2).contiguous())
     return torch.view_as_real(
         pairs * torch.polar(torch.ones_like(rope.cos), torch.atan2(rope.sin, rope.cos))[:, None]
     ).flatten(-2)
@@ -99,7 +99,8 @@ def double(block: Any, img: Tensor, texts: list[Tensor], ropes: list[Rope], tabl
         text = text + tg1 * block.txt_attn.proj(out[: len(text)])
         texts[i] = text + tg2 * block.txt_mlp(layer_norm(text) * tc2 + ts2)
     img = img + g1 * block.img_attn.proj(guided(seen[0], seen[1], nag))
-    return img + g2 * block.img_mlp(layer_norm(img) * c2 + s2)
+    new: Tensor = img + g2 * block.img_mlp(layer_norm(img) * c2 + s2)
+    return new
 
 
 def singles(blocks: Any, img: Tensor, texts: list[Tensor], ropes: list[Rope], tables: list[Tensor], nag: NAG) -> Tensor:
@@ -114,7 +115,7 @@ def singles(blocks: Any, img: Tensor, texts: list[Tensor], ropes: list[Rope], ta
             q, k = (turned(normed(p, s, 1e-6), rope) for p, s in zip((q, k), block.norm.scales, strict=True))
             outs.append(softmaxed(q, k, v))
             inners.append(F.gelu(inner, approximate="tanh"))
-        one = guided(*(out[-H * W :] for out in outs), nag)
+        one = guided(outs[0][-H * W :], outs[1][-H * W :], nag)
         for i, (x, table) in enumerate(zip(rows, tables, strict=True)):
             both = torch.cat((torch.cat((outs[i][: -H * W], one)), inners[i]), -1)
             rows[i] = x + table[3 * n + 2] * block.linear2(both)
@@ -149,8 +150,8 @@ def slow_zimage(model: Any, net: Any, conds: Sequence[mf.Condition], x: Tensor, 
     table = net.tables([torch.tensor([sigma])])[0][0]
     texts = [net.embed_text([states])[0] for c in conds for states in model._states(c)]
     assert len(texts[0]) != len(texts[1])
-    tokens = x[0].unflatten(1, (H, 2)).unflatten(-1, (W, 2)).permute(1, 3, 2, 4, 0).reshape(H * W, -1)
-    image = net.embed_image(tokens[None])[0]
+    packed = x[0].view(-1, H, 2, W, 2).permute(1, 3, 2, 4, 0).reshape(H * W, -1)
+    image = net.embed_image(packed[None])[0]
     count = len(image)
     filling = net.x_pad_token.expand(-count % 32, -1)
     rows = [torch.cat((text, filling, image)) for text in texts]
@@ -166,15 +167,15 @@ def slow_zimage(model: Any, net: Any, conds: Sequence[mf.Condition], x: Tensor, 
             q, k, v = (p.unflatten(-1, (a.heads, -1)) for p in a.qkv(given)[0].chunk(3, -1))
             q, k = (turned(normed(p, n.scale, 1e-5), turn) for p, n in ((q, a.q_norm), (k, a.k_norm)))
             outs.append(softmaxed(q, k, v))
-        one = guided(*(out[-count:] for out in outs), nag)
+        one = guided(outs[0][-count:], outs[1][-count:], nag)
         for j, (x_, out) in enumerate(zip(rows, outs, strict=True)):
             lead = len(x_) - len(out)
             change = block.attention.out(torch.cat((out[:-count], one)))
             part = x_[lead:] + g1 * normed(change, block.attention_norm2.scale, 1e-5)
             change = block.feed_forward((normed(part, block.ffn_norm1.scale, 1e-5) * c2)[None])[0]
             rows[j] = torch.cat((x_[:lead], part + g2 * normed(change, block.ffn_norm2.scale, 1e-5)))
-    out = net.head(rows[0][None, -count:], table[None])[0]
-    return out.view(H, W, 2, 2, -1).permute(4, 0, 2, 1, 3).reshape(1, -1, 2 * H, 2 * W)
+    tokens: Tensor = net.head(rows[0][None, -count:], table[None])[0]
+    return tokens.view(H, W, 2, 2, -1).permute(4, 0, 2, 1, 3).reshape(1, -1, 2 * H, 2 * W)
 
 
 def slow(model: Any, conds: Sequence[mf.Condition], x: Tensor, sigma: float, nag: NAG) -> Tensor:

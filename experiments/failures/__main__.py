@@ -23,7 +23,7 @@ import torch
 import mrflow as mf
 from experiments.failures import first, tables
 from experiments.failures.details import DETAILS, prompts
-from experiments.failures.questions import QUESTIONS, Setting, fitted
+from experiments.failures.questions import FITTED, QUESTIONS, Setting, fitted
 from mrflow.errors import MrflowError
 from mrflow.models import info
 from mrflow.models.pocket.model import SHIPPED
@@ -78,12 +78,14 @@ def run(args: argparse.Namespace) -> None:
     reference = next(iter(chains))
     folder = args.out or Path("runs") / "failures" / Path(args.model).stem / args.question
     model = mf.load(args.model, device=args.device)
-    if args.question == "frontier" and (not args.methods or any("L2P" in each for each in args.methods)):
+    more = FITTED if args.question == "frontier" else ()
+    if unknown := set(args.methods or ()) - set(chains) - set(more):
+        known = ", ".join((*chains, *more))
+        raise mf.PlanError(f"no method is called {', '.join(sorted(unknown))}; there are {known}")
+    if wanted := [label for label in more if not args.methods or label in args.methods]:
         folder.mkdir(parents=True, exist_ok=True)
-        chains |= fitted(setting, model, held_out_captions(HARD, 8, seed=1), folder)
+        chains |= fitted(setting, model, held_out_captions(HARD, 4, seed=1), folder, wanted)
     if args.methods:
-        if unknown := set(args.methods) - set(chains):
-            raise mf.PlanError(f"no method is called {', '.join(sorted(unknown))}; there are {', '.join(chains)}")
         chains = {label: chain for label, chain in chains.items() if label in {reference, *args.methods}}
     asked = prompts(args.captions, args.details, args.sizes)
     few = len({p.tags["size"] for p in asked}) == len({p.tags["detail"] for p in asked})
@@ -112,9 +114,7 @@ def run(args: argparse.Namespace) -> None:
     if args.question in ("mends", "frontier"):
         print("\n".join(tables.cheapest(rows, reference)))
     if args.question == "frontier":
-        whole = plans[reference].work.flops
-        speeds = {label: whole / plan.work.flops for label, plan in plans.items()}
-        table = first.table_of(rows, reference, speeds, size=size, low=setting.low)
+        table = first.table_of(rows, reference, size=size, low=setting.low)
         first.write_table(table, folder / "frontier.json")
         print("\n".join(["", *first.section(table)]))
         if args.figure is not None:

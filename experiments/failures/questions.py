@@ -1,8 +1,10 @@
 """The chains of each question. `Setting` says at which sizes, and in how many steps."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -117,7 +119,10 @@ def mends(s: Setting, info: ModelInfo) -> Chains:
 
 
 def frontier(s: Setting, info: ModelInfo) -> Chains:
-    """Every method at equal planned cost, 4, 8, 12 and 20 times below native sampling, as far as it goes."""
+    """Every method at equal planned cost, 4, 8, 12 and 20 times below native sampling, as far as it goes.
+
+    Those that must see the model are added by `fitted`.
+    """
     out: Chains = {"native": s.native(s.steps)}
     whole = mf.plan(out["native"], info).work.flops
     for label, family in _families(s).items():
@@ -145,7 +150,7 @@ def _families(s: Setting) -> dict[str, Chains]:
 
     thirds = [tuple(max(1, round(n * part)) for part in (0.4, 0.25, 0.35)) for n in counts if n > 2]
     c, three = mf.caches, cast("list[tuple[int, int, int]]", list(dict.fromkeys(thirds)))
-    thresholds = tuple(round(0.05 * 1.4**i, 3) for i in range(14))
+    thresholds = tuple(round(0.05 * 1.4**i, 3) for i in range(26))
     out = {
         "fewer steps": {str(n): s.native(n) for n in counts},
         "fewer steps, unguided": {str(n): s.native(n, guidance=mf.CFG(1.0)) for n in counts},
@@ -159,41 +164,79 @@ def _families(s: Setting) -> dict[str, Chains]:
         "Fresco": {f"{n}": mf.recipes.fresco(size=s.whole, steps=n) for n in three},
         "TaylorSeer": cached(lambda v: c.TaylorSeer(int(v)), tuple(range(2, s.steps))),
         "Spectrum": cached(lambda v: c.Spectrum(growth=v), (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)),
-        "DBCache": cached(lambda v: c.DBCache(v, front=1, warmup=2), thresholds),
-        "DBTaylor": cached(lambda v: c.DBCache(v, front=1, warmup=2, order=1), thresholds),
         "DMD": cached(lambda v: c.DMD(1.0, front=1, warmup=4, limit=int(v)), tuple(range(1, s.steps))),
-        "TeaCache": cached(c.TeaCache, thresholds),
         "MagCache": cached(lambda v: c.MagCache(v, limit=s.steps), thresholds),
-        "SeaCache": cached(c.SeaCache, thresholds),
         "ToMA": cached(lambda v: c.ToMA(v, every=1, skip=1), (0.25, 0.5, 0.75)),
     }
     if s.students:
-        student, sizes = mf.students.POCKET_3, {"low": s.small, "size": s.whole}
+        student = mf.students.POCKET_3
         out["student"] = {str(n): mf.recipes.few(student, size=s.whole, steps=n) for n in (8, 6, 4, 3, 2, 1)}
         out["student, then staged"] = {
-            str(n): mf.recipes.stacked(student, steps=n, **sizes) for n in (8, 6, 4, 3, 2, 1)
+            str(n): mf.recipes.stacked(student, low=s.small, size=s.whole, steps=n) for n in (8, 6, 4, 3, 2, 1)
         }
     return out
 
 
-def fitted(s: Setting, model: mf.Backbone, captions: list[str], folder: Path) -> Chains:
-    """L2P at the frontier's speeds, fitted to a model once: its rows are kept in the folder, so that a run resumes."""
-    file, whole = folder / "l2p.json", mf.plan(s.native(s.steps), model.info).work.flops
+def fitted(
+    s: Setting, model: mf.Backbone, captions: list[str], folder: Path, wanted: Collection[str] | None = None
+) -> Chains:
+    """What must see the model: L2P's weights, thresholds of caches that go by the picture, at the frontier's speeds.
+
+    `wanted` are labels of `FITTED` (None: all). A threshold is one with which the captions cost what the speed allows,
+    by counted operations. All is found once and
+    kept in the folder, so that a run resumes with the same chains.
+    """
+    file, whole = folder / "fitted.json", mf.plan(s.native(s.steps), model.info).work.flops
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     out: Chains = {}
+
+    def once(label: str, find: Callable[[], object]) -> object:
+        if label not in known:
+            known[label] = find()
+            write_bytes(file, json.dumps(known).encode())
+        return known[label]
+
+    def share(chain: Chain, speed: int) -> float:
+        made = mf.run(chain, model, captions, seed=list(range(len(captions))))
+        return sum(stage.flops for stage in made.stages) / len(captions) * speed / whole
+
+    def threshold(make: Callable[[float], mf.caches.Cache], speed: int) -> float | None:
+        low, high = 0.01, 20.0
+        for _ in range(8):
+            middle = round(math.sqrt(low * high), 4)
+            found = share(s.native(s.steps, cache=make(middle)), speed)
+            if _near(found):
+                return middle
+            low, high = (middle, high) if found > 1 else (low, middle)
+        return None
+
+    def weights(interval: int) -> object:
+        return mf.caches.L2P.calibrated(interval, model, captions, size=s.whole, schedule=mf.Shifted(s.steps)).rows
+
     for speed in SPEEDS:
         plain = {n: s.native(s.steps, cache=mf.caches.TaylorSeer(n)) for n in range(2, s.steps)}
         fit = [n for n, chain in plain.items() if _near(mf.plan(chain, model.info).work.flops * speed / whole)]
-        if not fit:
-            continue
-        if str(fit[0]) not in known:
-            schedule = mf.Shifted(s.steps)
-            found = mf.caches.L2P.calibrated(fit[0], model, captions, size=s.whole, schedule=schedule)
-            known[str(fit[0])] = found.rows
-            write_bytes(file, json.dumps(known).encode())
-        rows = tuple(tuple(row) for row in known[str(fit[0])])
-        out[f"L2P, {speed}x"] = s.native(s.steps, cache=mf.caches.L2P(rows))
+        if fit and (wanted is None or f"L2P, {speed}x" in wanted):
+            found = once(f"L2P, {speed}x", partial(weights, fit[0]))
+            rows = tuple(tuple(row) for row in cast("list[list[float]]", found))
+            out[f"L2P, {speed}x"] = s.native(s.steps, cache=mf.caches.L2P(rows))
+        for name, make in BY_PICTURE.items():
+            if wanted is not None and f"{name}, {speed}x" not in wanted:
+                continue
+            value = once(f"{name}, {speed}x", partial(threshold, make, speed))
+            if value is not None:
+                out[f"{name}, {speed}x"] = s.native(s.steps, cache=make(cast(float, value)))
     return out
+
+
+BY_PICTURE: dict[str, Callable[[float], mf.caches.Cache]] = {
+    "DBCache": lambda v: mf.caches.DBCache(v, front=1, warmup=2),
+    "DBTaylor": lambda v: mf.caches.DBCache(v, front=1, warmup=2, order=1),
+    "TeaCache": mf.caches.TeaCache,
+    "SeaCache": mf.caches.SeaCache,
+}
+"""Caches by threshold whose cost no plan knows."""
+FITTED = tuple(f"{name}, {speed}x" for name in ("L2P", *BY_PICTURE) for speed in SPEEDS)
 
 
 def _base(s: Setting) -> Chains:

@@ -40,8 +40,8 @@ def theirs(pipe: Any, batch: int, kind: str, **more: Any) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("scale", [None, 3.0])
 def test_native_sampling_is_the_pipelines_own_call(pipe: Any, batch: int, scale: float | None) -> None:
-    more = {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ["a dog"] * batch}
-    ours = {} if scale is None else {"negative": "a dog"}
+    more: dict[str, Any] = {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ["a dog"] * batch}
+    ours: dict[str, Any] = {} if scale is None else {"negative": "a dog"}
     model = from_diffusers(pipe, guidance=scale)
     result = mf.run(native() >> mf.Decode(), model, PROMPTS[:batch], seed=[5, 8][:batch], **ours)
     latents = theirs(pipe, batch, "latent", **more)
