@@ -83,8 +83,9 @@ def run(args: argparse.Namespace) -> None:
         known = ", ".join((*chains, *more))
         raise mf.PlanError(f"no method is called {', '.join(sorted(unknown))}; there are {known}")
     if wanted := [label for label in more if not args.methods or label in args.methods]:
-        folder.mkdir(parents=True, exist_ok=True)
-        chains |= fitted(setting, model, held_out_captions(HARD, 4, seed=1), folder, wanted)
+        beside = folder.with_name(f"{folder.name}-fitted.json")  # a sweep's folder is its own
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        chains |= fitted(setting, model, held_out_captions(HARD, 4, seed=1), beside, wanted)
     if args.methods:
         chains = {label: chain for label, chain in chains.items() if label in {reference, *args.methods}}
     asked = prompts(args.captions, args.details, args.sizes)
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(tables.cheapest(rows, reference)))
     if args.question == "frontier":
         table = first.table_of(rows, reference, size=size, low=setting.low)
-        first.write_table(table, folder / "frontier.json")
+        first.write_table(table, folder.with_name(f"{folder.name}.json"))
         print("\n".join(["", *first.section(table)]))
         if args.figure is not None:
             first.draw(table, args.figure)

@@ -178,15 +178,15 @@ def _families(s: Setting) -> dict[str, Chains]:
 
 
 def fitted(
-    s: Setting, model: mf.Backbone, captions: list[str], folder: Path, wanted: Collection[str] | None = None
+    s: Setting, model: mf.Backbone, captions: list[str], file: Path, wanted: Collection[str] | None = None
 ) -> Chains:
     """What must see the model: L2P's weights, thresholds of caches that go by the picture, at the frontier's speeds.
 
     `wanted` are labels of `FITTED` (None: all). A threshold is one with which the captions cost what the speed allows,
     by counted operations. All is found once and
-    kept in the folder, so that a run resumes with the same chains.
+    kept in the file, so that a run resumes with the same chains.
     """
-    file, whole = folder / "fitted.json", mf.plan(s.native(s.steps), model.info).work.flops
+    whole = mf.plan(s.native(s.steps), model.info).work.flops
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     out: Chains = {}
 
