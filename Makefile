@@ -7,9 +7,12 @@ BASICSR := .venv-basicsr
 REAL := .venv-real
 WHEEL := .venv-wheel
 TRITON := .triton
+LOWEST := .venv-lowest
+NEWEST := .venv-newest
+TORCH ?=
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test nightly evidence site mutate test-basicsr test-real test-kernels test-wheel figure pocket check lint fast docs parity gpu wheel clean
+.PHONY: help demo test nightly evidence site mutate test-basicsr test-real test-kernels test-wheel test-comfyui test-lowest test-newest figure pocket check lint fast docs parity gpu wheel clean
 help: ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -87,6 +90,28 @@ $(TRITON)/.installed: $(INPUTS) $(VENV)/.installed-dev # beside the environment:
 test-kernels: $(TRITON)/.installed ## Hold the GPU kernels against their definitions in Triton's interpreter, and compile them
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_triton.py
 
+test-comfyui: $(VENV)/.installed-dev ## Hold the nodes against ComfyUI: COMFYUI=FOLDER, COMFYUI_PYTHON=its Python
+	COMFYUI='$(COMFYUI)' COMFYUI_PYTHON='$(COMFYUI_PYTHON)' $(BIN)/python -m pytest tests/test_comfyui_server.py
+
+# What pyproject.toml declares, at its lowest and at the newest of everything. TORCH=torch==2.13.0+cpu chooses another build.
+test-lowest: $(LOWEST)/.installed ## The fast tests with the lowest versions that pyproject.toml declares
+	HYPOTHESIS_PROFILE=fast $(LOWEST)/bin/python -m pytest -q -W default -m "not slow and not parity"
+
+test-newest: $(NEWEST)/.installed ## The fast tests with the newest versions of everything
+	HYPOTHESIS_PROFILE=fast $(NEWEST)/bin/python -m pytest -q -W default -m "not slow and not parity"
+
+$(LOWEST)/.installed: RESOLUTION := lowest-direct
+$(NEWEST)/.installed: RESOLUTION := highest
+$(LOWEST)/.installed $(NEWEST)/.installed: $(INPUTS)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -c constraints.txt uv
+	echo '$(TORCH)' > $(@D)/torch.txt
+	$(@D)/bin/uv pip compile --quiet --python $(@D)/bin/python --resolution $(RESOLUTION) --override $(@D)/torch.txt \
+	  --extra dev -o $(@D)/versions.txt pyproject.toml
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python -r $(@D)/versions.txt
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --no-deps --resolution $(RESOLUTION) -e . 'spandrel>=0.4'
+	@touch $@
+
 lint: $(VENV)/.installed-dev ## ruff, layers of imports, mypy, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -117,4 +142,4 @@ test-wheel: ## Install a wheel into an empty environment, and draw the golden pi
 	cd build && env -i HOME=/nonexistent PATH=/usr/bin:/bin ../$(WHEEL)/bin/python ../tests/installed.py ../tests/golden/pocket.json
 
 clean: ## Remove the environments, builds and caches; pictures stay
-	rm -rf $(VENV) $(BASICSR) $(REAL) $(WHEEL) $(TRITON) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BASICSR) $(REAL) $(WHEEL) $(TRITON) $(LOWEST) $(NEWEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

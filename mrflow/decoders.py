@@ -69,8 +69,8 @@ def linear_decoder(model: "Backbone", pixels: Float[Tensor, "b 3 h w"]) -> Linea
         PlanError: there are fewer cells than unknowns.
     """
     with torch.inference_mode():
-        latents = model.encode(pixels.to(model.device)).double().cpu()
-    colours = F.avg_pool2d(pixels.double().cpu(), model.info.space.downscale)
+        latents = model.encode(pixels.to(model.device)).cpu().double()
+    colours = F.avg_pool2d(pixels.cpu().double(), model.info.space.downscale)
     cells = latents.permute(0, 2, 3, 1).flatten(0, 2)
     unknown = torch.cat((cells, torch.ones(len(cells), 1, dtype=cells.dtype)), 1)
     if len(unknown) < unknown.shape[1]:

@@ -54,6 +54,11 @@ def raise_noise(x: Tensor, eps: Tensor, sigma: float, to: float) -> Tensor:
     return scale * x + math.sqrt(to**2 - (scale * sigma) ** 2) * eps
 
 
+def double(x: Tensor) -> Tensor:
+    """`x` in float64: where it is, or on the CPU where its device (MPS) has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def finite(x: Tensor) -> bool:
     """Whether every number is finite: the sum tells at once; where it does not (it may overflow), all are looked at."""
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mrflow.errors import PlanError
+from mrflow.flow import double
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -29,7 +30,7 @@ def psnr(pixels: Tensor, reference: Tensor) -> Tensor:
         PlanError: the shapes differ.
     """
     _same(pixels, reference)
-    return -10 * (pixels.double() - reference.double()).square().mean((1, 2, 3)).log10().float()
+    return -10 * (double(pixels) - double(reference)).square().mean((1, 2, 3)).log10().float()
 
 
 def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
@@ -46,14 +47,14 @@ def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
         raise PlanError(f"SSIM needs sides of at least 11 pixels, got {tuple(pixels.shape[-2:])}")
     at = torch.arange(11, dtype=torch.float64) - 5
     window = torch.exp(-(at**2) / (2 * 1.5**2))
-    window = (window / window.sum()).to(pixels.device)
+    x, y = double(pixels), double(reference)
+    window = (window / window.sum()).to(x.device)
 
     def mean(x: Tensor) -> Tensor:
         flat = x.reshape(-1, 1, *x.shape[-2:])
         rows = torch.nn.functional.conv2d(flat, window.view(1, 1, 11, 1))
         return torch.nn.functional.conv2d(rows, window.view(1, 1, 1, 11)).view(*x.shape[:2], rows.shape[-2], -1)
 
-    x, y = pixels.double(), reference.double()
     mx, my = mean(x), mean(y)
     vx, vy, both = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2
@@ -74,7 +75,8 @@ def power_ratio(pixels: Tensor, reference: Tensor, *, bands: int = 4) -> Tensor:
     _same(pixels, reference)
 
     def rings(x: Tensor) -> Tensor:
-        luma = (x.double() * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
+        x = double(x)
+        luma = (x * x.new_tensor([0.299, 0.587, 0.114]).float().view(3, 1, 1)).sum(1)
         power = torch.fft.fft2(luma - luma.mean((1, 2), keepdim=True)).abs().square()
         h, w = luma.shape[-2:]
         rows, columns = torch.fft.fftfreq(h, device=x.device), torch.fft.fftfreq(w, device=x.device)

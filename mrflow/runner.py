@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -88,8 +89,9 @@ def run(
     of its 256 levels.
     `start` is pixels (b, 3, h, w) in [0, 1] or a State for a chain that does not begin with noise; `condition` replaces
     the encoded prompts; `keep` keeps every stage's tensor, and as "path" also every step's estimate, for
-    `Result.animate` (the result then holds the model); `on_event` hears of stages, steps and notes; `cache` reuses
-    stages that were run before. `planned` is what `plan` said of this chain, model and batch, if it was asked.
+    `Result.animate` (the result then holds the model); `on_event` hears of stages, steps and notes, and stops the run
+    by raising an exception, which comes out as it is; `cache` reuses stages that were run before. `planned` is what
+    `plan` said of this chain, model and batch, if it was asked.
 
     Raises:
         PlanError: the arguments or the chain cannot work, or a fork broke CUDA; before any tensor is made.
@@ -151,7 +153,7 @@ def run(
             if not cached:
                 inner = replace(context, scope=scope, on_step=_relay(on_event, index, path), sigmas=row.sigmas)
                 where = f"stage {index + 1} of {len(stages)}, {short(stage)}"
-                with collected() as notes, tallied() as tally:
+                with collected() as notes, tallied() as tally, _heard():
                     data = keep_promise(stage, State(row.spec, data), row.out, inner, where)
                 if tally.caches or (tally.computed and row.work.estimated):
                     flops = sum(forwards * forward_flops(model.info, tokens) for forwards, tokens in tally.forwards)
@@ -248,6 +250,22 @@ def _first(start: Tensor | State[Spec] | None, batch: int, model: Backbone) -> S
     return State(spec, data)
 
 
+class _ListenerError(BaseException):
+    """Carries what a listener raised past the stage, whose error it is not."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+@contextmanager
+def _heard() -> Generator[None]:
+    """What a listener raises inside leaves as it was raised."""
+    try:
+        yield
+    except _ListenerError as carried:
+        raise carried.error from carried.error.__cause__
+
+
 def _relay(listener: Listener | None, index: int, path: list[PathStep] | None) -> Callable[[Step], None] | None:
     """What a stage tells of its steps: to the listener, and into the path where that is kept."""
     if listener is None and path is None:
@@ -256,7 +274,10 @@ def _relay(listener: Listener | None, index: int, path: list[PathStep] | None) -
     def tell(step: Step) -> None:
         if path is not None:
             path.append(PathStep(index, step.to, step.denoised.detach().float().cpu().clone()))
-        _emit(listener, Stepped(index, step))
+        try:
+            _emit(listener, Stepped(index, step))
+        except Exception as error:
+            raise _ListenerError(error) from None
 
     return tell
 

@@ -132,6 +132,24 @@ def test_events_tell_every_stage_and_step() -> None:
     assert all(s.denoised.shape == s.x.shape for s in steps)
 
 
+@pytest.mark.parametrize("kind", [mf.StageBegan, mf.Stepped, mf.StageEnded])
+def test_what_a_listener_raises_comes_out_as_it_is(kind: type[mf.Event]) -> None:
+    """A cancel button raises: the stage has no part in it, neither in the class nor in the text."""
+
+    class CancelledError(Exception):
+        pass
+
+    error = CancelledError("enough")
+
+    def cancel(event: mf.Event) -> None:
+        if isinstance(event, kind):
+            raise error
+
+    with pytest.raises(CancelledError) as raised:
+        mf.run(CHAIN, TOY, "a", on_event=cancel)
+    assert raised.value is error and str(error) == "enough"
+
+
 def test_a_chain_may_start_from_a_picture() -> None:
     photo = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     chain = mf.Upscale(mf.Interpolate(2)) >> mf.Encode() >> mf.Reinject(0.1) >> mf.Refine() >> mf.Decode()

@@ -3,7 +3,10 @@
 Nothing here knows more than mrflow's own objects. ComfyUI itself is only asked for its progress bar.
 """
 
+from itertools import count
 from typing import Any, ClassVar
+
+from PIL import Image
 
 import mrflow as mf
 from mrflow.cli.parsing import load_model, parse_lora, upscaler
@@ -186,31 +189,65 @@ class Run(Node):
         "seed": ("INT", {"default": 0, "min": 0, "max": 2**62, "control_after_generate": True}),
         "batch": ("INT", {"default": 1, "min": 1, "max": 64}),
     }
-    OPTIONAL = {"negative": ("STRING", {"multiline": True, "default": ""})}
+    OPTIONAL = {
+        "negative": ("STRING", {"multiline": True, "default": ""}),
+        "previews": (
+            "INT",
+            {
+                "default": 0,
+                "min": 0,
+                "max": 1000,
+                "tooltip": "shows the estimate of every n-th step, decoded; 0 is none",
+            },
+        ),
+    }
 
     def make(
-        self, model: mf.Backbone, chain: mf.Chain[Any, Any], prompt: str, seed: int, batch: int, negative: str = ""
+        self,
+        model: mf.Backbone,
+        chain: mf.Chain[Any, Any],
+        prompt: str,
+        seed: int,
+        batch: int,
+        negative: str = "",
+        previews: int = 0,
     ) -> tuple[Any, str]:
         """Images (batch, height, width, 3) in [0, 1], as ComfyUI has them, and the plan as text."""
         planned = mf.plan(chain, model.info, batch=batch)
-        bar = progress(sum(len(row.evaluations) for row in planned.rows))
+        bar, steps = progress(sum(len(row.sigmas) - 1 for row in planned.rows if row.sigmas)), count(1)
 
         def listen(event: mf.Event) -> None:
             if isinstance(event, mf.Stepped):
-                bar(1)
+                number, step = next(steps), event.step
+                seen = previews and number % previews == 0 and step.denoised.ndim == 4
+                bar(number, picture(model, step.denoised[:1]) if seen else None)
+            elif isinstance(event, mf.StageBegan):
+                bar(None, None)
 
         seeds = [seed + i for i in range(batch)]
         result = mf.run(chain, model, prompt, seed=seeds, negative=negative or None, on_event=listen)
         return result.pixels.permute(0, 2, 3, 1).cpu(), str(planned)
 
 
+def picture(model: mf.Backbone, latents: Any) -> Any:
+    """The first item of latents (1, channels, height, width), decoded, as ComfyUI takes previews."""
+    pixels = model.decode(latents.float())[0].clamp(0, 1)
+    return "JPEG", Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()), 512
+
+
 def progress(total: int) -> Any:
-    """ComfyUI's progress bar where it runs, else nothing."""
+    """Shows a step's number and preview in ComfyUI's progress bar; nothing without ComfyUI.
+
+    Raises:
+        InterruptProcessingException: of ComfyUI, where its user cancelled; it stops the run.
+    """
     try:
+        from comfy.model_management import throw_exception_if_processing_interrupted as stop
         from comfy.utils import ProgressBar
     except ImportError:
-        return lambda step: None
-    return ProgressBar(total).update
+        return lambda number, preview: None
+    bar = ProgressBar(total)
+    return lambda number, preview: stop() if number is None else bar.update_absolute(number, total, preview)
 
 
 STAGES = {c.__name__: c for c in (Load, Sample, Decode, Upscale, Encode, Reinject, Refine, Run)}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mrflow.caches.clock import Clock, Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Predictor
+from mrflow.flow import double
 from mrflow.model_info import ModelInfo
 from mrflow.notes import count
 from mrflow.pieces import Pieces
@@ -178,8 +179,8 @@ class CachedStep:
 
 def products(left: Sequence[Tensor], right: Sequence[Tensor]) -> NDArray[np.float64]:
     """Inner products (left, right) of features of one shape, summed in float64, a piece at a time."""
-    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left[0].device)
+    total = double(torch.zeros(len(left), len(right), device=left[0].device))
     pieces = [[f.flatten().split(1 << 20) for f in side] for side in (left, right)]
     for ours, theirs in zip(zip(*pieces[0], strict=True), zip(*pieces[1], strict=True), strict=True):
-        total += torch.stack(ours).double() @ torch.stack(theirs).double().T
+        total += double(torch.stack(ours)) @ double(torch.stack(theirs)).T
     return total.cpu().numpy()

@@ -100,7 +100,7 @@ def _ended(err: Console, error: BaseException, asked: Sequence[int]) -> int:
         return 5
     if isinstance(error, BrokenPipeError):  # whoever read the results has had enough
         _silence()
-        return 128 + signal.SIGPIPE
+        return 128 + getattr(signal, "SIGPIPE", 13)
     if isinstance(error, OSError) and error.errno in OUTPUT and error.filename is None:
         _silence()
         err.print(f"error: standard output takes nothing ({error.strerror})")

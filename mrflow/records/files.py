@@ -35,7 +35,8 @@ def read_regular(path: str | Path, *, most: int) -> bytes:
     Raises:
         OSError: it is not there, is no regular file, or cannot be read. ValueError: it is larger than `most` bytes.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags)
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):

@@ -81,8 +81,8 @@ def place(draft: Path, path: Path) -> None:
     """
     try:
         os.link(draft, path)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
+    except (OSError, AttributeError) as error:  # not every system has links
+        if isinstance(error, OSError) and error.errno not in NO_LINKS:
             raise
         path.open("xb").close()
         draft.replace(path)

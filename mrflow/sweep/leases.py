@@ -30,6 +30,7 @@ from mrflow.records.publish import place
 
 BEAT, STALE = 5.0, 60.0  # seconds between heartbeats, and after which a lease is dead
 MAX_BYTES = 1 << 16
+POSIX = os.name == "posix"  # elsewhere signal 0 is no question: it ends the process
 
 
 class LeaseLostError(Exception):
@@ -176,7 +177,7 @@ class Leases:
         if all(lease.get(part) == here[part] for part in ("boot", "space")) and here["space"]:
             began = _started(_count(lease, "pid"))
             return began is None or began != lease.get("began")
-        if all(lease.get(part) == here[part] for part in ("host", "boot")) and not here["space"]:
+        if POSIX and all(lease.get(part) == here[part] for part in ("host", "boot")) and not here["space"]:
             try:
                 os.kill(_count(lease, "pid"), 0)
             except ProcessLookupError:
@@ -199,7 +200,7 @@ class Leases:
                     keys = list(self._held)
                 for key in keys:
                     with suppress(OSError), self._own(key) as handle:
-                        os.utime(handle)
+                        os.utime(handle if os.utime in os.supports_fd else self.path(key))
 
         self._beating = threading.Thread(target=beat, daemon=True, name="mrflow leases")
         self._beating.start()
@@ -212,8 +213,8 @@ class _Opened:
         self.path, self.token = path, token
 
     def __enter__(self) -> int:
-        self.handle = os.open(self.path, os.O_RDWR | os.O_APPEND)
-        if _parse(os.pread(self.handle, MAX_BYTES, 0).decode("utf-8", "replace")).get("token") != self.token:
+        self.handle = os.open(self.path, os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0))
+        if _parse(os.read(self.handle, MAX_BYTES).decode("utf-8", "replace")).get("token") != self.token:
             os.close(self.handle)
             raise FileNotFoundError(f"{self.path} is another's")
         return self.handle

@@ -31,7 +31,7 @@ def time_limit(seconds: float | None, stuck: Callable[[], None]) -> Generator[No
         return
     inside = threading.get_ident()
     done = threading.Event()
-    main = threading.current_thread() is threading.main_thread()
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if not done.is_set():

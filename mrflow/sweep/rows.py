@@ -5,6 +5,7 @@ A folder may come from anywhere, so nothing that a file says is used before its 
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -109,7 +110,7 @@ def read_row(path: str | Path) -> Row | None:
     except (OSError, ValueError):
         return None
     known = {name: value for name, value in table.items() if name in _CHECKS}
-    if known.get("key") != str(path).rpartition("/")[2].removesuffix(".json"):
+    if known.get("key") != os.path.basename(path).removesuffix(".json"):
         return None
     if not known.keys() >= _NEEDED or not all(_CHECKS[name](value) for name, value in known.items()):
         return None
