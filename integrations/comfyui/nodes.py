@@ -197,7 +197,7 @@ class Run(Node):
                 "default": 0,
                 "min": 0,
                 "max": 1000,
-                "tooltip": "shows the estimate of every n-th step, decoded; 0 is none",
+                "tooltip": "show the estimate of every n-th step; 0 is none",
             },
         ),
     }
