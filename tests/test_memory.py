@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.cuda_graphs import Graphed, GraphPool
 from mrflow.models.offload import (
     BlockOffloader,
     Ledger,
@@ -129,7 +129,7 @@ class Recorder:
 
 def test_a_shape_is_recorded_at_its_second_call_and_replayed_from_then_on() -> None:
     calls, recorder = [], Recorder()
-    step = Graphed(lambda x, y: calls.append(1) or x * 2 + y, capture=recorder)  # type: ignore[func-returns-value]
+    step = Graphed(lambda x, y: calls.append(1) or x * 2 + y, GraphPool(capture=recorder))  # type: ignore[func-returns-value]
     for i in range(4):
         x, y = torch.full((2,), float(i)), torch.full((2,), 10.0 * i)
         assert torch.equal(step(x, y), x * 2 + y)
@@ -140,18 +140,48 @@ def test_a_shape_is_recorded_at_its_second_call_and_replayed_from_then_on() -> N
 
 
 def test_what_a_replay_gives_is_not_overwritten_by_the_next() -> None:
-    step = Graphed(lambda x: x + 1, capture=Recorder())
+    step = Graphed(lambda x: x + 1, GraphPool(capture=Recorder()))
     first = [step(torch.full((2,), float(i))) for i in range(4)]
     assert [float(t[0]) for t in first] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("broken", "words"), [("wrong", "did not give"), ("fails", "not permitted when stream")])
 def test_a_graph_that_fails_or_lies_is_not_used(broken: str, words: str) -> None:
-    step = Graphed(lambda x: x * 2, capture=Recorder(wrong=broken == "wrong", fails=broken == "fails"))
+    step = Graphed(lambda x: x * 2, GraphPool(capture=Recorder(wrong=broken == "wrong", fails=broken == "fails")))
     with collected() as notes:
         for i in range(4):
             assert torch.equal(step(torch.full((2,), float(i))), torch.full((2,), 2.0 * i))
     assert len(notes) == 1 and words in notes[0]
+
+
+def test_the_graph_that_was_longest_unused_is_dropped() -> None:
+    """A sweep over lengths of prompts: what comes back is recorded again, what is used stays; a pool is all runs'."""
+    recorder = Recorder()
+    pool = GraphPool(most=2, capture=recorder)
+    step, other = Graphed(lambda x: x * 3, pool), Graphed(lambda x: x - 1, pool)
+
+    def call(which: Graphed, size: int, times: int = 1) -> int:
+        for _ in range(times):
+            x = torch.arange(float(size))
+            assert torch.equal(which(x), which.f(x))
+        return recorder.captures
+
+    assert call(step, 1, 3) == 1 and call(step, 2, 3) == 2 and len(pool.kept) == 2
+    assert call(step, 1) == 2  # used: the other is older now
+    assert call(other, 1, 2) == 3 and len(pool.kept) == 2
+    assert len(step.recorded) == len(other.recorded) == 1
+    assert call(step, 1, 5) == 3  # it was kept
+    assert call(step, 2) == 3 and call(step, 2) == 4  # it was not: first itself, then recorded again
+    assert len(step.recorded) == 2 and not other.recorded
+
+
+def test_graphs_that_fail_count_for_nothing() -> None:
+    pool = GraphPool(most=1, capture=Recorder(fails=True))
+    step = Graphed(lambda x: x * 2, pool)
+    with collected():
+        for size in (1, 2, 1, 2, 1):
+            step(torch.ones(size))
+    assert not pool.kept and list(step.recorded.values()) == [None, None]
 
 
 @given(st.integers(1, 300), st.integers(2, 8), st.integers(0, 7), st.sampled_from([1, 2, 4]))

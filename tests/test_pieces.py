@@ -11,7 +11,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.caches import Cache, DBCache, TaylorSeer
 from mrflow.models.block_runner import BlockRunner
-from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.cuda_graphs import GraphPool
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.layers import Rope
 from mrflow.models.qwen.transformer import QwenImage
@@ -83,8 +83,7 @@ def test_runs_of_blocks_can_be_replayed_as_graphs(name: str, tmp_path: Path, mon
 
         return replay, output
 
-    monkeypatch.setattr("mrflow.models.block_runner.Graphed", lambda f: Graphed(f, capture=capture))
-    pieces = BlockRunner(model.transformer, graphs=True)
+    pieces = BlockRunner(model.transformer, graphs=GraphPool(capture=capture))
     for cache in (DBCache(0.3, front=1, back=1, warmup=1), TaylorSeer(2)):
         want = made(sample(cache, guidance=mf.Distilled()), model)
         monkeypatch.setattr(model, "_pieces", pieces)
@@ -93,5 +92,4 @@ def test_runs_of_blocks_can_be_replayed_as_graphs(name: str, tmp_path: Path, mon
             assert torch.equal(got.data, want.data)
             assert got.nfe == want.nfe
         monkeypatch.undo()
-        monkeypatch.setattr("mrflow.models.block_runner.Graphed", lambda f: Graphed(f, capture=capture))
     assert 3 <= len(captured) <= 4

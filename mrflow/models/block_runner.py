@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mrflow.models.blocks import Transformer
-from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.cuda_graphs import Graphed, GraphPool
 from mrflow.models.layers import Merge, Rope
 
 
@@ -17,7 +17,7 @@ class BlockRunner:
     One object serves all fields of a model, so that a graph is recorded once for its blocks and shapes.
     """
 
-    def __init__(self, net: Transformer, *, graphs: bool = False) -> None:
+    def __init__(self, net: Transformer, *, graphs: GraphPool | None = None) -> None:
         self.net, self.graphs = net, graphs
         self.recorded: dict[tuple[int, int], Graphed] = {}
 
@@ -40,9 +40,9 @@ class BlockRunner:
         """Both streams after the blocks from `start` to before `stop`."""
         if start >= stop:
             return img, txt
-        if not self.graphs:
+        if self.graphs is None:
             return self.net.some_blocks(img, txt, Rope(cos, sin), table, start, stop)
-        graph = self.recorded.setdefault((start, stop), Graphed(partial(joint, self.net, start, stop)))
+        graph = self.recorded.setdefault((start, stop), Graphed(partial(joint, self.net, start, stop), self.graphs))
         both = graph(img, txt, cos, sin, table, key=self.net.attention)
         return both[:, : img.shape[1]], both[:, img.shape[1] :]
 

@@ -1,6 +1,7 @@
 """A step replayed as a CUDA graph: at low resolution a fast GPU waits for launches, not for arithmetic."""
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,12 +14,35 @@ Function = Callable[..., Tensor]
 Capture = Callable[[Function, tuple[Tensor, ...]], tuple[Callable[[], None], Tensor]]
 
 
-def cuda_capture(f: Function, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
-    """Record f(*inputs) as a graph; gives what replays it, and the tensor that then holds the output."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = f(*inputs)
-    return graph.replay, output
+class GraphPool:
+    """What all graphs of a model share: memory for what lives during a replay, one lock, and how many are kept.
+
+    A replay's output is copied before another one begins, so graphs may use the same memory in any order. Beyond `most`
+    graphs the one that was replayed longest ago is dropped.
+    """
+
+    def __init__(self, *, most: int = 16, capture: Capture | None = None) -> None:
+        self.most, self.capture = most, capture or self._captured
+        self.lock = threading.RLock()
+        self.handle: tuple[int, int] | None = None
+        self.kept: OrderedDict[tuple[int, object], Graphed] = OrderedDict()
+
+    def use(self, owner: "Graphed", which: object) -> None:
+        """A graph of `owner` is the newest now; the oldest goes."""
+        self.kept[id(owner), which] = owner
+        self.kept.move_to_end((id(owner), which))
+        while len(self.kept) > self.most:
+            (_, old), other = self.kept.popitem(last=False)
+            other.forget(old)
+
+    def _captured(self, f: Function, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
+        """Record f(*inputs) as a CUDA graph; gives what replays it, and the tensor that then holds the output."""
+        if self.handle is None:
+            self.handle = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.handle):
+            output = f(*inputs)
+        return graph.replay, output
 
 
 @dataclass
@@ -33,29 +57,37 @@ class Graphed:
 
     A shape's first call runs f itself (a chain's single refinement step is not worth a recording), the second records
     it and holds the replay against f once; where they disagree, or recording fails, f goes on running itself. What f
-    gives must depend on its arguments and on weights that stay where they are. One thread at a time is served.
+    gives must depend on its arguments and on weights that stay where they are. One thread at a time is served of all
+    that share a `pool`.
     """
 
-    def __init__(self, f: Function, *, capture: Capture = cuda_capture) -> None:
-        self.f, self.capture = f, capture
+    def __init__(self, f: Function, pool: GraphPool | None = None) -> None:
+        self.f, self.pool = f, pool or GraphPool()
         self.seen: set[object] = set()
         self.recorded: dict[object, _Recorded | None] = {}
-        self.lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor, key: object = None) -> Tensor:
         """f(*inputs); `key` tells apart what shapes do not."""
         which = (key, *((t.shape, t.dtype) for t in inputs))
-        with self.lock:
+        with self.pool.lock:
             if which not in self.seen:
                 self.seen.add(which)
                 return self.f(*inputs)
             if which not in self.recorded:
                 self.recorded[which], output = self._record(inputs)
+                if self.recorded[which] is not None:
+                    self.pool.use(self, which)
                 return output
             recorded = self.recorded[which]
             if recorded is None:
                 return self.f(*inputs)
+            self.pool.use(self, which)
             return self._replayed(recorded, inputs)
+
+    def forget(self, which: object) -> None:
+        """Drop a shape's graph; when the shape comes back, it is new."""
+        del self.recorded[which]
+        self.seen.discard(which)
 
     def _replayed(self, recorded: _Recorded, inputs: tuple[Tensor, ...]) -> Tensor:
         for own, given in zip(recorded.inputs, inputs, strict=True):
@@ -68,7 +100,7 @@ class Graphed:
         want = self.f(*inputs)
         try:
             own = tuple(t.clone() for t in inputs)
-            recorded = _Recorded(own, *self.capture(self.f, own))
+            recorded = _Recorded(own, *self.pool.capture(self.f, own))
             got = self._replayed(recorded, inputs)
         except RuntimeError as error:
             note(f"steps run one kernel at a time: recording a CUDA graph failed ({str(error).splitlines()[0]})")

@@ -22,7 +22,7 @@ from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.model_info import Footprint, ModelInfo
 from mrflow.models.block_runner import BlockRunner
 from mrflow.models.blocks import Transformer
-from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.cuda_graphs import Graphed, GraphPool
 from mrflow.models.fields import step as whole_step
 from mrflow.models.fp8 import multiply_fp8
 from mrflow.models.kernels import compiled, fused
@@ -124,8 +124,9 @@ class LatentModel(TransformerModel):
     def _wire(self) -> None:
         """What runs the network: whole, and in pieces."""
         net, step = self._net, type(self).step
-        self._step: Callable[..., Tensor] = Graphed(partial(step, net)) if self._graphs else partial(step, net)
-        self._pieces = BlockRunner(net, graphs=self._graphs)
+        pool = GraphPool() if self._graphs else None
+        self._step: Callable[..., Tensor] = partial(step, net) if pool is None else Graphed(partial(step, net), pool)
+        self._pieces = BlockRunner(net, graphs=pool)
 
     def adapted(self: "Model", loras: Sequence[Lora]) -> "Model":
         """The same model with these adapters on top: all weights are shared, and none is changed.
