@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from experiments.bench.protocol import MIB, Fresh, Memory, Row, Runs, Sample, Unequal, fresh, process, publish, timed
 
-WIDTH = 3072  # diffusers converts BFL's single file at this width only
+WIDTH, HEAD = 3072, 128  # diffusers converts BFL's single file at this width only
 SHARD = 300_000_000
 SINGLE = "native/flux.safetensors"
 
@@ -50,16 +50,18 @@ CASES = (
 )
 
 
-def write_weights(folder: Path, gigabytes: float) -> int:
+def write_weights(folder: Path, gigabytes: float, *, width: int = WIDTH) -> int:
     """Both layouts of one random transformer, as many double and single blocks as fit; its number of bytes."""
     import torch
     from diffusers import FluxTransformer2DModel
 
     from mrflow.models.flux.weights import load_flux, save_flux
 
-    pairs = max(1, round(gigabytes * 1e9 / (2 * 51 * WIDTH**2)))
+    pairs = max(1, round(gigabytes * 1e9 / (2 * 51 * width**2)))
     with torch.device("meta"):
-        net: Any = FluxTransformer2DModel(num_layers=pairs, num_single_layers=pairs, guidance_embeds=True)
+        net: Any = FluxTransformer2DModel(
+            num_layers=pairs, num_single_layers=pairs, guidance_embeds=True, num_attention_heads=width // HEAD
+        )
     net = net.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(3)
     for p in net.parameters():
@@ -101,7 +103,7 @@ def child(side: str, folder: str, where: str, dtype: str) -> None:
     if side == "ours":
         start = "double_blocks.0.img_attn.qkv."
         first = state.get(start + "parts.0.weight")
-        query = state[start + "weight"][:WIDTH] if first is None else first
+        query = state[start + "weight"][: kept[0].params.hidden] if first is None else first
         last = state["final_layer.adaLN_modulation.1.weight"]
         if kept[0].final_layer.scale_first:  # mapped as diffusers has it: the two vectors are exchanged when it is used
             last = torch.cat(tuple(reversed(last.chunk(2))))
@@ -137,17 +139,18 @@ def main() -> None:
     """Write the weights, print a table, write every sample."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.9, help="a whole number of blocks, one pair at least")
+    parser.add_argument("--width", type=int, default=WIDTH, help="below 3072: diffusers' shards alone")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     rows: list[Row] = []
     checks: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = write_weights(folder, args.gigabytes)
+        size = write_weights(folder, args.gigabytes, width=args.width)
         mapping = find_spec("accelerate") is not None
         print(f"{size / 1e9:.2f} GB = {size / MIB:.0f} MiB in bfloat16; memory in MiB, diffusers / ours;")
         print(f"diffusers runs {'with' if mapping else 'WITHOUT'} accelerate\n")
-        for case in CASES:
+        for case in (c for c in CASES if args.width == WIDTH or c.where != SINGLE):
             theirs, ours = code("theirs", folder, case), code("ours", folder, case)
             if process(theirs).report["digest"] != process(ours).report["digest"]:
                 raise Unequal(f"{case.name}: the two sides loaded different tensors")
@@ -163,7 +166,7 @@ def main() -> None:
             checks[f"{case.name}: RssAnon {peak:+.0f} MiB, at most {limit:.0f}"] = peak <= limit
             rows.append(Row(case.name, Runs(inside(reference), inside(again), inside(mine)), case.bar, notes=memory))
     print("\n".join(f"* {what}: {'kept' if kept else 'MISSED'}" for what, kept in checks.items()) + "\n")
-    publish("loading", rows, bytes=size, width=WIDTH, checks=checks, accelerate=mapping)
+    publish("loading", rows, bytes=size, width=args.width, checks=checks, accelerate=mapping)
 
 
 if __name__ == "__main__":

@@ -176,12 +176,15 @@ def main() -> None:
     """Print a table and write every sample."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="tiny and small in float32, the autoencoder half as wide")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: all, with --fast tiny and small")
+    parser.add_argument("--pictures", nargs="+", type=int, help="sides in pixels (default: 128 256, with --fast 128)")
     parser.add_argument("--repeats", type=int, help="unless said, what the time of a call asks for")
     args = parser.parse_args()
-    names = ("tiny", "small") if args.fast else tuple(SIZES)
+    names = args.sizes or (("tiny", "small") if args.fast else tuple(SIZES))
+    pictures = args.pictures or ((128,) if args.fast else (128, 256))
     dtypes = (torch.float32,) if args.fast else (torch.float32, torch.bfloat16)
     rows = [row for name in names for row in step_rows(name, dtypes, args.repeats)]
-    rows += vae_rows((128,) if args.fast else (128, 256), half=args.fast, repeats=args.repeats)
+    rows += vae_rows(pictures, half=args.fast, repeats=args.repeats)
     publish("qwen", rows)
 
 

@@ -1,0 +1,87 @@
+"""Every bench runs once at its smallest size, so that none rots; nothing here looks at a time."""
+
+import json
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.bench import full, loading, protocol
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+BENCH = Path(full.__file__).parent
+SMALLEST = {
+    "forward": "--fast --sizes tiny --dtypes float32 bfloat16 --repeats 1",
+    "imports": "--repeats 1",
+    "kernels": "",
+    "loading": "--gigabytes 0.001 --width 128 --repeats 1",
+    "qwen": "--fast --sizes tiny --pictures 32 --repeats 1",
+    "sr": "--fast --repeats 1",
+    "sweeps": "--rows 20 --no-report",
+    "vae": "--fast --repeats 1",
+}
+ELSEWHERE = {"__init__", "protocol", "chain", "full"}  # the last two below
+
+
+def processes(*codes: str, repeats: int = 1) -> list[list[protocol.Fresh]]:
+    """Each code in one process, once."""
+    once = {code: protocol.process(code) for code in dict.fromkeys(codes)}
+    return [[once[code]] * repeats for code in codes]
+
+
+def run(name: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench's main, which writes into a folder of its own."""
+    bench: Any = import_module(f"experiments.bench.{name}")
+    for what, other in (("publish", partial(protocol.publish, folder=folder / "runs" / "bench")), ("fresh", processes)):
+        if hasattr(bench, what):
+            monkeypatch.setattr(bench, what, other)
+    monkeypatch.setattr("sys.argv", [name, *words.split()])
+    bench.main()
+
+
+def test_none_is_left_out() -> None:
+    assert {path.stem for path in BENCH.glob("*.py")} == {*SMALLEST, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_bench_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """To its last line; where it compares two sides, they gave the same."""
+    run(name, SMALLEST[name], tmp_path, monkeypatch)
+    assert "|---|" in capsys.readouterr().out.replace(" ", "")
+    for file in tmp_path.rglob("*.json"):
+        assert json.loads(file.read_text())["rows"]
+
+
+def test_what_was_loaded_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: two sides that hold other tensors are not timed."""
+    digests = iter("ab")
+    monkeypatch.setattr(loading, "process", lambda code: protocol.Fresh(0, 0, 0, 0, {"digest": next(digests)}))
+    with pytest.raises(protocol.Unequal, match="loaded different tensors"):
+        run("loading", SMALLEST["loading"], tmp_path, monkeypatch)
+
+
+def test_chains_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Whole chains beside the published procedure; one process each where memory is measured."""
+    run("chain", "--sizes tiny --repeats 1", tmp_path, monkeypatch)
+    assert "ms a step" in capsys.readouterr().out
+
+
+def test_the_full_size_bench_is_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Both models, every lane and stage, diffusers beside; then its table from the file."""
+    run("full", f"--tiny --out {tmp_path / 'f.json'}", tmp_path, monkeypatch)
+    capsys.readouterr()
+    run("full", f"--table {tmp_path / 'f.json'}", tmp_path, monkeypatch)
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "f.json").read_text())
+    assert [(r["model"], r["lane"]) for r in found["rows"]] == [(m, e.name) for m in full.NAMES for e in full.LANES]
+    assert not found["left_out"] and all(len(row["stages"]) in (2, 7) for row in found["rows"])
+    assert said.count("FLUX.1-dev") == said.count("Qwen-Image") == len(full.LANES) + 2
+    assert all(row["ours"] and row["diffusers"] for row in found["steps"]) and len(found["steps"]) == 4
+
+
+def test_a_budget_leaves_out_and_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    run("full", f"--tiny --budget 0 --models qwen --out {tmp_path / 'f.json'}", tmp_path, monkeypatch)
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert not found["rows"] and found["left_out"] == [f"Qwen-Image {lane.name}" for lane in full.LANES]
+    assert "Left out, for want of time: Qwen-Image 12 + 1;" in capsys.readouterr().out
