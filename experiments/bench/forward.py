@@ -5,6 +5,9 @@ is one step as a chain makes it: rotations and embedded text are made once a cha
 the projections as diffusers' files hold them (what loading on a CPU gives), `fused` joins them (as BFL's files are).
 Outputs are compared first: 1e-5 in float32; in bfloat16 1.5e-2, or no further from float32 than the reference is.
 
+A processor that has bfloat16 instructions is made to do without by the environment, for both sides (`AVX2` in all three):
+ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS, ATEN_CPU_CAPABILITY (avx2).
+
     python -m experiments.bench.forward --fast
     python -m experiments.bench.forward --sizes mid-256 mid-1024 --repeats 15
 """
@@ -22,6 +25,7 @@ from experiments.bench.protocol import FAST, Clock, Row, paired, publish
 from mrflow.models.fields import step
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.flux.weights import load_flux
+from mrflow.models.wide import widened
 
 CHANNELS = 64
 WAYS = ("apart", "fused")
@@ -158,6 +162,7 @@ def compared(
             nets = {way: load_flux(where, dtype=dtype, fuse=way == "fused") for way in ways}
             reference = reference_call(theirs, size, given, dtype)
             for way, net in nets.items():
+                widened(net)  # as a model on a CPU does
                 runs = paired(
                     reference,
                     our_call(net.eval().requires_grad_(False), size, given),  # noqa: FBT003

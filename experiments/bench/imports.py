@@ -14,7 +14,7 @@ from dataclasses import asdict
 from experiments.bench.protocol import FAST, Fresh, Row, Runs, fresh, publish
 
 REFERENCE = "from diffusers import FluxPipeline"
-OURS = "import mrflow, mrflow.models.flux.transformer, mrflow.models.flux1; mrflow.load, mrflow.run"
+OURS = "import mrflow, mrflow.models.flux.weights, mrflow.models.flux.backbone; mrflow.load, mrflow.run"
 HELP = """
 import json, sys
 sys.argv = ["mrflow", "--help"]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "runs" / "bench"
 PACKAGES = ("mrflow", "torch", "diffusers", "accelerate", "transformers", "safetensors", "numpy")
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")  # instructions that are left out
 CONTROL = (0.97, 1.03)  # a control whose interval has nothing in common with this says that the run measured noise
 RESAMPLES = 2000
 FAST = 0.95  # what bars are multiplied with where a machine is shared and lanes are short
@@ -317,6 +318,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": info.get("model name", platform.processor()),
         "flags": info.get("flags", "").split(),
+        "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
     }

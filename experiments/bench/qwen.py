@@ -100,7 +100,7 @@ def step_rows(name: str, dtypes: Sequence[torch.dtype], repeats: int | None) -> 
                 from mrflow.tokens import pack
 
                 with torch.no_grad():
-                    return torch.cat([pack(v) for v in field_of(net)(x, LEVEL)])
+                    return pack(field_of(net)(x, LEVEL))
 
             kept: dict[int, QwenField] = {}
 
