@@ -12,12 +12,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import grimp
 import torch
 
 import mrflow as mf
 from mrflow import spec, stage
+from mrflow.guidance import own_guidance
 from mrflow.models.layers import attention
 from mrflow.schedules import Schedule
 
@@ -26,7 +29,7 @@ PACKAGE = ROOT / "mrflow"
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def circles(knows: dict[str, set[str]]) -> int:
+def circles(knows: dict[str, set[str]]) -> list[str]:
     """Modules on circles of imports and between them: what stays when those that lead nowhere, either way, go."""
     left = dict(knows)
     while left:
@@ -35,19 +38,28 @@ def circles(knows: dict[str, set[str]]) -> int:
         if not ends:
             break
         left = {module: others for module, others in left.items() if module not in ends}
-    return len(left)
+    return sorted(left)
 
 
-def transformer(name: str, knows: dict[str, set[str]]) -> str:
-    """Files and lines that a family's transformer leads to."""
-    seen, left = set[str](), [f"mrflow.models.{name}.transformer"]
+def knowledge(package: str = "mrflow") -> dict[str, set[str]]:
+    """What each module imports of its package: at the top, in functions, for annotations.
+
+    Left out are the lists of public names (`_api`), which only type checkers follow.
+    """
+    graph = grimp.build_graph(package, exclude_type_checking_imports=False, cache_dir=None)
+    lists = {module for module in graph.modules if module.endswith("._api")}
+    return {module: graph.find_modules_directly_imported_by(module) - lists for module in graph.modules}
+
+
+def closure(module: str, knows: dict[str, set[str]]) -> tuple[list[Path], int]:
+    """The files of a module and of all that it leads to, and their lines together."""
+    seen, left = set[str](), [module]
     while left:
-        if (now := left.pop()) not in seen and knows[now] is not None:
+        if (now := left.pop()) not in seen:
             seen.add(now)
             left += knows[now]
-    paths = [ROOT / (module.replace(".", "/") + ".py") for module in seen]
-    files = [path for path in paths if path.is_file()]
-    return f"{name} {len(files)} files, {sum(len(f.read_text(encoding='utf-8').splitlines()) for f in files)} lines"
+    files = [file for file in (ROOT / f"{name.replace('.', '/')}.py" for name in sorted(seen)) if file.is_file()]
+    return files, sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
 def inner_imports() -> int:
@@ -90,25 +102,31 @@ def picture() -> str:
     model = mf.load("pocket", device="cpu")
     watched = {
         stage.plan.__code__: "plan", spec.check_size.__code__: "check_size",
+        own_guidance.__code__: "own_guidance",
         **{kind.__call__.__code__: "schedules" for kind in subclasses(Schedule)},
     }  # fmt: skip
 
-    def profile(frame: object, event: str, _: object) -> None:
-        code = frame.f_code  # type: ignore[attr-defined]
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
         if event == "call" and code in watched:
             counts[watched[code]] += 1
         if event == "call" and code is attention.__code__ and not depth:
+            outer: FrameType | None = frame
             ours = list[str]()
-            while frame is not None:
-                ours.append(frame.f_code.co_filename)  # type: ignore[attr-defined]
-                frame = frame.f_back  # type: ignore[attr-defined]
+            while outer is not None:
+                ours.append(outer.f_code.co_filename)
+                outer = outer.f_back
             run = next(at for at, file in enumerate(ours) if file.endswith("mrflow/runner.py"))
             own = [file for file in ours[: run + 1] if "/mrflow/" in file]
             depth.append((len(own), len(set(own))))
 
-    sys.setprofile(profile)  # type: ignore[arg-type]
+    sys.setprofile(profile)
     try:
-        mf.run(mf.recipes.paper(low=(64, 64), size=(128, 128), steps=1), model, "a big red circle")
+        mf.run(
+            mf.recipes.paper(low=(64, 64), size=(128, 128), steps=1),
+            model,
+            "a big red circle at the left on coarse dots",
+        )
     finally:
         sys.setprofile(None)
     frames, files = depth[0]
@@ -116,7 +134,7 @@ def picture() -> str:
     return f"{said}; {frames} frames through {files} files from run to attention"
 
 
-def subclasses(kind: type) -> Iterator[type]:
+def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
     """All classes below one, that define how they are called."""
     for below in kind.__subclasses__():
         if "__call__" in below.__dict__:
@@ -127,18 +145,18 @@ def subclasses(kind: type) -> Iterator[type]:
 def main() -> None:
     """Print the numbers."""
     torch.set_num_threads(1)
-    graph = grimp.build_graph("mrflow", exclude_type_checking_imports=False, cache_dir=None)
-    lists = {module for module in graph.modules if module.endswith("._api")}
-    knows = {module: graph.find_modules_directly_imported_by(module) - lists for module in graph.modules}
+    knows = knowledge()
     text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
     top = [path for path in PACKAGE.iterdir() if path.suffix == ".py" and path.stem != "__init__"]
     folders = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
     families = sorted(path.parent.name for path in PACKAGE.glob("models/*/transformer.py"))
     print(f"files, lines: {len(SOURCES)}, {len(text.splitlines())}")
-    print(f"modules on a circle of imports, also inside functions and for annotations: {circles(knows)}")
+    print(f"modules on a circle of imports, also inside functions and for annotations: {len(circles(knows))}")
     print(f"imports of our own inside functions: {inner_imports()}")
     print(f"at the top level: {len(top)} modules, {len(folders)} folders")
-    print(f"a transformer is read from: {'; '.join(transformer(name, knows) for name in families)}")
+    for name in families:
+        files, lines = closure(f"mrflow.models.{name}.transformer", knows)
+        print(f"the transformer of {name} is read from {len(files)} files of {lines} lines")
     print(f"one picture: {picture()}")
     twice = twice_defined()
     print(f"public names defined in several modules: {len(twice)}: {' '.join(twice)}")

@@ -14,7 +14,7 @@ from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.models.blocks import Transformer
 from mrflow.models.family import Family, Files, Loading
-from mrflow.models.latent_model import LatentModel, count, text_bytes
+from mrflow.models.latent_model import count, text_bytes
 from mrflow.models.lora import changes, merge
 from mrflow.notes import collected
 
@@ -25,7 +25,7 @@ class TransformerFamily(Family):
     `model` is made of the parts; `text_layer` is what numbers a text encoder's layers in tensor names.
     """
 
-    model: ClassVar[type[LatentModel]]
+    model: ClassVar[Callable[..., Backbone]]
     text_layer: ClassVar[str] = "layers"
 
     @abstractmethod
