@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mrflow as mf
+from experiments.bench import sweeps as bench
 from mrflow.records import pictures as io
 from mrflow.records.files import TEMPORARY
 from mrflow.records.pictures import read_record
@@ -41,6 +43,7 @@ from mrflow.sweep import (
     seed_of,
 )
 from mrflow.sweep.leases import Claim
+from mrflow.sweep.report import page
 from tests.test_cli import call, here  # noqa: F401
 
 LOW, SIZE = (16, 16), (32, 32)
@@ -537,6 +540,37 @@ def test_many_prompts_are_looked_at_a_few_times_each() -> None:
     with pytest.raises(mf.PlanError, match="'thing 5' is there twice"):
         mf.Sweep({"a": paper()}, [*texts, Looked("thing 5")])
     assert Looked.looks < 20 * count
+
+
+def called(work: Callable[[], object]) -> int:
+    """How many functions a piece of work calls, Python's and C's, in this thread."""
+    count = 0
+
+    def seen(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("what", ["resume", "report"])
+def test_four_times_the_rows_take_four_times_the_work(tmp_path: Path, what: str) -> None:
+    counts: list[int] = []
+    for rows in (40, 160, 640):
+        folder = tmp_path / str(rows)
+        bench.fill(folder, rows)
+        asked, model = bench.sweep(rows), mf.toy()
+        work = partial(run_sweep, asked, model, folder) if what == "resume" else partial(page, folder)
+        work()  # what is done once for all
+        counts.append(called(work))
+    few, some, many = counts
+    assert few < some < many
+    assert many - some < 4.5 * (some - few)  # what does not depend on the rows falls out
 
 
 def test_prompts_may_come_from_a_generator() -> None:
