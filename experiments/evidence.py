@@ -50,7 +50,9 @@ class Piece:
         return self.fixed + self.each * self.captions
 
 
-def pieces(model: Path, folder: Path, *, captions: int, student: Path | None, trial: bool) -> list[Piece]:
+def pieces(
+    model: Path, folder: Path, *, captions: int, student: Path | None, trial: bool, ocr: str | None = None
+) -> list[Piece]:
     """All pieces, in order, with so many captions of each category; mends have one size, with four times as many."""
     few = ("--steps", "2", "--few", "2") if trial else ()
     one = ("--details", "letters", "--sizes", "13%", "8%") if trial else ()
@@ -72,7 +74,10 @@ def pieces(model: Path, folder: Path, *, captions: int, student: Path | None, tr
     figure = ("--figure", str(folder / "map.svg"))
     native_staged = ("--methods", "staged", "one forward", *TRUTHS)
     two = one or ("--details", "letters", "--sizes", "13%", "8%")
-    return [
+    heights = ("--heights", "12", "24", "--pages", "1") if trial else ()
+    read = ("experiments.legibility", "--model", str(model), "--ocr", str(ocr), *heights)
+    pages = Piece("legibility", (*read, "--out", str(folder / "legibility.json")), fixed=120.0)
+    found = [
         Piece("scores", (*scores, "--rows", *rows, "--out", str(folder / "scores.json")), captions, 43.0),
         failures("map", "map", captions, 37.0, *native_staged, *figure, *one),
         failures("map", "settings", captions, 14.0, "--methods", "staged", *SETTINGS, *two),
@@ -98,6 +103,7 @@ def pieces(model: Path, folder: Path, *, captions: int, student: Path | None, tr
         ),
         Piece("transfer", (*asked, *few, *pupil, "--out", str(folder / "transfer")), captions, 31.0),
     ]
+    return found if ocr is None else [*found, pages]
 
 
 def told(found: list[Piece]) -> list[str]:
@@ -127,6 +133,7 @@ def main() -> int:
         "--model", type=Path, required=True, help="a file of pocket's weights that knows the hard world"
     )
     parser.add_argument("--student", type=Path, help="its few-step student, for the transfer")
+    parser.add_argument("--ocr", metavar="MODULE:FUNCTION", help="also printed text, as `experiments.legibility`")
     parser.add_argument("--captions", type=int, default=LEAST, help=f"of each category (default: {LEAST})")
     parser.add_argument("--only", nargs="+", metavar="PIECE", help="some of the pieces (default: all)")
     parser.add_argument("--plan", action="store_true", help="say what would be run")
@@ -137,7 +144,7 @@ def main() -> int:
     count = 1 if args.trial else args.captions
     if count < 1:
         parser.error("--captions must be at least 1")
-    found = pieces(args.model, folder, captions=count, student=args.student, trial=args.trial)
+    found = pieces(args.model, folder, captions=count, student=args.student, trial=args.trial, ocr=args.ocr)
     if unknown := set(args.only or ()) - {piece.name for piece in found}:
         names = ", ".join(piece.name for piece in found)
         parser.error(f"no piece is called {', '.join(sorted(unknown))}; there are {names}")

@@ -23,6 +23,7 @@ import mrflow as mf
 from experiments.failures.details import DETAILS
 from experiments.failures.questions import Setting
 from experiments.studies.common import SIGNS
+from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models import info
@@ -79,6 +80,16 @@ def chains(s: Setting, facts: ModelInfo, look: str, student: mf.students.Student
         stages = [replace(stage, look=look) if isinstance(stage, mf.Truth) else stage for stage in chain]
         out[label] = cast(Chain, AnyChain(tuple(stages)))
     return out
+
+
+def student_of(file: Path, shift: float | None = None) -> mf.students.Student:
+    """A student as it was taught: the shift is what its file says, 2 where it says none.
+
+    Raises:
+        MrflowError: the file is not there or cannot be read.
+    """
+    factor = shift or float(read_header(file).metadata.get("shift", 2))
+    return mf.students.Student(2, mf.Lora(str(file)), Shift.fixed(factor), mf.Distilled())
 
 
 def fast(found: Mapping[str, Chain]) -> Chain:
@@ -200,7 +211,7 @@ def main() -> int:
         "--model", type=Path, required=True, help="a file of pocket's weights that knows the hard world"
     )
     parser.add_argument("--student", type=Path, help="its few-step student (default: none, staged sampling is asked)")
-    parser.add_argument("--shift", type=float, default=2.0, help="factor of the student's noise levels (default: 2)")
+    parser.add_argument("--shift", type=float, help="of the student's noise levels (default: as its file says, or 2)")
     parser.add_argument("--loras", type=Path, help="folder of LOOK-lora.safetensors (default: runs/transfer/MODEL)")
     parser.add_argument("--looks", nargs="+", choices=LOOKS, default=list(LOOKS))
     parser.add_argument("--captions", type=int, default=20, help="of each category (default: 20)")
@@ -240,8 +251,7 @@ def run(args: argparse.Namespace) -> None:
     setting = Setting(size // 2, size, args.steps, args.few)
     student = None
     if args.student is not None:
-        lora = mf.Lora(str(args.student))
-        student = mf.students.Student(2, lora, Shift.fixed(args.shift), mf.Distilled())
+        student = student_of(args.student, args.shift)
     sweeps = {"base": Sweep(chains(setting, facts, "", student), _wanted(args, list(CATEGORIES)), metrics=[Legible()])}
     for look in args.looks:
         wanted = _wanted(args, CHANGED[look])

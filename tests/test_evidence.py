@@ -27,6 +27,8 @@ def test_pieces_have_folders_of_their_own_and_enough_captions(trial: bool, tmp_p
     outs = [piece.command[piece.command.index("--out") + 1] for piece in found]
     assert len({*outs}) == len(outs) - 2  # three looks share one
     assert [piece.name for piece in found if "--student" in piece.command] == ["transfer"]
+    more = evidence.pieces(MODEL, tmp_path, captions=1, student=None, trial=trial, ocr="a:b")
+    assert more[-1].name == "legibility" and more[-1].command[more[-1].command.index("--ocr") + 1] == "a:b"
     drawn = [piece for piece in found if piece.captions]
     assert all(piece.captions >= (1 if trial else 20) for piece in drawn)
     if not trial:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import mrflow as mf
 from experiments import transfer
 from experiments.failures.questions import Setting
-from experiments.train_pocket import finetune
+from experiments.train_pocket import finetune, student
 from experiments.train_pocket.export import export
 from experiments.train_pocket.hard import start_from
 from mrflow.adapters import check_loras
@@ -142,11 +142,19 @@ def test_a_world_in_which_nothing_differs_has_few_arrows() -> None:
     assert wrong / tables <= 0.06
 
 
+def test_a_student_takes_the_levels_that_its_file_says(tmp_path: Path) -> None:
+    for shift, factor in ((mf.Shift.fixed(5), 5.0), (None, 2.0)):
+        facts = student.said("pocket-4+1", student.Lessons({}, {}, 1, shift=shift), 1)
+        student.export({"a": torch.full((1,), factor)}, facts, path := tmp_path / f"{factor}.safetensors")
+        assert transfer.student_of(path).shift == mf.Shift.fixed(factor)
+    assert transfer.student_of(path, 3.0).shift == mf.Shift.fixed(3.0)
+
+
 def test_rows_of_every_look_can_be_planned() -> None:
     facts, setting = info("pocket"), Setting(64, 128, 4, 2)
-    student = mf.students.POCKET
+    pupil = mf.students.POCKET
     for look in LOOKS:
-        found = transfer.chains(setting, facts, look, student)
+        found = transfer.chains(setting, facts, look, pupil)
         assert list(found)[:4] == [transfer.NATIVE, transfer.STAGED, "student", transfer.STACKED]
         truths = [stage for chain in found.values() for stage in chain if isinstance(stage, mf.Truth)]
         assert len(truths) == 4 and all(truth.look == look for truth in truths)
