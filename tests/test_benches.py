@@ -11,7 +11,7 @@ import pytest
 from experiments.bench import full, loading, protocol
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-BENCH = Path(full.__file__).parent
+BENCH, ROOT = Path(full.__file__).parent, protocol.ROOT
 SMALLEST = {
     "forward": "--fast --sizes tiny --dtypes float32 bfloat16 --repeats 1",
     "imports": "--repeats 1",
@@ -78,6 +78,16 @@ def test_the_full_size_bench_is_rehearsed(tmp_path: Path, monkeypatch: pytest.Mo
     assert not found["left_out"] and all(len(row["stages"]) in (2, 7) for row in found["rows"])
     assert said.count("FLUX.1-dev") == said.count("Qwen-Image") == len(full.LANES) + 2
     assert all(row["ours"] and row["diffusers"] for row in found["steps"]) and len(found["steps"]) == 4
+    page, before = tmp_path / "page.md", (ROOT / "docs" / "performance.md").read_text()
+    page.write_text(before)
+    for _ in range(2):  # again over its own
+        run("full", f"--table {tmp_path / 'f.json'} --into {page}", tmp_path, monkeypatch)
+    after = page.read_text()
+    assert after.count(said.strip()) == 1 and after.startswith(before.split(full.MARKS[0])[0])
+    assert after.endswith(before.split(full.MARKS[1])[1])
+    page.write_text("no place")
+    with pytest.raises(ValueError, match="has no place for the tables"):
+        full.put(said, page)
 
 
 def test_a_budget_leaves_out_and_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

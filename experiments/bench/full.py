@@ -9,7 +9,7 @@ it. `--table FILE` gives the table of docs/performance.md from such a file. `--t
 small networks on a CPU.
 
     python -m experiments.bench.full --budget 480
-    python -m experiments.bench.full --table runs/bench/full-20261201T120000.json
+    python -m experiments.bench.full --table runs/bench/full-20261201T120000.json --into docs/performance.md
 """
 
 import argparse
@@ -344,6 +344,22 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+MARKS = "<!-- made by experiments.bench.full -->", "<!-- end -->"
+
+
+def put(text: str, page: Path) -> None:
+    """Put the tables where a page marks their place.
+
+    Raises:
+        ValueError: it does not.
+    """
+    before, found, rest = page.read_text("utf-8").partition(MARKS[0])
+    _, closed, after = rest.partition(MARKS[1])
+    if not found or not closed:
+        raise ValueError(f"{page} has no place for the tables, between {MARKS[0]} and {MARKS[1]}")
+    page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", "utf-8")
+
+
 def main() -> None:
     """Measure, or show what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -352,9 +368,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small networks on a CPU: a rehearsal")
     parser.add_argument("--out", type=Path, help="the file (default: runs/bench/full-DATE.json)")
     parser.add_argument("--table", type=Path, help="print the tables of this file, and measure nothing")
+    parser.add_argument("--into", type=Path, help="with --table: put them into this page, between its marks")
     args = parser.parse_args()
     if args.table is not None:
-        print(table(json.loads(args.table.read_text("utf-8"))))
+        text = table(json.loads(args.table.read_text("utf-8")))
+        print(text) if args.into is None else put(text, args.into)
         return
     if not args.tiny and not torch.cuda.is_available():
         parser.error("a CUDA device is needed; --tiny rehearses on a CPU")
