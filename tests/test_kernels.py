@@ -11,7 +11,7 @@ from mrflow import notes
 from mrflow.models import kernels
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.kernels import errors, fused
-from mrflow.models.layers import EPS, PLAIN, Rope, Stream, apply_rope
+from mrflow.models.layers import EPS, PLAIN, Rope, Stream, apply_rope, attention
 
 SMALL = FluxParams(hidden=64, heads=2, axes=(8, 12, 12), context=32, pooled=16, double_blocks=1, single_blocks=2)
 
@@ -101,10 +101,45 @@ def test_a_wrong_kernel_is_seen() -> None:
         "gated_norm": lambda *given: (PLAIN.gated_norm(*given)[0], given[0]),
         "joint_heads": lambda streams, rope: PLAIN.joint_heads(streams, Rope(rope.cos, -rope.sin)),
         "gelu_beside": lambda out, inner: torch.cat((out, F.gelu(inner + 1e-3)), -1),
+        "rms_scaled": lambda x, weight, scale, eps: PLAIN.rms_scaled(x, weight, scale, 1e-2),
+        "rms_gated": lambda x, gate, change, weight, eps: x + gate * change,
     }
     for name, function in wrong.items():
         found = errors(PLAIN._replace(**{name: function}), cpu, torch.float32)
         assert {key.partition(",")[0].partition(" ")[0] for key, error in found.items() if error > 1} == {name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_of_z_image_asks_for_its_norms_by_name(dtype: torch.dtype) -> None:
+    """The bits of its norms as modules, and every one of them is a call that a kernel can take."""
+    from mrflow.models.zimage.transformer import Block, ZImageParams
+
+    p = ZImageParams(hidden=32, heads=2, axes=(4, 6, 6), level=16)
+    g = torch.Generator().manual_seed(0)
+    block = Block(p, split=False).to(dtype)
+    for parameter in block.parameters():
+        parameter.data = (0.3 * torch.randn(parameter.shape, generator=g)).to(dtype)
+    x = torch.randn(2, 7, 32, generator=g).to(dtype)
+    c1, g1, c2, g2 = (torch.randn(1, 1, 32, generator=g).to(dtype) for _ in range(4))
+    turn = torch.randn(7, 8, generator=g)
+    rope, asked = Rope(turn.cos(), turn.sin()), list[str]()
+
+    def heard(name: str) -> Any:
+        def asking(*given: Any) -> Any:
+            asked.append(name)
+            return getattr(PLAIN, name)(*given)
+
+        return asking
+
+    ops = PLAIN._replace(**{name: heard(name) for name in PLAIN._fields})
+    with torch.no_grad():
+        got = block(x, rope, (c1, g1, c2, g2), attention, ops=ops)
+        want = torch.addcmul(
+            x, g1, block.attention_norm2(block.attention(block.attention_norm1(x) * c1, rope, attention))
+        )
+        want = torch.addcmul(want, g2, block.ffn_norm2(block.feed_forward(block.ffn_norm1(want) * c2)))
+    assert torch.equal(got, want)
+    assert asked == ["rms_scaled", "rms_gated"] * 2
 
 
 def test_a_cpu_takes_the_definitions() -> None:

@@ -135,7 +135,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """The same shape."""
         if self.late:
-            return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.scale
+            return rms_late(x, self.scale, self.eps)
         return F.rms_norm(x, (x.shape[-1],), self.scale, self.eps)
 
 
@@ -199,6 +199,23 @@ def gelu_beside(out: Float[Tensor, "b n d"], inner: Float[Tensor, "b n m"]) -> F
     return torch.cat((out, F.gelu(inner, approximate="tanh")), -1)
 
 
+def rms_late(x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*b d"]:
+    """x / sqrt(mean x^2 + eps), rounded to its dtype, times the weight."""
+    return F.rms_norm(x, (x.shape[-1],), None, eps) * weight
+
+
+def rms_scaled(x: Tensor, weight: Tensor, scale: Float[Tensor, "m 1 d"], eps: float) -> Float[Tensor, "b n d"]:
+    """`rms_late` times a scale of each item."""
+    return rms_late(x, weight, eps) * scale
+
+
+def rms_gated(
+    x: Float[Tensor, "b n d"], gate: Float[Tensor, "m 1 d"], change: Tensor, weight: Tensor, eps: float
+) -> Float[Tensor, "b n d"]:
+    """x + gate * `rms_late` of a change."""
+    return torch.addcmul(x, gate, rms_late(change, weight, eps))
+
+
 class Ops(NamedTuple):
     """What blocks do between their matrix products; these are the definitions, others stand in on a GPU (`kernels`)."""
 
@@ -207,6 +224,8 @@ class Ops(NamedTuple):
     gated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = gated_norm
     joint_heads: Callable[[Sequence[Stream], Rope], tuple[Tensor, Tensor, Tensor]] = joint_heads
     gelu_beside: Callable[[Tensor, Tensor], Tensor] = gelu_beside
+    rms_scaled: Callable[[Tensor, Tensor, Tensor, float], Tensor] = rms_scaled
+    rms_gated: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = rms_gated
 
 
 PLAIN = Ops()

@@ -72,7 +72,7 @@ def errors(
         return float((got.float() - want.float()).abs().max() / spread) / TOLERANCE[dtype]
 
     head, found = width // heads, dict[str, float]()
-    x, change = some(2, 7, width), some(2, 7, 2 * width)[..., width:]
+    x, change, weight = some(2, 7, width), some(2, 7, 2 * width)[..., width:], 1 + 0.1 * some(width)
     for items in (1, 2):
         shift, scale, gate = (v.unsqueeze(1) for v in some(items, 3, width).unbind(1))
         cases = {
@@ -80,6 +80,8 @@ def errors(
             "norm of some tokens": ("norm", (x[:, 2:], shift, scale)),
             "gated": ("gated", (x, gate, change)),
             "gated_norm": ("gated_norm", (x, gate, change, shift, scale)),
+            "rms_scaled": ("rms_scaled", (x[:, 2:], weight, scale, 1e-5)),
+            "rms_gated": ("rms_gated", (x, gate, change, weight, 1e-5)),
         }
         for name, (which, given) in cases.items():
             got, want = (getattr(o, which)(*given) for o in (ops, PLAIN))

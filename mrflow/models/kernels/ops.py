@@ -71,6 +71,28 @@ def _(out: Tensor, inner: Tensor) -> Tensor:
     return out.new_empty((*out.shape[:-1], out.shape[-1] + inner.shape[-1]))
 
 
+@custom_op("mrflow::rms_scaled", mutates_args=())
+def rms_scaled(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """`layers.rms_scaled`."""
+    return _kernels().rms(x, weight, scale, None, eps)
+
+
+@rms_scaled.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@custom_op("mrflow::rms_gated", mutates_args=())
+def rms_gated(x: Tensor, gate: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`layers.rms_gated`."""
+    return _kernels().rms(change, weight, gate, x, eps)
+
+
+@rms_gated.register_fake
+def _(x: Tensor, gate: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
     """`layers.joint_heads`: every stream's queries and keys are written where all lie."""
     b, _, heads, head = streams[0].k.shape
@@ -85,4 +107,4 @@ def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, 
     return q, k, streams[0].v if len(streams) == 1 else torch.cat([s.v for s in streams], 1)
 
 
-FUSED = Ops(norm, gated, gated_norm, joint_heads, gelu_beside)
+FUSED = Ops(norm, gated, gated_norm, joint_heads, gelu_beside, rms_scaled, rms_gated)

@@ -60,6 +60,25 @@ def gated_kernel(
 
 
 @triton.jit
+def rms_kernel(
+    x, weight, factor, past, out, n, width, xb, xn, factor_b, pb, pn,
+    eps: tl.constexpr, add: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, i = row // n, row % n
+    at = tl.arange(0, block)
+    ok = at < width
+    v = tl.load(x + b * xb + i * xn + at, mask=ok, other=0.0).to(tl.float32)
+    w = tl.load(weight + at, mask=ok, other=0.0).to(tl.float32)
+    f = tl.load(factor + b * factor_b + at, mask=ok, other=0.0).to(tl.float32)
+    y = (v * tl.rsqrt(tl.sum(v * v, 0) / width + eps)).to(out.dtype.element_ty).to(tl.float32)
+    y = (y * w).to(out.dtype.element_ty).to(tl.float32) * f
+    if add:
+        y += tl.load(past + b * pb + i * pn + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, y.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def heads_kernel(
     x, scale, cos, sin, out, n, heads, head, first, xb, xn, xh, ob, table_b, row0,
     eps: tl.constexpr, some: tl.constexpr, half: tl.constexpr,
@@ -131,6 +150,19 @@ def gated(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor | None, scale: 
         eps=EPS, norm=both, block=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return out, normed
+
+
+def rms(x: Tensor, weight: Tensor, factor: Tensor, past: Tensor | None, eps: float) -> Tensor:
+    """`layers.rms_scaled`, or with the stream of the past `layers.rms_gated`."""
+    x, weight, factor = _rows(x), weight.contiguous(), _rows(factor)
+    stream = x if past is None else _rows(past)
+    b, n, width = x.shape
+    out = torch.empty((b, n, width), dtype=x.dtype, device=x.device)
+    rms_kernel[(b * n,)](
+        x, weight, factor, stream, out, n, width, x.stride(0), x.stride(1), _step(factor), stream.stride(0),
+        stream.stride(1), eps=eps, add=past is not None, block=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 def turned(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, first: int, row: int) -> None:

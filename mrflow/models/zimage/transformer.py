@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from mrflow.models.blocks import FinalLayer, Transformer, TransformerParams, attended, clip_fp16, fused
 from mrflow.models.layers import (
+    PLAIN,
     SINUSOID,
     Attention,
     Blocks,
     Embedder,
     Merge,
+    Ops,
     RMSNorm,
     Rope,
     apply_rope,
@@ -129,20 +131,24 @@ class Block(nn.Module):
         *,
         text: int = 0,
         merge: Merge | None = None,
+        ops: Ops = PLAIN,
     ) -> Float[Tensor, "b n d"]:
         """The sequence after the block; `vectors` are 1 + scale and tanh(gate) of attention, then of the MLP.
 
         With `merge` both work on merged image tokens, which are those behind the first `text` ones.
         """
-        scale1, gate1, scale2, gate2 = vectors or (x.new_ones(1),) * 4
-        given, down, up = self.attention_norm1(x) * scale1, None, None
+        scale1, gate1, scale2, gate2 = vectors or (x.new_ones(1, 1, x.shape[-1]),) * 4
+        norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
+        before1, after1, before2, after2 = (norm.scale for norm in norms)
+        given, down, up = ops.rms_scaled(x, before1, scale1, EPS), None, None
         if merge is not None:
             merged = merge(given[:, text:])
             down, up, rope = merged.down, merged.up, behind(merged.rope, merged.text - text)
         change = on_image(up, self.attention(on_image(down, given, text), rope, attend), text)
-        x = torch.addcmul(x, gate1, self.attention_norm2(change))
-        change = on_image(up, self.feed_forward(on_image(down, self.ffn_norm1(x) * scale2, text)), text)
-        return clip_fp16(torch.addcmul(x, gate2, self.ffn_norm2(change)))
+        x = ops.rms_gated(x, gate1, change, after1, EPS)
+        given = ops.rms_scaled(x, before2, scale2, EPS)
+        change = on_image(up, self.feed_forward(on_image(down, given, text)), text)
+        return clip_fp16(ops.rms_gated(x, gate2, change, after2, EPS))
 
 
 def on_image(f: Callable[[Tensor], Tensor] | None, x: Float[Tensor, "b n d"], text: int) -> Float[Tensor, "b m d"]:
@@ -255,7 +261,8 @@ class ZImage(Transformer):
                 how = merge("single", i) if merge is not None else None
                 own = vectors[4 * i : 4 * i + 4]
                 lead = apart if i < len(self.noise_refiner) else 0
-                seen = block(x[:, lead:], behind(rope, lead), own, self.attention, text=t - lead, merge=how)
+                turn, rest = behind(rope, lead), t - lead
+                seen = block(x[:, lead:], turn, own, self.attention, text=rest, merge=how, ops=self.ops)
                 x = torch.cat((x[:, :lead], seen), 1) if lead else seen
         return x[:, t:], x[:, :t]
 
