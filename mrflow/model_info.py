@@ -205,7 +205,8 @@ class ModelInfo:
     `encode` and `decode` are operations of the autoencoder as (linear, quadratic) in the pixels of the picture.
     `version` tells one set of weights from another. `footprint` is what it needs of memory: as loaded, or in bfloat16.
     `capabilities` is what its fields can be asked for, `cache` the cache that all of them have, if any. `files` are
-    those that its weights and tokenizers came from, where they did not come with mrflow.
+    those that its weights and tokenizers came from, where they did not come with mrflow. `sides` are those of the
+    squares, in pixels, that it was trained on, where it draws well at no others.
     """
 
     name: str
@@ -230,6 +231,7 @@ class ModelInfo:
     capabilities: Capabilities = Capabilities()
     cache: Cache | None = None
     files: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    sides: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     def require(self, needs: Capabilities) -> None:
         """Refuse what a chain needs and this model cannot.

@@ -127,6 +127,8 @@ def run(
     with torch.inference_mode():
         watch = Stopwatch(model.device)
         with collected() as lost:
+            for text in planned.notes:
+                note(text)
             if unread:
                 note(
                     f"no stage reads the negative prompt {negative[:60]!r}: {model.info.name} draws without a second "

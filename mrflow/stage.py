@@ -254,6 +254,18 @@ class Plan:
         """Network forwards for one picture."""
         return self.work.nfe
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should be known before the chain runs: sizes that the model was not trained at. `run` tells it too."""
+        sides, scale = self.model.sides, self.model.space.downscale
+        grids = [row.out.shape[-2:] for row in self.rows if row.sigmas and isinstance(row.out, Latents)]
+        sizes = dict.fromkeys((y * scale, x * scale) for y, x in grids)
+        odd = [f"{height}x{width}" for height, width in sizes if height != width or height not in sides]
+        if not sides or not odd:
+            return ()
+        known = ", ".join(map(str, sides))
+        return (f"{self.model.name} was trained on squares of {known} pixels; it draws worse at {', '.join(odd)}",)
+
     def __repr__(self) -> str:
         flops = f", {human(self.work.flops)}FLOP" if self.work.flops else ""
         return f"Plan({self.model.name}: {len(self.rows)} stages, NFE {self.nfe}{flops}, {self.out})"

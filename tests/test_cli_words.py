@@ -411,16 +411,19 @@ def test_pocket_says_what_it_was_not_trained_on(caplog: pytest.LogCaptureFixture
     assert not caplog.messages
     model.condition(["a big red circle", "a big red circle"])
     assert len(caplog.messages) == 1 and "no such caption: word 5 should be 'at'" in caplog.messages[0]
-    from mrflow.models.pocket.model import untrained
 
-    def odd(*sizes: Any) -> str:
-        return untrained(mf.plan(mf.recipes.paper(low=sizes[0], size=sizes[1], upscaler=mf.Lanczos(2)), mf.POCKET))
+    def odd(*sizes: Any) -> tuple[str, ...]:
+        return mf.plan(mf.recipes.paper(low=sizes[0], size=sizes[1], upscaler=mf.Lanczos(2)), mf.POCKET).notes
 
-    assert odd(256, 512) == odd(128, 256) == ""
+    assert odd(256, 512) == odd(128, 256) == ()
     assert odd((160, 320), (320, 640)) == (
-        "pocket was trained on squares of 128, 256, 512 pixels; it draws worse at 160x320, 320x640"
+        "pocket was trained on squares of 128, 256, 512 pixels; it draws worse at 160x320, 320x640",
     )
-    assert untrained(mf.plan(mf.recipes.native(size=(64, 64)), mf.FLUX)) == ""
+    assert mf.plan(mf.recipes.native(size=(64, 64)), mf.FLUX).notes == ()
+    caplog.clear()
+    result = mf.run(mf.Sample(48, 64, mf.Linear(1)) >> mf.Decode(), model, "")
+    assert "it draws worse at 48x64" in result.notes[0] and caplog.messages == [result.notes[0]]
+    assert result.record()["notes"] == list(result.notes)
 
 
 SWEEP = """

@@ -48,10 +48,10 @@ def test_the_embedded_student_fits_its_teacher_and_says_so_of_others(
 ) -> None:
     few = mf.recipes.few(POCKET, size=(64, 64))
     mf.run(few, mf.load("pocket", device="cpu"), "a big red circle at the left")
-    assert caplog.messages == []
+    assert not any("taught" in said for said in caplog.messages)
     other = older(tmp_path, "pocket-0")
     mf.run(few, mf.load(other, device="cpu"), "a big red circle at the left")
-    (said,) = caplog.messages
+    (said,) = [said for said in caplog.messages if "taught" in said]
     assert said.startswith(f"{NEWEST}-student.safetensors was taught by {NEWEST}+") and f"load('{NEWEST}')" in said
     caplog.clear()
     merged = mf.load(other, device="cpu", lora=POCKET.lora)

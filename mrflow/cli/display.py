@@ -37,10 +37,18 @@ class Plain(Console):
 
 
 class _Handler(logging.Handler):
+    """Messages on stderr, each once: what is true of one batch is true of the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
+        text = f"{printable(in_options(self.format(record)))}\n"
         with suppress(OSError, ValueError):
-            if sys.stderr is not None:
-                sys.stderr.write(f"{printable(in_options(self.format(record)))}\n")
+            if sys.stderr is not None and text not in self._said:
+                self._said.add(text)
+                sys.stderr.write(text)
 
 
 STOPPED = "stopped; every file that was named is whole"

@@ -62,7 +62,6 @@ def draw(
         PlanError: an option cannot be, or does nothing with this chain.
     """
     from mrflow import sheet
-    from mrflow.models.pocket.model import untrained
     from mrflow.records.pictures import batch_paths, png, slug
     from mrflow.result import make_record, result_files
     from mrflow.spec import Pixels as Picture
@@ -87,8 +86,6 @@ def draw(
             options.negative is not None and not first.work.negative, "--negative",
             f"with this chain: {info.name} draws without a second branch (--guidance 'CFG(4)' has one)",
         )  # fmt: skip
-        if odd := untrained(first):
-            err.print(odd)
         endings = [f"-{stage}" for stage in sheet.stage_names(chain)] if options.stages else []
         endings += ["-compare"] if other is not None else []
         target = free_path(options.out, default, count, options.force, endings)

@@ -33,8 +33,6 @@ from mrflow.models.transformer_model import TransformerModel, repeated, side_by_
 from mrflow.pieces import StepFactory
 from mrflow.scenes import grammar, hard
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
-from mrflow.spec import Latents
-from mrflow.stage import Plan
 from mrflow.upscaler import Upscaler
 
 log = logging.getLogger(__name__)
@@ -87,9 +85,11 @@ POCKET = ModelInfo(
     decode=(51_136, 0),
     footprint=FOOTPRINT,
     capabilities=replace(EVERYTHING, policy=False),
+    sides=(128, 256, 512),
 )
 SMALL = replace(
     POCKET,
+    sides=(64, 128, 256),
     shift=Shift(0.0, 0.7, 64, 256),
     size=(256, 256),
     low=(128, 128),
@@ -279,18 +279,6 @@ def _outside(prompt: str, read: Callable[[str], object]) -> str:
     except grammar.CaptionError as error:
         return str(error).rpartition(": ")[2]
     return ""
-
-
-def untrained(planned: Plan) -> str:
-    """What to say of sizes that a plan samples pocket at and that it was not trained at; empty for other models."""
-    info = planned.model
-    known = sorted({info.low[0] // 2, info.low[0], info.size[0]})
-    sizes = [row.out.shape[-2:] for row in planned.rows if row.sigmas and isinstance(row.out, Latents)]
-    pixels = dict.fromkeys((y * info.space.downscale, x * info.space.downscale) for y, x in sizes)
-    odd = [f"{height}x{width}" for height, width in pixels if height != width or height not in known]
-    if info.name != POCKET.name or not odd:
-        return ""
-    return f"pocket was trained on squares of {', '.join(map(str, known))} pixels; it draws worse at {', '.join(odd)}"
 
 
 ADVICE = "it draws captions such as 'a big red circle at the left on coarse dots' or 'the big blue word CAT'"
