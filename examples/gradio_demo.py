@@ -1,4 +1,4 @@
-"""A chain behind a page in the browser, as a diffusers pipeline: `pip install gradio`, `python examples/gradio_demo.py`."""
+"""A chain behind a page, as a diffusers pipeline: `pip install gradio`, then `python examples/gradio_demo.py`."""
 
 import torch
 from PIL.Image import Image
