@@ -453,3 +453,18 @@ def test_lines_hang_below_what_they_explain() -> None:
     assert wrapped(["made on   one two three"], 20) == ["made on   one two", "      three"]
     assert wrapped(["     Sample(64, 64, Shifted(2))"], 20) == ["     Sample(64, 64,", "     Shifted(2))"]
     assert wrapped(["made on   one two three"], None) == ["made on   one two three"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "a", "--batch", "9" * 30], "9" * 30 + " pictures are more than the 1024 of one command"),
+        (["generate", "@/dev/zero"], "holds more than 64 MiB of prompts"),
+        (["tune", "--captions", "9" * 30], "--captions must be a whole number from 1 to 10000"),
+        (["tune", "--captions", "0"], "--captions must be a whole number from 1 to 10000"),
+        (["tune", "--trials", "9" * 30], "--trials must be a whole number from 1 to 100000"),
+    ],
+)
+def test_numbers_and_files_without_end_are_refused_at_once(words: list[str], said: str, here: Path) -> None:  # noqa: F811
+    code, _, err = call(*words)
+    assert code == 2 and said in err and not list(here.iterdir())

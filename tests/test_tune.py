@@ -113,7 +113,7 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
         asked(float("nan"))
     with pytest.raises(mf.PlanError, match="no native picture has the number 'psnr'"):
         tune(asked(metrics=[Sharpness()]), Costly(), tmp_path, trials=1)  # type: ignore[arg-type]
-    with pytest.raises(mf.PlanError, match="trials must be at least 1"):
+    with pytest.raises(mf.PlanError, match="trials must be a whole number from 1"):
         tune(asked(), Costly(), tmp_path, trials=0)  # type: ignore[arg-type]
 
 

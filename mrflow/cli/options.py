@@ -177,11 +177,10 @@ class DrawOptions:
         Raises:
             PlanError: prompts or seeds cannot be read, or they are too many.
         """
-        texts, seeds = read_prompts(words), parse_seeds(self.seed, self.batch)
-        if len(texts) * len(seeds) > MOST:
+        texts, seeds = read_prompts(words), parse_seeds(self.seed, min(self.batch, MOST + 1))
+        if (count := len(texts) * max(self.batch, len(seeds))) > MOST:
             raise PlanError(
-                f"{len(texts) * len(seeds)} pictures are more than the {MOST} of one command; "
-                "mrflow sweep draws more, and resumes"
+                f"{count} pictures are more than the {MOST} of one command; mrflow sweep draws more, and resumes"
             )
         return [(text, seed) for text in texts for seed in seeds]
 

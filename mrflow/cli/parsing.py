@@ -124,6 +124,7 @@ def parse_tiles(word: str | None) -> "Tiles | None":
     return Tiles(found[0], found[1] if len(found) == 2 else found[0] // 4)
 
 
+MOST_BYTES = 1 << 26  # of a file of prompts
 LATENT = "latent-"
 LATENT_FILE = "latent:"
 FILTERS = ("nearest", "bilinear", "bicubic")
@@ -192,7 +193,13 @@ def read_prompts(words: Sequence[str]) -> list[str]:
 def _lines(word: str) -> list[str]:
     name = "standard input" if word == "-" else word[1:]
     try:
-        data = sys.stdin.buffer.read() if word == "-" else Path(name).read_bytes()
+        if word == "-":
+            data = sys.stdin.buffer.read(MOST_BYTES + 1)
+        else:
+            with Path(name).open("rb") as file:
+                data = file.read(MOST_BYTES + 1)  # also of a pipe, or of a device that never ends
+        if len(data) > MOST_BYTES:
+            raise PlanError(f"{name} holds more than {MOST_BYTES >> 20} MiB of prompts; mrflow sweep draws more")
         lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise PlanError(f"the prompts in {name} are not UTF-8 text") from None

@@ -307,10 +307,11 @@ def tune(
         from mrflow.sweep.tune import Tried, Tune, lines, outcome, write_front
         from mrflow.sweep.tune import tune as search
 
+        check_whole("--trials", trials, 1, 100_000)
         refuse(captions is not None and file is not None, "--captions", f"beside {file}, which says its prompts")
         if file is None:
-            check_whole("--captions", captions or 24, 1)
-            texts = list(dict.fromkeys(held_out_captions(FULL, captions or 24)))
+            check_whole("--captions", 24 if captions is None else captions, 1, 10_000)
+            texts = list(dict.fromkeys(held_out_captions(FULL, 24 if captions is None else captions)))
             asked = Tune(texts, [SceneScore()], "score", 0.9)
         else:
             found = load_file(file).get("tune")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mrflow import recipes, schedules, solvers
+from mrflow._checks import check_whole
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.model_info import ModelInfo
@@ -209,8 +210,7 @@ def tune(
         PlanError: optuna is not installed, no prompt has the metric, or the number of trials makes no sense.
         ResourceError: the folder cannot be written.
     """
-    if trials < 1:
-        raise PlanError(f"trials must be at least 1, got {trials}")
+    check_whole("trials", trials, 1, 100_000)
     optuna = _optuna()
     info, higher = model.info, asked.higher
     reference = recipes.native(size=info.size, steps=info.native_steps)
