@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,9 +84,10 @@ def test_a_worker_is_killed_in_the_middle(tmp_path: Path) -> None:
     assert not list(cluster.glob("leases/*.json"))
 
 
-def test_pools_are_checked() -> None:
+@pytest.mark.parametrize("given", [(0,), (10**30,), (1, float("nan")), (1, 1, float("inf")), (1, 1, -1)])
+def test_pools_are_checked(given: tuple[Any, ...]) -> None:
     with pytest.raises(mf.PlanError, match="at least one worker"):
-        Pool(0)
+        Pool(*given)
 
 
 def test_a_cluster_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

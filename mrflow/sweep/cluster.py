@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mrflow._checks import is_number, is_whole
 from mrflow.errors import DeviceLostError, PlanError, ResourceError
 from mrflow.records import sources
 from mrflow.records.chains import sources_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mrflow.backbone import Backbone
     from mrflow.sweep.grid import Sweep
 
+MOST = 10_000  # workers
 ROUNDS = MAX_TRIES + 2  # how often at least what is still missing is handed out: a row may take workers down with it
 
 
@@ -40,8 +42,8 @@ class Pool:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or self.cpus < 0 or self.gpus < 0:
-            raise PlanError(f"a pool needs at least one worker, and cpus and gpus of at least 0, got {self}")
+        if not (is_whole(self.workers, 1, MOST) and is_number(self.cpus, 0) and is_number(self.gpus, 0)):
+            raise PlanError(f"a pool needs at least one worker ({MOST} at most), and cpus and gpus from 0, got {self}")
 
 
 def package() -> Any:  # noqa: ANN401
