@@ -25,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 COPIED = ("tests", "experiments", "docs", "integrations", "README.md", "pyproject.toml")
@@ -49,7 +50,7 @@ PARTS: Mapping[str, Part] = {
     ),
     "solvers": Part(("mrflow/solvers/*",), _tests("solvers", "integrate", "adaptive", "exponential", "ground_truths")),
     "guidance": Part(("mrflow/guidance.py", "mrflow/guidance/*"), _tests("guidance", "guidance_variants", "nag")),
-    "noise": Part(("mrflow/noise.py", "mrflow/seeds.py"), _tests("flow", "stage", "run")),
+    "noise": Part(("mrflow/noise.py", "mrflow/seeds.py"), _tests("noise", "flow", "stage", "run")),
     "stages": Part(
         ("mrflow/stages/*",),
         _tests("stage", "run", "controls", "tiles", "transitions", "testing", "laws", "ground_truths"),
@@ -129,8 +130,18 @@ def mutants(place: Path) -> dict[str, str]:
 
 
 def drawn(names: Sequence[str], count: int, seed: int) -> list[str]:
-    """The mutants of a part that are judged: all, or so many drawn by the seed; the first of them stand for all."""
+    """All mutants, or so many drawn by the seed; the first of them stand for all."""
     return random.Random(seed).sample(sorted(names), min(count, len(names)))
+
+
+def judged(place: Path, count: int, seed: int) -> list[str]:
+    """The mutants of a part that are judged: those drawn before that are still there, and new ones."""
+    file, every = place / f"drawn-{count}-{seed}.json", mutants(place)
+    old = [name for name in json.loads(file.read_text(encoding="utf-8")) if name in every] if file.exists() else []
+    out = [*old, *drawn([name for name in every if name not in {*old}], count - len(old), seed)]
+    if every:
+        file.write_text(json.dumps(out), encoding="utf-8")
+    return out
 
 
 def trials(place: Path) -> dict[str, Trial]:
@@ -149,7 +160,7 @@ def run(name: str, out: Path, count: int, seed: int, *, again: bool = False, bud
     """Run the drawn mutants of a part that were not run yet, or that survived (`again`)."""
     place = workplace(out, name)
     found, digests = trials(place), mutants(place)
-    chosen = drawn(list(digests), count, seed)
+    chosen = judged(place, count, seed)
     left = [key for key in chosen if key not in found or (again and found[key].by is None)]
     print(f"{name}: {len(left)} of {len(chosen)} to run", file=sys.stderr, flush=True)
     if not left:
@@ -171,12 +182,11 @@ def changed(place: Path, mutant: str) -> tuple[str, str, str]:
     if not source.exists():
         source = place / "mutants" / module.replace(".", "/") / "__init__.py"
     stem = name.partition("__mutmut_")[0]
-    wanted = {f"{stem}__mutmut_orig", name}
-    text = source.read_text(encoding="utf-8")
+    wanted, text = {f"{stem}__mutmut_orig", name}, source.read_text(encoding="utf-8").splitlines()
     bodies = {
-        node.name: (ast.get_source_segment(text, node) or "").replace(node.name, stem).splitlines()
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in wanted
+        node.name: [line.replace(node.name, stem) for line in text[node.lineno - 1 : node.end_lineno]]
+        for node in _functions(source)
+        if node.name in wanted
     }
     lines = list(difflib.unified_diff(bodies[f"{stem}__mutmut_orig"], bodies[name], lineterm="", n=2))[2:]
     new = next((line[1:].strip() for line in lines if line.startswith("+")), "")
@@ -184,17 +194,22 @@ def changed(place: Path, mutant: str) -> tuple[str, str, str]:
     return f"{module}.{function}", new, "\n".join(lines)
 
 
-def report(out: Path, count: int, seed: int) -> list[str]:
+@lru_cache(maxsize=4)
+def _functions(source: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(source.read_bytes())) if isinstance(node, ast.FunctionDef)]
+
+
+def report(out: Path, count: int, seed: int, names: Sequence[str] = tuple(PARTS)) -> list[str]:
     """A line a part that was run: how many of its mutants were drawn, killed, equivalent; then the survivors."""
     lines = [
         "| part | mutants | drawn and run | killed | equivalent | score | s each |",
         "|---|---|---|---|---|---|---|",
     ]
     survivors = list[str]()
-    for name in PARTS:
+    for name in names:
         place = out.resolve() / name
         every = mutants(place)
-        chosen = set(drawn(list(every), count, seed))
+        chosen = set(judged(place, count, seed))
         found = {key: trial for key, trial in trials(place).items() if key in chosen}
         if not found:
             continue
@@ -240,7 +255,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mutants"))
     args = parser.parse_args()
     if args.verb == "report":
-        print("\n".join(report(args.out, args.draw, args.seed)))
+        print("\n".join(report(args.out, args.draw, args.seed, args.names or tuple(PARTS))))
         return
     if args.verb == "show":
         for key in args.names:
@@ -251,7 +266,7 @@ def main() -> None:
         parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     for name in args.names or PARTS:
         run(name, args.out, args.draw, args.seed, again=args.again, budget=args.budget)
-    print("\n".join(report(args.out, args.draw, args.seed)))
+    print("\n".join(report(args.out, args.draw, args.seed, args.names or tuple(PARTS))))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ def place(tmp_path: Path) -> Path:
     return place
 
 
+def test_what_was_drawn_stays_drawn_while_it_is_there(place: Path) -> None:
+    first = mutants.judged(place, 2, 0)
+    (place / "drawn-2-0.json").write_text(json.dumps(["mrflow.flow.x_gone__mutmut_1", first[1]]), encoding="utf-8")
+    again = mutants.judged(place, 2, 0)
+    assert again[0] == first[1] and len({*again}) == 2 and "mrflow.flow.x_gone__mutmut_1" not in again
+    assert again == mutants.judged(place, 2, 0)
+
+
 def test_a_mutant_is_told_by_its_function_and_line(place: Path) -> None:
     function, line, diff = mutants.changed(place, "mrflow.flow.x_half__mutmut_2")
     assert (function, line) == ("mrflow.flow.half", "return 1 * x / 2")
