@@ -73,6 +73,10 @@ PARTS: Mapping[str, Part] = {
     "testing": Part(("mrflow/testing/*",), _tests("testing", "laws", "strategies", "pytest_plugin")),
 }
 EQUIVALENT: Mapping[tuple[str, str], str] = {
+    (
+        "mrflow.solvers.adaptive.AdaptiveSolver.step",
+        "for item, length, now in zip(x.split(1), lengths, known, strict=None)",
+    ): "None is as False: lengths and velocities are kept for each picture of x, so none of the three is longer",
     ("mrflow.sweep.statistics.interval", "step = max(2, CHUNK // len(groups))"): (
         "how many draws are made at once bounds memory; the generator's stream, and so every draw, is the same"
     ),

@@ -177,3 +177,21 @@ def test_a_record_holds_them() -> None:
     chain = mf.Sample(32, 32, ONE, solver=mf.DormandPrince(1e-2)) >> mf.Decode()
     record = mf.run(chain, mf.toy(), "a").record()
     assert "DormandPrince" in str(record) and "0.01" in str(record)
+
+
+@pytest.mark.parametrize("make", PAIRS)
+def test_the_error_is_measured_against_one_and_the_state(make: Callable[..., AdaptiveSolver]) -> None:
+    """Of dx / dsigma = cos(40 sigma), far from 0, as near 0 at a tolerance that is as much larger as 1 + |x|."""
+
+    def asked(x: float, tolerance: float) -> int:
+        seen = list[float]()
+
+        def v(state: Tensor, sigma: float) -> Tensor:
+            seen.append(sigma)
+            return torch.full_like(state, np.cos(40 * sigma))
+
+        integrate(make(tolerance), v, torch.full((1, 4), x, dtype=torch.float64), (1.0, 0.0))
+        return len(seen)
+
+    near, far, loose = asked(0.0, 1e-6), asked(999.0, 1e-6), asked(0.0, 1e-3)
+    assert abs(far - loose) <= make().evals and near > 2 * loose

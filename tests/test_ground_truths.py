@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import mrflow as mf
 from mrflow.backbone import Wrapper
 from mrflow.noise import Noise
 from mrflow.rivals.selflift import mixed
-from mrflow.solvers import StochasticEuler
+from mrflow.solvers import SASolver, StochasticEuler
 from tests.strategies import LAW
 
 
@@ -110,6 +111,31 @@ def test_a_stochastic_step_by_hand(churn: float, sigma: float, part: float) -> N
         lambda z, s: 0.3 * z - s, torch.tensor(x), sigma, to, (), noise=torch.tensor(eps)
     )
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.2, 0.3, 0.9])
+def test_sa_solver_outside_its_range_is_its_ode(sigma: float) -> None:
+    """`tau` holds from above `low` to `high`: elsewhere the step is that of tau 0, whatever the noise."""
+    x, eps = torch.tensor(np.random.default_rng(0).normal(size=(2, 5)))
+
+    def stepped(solver: SASolver, noise: Tensor) -> Tensor:
+        return solver.step(lambda z, s: 0.3 * z - s, x, sigma, 0.5 * sigma, (), noise=noise)[0]
+
+    partly = SASolver(1.0, low=0.3, high=0.8)
+    assert torch.equal(stepped(partly, eps), stepped(SASolver(0.0), 0 * eps))
+    assert not torch.equal(stepped(SASolver(1.0), eps), stepped(SASolver(0.0), eps))
+
+
+@pytest.mark.parametrize(("order", "corrector"), [(1, 0), (1, 1), (2, 2), (3, 1)])
+def test_what_sa_solver_remembers_does_not_grow(order: int, corrector: int) -> None:
+    """The state and noise of the step before, and no more estimates than a step goes through."""
+    solver, past, kept = SASolver(0.5, order, corrector), (), list[int]()
+    x = torch.zeros(3, dtype=torch.float64)
+    levels = [0.9 - 0.1 * i for i in range(8)]
+    for sigma, to in pairwise(levels):
+        x, past = solver.step(lambda z, s: z - s, x, sigma, to, past, noise=torch.ones_like(x))
+        kept.append(len(past))
+    assert kept[-1] == kept[-4] == 2 + max(order, corrector, 2) - 1
 
 
 @dataclass(frozen=True)
