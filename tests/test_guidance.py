@@ -242,6 +242,20 @@ def test_branches_that_fit_are_asked_for_at_once() -> None:
     assert roomy.options[1:] == [options, options]
 
 
+@pytest.mark.parametrize(
+    "guidance", [mf.CFGZero(2.0), mf.APG(2.0), mf.TCFG(2.0), mf.CFGZero(1.0), mf.CFG(1.0)], ids=repr
+)
+def test_what_the_field_is_to_have_reaches_the_model(guidance: Guidance) -> None:
+    roomy, options = Tight(room=True), mf.FieldOptions(sigmas=(1.0, 0.5))
+    guidance.field(roomy, roomy.condition(["a"]), roomy.condition(["xyz"]), options)
+    assert [o.sigmas for o in roomy.options] == [options.sigmas]
+
+
+def test_a_value_without_an_embedding_says_what_to_take() -> None:
+    with pytest.raises(PlanError, match=r"Distilled\(3.5\) would change nothing; use Distilled\(\) or CFG\(scale\)$"):
+        Distilled(3.5).field(Mock(), Mock().condition(["a"]), None)
+
+
 def test_the_branches_of_an_interval() -> None:
     """The inner guidance's where it holds, then the conditional alone elsewhere."""
     interval = Interval(CFG(2.0), 0.2, 0.8)

@@ -67,3 +67,22 @@ def test_what_cannot_be_measured_is_refused() -> None:
         mf.schedules.optimised(mf.toy(), 4, PROMPTS, size=SIZE, fine=3)
     with pytest.raises(AttributeError, match="no attribute 'optimized'"):
         mf.schedules.optimized  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_what_cannot_be_searched_says_which_setting() -> None:
+    for name, settings in (("steps", {"steps": 0}), ("fine", {"steps": 2, "fine": 1})):
+        with pytest.raises(PlanError, match=f"^{name} "):
+            mf.schedules.optimised(mf.toy(), prompts=PROMPTS[:1], size=SIZE, **settings)  # type: ignore[arg-type]
+
+
+def test_each_prompt_is_searched_on_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seen = mf.PerItem.__call__, list[tuple[tuple[int, ...], tuple[int, ...], int]]()
+
+    def call(self: mf.PerItem, seeds: list[int], shape: tuple[int, ...], *, scope: str, draw: int) -> torch.Tensor:
+        seen.append((tuple(seeds), tuple(shape), draw))
+        return own(self, seeds, shape, scope=scope, draw=draw)
+
+    monkeypatch.setattr(mf.PerItem, "__call__", call)
+    mf.schedules.optimised(mf.toy(), 2, PROMPTS[:2], size=SIZE, fine=4, seed=7)
+    first = [row for row in seen if row[2] == 0]
+    assert first == [((7,), (1, 3, 16, 16), 0), ((8,), (1, 3, 16, 16), 0)]
