@@ -195,3 +195,22 @@ def test_the_error_is_measured_against_one_and_the_state(make: Callable[..., Ada
 
     near, far, loose = asked(0.0, 1e-6), asked(999.0, 1e-6), asked(0.0, 1e-3)
     assert abs(far - loose) <= make().evals and near > 2 * loose
+
+
+class Ralston(AdaptiveSolver):
+    """A pair of one's own, whose last stage is no first one."""
+
+    evals = 3
+
+    @property
+    def pair(self) -> Pair:
+        """Order 3 beside the midpoint rule."""
+        return BELOW_THE_END
+
+
+def test_a_pair_that_reuses_nothing_goes_from_level_to_level() -> None:
+    levels = (0.9, 0.5, 0.3, 0.1)
+    out = integrate(Ralston(1e-4), mixture, X, levels)
+    torch.testing.assert_close(out, integrate(mf.DormandPrince(1e-6), mixture, X, levels), rtol=0, atol=2e-3)
+    past = Ralston(1e-4).step(mixture, X, 0.9, 0.5, ())[1]
+    assert len(past) == 1 and past[0][1].dtype == torch.float64 and past[0][1].shape == (len(X),)

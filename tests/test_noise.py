@@ -54,6 +54,7 @@ def test_nested_noise_is_the_scaled_mean_of_each_block(factor: int, shape: tuple
     seeds = (1, 2, 3)
     got = mf.Nested(factor, inner=Counting())(seeds, shape, scope="abc", draw=2).numpy()
     large = Counting()(seeds, (*shape[:-2], factor * 4, factor * 6), scope="abc", draw=2).numpy()
+    assert got.shape == shape
     for y in range(4):
         for x in range(6):
             block = large[..., factor * y : factor * (y + 1), factor * x : factor * (x + 1)]

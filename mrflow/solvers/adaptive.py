@@ -114,12 +114,12 @@ class AdaptiveSolver(Solver):
         while at > to:
             left = at - to
             ends = left <= length * 1.01
-            pair = self.pair
+            pair, final = self.pair, False
             if to == 0.0 and not self.zero and ends:
                 if left > last * 1.01:
                     length, ends = left - last, False
                 else:
-                    pair = BELOW_THE_END
+                    pair, final = BELOW_THE_END, True
             goal = to if ends else at - length
             if not ends and at - goal < 1e-7:
                 raise PlanError(
@@ -144,10 +144,10 @@ class AdaptiveSolver(Solver):
                 if not ends or factor < 1.0:
                     length = (at - goal) * factor  # a step that was cut short by `to` says little of a longer one
                 x, at, now = end, goal, stages[-1] if pair.reuses else None
-            elif pair.reuses:
-                length = (at - goal) * min(factor, 1.0)
-            else:
+            elif final:
                 last = left * min(factor, 1.0)
+            else:
+                length = (at - goal) * min(factor, 1.0)
         return x, length, now
 
 
