@@ -420,6 +420,7 @@ def test_pocket_says_what_it_was_not_trained_on(caplog: pytest.LogCaptureFixture
         "pocket was trained on squares of 128, 256, 512 pixels; it draws worse at 160x320, 320x640",
     )
     assert mf.plan(mf.recipes.native(size=(64, 64)), mf.FLUX).notes == ()
+    assert "it draws worse at 96x96" in call("plan", "--recipe", "native", "--size", "96")[2]
     caplog.clear()
     result = mf.run(mf.Sample(48, 64, mf.Linear(1)) >> mf.Decode(), model, "")
     assert "it draws worse at 48x64" in result.notes[0] and caplog.messages == [result.notes[0]]

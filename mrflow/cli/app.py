@@ -230,7 +230,7 @@ def plan(
     from mrflow.spec import Pixels
     from mrflow.stage import plan as make_plan
 
-    with console():
+    with console() as err:
         info = model_info(model, shift=parse_shift(facts.shift), text_tokens=facts.text_tokens)
         refuse(start is not None and chain is None, "--start", "with a recipe, which begins with noise")
         if chain is not None:
@@ -241,6 +241,8 @@ def plan(
         begin = None if start is None else Pixels(batch, *read_image(start).shape[-2:])
         planned = make_plan(whole, info, batch=batch, start=begin)
         typer.echo(json.dumps(report(planned), indent=2) if as_json else describe(planned, width()))
+        for text in planned.notes:
+            err.print(text)
 
 
 app.add_typer(sweep_verbs, name="sweep")
