@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class GraphPool:
     def __init__(self, *, most: int = 16, capture: Capture | None = None) -> None:
         self.most, self.capture = most, capture or self._captured
         self.lock = threading.RLock()
-        self.handle: tuple[int, int] | None = None
+        self.handle: Any = None  # torch's own kind of number
         self.kept: OrderedDict[tuple[int, object], Graphed] = OrderedDict()
 
     def use(self, owner: "Graphed", which: object) -> None:
