@@ -45,12 +45,6 @@ def read_image(path: str | Path) -> Tensor:
     return _decoded(_bytes(path), str(path))
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """The same as an 8-bit RGB image of Pillow's, under the same limits."""
-    pixels = (read_image(path)[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
-
-
 def _bytes(path: str | Path) -> bytes:
     try:
         return read_regular(Path(path).resolve(), most=MAX_FILE)

@@ -20,8 +20,6 @@ from mrflow.models.offload import RuntimeOptions, check_offload
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-
 
 @collection_paused()
 def load(

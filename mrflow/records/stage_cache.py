@@ -45,7 +45,7 @@ class StageCache:
         check_whole("max_bytes", max_bytes, 1, wanted="a whole number above 0")
         self.folder = None if folder is None else Path(folder)
         self.max_bytes = max_bytes
-        self.hits = self.misses = 0
+        self.hits = 0
         self._memory: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes = 0
         self._room = 0  # bytes that may be written before the folder is looked through
@@ -92,7 +92,6 @@ class StageCache:
             if len(found) == len(items):
                 self.hits += 1
                 return done, torch.stack(found).to(device)
-        self.misses += 1
         return 0, None
 
     def get(self, key: str) -> Tensor | None:
