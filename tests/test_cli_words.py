@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import mrflow as mf
@@ -24,7 +25,6 @@ from mrflow.cli.parsing import parse_seeds, parse_shift, read_prompts
 from mrflow.cli.plan import describe
 from mrflow.cli.records import difference, difference_text
 from mrflow.errors import PlanError
-from mrflow.models.pocket import model as pocket
 from mrflow.models.pocket.model import NEWEST
 from mrflow.records.pictures import describe_record
 from mrflow.sheet import table
@@ -193,7 +193,7 @@ def drawn(tmp_path: Path, options: DrawOptions, prompts: list[str]) -> list[Path
 
 def test_a_chain_is_planned_once_and_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    plan_row, load_file = mf.Sample.plan_row, pocket.load_file
+    plan_row = mf.Sample.plan_row
 
     def planned(self: mf.Sample, *given: Any) -> Any:
         done.append("planned")
@@ -204,7 +204,7 @@ def test_a_chain_is_planned_once_and_before_weights_are_read(tmp_path: Path, mon
         return load_file(path)
 
     monkeypatch.setattr(mf.Sample, "plan_row", planned)
-    monkeypatch.setattr(pocket, "load_file", read)
+    monkeypatch.setattr("mrflow.models.pocket.model.load_file", read)
     words = ["generate", "a big red circle", "--recipe", "native", "--steps", "1", "--out", str(tmp_path / "x.png")]
     assert CliRunner().invoke(app, [*words, "--size", "64x72"]).exit_code == 2
     assert "read" not in done
