@@ -22,11 +22,13 @@ from mrflow.notes import collected
 class TransformerFamily(Family):
     """It says how its parts are prepared and what facts follow; planning and loading are alike for all.
 
-    `model` is made of the parts; `text_layer` is what numbers a text encoder's layers in tensor names.
+    `model` is made of the parts; `text_layer` is what numbers a text encoder's layers in tensor names,
+    `no_chain` says why fold=chain is refused.
     """
 
     model: ClassVar[Callable[..., Backbone]]
     text_layer: ClassVar[str] = "layers"
+    no_chain: ClassVar[str] = "fold=chain is for Qwen-Image, of whose weights modulations are a third: use fold=True"
 
     @abstractmethod
     def prepare(
@@ -64,7 +66,7 @@ class TransformerFamily(Family):
             PlanError: saying what to do instead.
         """
         if loading.chain is not None:
-            raise PlanError("fold=chain is for Qwen-Image, of whose weights modulations are a third: use fold=True")
+            raise PlanError(self.no_chain)
 
     def read(self, prepared: Prepared[Any], vae: Any, loading: Loading) -> tuple[Transformer, dict[str, Any]]:  # noqa: ANN401
         """The transformer with its weights, and what `model` is given beyond its parts."""

@@ -53,6 +53,7 @@ class FluxFamily(TransformerFamily):
     network = Flux
     model = Flux1
     text_layer = "block"
+    no_chain = "fold=chain is for Qwen-Image; FLUX's modulations depend on the prompt too: use fold=True"
     text_tokens = True
 
     def names(self, parameter: str) -> tuple[str, ...]:
