@@ -166,7 +166,7 @@ def _computed(cache: Cache, info: ModelInfo) -> None:
 
 def _never(cache: Cache) -> list[Cache]:
     """The cache with a threshold of 0, where it has one and another."""
-    fields = [field.name for field in dataclasses.fields(cache)] if dataclasses.is_dataclass(cache) else []
+    fields = [field.name for field in dataclasses.fields(cache)] if dataclasses.is_dataclass(cache) else list[str]()
     if "threshold" not in fields or getattr(cache, "threshold") == 0:  # noqa: B009  (not every cache has it)
         return []
     return [replace(cache, threshold=0.0)]  # type: ignore[type-var]
