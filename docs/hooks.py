@@ -18,8 +18,11 @@ OUTSIDE = {
 }
 """Pages of the site, and the files of the repository that they are."""
 ROOMS = {
-    "maths": ("Schedules, solvers, guidance, noise", ("flow", "schedules", "solvers", "guidance", "noise", "parts")),
-    "stages": ("Stages and chains", ("stage", "stages", "spec", "rivals", "recipes", "students", "tiling")),
+    "maths": ("Schedules, solvers, guidance, noise", ("flow", "schedules", "solvers", "guidance", "noise")),
+    "stages": (
+        "Stages and chains",
+        ("stage", "stages", "spec", "model_info", "rivals", "recipes", "students", "tiling"),
+    ),
     "running": ("Running, results, records", ("runner", "result", "records", "errors", "progress")),
     "models": ("Models and adapters", ("models", "backbone", "adapters", "policies", "bridge")),
     "upscalers": ("Upscalers and decoders", ("upscaler", "upscalers", "decoder", "decoders")),

@@ -64,8 +64,8 @@ class ZImageField:
     def _refined(self) -> Tensor:
         """The refined texts; shorter ones are padded with zeros."""
         own = {n: self.net.embed_text([self.texts[i] for i in rows]) for n, rows in self.rows.items()}
-        out = torch.cat([F.pad(text, (0, 0, 0, max(own) - n)) for n, text in own.items()])
-        return out[sorted(range(len(out)), key=[i for rows in self.rows.values() for i in rows].__getitem__)]
+        items = {i: t for n, rows in self.rows.items() for i, t in zip(rows, own[n], strict=True)}
+        return torch.stack([F.pad(items[i], (0, 0, 0, max(own) - self.lengths[i])) for i in range(len(items))])
 
     def _rope(self, h: int, w: int, part: int, x: Tensor) -> Rope:
         """Rotations of text, filling and image; of each item where texts differ in length: the image lies behind."""
