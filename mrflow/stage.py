@@ -410,7 +410,7 @@ class Context:
         shape, patch = tuple(x.shape), info.space.patch
         h, w = x.shape[-2] // patch, x.shape[-1] // patch
         packed = field.on_tokens(h, w) if solver.pointwise and isinstance(field, TokenField) else None
-        velocity = packed or field
+        velocity = field if packed is None else packed
 
         def there(latents: Tensor) -> Tensor:
             return latents if packed is None else pack(latents, patch=patch)

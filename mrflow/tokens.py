@@ -25,6 +25,10 @@ def unpack(tokens: Float[Tensor, "b l d"], h: int, w: int, *, patch: int = 2) ->
 class TokenField(Protocol):
     """A velocity field that can work on packed latents, so that an integration packs once and not in every step."""
 
+    def __call__(self, x: Tensor, sigma: float, /) -> Tensor:
+        """Velocities of latents (b, c, height, width)."""
+        ...
+
     def on_tokens(self, h: int, w: int) -> Velocity | None:
         """The same velocities for tokens (b, h w, d) of an h x w grid, as `pack` gives them; None where it cannot."""
         ...

@@ -192,13 +192,14 @@ def chain_row(family: str, lane: Lane, model: LatentModel, run: Run) -> None:
         else mf.recipes.paper(mf.Lanczos(2), low=low, size=high)
     )
     given, other = words(family, run), words(family, run, negative=True)
-    model.condition = lambda prompts: other  # type: ignore[method-assign]  # the negative, of no text encoder
+    backbone: Any = model  # which it is with a text encoder
+    backbone.condition = lambda prompts: other  # the negative, of no text encoder
     results: list[mf.Result] = []
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     repeats = 1 if lane.chain == "native" else run.scale.repeats
     what = f"{NAMES[family]} {lane.name}"
-    whole = run.timed(lambda: results.append(mf.run(chain, model, condition=given, seed=0)), repeats, what)
+    whole = run.timed(lambda: results.append(mf.run(chain, backbone, condition=given, seed=0)), repeats, what)
     kept = results[len(results) - len(whole) :]
     planned = memory(kept[0].plan)
     run.rows.append(
@@ -253,7 +254,7 @@ def theirs(family: str, run: Run) -> Callable[[Tensor, int], object]:
     def call(tokens: Tensor, side: int) -> object:
         given: dict[str, Any] = {"hidden_states": tokens, "timestep": half, "return_dict": False}
         if family == "qwen":
-            more = {"encoder_hidden_states_mask": None, "img_shapes": [[(1, side, side)]]}
+            more: dict[str, Any] = {"encoder_hidden_states_mask": None, "img_shapes": [[(1, side, side)]]}
             return [net(**given, **more, encoder_hidden_states=text)[0] for text in texts]
         ids = torch.zeros(side, side, 3, device=run.device)
         ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)

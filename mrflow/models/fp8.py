@@ -158,7 +158,7 @@ class Fp8Product(Fp8Linear):
         rows = x.reshape(-1, x.shape[-1])
         values, scale = rounded_rows(rows)
         if x.device.type == "cuda":
-            out = torch._scaled_mm(
+            out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
                 values, self.weight.t(), scale_a=scale, scale_b=self.scale[None], bias=self.bias, out_dtype=x.dtype
             )
         else:

@@ -42,7 +42,8 @@ class ZImageModel(LanguageConditioned):
         table = ModulationTables(self._tables, options.sigmas if self._runtime.fold else None)
         groups = [
             (
-                *(torch.tensor(r, device=self._device) for r in (rows, [i % batch for i in rows])),
+                torch.tensor(rows, device=self._device),
+                torch.tensor([i % batch for i in rows], device=self._device),
                 ZImageField(
                     self._flow,
                     [texts[i] for i in rows],
