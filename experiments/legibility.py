@@ -29,9 +29,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import mrflow as mf
+from experiments.asking import exit_code
 from experiments.failures.crossing import crossing
 from mrflow.cli.parsing import upscaler as upscaler_of
-from mrflow.errors import MrflowError, PlanError
+from mrflow.errors import PlanError
 from mrflow.models import info
 from mrflow.records.pictures import check_writable, write_bytes
 from mrflow.sweep import interval
@@ -178,12 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--offload", default="none", choices=("none", "phase", "block"))
     parser.add_argument("--out", type=Path, help="a JSON file of all scores; it goes on from what it holds")
     args = parser.parse_args(argv)
-    try:
-        study(args)
-    except MrflowError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(study, args)
 
 
 def study(args: argparse.Namespace) -> None:

@@ -17,14 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import torch
-
 import mrflow as mf
+from experiments.asking import add_making, exit_code
 from experiments.failures.details import DETAILS
 from experiments.failures.questions import Setting
 from experiments.studies.common import SIGNS
 from mrflow.checkpoints.safetensors import read_header
-from mrflow.errors import MrflowError
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models import info
 from mrflow.scenes.hard import HARD, HardWorld, held_out_captions
@@ -215,22 +213,10 @@ def main() -> int:
     parser.add_argument("--loras", type=Path, help="folder of LOOK-lora.safetensors (default: runs/transfer/MODEL)")
     parser.add_argument("--looks", nargs="+", choices=LOOKS, default=list(LOOKS))
     parser.add_argument("--captions", type=int, default=20, help="of each category (default: 20)")
-    parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
-    parser.add_argument("--steps", type=int, default=24, help="of native sampling (default: 24)")
-    parser.add_argument("--few", type=int, default=12, help="of the staged low stage (default: 12)")
-    parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="of the processor")
-    parser.add_argument("--device", default="cpu")
+    add_making(parser)
     parser.add_argument("--out", type=Path, help="the folder of the rows (default: beside the LoRAs)")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        run(args)
-    except MrflowError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(run, args)
 
 
 def run(args: argparse.Namespace) -> None:

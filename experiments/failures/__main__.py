@@ -18,13 +18,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 import mrflow as mf
+from experiments.asking import add_making, exit_code
 from experiments.failures import first, tables
 from experiments.failures.details import DETAILS, prompts
 from experiments.failures.questions import FITTED, QUESTIONS, Setting, fitted
-from mrflow.errors import MrflowError
 from mrflow.models import info
 from mrflow.models.pocket.model import SHIPPED
 from mrflow.scenes.hard import HARD, held_out_captions
@@ -43,25 +41,13 @@ def main() -> int:
     parser.add_argument("--details", nargs="+", choices=DETAILS, help="(default: all)")
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="of detail, such as 8%% or 1/32 (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="LABEL", help="only these, and the reference (default: all)")
-    parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
+    add_making(parser)
     parser.add_argument("--low", type=int, help="side of the low stage (default: half)")
-    parser.add_argument("--steps", type=int, default=24, help="of native sampling (default: 24)")
-    parser.add_argument("--few", type=int, default=12, help="of the staged low stage (default: 12)")
-    parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="of the processor")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="the folder (default: runs/failures/MODEL/QUESTION)")
     parser.add_argument("--figure", type=Path, help="of `map` and `frontier`: an SVG file")
     parser.add_argument("--page", type=Path, help="of `frontier`: the page that says what to try first")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        run(args)
-    except MrflowError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(run, args)
 
 
 def run(args: argparse.Namespace) -> None:
