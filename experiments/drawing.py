@@ -14,6 +14,7 @@ from PIL import Image
 
 import mrflow as mf
 from mrflow.cli.chains import build
+from mrflow.cli.options import ModelOptions
 from mrflow.cli.parsing import load_chain, load_model, upscaler
 from mrflow.errors import MrflowError, PlanError
 from mrflow.records.pictures import write_bytes
@@ -67,7 +68,8 @@ def draw(tasks: Sequence[Task], args: argparse.Namespace, errors: Path) -> int:
         return 0
     net = upscaler(args.sr)
     own: AnyChain | None = load_chain(args.chain) if ".py:" in args.chain else None
-    model = load_model(args.model, args.device, args.dtype, args.offload, args.storage, None, None, compile=False)
+    options = ModelOptions(device=args.device, dtype=args.dtype, offload=args.offload, storage=args.storage)
+    model = load_model(args.model, options)
     chain = own or build(args.chain, model.info, size=args.size, steps=args.steps, sr=net)
     mf.plan(chain, model.info, batch=args.samples)
     seeds = [args.seed + i for i in range(args.samples)]

@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import mrflow as mf
-from mrflow import result as results
 from mrflow.cli import drawing
 from mrflow.cli.app import app
-from mrflow.cli.chains import RECIPES, build, enlargement
+from mrflow.cli.chains import build, enlargement
 from mrflow.cli.display import WORDS, in_options, wrapped
-from mrflow.cli.options import DrawOptions, ModelOptions, SlotOptions
-from mrflow.cli.parsing import parse_seeds, parse_shift, read_prompts
+from mrflow.cli.options import RECIPE_WORDS, DrawOptions, ModelOptions, SlotOptions
+from mrflow.cli.parsing import load_model, pairs_of, parse_seeds, parse_shift, read_prompts
 from mrflow.cli.plan import describe
 from mrflow.cli.records import difference, difference_text
 from mrflow.errors import PlanError
@@ -124,7 +123,7 @@ def test_what_does_nothing_or_cannot_be_is_refused(here: Path, words: str, said:
 
 
 def test_every_recipe_plans_with_what_it_takes(here: Path) -> None:  # noqa: F811
-    for recipe in re.split(", | or ", RECIPES):
+    for recipe in re.split(", | or ", RECIPE_WORDS):
         code, out, err = call("plan", "--recipe", recipe, "--model", "flux1-dev", "--json")
         assert code == 0 and json.loads(out)["nfe"], err
     assert call("plan", "--recipe", "lift", "--sigma", "0.5", "--steps", "2,1")[0] == 0
@@ -146,7 +145,7 @@ def test_the_shift_and_text_of_a_plan(here: Path) -> None:  # noqa: F811
 def test_the_words_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr("mrflow.models.load", lambda where, **given: seen.update(given, where=where))
-    ModelOptions(shift="3", text_tokens=77).load("x")
+    load_model("x", ModelOptions(shift="3", text_tokens=77))
     assert (seen["where"], seen["shift"], seen["text_tokens"]) == ("x", 3.0, 77)
 
 
@@ -178,7 +177,7 @@ def test_seeds() -> None:
         with pytest.raises(PlanError, match=said):
             parse_seeds(word, batch)
     with pytest.raises(PlanError, match="2000 pictures are more than the 1024"):
-        DrawOptions(batch=1000).pairs(["a", "b"])
+        pairs_of(["a", "b"], DrawOptions(batch=1000))
 
 
 def drawn(tmp_path: Path, options: DrawOptions, prompts: list[str]) -> list[Path]:
@@ -220,13 +219,13 @@ def test_many_pictures_are_drawn_and_saved_in_parts(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(drawing, "TOGETHER", 64)
     at_once = drawn(whole, DrawOptions(seed="0,7"), prompts)
     monkeypatch.setattr(drawing, "TOGETHER", 6)
-    real, seen = results.result_files, list[int]()
+    real, seen = drawing.result_files, list[int]()
 
     def counted(result: Any, path: Path, paths: Any) -> Any:
         seen.append(len(list(tmp_path.glob("x-*.png"))))
         return real(result, path, paths)
 
-    monkeypatch.setattr(results, "result_files", counted)
+    monkeypatch.setattr(drawing, "result_files", counted)
     in_parts = drawn(tmp_path, DrawOptions(seed="0,7"), prompts)
     assert seen == [0, 6, 12, 18]  # a part is on disk before the next is made
     assert [p.name for p in in_parts] == [p.name for p in at_once] and len(in_parts) == 22

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mrflow import result as results
+from mrflow.cli import drawing
 from mrflow.cli import parsing as words
 from mrflow.cli.app import app
 from mrflow.cli.display import Plain, console
@@ -77,7 +77,7 @@ def test_files_are_published_all_or_none(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_name_that_is_taken_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    real = results.result_files
+    real = drawing.result_files
 
     def slow(result: object, path: Path, paths: object) -> dict[Path, bytes]:
         files = real(result, path, paths)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def test_a_name_that_is_taken_meanwhile_is_not_lost(tmp_path: Path, monkeypatch:
             Path("x-seed0.png").write_bytes(b"another's")
         return files
 
-    monkeypatch.setattr(results, "result_files", slow)
+    monkeypatch.setattr(drawing, "result_files", slow)
     small = ["--recipe", "native", "--size", "32x32", "--steps", "1"]
     done = CliRunner().invoke(app, ["generate", "x", *small, "--stages"])
     assert done.exit_code == 0 and "x-seed0-2.png" in done.stdout

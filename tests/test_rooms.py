@@ -3,11 +3,15 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from rich.console import Console
 
 from experiments.rooms import circles, closure, knowledge
+from mrflow.cli.app import VERBS
 
 ROOT = Path(__file__).parents[1]
 LAW = "from mrflow import __version__; import sys; print(*sorted(m for m in sys.modules if m.startswith('mrflow.')))"
@@ -24,6 +28,19 @@ def test_a_schedule_loads_no_network_no_scenes_and_no_sweep() -> None:
     assert "mrflow.schedules" in got
     assert not [m for m in got if m.split(".")[1] in ("models", "scenes", "sweep", "bridge", "stages", "caches", "cli")]
     assert "mrflow.stages.sample" in loaded("import mrflow; mrflow.Sample")  # what the measure would show
+
+
+def test_help_and_completion_load_the_declarations_alone() -> None:
+    light = {"app", "display", "options", "verbs"}
+    got = {name for name in loaded("import mrflow.cli.app") if name.startswith("mrflow.cli.")}
+    assert got == {f"mrflow.cli.{name}" for name in light}
+
+
+@pytest.mark.parametrize(("options", "does"), [row[2:] for row in VERBS])
+def test_what_a_verb_does_takes_the_options_that_are_declared(options: type[object], does: str) -> None:
+    module, _, name = does.partition(":")
+    hints = get_type_hints(getattr(import_module(f"mrflow.cli.{module}"), name))
+    assert list(hints.values()) == [Console, options, type(None)]
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "zimage"])

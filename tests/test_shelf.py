@@ -62,7 +62,7 @@ def picture(path: Path) -> Path:
 
 def test_sr_only_enlarges_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mrflow.cli.options.ModelOptions.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mrflow.models.load", lambda *_, **__: pytest.fail("a model was loaded"))
     picture(tmp_path / "cat.png")
     args = ["refine", "cat.png", "--sr-only", "--sr", "lanczos", "--scale", "3"]
     done = CliRunner().invoke(app, args)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 import mrflow as mf
+from mrflow.cli.options import ModelOptions
 from mrflow.cli.parsing import load_model, parse_lora, upscaler
 
 Inputs = dict[str, dict[str, Any]]
@@ -66,19 +67,10 @@ class Load(Node):
         """Load it."""
         own = {"file's own": None}
         loras = [lora] if lora else None
-        return (
-            load_model(
-                where,
-                "auto",
-                own.get(dtype, dtype),
-                offload,
-                own.get(storage, storage),
-                None,
-                None,
-                compile=False,
-                lora=loras,
-            ),
+        options = ModelOptions(
+            dtype=own.get(dtype, dtype), offload=offload, storage=own.get(storage, storage), lora=loras
         )
+        return (load_model(where, options),)
 
 
 class Sample(Node):

@@ -1,13 +1,14 @@
 """The command line: one file a group of verbs, parsing, and what is shown."""
 
+import signal
+import sys
+import threading
+
+from mrflow.interrupts import GRACE, SIGNALS, end_at_once
+
 
 def main() -> None:
     """The entry point. Ctrl-C ends it with 130 and SIGTERM with 143, also while it begins and ends."""
-    import signal
-    import sys
-    import threading
-
-    from mrflow.interrupts import GRACE, SIGNALS, end_at_once
 
     def ended(number: int, frame: object) -> None:
         sys.stdout.flush()
@@ -16,7 +17,7 @@ def main() -> None:
 
     for number in SIGNALS:
         signal.signal(number, ended)
-    from mrflow.cli.app import main as run
+    from mrflow.cli.app import main as run  # here, so that Ctrl-C is heard while it loads
 
     try:
         run()

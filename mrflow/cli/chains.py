@@ -4,39 +4,41 @@ from collections.abc import Callable
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from mrflow import recipes
 from mrflow._checks import check_whole
+from mrflow.caches import Cache
+from mrflow.cli.options import RECIPE_WORDS, RECIPES
 from mrflow.cli.parsing import LATENT, LATENT_FILE, load_file, parse_size, parse_tiles, upscaler
+from mrflow.cost import half
 from mrflow.errors import PlanError, named
-
-if TYPE_CHECKING:
-    from mrflow.guidance import Guidance
-    from mrflow.model_info import ModelInfo
-    from mrflow.schedules import Schedule
-    from mrflow.spec import Pixels, Start
-    from mrflow.stage import Chain
-    from mrflow.upscaler import Upscaler
+from mrflow.guidance import CFG, Distilled, Guidance
+from mrflow.model_info import ModelInfo
+from mrflow.records.expressions import parse
+from mrflow.schedules import Schedule
+from mrflow.solvers import Solver
+from mrflow.spec import Pixels, Start
+from mrflow.stage import Chain
+from mrflow.upscaler import Upscaler
+from mrflow.upscalers.latent import LatentCheckpoint
 
 T = TypeVar("T")
-RIVALS = ("lift", "speed", "selflift", "ralu", "jit", "fresco")
-WORDS = ("paper", "official", "native", *RIVALS)
-RECIPES = f"{', '.join(WORDS[:-1])} or {WORDS[-1]}"
 
 
 def build(
     recipe: str,
-    info: "ModelInfo",
+    info: ModelInfo,
     *,
     size: str | None = None,
     low: str | None = None,
     ladder: str | None = None,
     steps: str | None = None,
-    sr: "Upscaler | str | None" = None,
+    sr: Upscaler | str | None = None,
     schedule: str | None = None,
     guidance: str | None = None,
     **said: Any,  # noqa: ANN401
-) -> "Chain[Start, Pixels]":
+) -> Chain[Start, Pixels]:
     """A recipe's chain from the words of the command line; `sr` is an upscaler, or its word.
 
     `said` are its other options: `refine_steps`, `sigma`, `solver`, `cache`, `tiles`; None where not given.
@@ -44,8 +46,6 @@ def build(
     Raises:
         PlanError: a word cannot be read, or an option does nothing with this recipe.
     """
-    from mrflow import recipes
-
     net = upscaler(sr) if isinstance(sr, str) else sr
     make, label, names = _recipe(recipe, ladder, size or low, net)
     said |= {"schedule": schedule, "guidance": guidance, "sr": sr, "low": low}
@@ -77,22 +77,20 @@ def build(
 
 def enlargement(
     size: tuple[int, int],
-    net: "Upscaler | None",
-    info: "ModelInfo",
+    net: Upscaler | None,
+    info: ModelInfo,
     *,
     sigma: float | None = None,
     refine_steps: int | None = None,
     schedule: str | None = None,
     guidance: str | None = None,
     **said: Any,  # noqa: ANN401
-) -> "Chain[Pixels, Pixels]":
+) -> Chain[Pixels, Pixels]:
     """The chain that enlarges a picture to `size`, from the words of the command line (`build`).
 
     Raises:
         PlanError: a word cannot be read.
     """
-    from mrflow import recipes
-
     settings: dict[str, Any] = {} if sigma is None else {"sigma": sigma}
     if refine_steps is not None:
         settings["refine_steps"] = refine_steps
@@ -105,31 +103,24 @@ def enlargement(
 
 def _slots(said: dict[str, Any]) -> dict[str, Any]:
     """Solver, cache and tiles, where they were said."""
-    from mrflow.caches import Cache
-    from mrflow.solvers import Solver
-
     kinds: dict[str, Callable[..., Any]] = {"solver": Solver, "cache": Cache}
     found = {k: slot(f"--{k}", said[k], kind) for k, kind in kinds.items() if said.get(k) is not None}
     return found | ({} if said.get("tiles") is None else {"tiles": parse_tiles(said["tiles"])})
 
 
-def _latents(word: str, info: "ModelInfo") -> dict[str, Any]:
+def _latents(word: str, info: ModelInfo) -> dict[str, Any]:
     """How latents are enlarged, by the word of --sr: a filter, or the network of a file."""
-    from mrflow.upscalers.latent import LatentCheckpoint
-
     if word.startswith(LATENT_FILE):
         return {"upscaler": LatentCheckpoint(word.removeprefix(LATENT_FILE), info.space.name)}
     return {"filter": word.removeprefix(LATENT)}
 
 
 def _recipe(
-    recipe: str, ladder: str | None, sized: str | None, net: "Upscaler | str | None"
-) -> tuple[Callable[..., "Chain[Start, Pixels]"], str, dict[str, str]]:
+    recipe: str, ladder: str | None, sized: str | None, net: Upscaler | str | None
+) -> tuple[Callable[..., Chain[Start, Pixels]], str, dict[str, str]]:
     """The function that makes the chain, what people call it, and its arguments that options call otherwise."""
-    from mrflow import recipes
-
-    if recipe not in WORDS:
-        raise PlanError(f"there is no recipe {recipe!r}; use {RECIPES}")
+    if recipe not in RECIPES:
+        raise PlanError(f"there is no recipe {recipe!r}; use {RECIPE_WORDS}")
     if ladder is not None:
         if sized or recipe != "paper":
             raise PlanError("--ladder gives all sizes, of the recipe paper: leave out --size, --low and --recipe")
@@ -143,10 +134,8 @@ def _recipe(
     return getattr(recipes, recipe), f"the recipe {recipe}", {"sr": "upscaler"}
 
 
-def _sizes(two: bool, info: "ModelInfo", size: str | None, low: str | None, ladder: str | None) -> dict[str, Any]:
+def _sizes(two: bool, info: ModelInfo, size: str | None, low: str | None, ladder: str | None) -> dict[str, Any]:
     """The sizes of a recipe, one, two or a ladder, by its arguments; each error names those that were given."""
-    from mrflow.cost import half
-
     if ladder is not None:
         sizes = [parse_size("--ladder", each, info) for each in ladder.split(",")]
         for before, after in pairwise(sizes):
@@ -167,10 +156,8 @@ def _shown(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _counts(make: Callable[..., Any], settings: dict[str, Any], steps: str | None, info: "ModelInfo") -> Any:  # noqa: ANN401
+def _counts(make: Callable[..., Any], settings: dict[str, Any], steps: str | None, info: ModelInfo) -> Any:  # noqa: ANN401
     """The steps for a recipe: one count (default: the model's), or one a resolution; None for the recipe's own."""
-    from mrflow import recipes
-
     if isinstance(signature(make).parameters["steps"].default, int):
         usual = info.native_steps if make is recipes.native else info.staged_steps
         return usual if steps is None else one_count(steps)
@@ -203,14 +190,12 @@ def one_count(word: str) -> int:
 
 def _schedule(
     word: str, count: int | tuple[int, ...] | None, said: str | int | None, option: str = "--steps"
-) -> "Schedule":
+) -> Schedule:
     """The schedule of a word; one without steps has `count`, which was `said` by an option or is the recipe's.
 
     Raises:
         PlanError: it is none, or has steps of its own beside --steps.
     """
-    from mrflow.schedules import Schedule
-
     if count is None:
         return slot("--schedule", word, Schedule)
     number = count if isinstance(count, int) else sum(count)
@@ -220,14 +205,12 @@ def _schedule(
     return found
 
 
-def parse_guidance(word: str, info: "ModelInfo") -> "Guidance":
+def parse_guidance(word: str, info: ModelInfo) -> Guidance:
     """A guidance from its word. A number is the model's own way: `Distilled` where it has an embedding, else `CFG`.
 
     Raises:
         PlanError: it is neither.
     """
-    from mrflow.guidance import CFG, Distilled, Guidance
-
     try:
         value = float(word)
     except ValueError:
@@ -241,8 +224,6 @@ def slot(option: str, word: str, kind: Callable[..., T], **fill: object) -> T:
     Raises:
         PlanError: it is none.
     """
-    from mrflow.records.expressions import parse
-
     file, colon, rest = word.partition(".py:")
     names = load_file(Path(f"{file}.py")) if colon else {}
     try:

@@ -1,28 +1,35 @@
-"""Draws pictures for the verbs that do: checks, runs, saves as it goes, says what it cost."""
+"""The verbs that draw, generate and run: checks, runs, saves as it goes, says what it cost."""
 
 import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
 
+from mrflow import sheet
+from mrflow.backbone import Backbone
+from mrflow.cli.chains import build
 from mrflow.cli.display import duration, width
-from mrflow.cli.options import DrawOptions, refuse
-from mrflow.cli.parsing import free_path, save_free
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import Tensor
-
-    from mrflow.backbone import Backbone
-    from mrflow.model_info import ModelInfo
-    from mrflow.result import Result
-    from mrflow.runner import Event, Listener
-    from mrflow.stage import AnyChain, Plan
+from mrflow.cli.options import SR_WORDS, ChainOptions, DrawOptions, refuse
+from mrflow.cli.parsing import embedded, free_path, load_chain, load_model, pairs_of, save_free, upscaler
+from mrflow.cli.verbs import GenerateOptions, RunOptions
+from mrflow.errors import PlanError
+from mrflow.model_info import ModelInfo
+from mrflow.records.pictures import batch_paths, png, read_image, slug
+from mrflow.result import Result, make_record, result_files
+from mrflow.runner import Event, Listener, StageBegan, StageEnded, Stepped
+from mrflow.runner import run as execute
+from mrflow.spec import Pixels
+from mrflow.stage import AnyChain, Plan, plan
 
 TOGETHER = 8  # pictures of several prompts that are drawn at once
 
@@ -35,21 +42,47 @@ class Checked:
     """
 
     chain: "AnyChain"
-    plans: "Mapping[int, Plan]"
+    plans: Mapping[int, Plan]
     other: "AnyChain | None"
-    others: "Mapping[int, Plan]"
+    others: Mapping[int, Plan]
     target: Path
     endings: Sequence[str]
 
 
+def generate(err: Console, asked: GenerateOptions) -> None:
+    """Draw by a recipe, and natively beside it if that was asked."""
+    chain, compare, model = asked.chain, asked.compare, asked.model
+    if compare not in (None, "native"):
+        raise PlanError(f"--compare takes native, got {compare!r}")
+    if chain.sr in (None, "own") and chain.name in ("paper", "official") and not embedded(model):
+        raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
+    pairs, net = pairs_of(asked.prompts, asked.drawing), upscaler(chain.sr) or chain.sr
+    last = chain.ladder.split(",")[-1] if chain.ladder else chain.size
+    native = ChainOptions(recipe="native", size=last)
+
+    def make(info: ModelInfo) -> tuple[AnyChain, AnyChain | None]:
+        beside = build(native.name, info, **native.words) if compare else None
+        return build(chain.name, info, sr=net, **chain.words), beside
+
+    draw(err, make, partial(load_model, model, asked.loading), pairs, asked.drawing)
+
+
+def run_file(err: Console, asked: RunOptions) -> None:
+    """Draw by a chain of the user's own."""
+    pairs, own = pairs_of(asked.prompts, asked.drawing), load_chain(asked.chain)
+    pixels = None if asked.start is None else read_image(asked.start)
+    load = partial(load_model, asked.model, asked.loading)
+    draw(err, lambda info: (own, None), load, pairs, asked.drawing, start=pixels)
+
+
 def draw(
-    err: "Console",
-    make: "Callable[[ModelInfo], tuple[AnyChain, AnyChain | None]]",
-    load: "Callable[[Callable[[ModelInfo], object]], Backbone]",
+    err: Console,
+    make: Callable[[ModelInfo], tuple[AnyChain, AnyChain | None]],
+    load: Callable[[Callable[[ModelInfo], object]], Backbone],
     pairs: Sequence[tuple[str, int]],
     options: DrawOptions,
     *,
-    start: "Tensor | None" = None,
+    start: Tensor | None = None,
     name: Path | None = None,
 ) -> None:
     """Check, load, run, save, report. `pairs` are prompts and seeds, those of one prompt in a row.
@@ -61,12 +94,6 @@ def draw(
     Raises:
         PlanError: an option cannot be, or does nothing with this chain.
     """
-    from mrflow import sheet
-    from mrflow.records.pictures import batch_paths, png, slug
-    from mrflow.result import make_record, result_files
-    from mrflow.spec import Pixels as Picture
-    from mrflow.stage import plan
-
     count = len(pairs)
     each = sum(text == pairs[0][0] for text, _ in pairs[: pairs.count(pairs[0]) and count])
     size = max(TOGETHER // each, 1) * each
@@ -74,11 +101,11 @@ def draw(
     default = name or Path(f"{slug(pairs[0][0])}-seed{pairs[0][1]}.png")
     found: list[Checked] = []
 
-    def plans(chain: "AnyChain | None", info: "ModelInfo") -> "dict[int, Plan]":
-        starts = {len(group): None if start is None else Picture(len(group), *start.shape[-2:]) for group in groups}
+    def plans(chain: AnyChain | None, info: ModelInfo) -> dict[int, Plan]:
+        starts = {len(group): None if start is None else Pixels(len(group), *start.shape[-2:]) for group in groups}
         return {} if chain is None else {n: plan(chain, info, batch=n, start=spec) for n, spec in starts.items()}
 
-    def check(info: "ModelInfo") -> None:
+    def check(info: ModelInfo) -> None:
         chain, other = make(info)
         planned = plans(chain, info)
         first = planned[len(groups[0])]
@@ -98,11 +125,7 @@ def draw(
     if ready.other is not None:
         sheet.warm_up((ready.chain, ready.other), backbone, len(groups[0]))
 
-    def run(
-        one: "AnyChain", planned: "Mapping[int, Plan]", keep: Callable[["Result", int], None] | None = None
-    ) -> "Result":
-        from mrflow.runner import run as execute
-
+    def run(one: AnyChain, planned: Mapping[int, Plan], keep: Callable[[Result, int], None] | None = None) -> Result:
         made: list[Result] = []
         with progress(err, planned[len(groups[0])], [len(group) for group in groups]) as listen:
             for number, group in enumerate(groups):
@@ -120,7 +143,7 @@ def draw(
     paths: list[Path] = []
     records: list[dict[str, object]] = []
 
-    def keep(result: "Result", number: int) -> None:
+    def keep(result: Result, number: int) -> None:
         def files(path: Path) -> dict[Path, bytes]:
             own = batch_paths(path, count)[number * size :][: len(result.seeds)]
             made = result_files(result, path, own)
@@ -152,10 +175,8 @@ def draw(
             typer.echo(path)
 
 
-def joined(results: Sequence["Result"]) -> "Result":
+def joined(results: Sequence[Result]) -> Result:
     """Results of one chain and model as one: pictures in their order, seconds and operations added up."""
-    import torch
-
     first = results[0]
     if len(results) == 1:
         return first
@@ -181,16 +202,12 @@ def joined(results: Sequence["Result"]) -> "Result":
 
 
 @contextmanager
-def progress(err: "Console", planned: "Plan", groups: Sequence[int] = (1,)) -> "Generator[Listener]":
+def progress(err: Console, planned: Plan, groups: Sequence[int] = (1,)) -> Generator[Listener]:
     """A listener that shows stage, steps, rate and time left on stderr, and nothing where that is no terminal.
 
     `groups` are how many pictures each run of the chain makes. The time left is what the floating-point operations of
     the plan leave to do, at the speed of those that are done.
     """
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    from mrflow.runner import StageBegan, StageEnded, Stepped
-
     wide = err.width >= 80
     columns = [TextColumn("{task.description}"), BarColumn(30 if wide else 10), TextColumn("{task.fields[note]}")]
     work = [max(row.work.flops, 1.0) for row in planned.rows]
@@ -205,7 +222,7 @@ def progress(err: "Console", planned: "Plan", groups: Sequence[int] = (1,)) -> "
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=1, note="")
 
-        def listen(event: "Event") -> None:
+        def listen(event: Event) -> None:
             nonlocal at, done, group
             if isinstance(event, StageBegan):
                 at = time.monotonic()

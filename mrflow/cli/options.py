@@ -1,27 +1,25 @@
-"""The options that several verbs share, in groups: each is written once, and a verb takes a group as one parameter."""
+"""The options that several verbs share, in groups, and the commands made of them. Nothing heavy is imported here."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from functools import wraps
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from mrflow.cli.chains import RECIPES, build
-from mrflow.cli.display import WORDS
-from mrflow.cli.parsing import SR_WORDS, load_model, parse_seeds, parse_shift, read_prompts, upscaler
+from mrflow.cli.display import WORDS, console
 from mrflow.errors import PlanError
 
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
-    from mrflow.model_info import ModelInfo
-    from mrflow.spec import Pixels, Start
-    from mrflow.stage import Chain
-    from mrflow.upscaler import Upscaler
-
-MOST = 1024
+RIVALS = ("lift", "speed", "selflift", "ralu", "jit", "fresco")
+RECIPES = ("paper", "official", "native", *RIVALS)
+RECIPE_WORDS = f"{', '.join(RECIPES[:-1])} or {RECIPES[-1]}"
+SR_WORDS = (
+    "own, nearest, bilinear, bicubic, lanczos, latent-nearest, latent-bilinear, latent-bicubic, realesrgan-x4, anime, "
+    "video (see mrflow sr add), latent:FILE (a network for latents), a checkpoint (.pth, .safetensors, ncnn's "
+    ".param), BasicSR options (.yml or .yml:WEIGHTS), or an upscaler of your own (file.py:name)"
+)
 ModelName = Annotated[
     str, typer.Option("--model", help="pocket, a hub id (owner/name), a folder, or a file; plan: also flux1-dev, ...")
 ]
@@ -65,17 +63,6 @@ class ModelOptions(FactOptions):
         list[str] | None, typer.Option("--lora", help="A LoRA to merge into the weights: FILE or FILE:STRENGTH.")
     ] = None
 
-    def load(self, model: str, on_facts: "Callable[[ModelInfo], object] | None" = None) -> "Backbone":
-        """The model, as `mrflow.load` finds it; `on_facts` is given its facts before weights are read.
-
-        Raises:
-            PlanError: an option cannot be. WeightsError: there is no such model.
-        """
-        return load_model(
-            model, self.device, self.dtype, self.offload, self.storage, self.vae, self.text, self.compile, self.lora,
-            parse_shift(self.shift), self.text_tokens, on_facts, self.compute,
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
 class SlotOptions:
@@ -101,7 +88,7 @@ class SlotOptions:
 class ChainOptions(SlotOptions):
     """A chain in the words of the command line."""
 
-    recipe: Annotated[str | None, typer.Option("--recipe", help=f"{RECIPES} (default: paper).")] = None
+    recipe: Annotated[str | None, typer.Option("--recipe", help=f"{RECIPE_WORDS} (default: paper).")] = None
     size: Annotated[
         str | None,
         typer.Option("--size", help="HEIGHTxWIDTH in pixels, or an aspect such as 16:9 (default: the model's own)."),
@@ -135,22 +122,10 @@ class ChainOptions(SlotOptions):
         """The recipe's."""
         return self.recipe or "paper"
 
-    def net(self) -> "Upscaler | str | None":
-        """The upscaler, before any model is read; the word itself for one that is none of pixels, None for none said.
-
-        Raises:
-            PlanError: there is no such upscaler. WeightsError: its file is broken.
-        """
-        return upscaler(self.sr) or self.sr
-
-    def build(self, info: "ModelInfo", net: "Upscaler | str | None") -> "Chain[Start, Pixels]":
-        """The chain, with the upscaler that `net` gave.
-
-        Raises:
-            PlanError: there is no such chain, or an option does nothing with it.
-        """
-        words = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "sr")}
-        return build(self.name, info, sr=net, **words)
+    @property
+    def words(self) -> dict[str, Any]:
+        """All but the recipe and --sr, as `mrflow.cli.chains.build` takes them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "sr")}
 
     def given(self) -> list[str]:
         """Those that were said, as options."""
@@ -171,19 +146,6 @@ class DrawOptions:
     stages: Annotated[bool, typer.Option("--stages", help="Also save every stage's picture.")] = False
     as_json: Json = False
 
-    def pairs(self, words: Sequence[str]) -> list[tuple[str, int]]:
-        """Each picture's prompt and seed, from the words of the prompts.
-
-        Raises:
-            PlanError: prompts or seeds cannot be read, or they are too many.
-        """
-        texts, seeds = read_prompts(words), parse_seeds(self.seed, min(self.batch, MOST + 1))
-        if (count := len(texts) * max(self.batch, len(seeds))) > MOST:
-            raise PlanError(
-                f"{count} pictures are more than the {MOST} of one command; mrflow sweep draws more, and resumes"
-            )
-        return [(text, seed) for text in texts for seed in seeds]
-
 
 def option_of(name: str) -> str:
     """`--refine-steps` for `refine_steps`."""
@@ -200,34 +162,43 @@ def refuse(idle: bool, option: str, why: str) -> None:
         raise PlanError(f"{option} does nothing {why}; leave it out")
 
 
-def with_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with the fields of each group it takes as options of its own, in place of the parameter.
+def command(options: type[Any], does: str) -> Callable[..., None]:
+    """A verb as typer takes it: its options and help are those of a dataclass, and what it does is another module's.
 
-    Errors that are shown while it runs name its options (`display.WORDS`).
+    `does` names a function of this package, `module:function`, of a console and the options. Its module, with all that
+    it imports, is loaded when the verb runs: help and completion are quick. Fields that are dataclasses are groups of
+    options. Errors that are shown while it runs name its options (`display.WORDS`).
     """
-    own, groups = list[inspect.Parameter](), dict[str, type]()
-    for p in inspect.signature(verb).parameters.values():
-        if isinstance(p.annotation, type) and is_dataclass(p.annotation):
-            groups[p.name] = p.annotation
-        else:
-            own.append(p)
+    own, groups = list[inspect.Parameter](), dict[str, type[Any]]()
     kind = inspect.Parameter.KEYWORD_ONLY
-    for group in groups.values():
-        hints = get_type_hints(group, include_extras=True)
-        own += [inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name]) for f in fields(group)]
-    options = {p.name: str(declared[0]) for p in own if (declared := _declared(p.annotation))}
 
-    @wraps(verb)
+    def add(of: type[Any]) -> None:
+        hints = get_type_hints(of, include_extras=True)
+        for f in fields(of):
+            default = inspect.Parameter.empty if f.default is MISSING else f.default
+            if is_dataclass(hints[f.name]):
+                groups[f.name] = hints[f.name]
+            else:
+                own.append(inspect.Parameter(f.name, kind, default=default, annotation=hints[f.name]))
+
+    add(options)
+    for group in tuple(groups.values()):
+        add(group)
+    spelled = {p.name: str(declared[0]) for p in own if (declared := _declared(p.annotation))}
+    module, _, name = does.partition(":")
+
     def call(**given: Any) -> None:  # noqa: ANN401
         made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        token = WORDS.set(options)
+        token = WORDS.set(spelled)
         try:
-            verb(**given, **made)
+            with console() as err:
+                getattr(import_module(f"mrflow.cli.{module}"), name)(err, options(**given, **made))
         finally:
             WORDS.reset(token)
 
-    call.__signature__ = inspect.Signature([p.replace(kind=kind) for p in own])  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in own}
+    call.__doc__ = options.__doc__
     return call
 
 

@@ -1,93 +1,86 @@
-"""From the words of the command line to objects: models, upscalers, sizes, prompts, seeds, files.
+"""From the words of the command line to objects: models, upscalers, sizes, prompts, seeds, files."""
 
-Nothing heavy is imported before it is needed.
-"""
-
+import ast
+import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from fractions import Fraction
+from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from mrflow import models
+from mrflow.adapters import Lora
+from mrflow.backbone import Backbone
+from mrflow.cli.options import SR_WORDS, DrawOptions, ModelOptions
 from mrflow.errors import MrflowError, PlanError, named
+from mrflow.model_info import ModelInfo, Shift
+from mrflow.models.offload import check_offload
+from mrflow.models.pocket.model import shipped
+from mrflow.records.expressions import parse
+from mrflow.records.pictures import batch_paths, check_writable
+from mrflow.records.publish import publish, publish_numbered
+from mrflow.spec import check_size
+from mrflow.spec import size as size_of
+from mrflow.stage import AnyChain, Chain, Stage
+from mrflow.stages import Tiles
+from mrflow.upscaler import Upscaler
+from mrflow.upscalers import BasicSR, Interpolate, Lanczos, load_upscaler, shelf
 
-if TYPE_CHECKING:
-    from mrflow.adapters import Lora
-    from mrflow.backbone import Backbone
-    from mrflow.model_info import ModelInfo, Shift
-    from mrflow.stage import AnyChain
-    from mrflow.stages import Tiles
-    from mrflow.upscaler import Upscaler
+MOST = 1024  # pictures of one command
 
 
 def embedded(where: str) -> bool:
     """Whether a model is one that comes with everything."""
-    from mrflow.models import is_pocket
-    from mrflow.models.pocket.model import shipped
-
-    return bool(shipped(where)) or is_pocket(Path(where)) or not (Path(where).exists() or "/" in where)
+    return bool(shipped(where)) or models.is_pocket(Path(where)) or not (Path(where).exists() or "/" in where)
 
 
-def load_model(
-    where: str,
-    device: str,
-    dtype: str | None,
-    offload: str,
-    storage: str | None,
-    vae: str | None,
-    text: str | None,
-    compile: bool,
-    lora: Sequence[str] | None = None,
-    shift: "Shift | float | None" = None,
-    text_tokens: int | None = None,
-    on_facts: "Callable[[ModelInfo], object] | None" = None,
-    compute: str | None = None,
-) -> "Backbone":
-    """A model from the words of the command line."""
-    import torch
+def load_model(where: str, options: ModelOptions, on_facts: Callable[[ModelInfo], object] | None = None) -> Backbone:
+    """The model, as `mrflow.load` finds it; `on_facts` is given its facts before weights are read.
 
-    from mrflow.models import load
-    from mrflow.models.offload import check_offload
-
+    Raises:
+        PlanError: an option cannot be. WeightsError: there is no such model.
+    """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype, storage, compute = options.dtype, options.storage, options.compute
     if dtype is not None and dtype not in dtypes:
         raise PlanError(f"--dtype takes {', '.join(dtypes)}, got {dtype!r}")
     if storage not in (None, "fp8"):
         raise PlanError(f"--storage takes fp8, got {storage!r}")
     if compute not in (None, "fp8"):
         raise PlanError(f"--compute takes fp8, got {compute!r}")
-    return load(
+    return models.load(
         where,
         dtype=dtypes[dtype] if dtype else None,
-        device=device,
-        offload=check_offload(offload),
+        device=options.device,
+        offload=check_offload(options.offload),
         storage=storage,  # type: ignore[arg-type]  # pyright: ignore  # load says what it takes
         compute=compute,  # type: ignore[arg-type]  # pyright: ignore
-        vae=vae,
-        text=text,
-        compile=compile,
-        lora=[parse_lora(word) for word in lora or ()],
-        shift=shift,
-        text_tokens=text_tokens,
+        vae=options.vae,
+        text=options.text,
+        compile=options.compile,
+        lora=[parse_lora(word) for word in options.lora or ()],
+        shift=parse_shift(options.shift),
+        text_tokens=options.text_tokens,
         on_facts=on_facts,
     )
 
 
-def parse_shift(word: str | None) -> "Shift | float | None":
+def parse_shift(word: str | None) -> Shift | float | None:
     """A shift from a factor, `Shift(low, high)`, or the name of a published model whose shift it is.
 
     Raises:
         PlanError: it is none of these.
     """
-    from mrflow.model_info import Shift
-    from mrflow.models import published
-    from mrflow.records.expressions import parse
-
     if word is None:
         return None
     try:
         return float(word)
     except ValueError:
-        known = {facts.name: facts.shift for facts in published().values()}
+        known = {facts.name: facts.shift for facts in models.published().values()}
     if word in known:
         return known[word]
     try:
@@ -97,10 +90,8 @@ def parse_shift(word: str | None) -> "Shift | float | None":
         raise PlanError(f"--shift takes a factor, Shift(low, high), or a model's name ({names}): {error}") from None
 
 
-def parse_lora(word: str) -> "Lora":
+def parse_lora(word: str) -> Lora:
     """An adapter from FILE or FILE:STRENGTH."""
-    from mrflow.adapters import Lora
-
     path, colon, strength = word.rpartition(":")
     try:
         value = float(strength) if colon and path else None
@@ -109,10 +100,8 @@ def parse_lora(word: str) -> "Lora":
     return Lora(word) if value is None else Lora(path, value)
 
 
-def parse_tiles(word: str | None) -> "Tiles | None":
+def parse_tiles(word: str | None) -> Tiles | None:
     """Tiles of a side in pixels, or of a side and an overlap: 1024 or 1024,256; a quarter of the side unless said."""
-    from mrflow.stages import Tiles
-
     if word is None:
         return None
     try:
@@ -129,18 +118,10 @@ LATENT = "latent-"
 LATENT_FILE = "latent:"
 FILTERS = ("nearest", "bilinear", "bicubic")
 NETWORK_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".param")
-SR_WORDS = (
-    "own, nearest, bilinear, bicubic, lanczos, latent-nearest, latent-bilinear, latent-bicubic, realesrgan-x4, anime, "
-    "video (see mrflow sr add), latent:FILE (a network for latents), a checkpoint (.pth, .safetensors, ncnn's "
-    ".param), BasicSR options (.yml or .yml:WEIGHTS), or an upscaler of your own (file.py:name)"
-)
 
 
-def upscaler(name: str | None) -> "Upscaler | str | None":
+def upscaler(name: str | None) -> Upscaler | str | None:
     """An upscaler by its word; None for the model's own, the word itself for enlarging latents."""
-    from mrflow.upscaler import Upscaler
-    from mrflow.upscalers import BasicSR, Interpolate, Lanczos, load_upscaler, shelf
-
     if name in (None, "own"):
         return None
     if name == "lanczos":
@@ -169,6 +150,20 @@ def upscaler(name: str | None) -> "Upscaler | str | None":
         if found and (not after or after.startswith(":")):
             return BasicSR(before + found, after.removeprefix(":"))
     raise PlanError(f"--sr takes {SR_WORDS}; got {name!r}")
+
+
+def pairs_of(words: Sequence[str], drawing: DrawOptions) -> list[tuple[str, int]]:
+    """Each picture's prompt and seed, from the words of the prompts.
+
+    Raises:
+        PlanError: prompts or seeds cannot be read, or they are too many.
+    """
+    texts, seeds = read_prompts(words), parse_seeds(drawing.seed, min(drawing.batch, MOST + 1))
+    if (count := len(texts) * max(drawing.batch, len(seeds))) > MOST:
+        raise PlanError(
+            f"{count} pictures are more than the {MOST} of one command; mrflow sweep draws more, and resumes"
+        )
+    return [(text, seed) for text in texts for seed in seeds]
 
 
 def read_prompts(words: Sequence[str]) -> list[str]:
@@ -230,13 +225,11 @@ def parse_seeds(word: str, batch: int) -> list[int]:
     return seeds
 
 
-def parse_size(option: str, text: str, info: "ModelInfo | None" = None) -> tuple[int, int]:
+def parse_size(option: str, text: str, info: ModelInfo | None = None) -> tuple[int, int]:
     """HEIGHTxWIDTH, one number for a square, or an aspect WIDTH:HEIGHT at about the model's own area."""
-    from mrflow.spec import check_size, size
-
     if ":" in text and info is not None:
         area = info.size[0] * info.size[1] / 2**20
-        return size(text, megapixels=area, multiple=2 * info.space.multiple)
+        return size_of(text, megapixels=area, multiple=2 * info.space.multiple)
     parts = text.lower().split("x")
     if len(parts) not in (1, 2) or not all(p.isascii() and p.isdigit() and len(p) < 6 for p in parts):
         raise PlanError(f"{option} must be HEIGHTxWIDTH in pixels, such as 256x256, or an aspect (16:9), got {text!r}")
@@ -256,16 +249,13 @@ def check_scale(scale: float) -> None:
 
 
 def refinement(
-    height: int, width: int, scale: float, info: "ModelInfo", *, crop: bool
+    height: int, width: int, scale: float, info: ModelInfo, *, crop: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The part of a picture to take, and the size to bring it to: `scale` times the sides, in whole tokens.
 
     Raises:
         PlanError: the scale makes no sense, or the picture does not fit and may not be cropped.
     """
-    from fractions import Fraction
-    from math import gcd
-
     check_scale(scale)
     exact = Fraction(scale).limit_denominator(64)
     p, m = exact.numerator, exact.denominator * info.space.multiple
@@ -288,7 +278,6 @@ def free_path(out: Path | None, default: Path, count: int, force: bool, extras: 
 
     `extras` are endings of the names that are written beside each picture.
     """
-    from mrflow.records.pictures import batch_paths, check_writable
 
     def names(path: Path) -> list[Path]:
         own = batch_paths(path, count)
@@ -325,8 +314,6 @@ def save_free(
     Raises:
         PlanError: the name that was asked for has been taken.
     """
-    from mrflow.records.publish import publish, publish_numbered
-
     if out is None and not force:
         return publish_numbered(files, target, lambda: free_path(None, default, count, False, extras))
     publish(named := files(target), force=force)
@@ -335,15 +322,13 @@ def save_free(
 
 def module_name(file: Path) -> str:
     """What the module of a user's file is called: its stem, unless a module of another file has that name."""
-    from importlib.util import find_spec
-
     stem, found = file.stem, sys.modules.get(file.stem)
     if found is not None:
         origin = getattr(found, "__file__", None)
         taken = not getattr(found, OURS, False) and (origin is None or Path(origin) != file.absolute())
     else:
         try:
-            spec = find_spec(stem)
+            spec = importlib.util.find_spec(stem)
         except (ImportError, ValueError, AttributeError):
             spec = None
         taken = spec is not None and (spec.origin is None or Path(spec.origin) != file.absolute())
@@ -359,9 +344,6 @@ def load_file(file: Path) -> dict[str, object]:
     Raises:
         PlanError: there is no such file, or it fails. MrflowError: it raised one; the text names file, line, variable.
     """
-    import importlib.util
-    import traceback
-
     file = file.absolute()
     name = module_name(file)
     spec = importlib.util.spec_from_file_location(name, file)
@@ -388,8 +370,6 @@ def load_file(file: Path) -> dict[str, object]:
 
 def _assigned(file: Path, number: int | None) -> str:
     """`, in NAME` for the variable that is assigned in a line of a file."""
-    import ast
-
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
@@ -402,10 +382,8 @@ def _assigned(file: Path, number: int | None) -> str:
     return ""
 
 
-def load_chain(where: str) -> "AnyChain":
+def load_chain(where: str) -> AnyChain:
     """The chain that `file.py:name` names."""
-    from mrflow.stage import Chain, Stage
-
     file, _, name = where.rpartition(":")
     if not file.endswith(".py") or not name:
         raise PlanError(f"a chain is named file.py:name, got {where!r}")
@@ -424,6 +402,4 @@ def load_chain(where: str) -> "AnyChain":
 
 def own_types(file: Path) -> list[type]:
     """The dataclasses that a Python file defines."""
-    from dataclasses import is_dataclass
-
     return [v for v in load_file(file).values() if isinstance(v, type) and is_dataclass(v)]

@@ -1,10 +1,38 @@
 """What `mrflow plan` says: the model, the levels that are visited, and what a chain costs beside native sampling."""
 
-from mrflow.cli.display import wrapped
+import json
+
+import typer
+from rich.console import Console
+
+from mrflow.cli.chains import build
+from mrflow.cli.display import width, wrapped
+from mrflow.cli.options import refuse
+from mrflow.cli.parsing import load_chain, parse_shift, upscaler
+from mrflow.cli.verbs import PlanOptions
 from mrflow.cost import H200, floor_seconds, memory
+from mrflow.models import info
 from mrflow.recipes import native as native_chain
+from mrflow.records.pictures import read_image
 from mrflow.spec import Latents, Pixels
-from mrflow.stage import Plan, human, plan
+from mrflow.stage import AnyChain, Plan, human, plan
+
+
+def plan_chain(err: Console, asked: PlanOptions) -> None:
+    """Plan a recipe or a chain of the user's own."""
+    own, chain, start = asked.own, asked.chain, asked.start
+    facts = info(asked.model, shift=parse_shift(asked.facts.shift), text_tokens=asked.facts.text_tokens)
+    refuse(start is not None and chain is None, "--start", "with a recipe, which begins with noise")
+    if chain is not None:
+        refuse(bool(own.given()), ", ".join(own.given()), f"beside {chain}, which says all of it")
+        whole: AnyChain = load_chain(chain)
+    else:
+        whole = build(own.name, facts, sr=upscaler(own.sr) or own.sr, **own.words)
+    begin = None if start is None else Pixels(asked.batch, *read_image(start).shape[-2:])
+    planned = plan(whole, facts, batch=asked.batch, start=begin)
+    typer.echo(json.dumps(report(planned), indent=2) if asked.as_json else describe(planned, width()))
+    for text in planned.notes:
+        err.print(text)
 
 
 def native_plan(planned: Plan) -> Plan | None:
@@ -19,8 +47,8 @@ def native_plan(planned: Plan) -> Plan | None:
 
 def model_facts(planned: Plan) -> list[str]:
     """The model that was planned: its blocks, parameters, text length and shift, and the levels that stages visit."""
-    info, a, shift = planned.model, planned.model.architecture, planned.model.shift
-    lines = [f"model     {info.name}"]
+    facts, a, shift = planned.model, planned.model.architecture, planned.model.shift
+    lines = [f"model     {facts.name}"]
     if a is not None:
         blocks = f"{a.double_blocks} double and {a.single_blocks} single blocks"
         lines[0] += f": {blocks} of width {a.hidden}, {a.parameters:,} parameters, text of {a.text_tokens} tokens"

@@ -1,0 +1,90 @@
+"""The verb refine: pictures that exist, enlarged by a model or by an upscaler alone."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from mrflow._checks import check_whole
+from mrflow.cli.chains import enlargement
+from mrflow.cli.drawing import draw
+from mrflow.cli.options import SR_WORDS, option_of, refuse
+from mrflow.cli.parsing import (
+    check_scale,
+    embedded,
+    free_path,
+    load_model,
+    pairs_of,
+    refinement,
+    save_free,
+    upscaler,
+)
+from mrflow.cli.verbs import RefineOptions
+from mrflow.errors import PlanError
+from mrflow.model_info import ModelInfo
+from mrflow.records.pictures import png, read_image, to_images
+from mrflow.spec import MAX_SIDE
+from mrflow.stage import AnyChain
+from mrflow.stages import Crop
+from mrflow.stages.upscale import resize
+from mrflow.upscaler import enlarged, passes_to
+
+PHOTOGRAPHS = (
+    "pocket knows only its own world of shapes, faces and words; it makes mud of a photograph. "
+    "To enlarge one without a model: --sr-only --sr FILE"
+)
+
+
+def refine(err: Console, asked: RefineOptions) -> None:
+    """Enlarge a picture, and draw its details."""
+    sr, model, drawing = asked.sr, asked.model, asked.drawing
+    if asked.sr_only:
+        said = {"sigma": asked.sigma, "refine_steps": asked.refine_steps, **vars(asked.slots)}
+        idle = [option_of(name) for name, value in {**said, "negative": drawing.negative}.items() if value is not None]
+        idle += [option for option, value in (("--prompt", asked.prompt), ("--crop", asked.crop)) if value]
+        refuse(bool(idle), ", ".join(idle), "beside --sr-only, which asks no model")
+        for path in _enlarged(asked.photo, asked.scale, sr, drawing.out, drawing.force):
+            typer.echo(json.dumps({"paths": [str(path)]}) if drawing.as_json else path)
+        return
+    if embedded(model):
+        err.print(PHOTOGRAPHS)
+    if sr in (None, "own") and not embedded(model):
+        raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
+    if asked.refine_steps is not None:
+        check_whole("--refine-steps", asked.refine_steps, 1, 1000)
+    net = upscaler(sr)
+    if isinstance(net, str):
+        raise PlanError(f"--sr {net} enlarges latents; refining a picture goes over pixels")
+    pairs, pixels = pairs_of([asked.prompt], drawing), read_image(asked.photo)
+
+    def make(info: ModelInfo) -> tuple[AnyChain, None]:
+        height, width = pixels.shape[-2:]
+        part, size = refinement(height, width, asked.scale, info, crop=asked.crop)
+        steps = asked.refine_steps
+        chain = enlargement(size, net, info, sigma=asked.sigma, refine_steps=steps, **vars(asked.slots))
+        return (chain if part == (height, width) else Crop(*part) >> chain), None
+
+    name = Path(f"{asked.photo.stem}-refined.png")
+    draw(err, make, partial(load_model, model, asked.loading), pairs, drawing, start=pixels, name=name)
+
+
+def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force: bool) -> list[Path]:
+    """Enlarge a picture by an upscaler alone, and write it."""
+    net = None if sr == "own" else upscaler(sr)
+    if net is None or isinstance(net, str):
+        raise PlanError(f"--sr-only needs an upscaler of pixels: --sr {SR_WORDS}")
+    check_scale(scale)
+    pixels = read_image(photo)
+    height, width = (round(side * scale) for side in pixels.shape[-2:])
+    if max(height, width) > MAX_SIDE:
+        raise PlanError(f"{height}x{width} is beyond {MAX_SIDE} pixels a side; take a smaller --scale")
+    # Once at least: a network of scale 1 may restore.
+    passes = max(1, passes_to((height, width), pixels.shape[-2], pixels.shape[-1], net.scale))
+    default = Path(f"{photo.stem}-enlarged.png")
+    target = free_path(out, default, 1, force)
+    for _ in range(passes):
+        pixels = enlarged(net, pixels)
+    image = png(to_images(resize(pixels, height, width).clamp(0, 1))[0])
+    return save_free(lambda path: {path: image}, target, out, default, 1, force)
