@@ -62,15 +62,22 @@ def closure(module: str, knows: dict[str, set[str]]) -> tuple[list[Path], int]:
     return files, sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
-def inner_imports() -> int:
-    """Imports of our own package inside functions."""
-    found = set[tuple[Path, int]]()
+def inner_imports() -> list[tuple[str, int]]:
+    """Imports of our own package inside functions: file, line."""
+    found = set[tuple[str, int]]()
     for path, tree in SOURCES.items():
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-                found |= {(path, node.lineno) for node in ast.walk(function)
-                          if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mrflow")}  # fmt: skip
-    return len(found)
+                found |= {(str(path.relative_to(PACKAGE)), node.lineno) for node in ast.walk(function)
+                          if any(name.split(".")[0] == "mrflow" for name in _imported(node))}  # fmt: skip
+    return sorted(found)
+
+
+def _imported(node: ast.AST) -> list[str]:
+    """The modules that a statement imports, or imports from."""
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def twice_defined() -> list[str]:
@@ -152,7 +159,7 @@ def main() -> None:
     families = sorted(path.parent.name for path in PACKAGE.glob("models/*/transformer.py"))
     print(f"files, lines: {len(SOURCES)}, {len(text.splitlines())}")
     print(f"modules on a circle of imports, also inside functions and for annotations: {len(circles(knows))}")
-    print(f"imports of our own inside functions: {inner_imports()}")
+    print(f"imports of our own inside functions: {len(inner_imports())}")
     print(f"at the top level: {len(top)} modules, {len(folders)} folders")
     for name in families:
         files, lines = closure(f"mrflow.models.{name}.transformer", knows)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from mrflow._checks import check_whole, is_number, require
+from mrflow.checkpoints.hub import located_folder
+from mrflow.checkpoints.lora import opened
 from mrflow.errors import MrflowError, PlanError
 from mrflow.records.files import expanded
 
@@ -29,8 +31,6 @@ class Lora:
 
     def recorded(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
-        from mrflow.checkpoints.lora import opened
-
         digest = self.sha256 or opened(self.path)[1]
         return {
             "path": Path(self.path).name,
@@ -63,8 +63,6 @@ class PiFlow:
 
     def recorded(self) -> dict[str, object]:
         """The fields that go into a record: no folder names but the adapter's own."""
-        from mrflow.checkpoints.hub import located_folder
-
         file, digest = located_folder(self.path, self.sha256)
         name = file.name if file.parent.name in ("", ".") else f"{file.parent.name}/{file.name}"
         return {
@@ -89,8 +87,6 @@ def check_loras(given: object) -> tuple[Lora, ...]:
 
 def flops_per_token(loras: Sequence[Lora]) -> float:
     """Operations that adapters add to a forward, per token; 0 for a file that is not here (yet)."""
-    from mrflow.checkpoints.lora import opened
-
     total = 0.0
     for lora in loras:
         try:

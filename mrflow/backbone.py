@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrflow.adapters import Lora, PiFlow
+from mrflow.checkpoints.safetensors import mapped, read_header, save_file
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.model_info import Cache, Capabilities, ModelInfo
@@ -57,8 +58,6 @@ class Condition:
         Raises:
             ResourceError: the file cannot be written.
         """
-        from mrflow.checkpoints.safetensors import save_file
-
         save_file(self.tensors, Path(path), metadata={"mrflow": "condition"})
 
     @staticmethod
@@ -68,8 +67,6 @@ class Condition:
         Raises:
             WeightsError: the file is missing, broken, or holds something else.
         """
-        from mrflow.checkpoints.safetensors import mapped, read_header
-
         header = read_header(Path(path))
         if header.metadata.get("mrflow") != "condition":
             raise WeightsError(f"{path} holds no encoded prompts; make one with model.condition([...]).save(path)")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mrflow.adapters import flops_per_token
 from mrflow.errors import PlanError
 from mrflow.guidance import own_guidance
 from mrflow.model_info import Cache, ModelInfo
@@ -73,8 +74,6 @@ def sampling_work(
     chosen = guidance or own_guidance(model)
     points, one = solver.points(sigmas), forward_flops(model, out.tokens)
     if lora and model.architecture is not None:
-        from mrflow.adapters import flops_per_token
-
         one += flops_per_token(lora) * (out.tokens + model.architecture.text_tokens)
     whole = out.batch * one
     cache = cache or model.cache

@@ -149,8 +149,8 @@ def test_a_cpu_takes_the_definitions() -> None:
 def test_where_kernels_fail_the_definitions_are_taken_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is needed for that: without one the kernels fail."""
     monkeypatch.setattr(kernels, "find_spec", lambda name: name)
-    kernels._trouble.cache_clear()
+    kernels._tried.cache_clear()
     with notes.collected() as said:
         assert fused(torch.device("cuda", 7)) is PLAIN
-    kernels._trouble.cache_clear()
+    kernels._tried.cache_clear()
     assert "without fused kernels" in said[0]

@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 from rich.console import Console
 
-from experiments.rooms import circles, closure, knowledge
+from experiments.rooms import circles, closure, inner_imports, knowledge
 from mrflow.cli.app import VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,13 @@ def test_a_schedule_loads_no_network_no_scenes_and_no_sweep() -> None:
     assert "mrflow.schedules" in got
     assert not [m for m in got if m.split(".")[1] in ("models", "scenes", "sweep", "bridge", "stages", "caches", "cli")]
     assert "mrflow.stages.sample" in loaded("import mrflow; mrflow.Sample")  # what the measure would show
+
+
+def test_imports_stand_at_the_top_but_for_a_few_that_say_why() -> None:
+    assert [file for file, _ in inner_imports()] == [
+        "cli/__init__.py", "models/kernels/__init__.py", "models/kernels/ops.py", "pytest_plugin.py",
+        "schedules/__init__.py",
+    ]  # fmt: skip
 
 
 def test_help_and_completion_load_the_declarations_alone() -> None:

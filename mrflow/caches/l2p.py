@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mrflow._checks import check_whole
 from mrflow.backbone import Backbone
 from mrflow.caches.base import Cache
+from mrflow.caches.calibrate import inner_products
 from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Gram
 from mrflow.caches.taylorseer import Of, check_of, regular
@@ -73,8 +74,6 @@ class L2P(Cache):
         Raises:
             PlanError: the model cannot be taken apart, or there are no prompts.
         """
-        from mrflow.caches.calibrate import inner_products
-
         check_whole("interval", interval, 1)
         check_whole("warmup", warmup, 1)
         check_whole("history", history, 1)

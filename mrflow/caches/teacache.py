@@ -8,6 +8,7 @@ from torch import Tensor
 from mrflow._checks import check_number
 from mrflow.backbone import Backbone
 from mrflow.caches.base import Cache, between, difference, known
+from mrflow.caches.calibrate import fit, observe
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -65,8 +66,6 @@ class TeaCache(Cache):
         Raises:
             PlanError: the model cannot be taken apart, or there are too few steps for the degree.
         """
-        from mrflow.caches.calibrate import fit, observe
-
         seen = observe(model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
         pairs = [(step.modulated_input, step.output) for track in seen for step in track]
         return TeaCache(threshold, coefficients=fit(pairs, degree))

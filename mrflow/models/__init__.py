@@ -12,11 +12,16 @@ from mrflow._checks import check_whole, is_number
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.checkpoints.blueprint import collection_paused
+from mrflow.checkpoints.safetensors import compute_dtype, read_header
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.forks import check_process
 from mrflow.model_info import ModelInfo, Offload, Shift
 from mrflow.models.family import Family, Loading, families
+from mrflow.models.fp8 import check_fp8
+from mrflow.models.lora import as_loras, mark_of
 from mrflow.models.offload import RuntimeOptions, check_offload
+from mrflow.models.pocket.model import SHIPPED, facts, load_pocket, shipped
+from mrflow.models.sources import find, fingerprint
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
 
@@ -79,9 +84,6 @@ def load(
         WeightsError: there is no such model, or a file is missing, broken, or not what it should be; all headers are
             checked before any weights are read. PlanError: an argument cannot be. ResourceError: the hub says no.
     """
-    from mrflow.models.lora import as_loras, mark_of
-    from mrflow.models.pocket.model import SHIPPED, load_pocket, shipped
-
     loras = as_loras(lora)
     chosen = choose_device(device)
     check_process(chosen)
@@ -114,9 +116,6 @@ def load(
             f"{where} is a name for planning (mrflow plan --model {where}); to load it, say where its files are: a hub "
             f"id such as {hub}, a folder or a file"
         )
-    from mrflow.checkpoints.safetensors import compute_dtype
-    from mrflow.models.fp8 import check_fp8
-    from mrflow.models.sources import find, fingerprint
 
     if not path.exists() and ("/" not in str(where) or path.suffix == ".safetensors"):
         raise WeightsError(
@@ -157,8 +156,6 @@ def published() -> dict[str, ModelInfo]:
 
 def is_pocket(path: Path) -> bool:
     """Whether a file is an embedded model's; a file that cannot be read is not."""
-    from mrflow.checkpoints.safetensors import read_header
-
     try:
         return path.is_file() and any(name.startswith("flow.double_blocks.") for name in read_header(path).tensors)
     except MrflowError:
@@ -174,9 +171,6 @@ def info(name: str, *, shift: Shift | float | None = None, text_tokens: int | No
         PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known, or one that
             `load` would refuse.
     """
-    from mrflow.checkpoints.safetensors import read_header
-    from mrflow.models.pocket.model import SHIPPED, facts, shipped
-
     path = shipped(name)
     if path is not None or is_pocket(Path(name)):
         if odd := [what for what, value in (("shift", shift), ("text_tokens", text_tokens)) if value is not None]:
@@ -186,8 +180,6 @@ def info(name: str, *, shift: Shift | float | None = None, text_tokens: int | No
     by_name = known | {facts.name: facts for facts in known.values()}
     path = Path(name)
     if name not in by_name and path.exists():
-        from mrflow.models.sources import find
-
         files = find(path)
         curve = _curve(shift, text_tokens, files.family)
         return files.family.facts(replace(files, curve=curve or files.curve, text_tokens=text_tokens))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+from mrflow.checkpoints.lora import read_groups
 from mrflow.checkpoints.safetensors import Header, open_checkpoint
 from mrflow.errors import MrflowError
 from mrflow.models.family import families
@@ -70,8 +71,6 @@ def checkpoint(header: Header) -> list[str]:
 
 def adapter(header: Header) -> list[str]:
     """What a LoRA or pi-Flow adapter changes; nothing where it is none."""
-    from mrflow.checkpoints.lora import read_groups
-
     try:
         groups, extra = read_groups(header)
     except MrflowError as error:

@@ -20,6 +20,7 @@ from mrflow.checkpoints.hub import located_folder
 from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.model_info import Footprint, ModelInfo
+from mrflow.models import lora, piflow
 from mrflow.models.block_runner import BlockRunner
 from mrflow.models.blocks import Transformer
 from mrflow.models.cuda_graphs import Graphed, GraphPool
@@ -136,8 +137,6 @@ class LatentModel(TransformerModel):
         Raises:
             WeightsError: a file is missing, holds no LoRA, or does not fit.
         """
-        from mrflow.models import lora
-
         key = (lora.key_of(loras), tuple(each.skip_text for each in loras))
         with _ADAPTING:
             if (known := self._adapted.get(key)) is not None:
@@ -162,8 +161,6 @@ class LatentModel(TransformerModel):
         Raises:
             WeightsError: a file is missing or does not fit.
         """
-        from mrflow.models import lora, piflow
-
         file, digest = located_folder(adapter.path, adapter.sha256)
         key = ("pi-Flow", digest, lora.key_of(loras))
         with _ADAPTING:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
+from mrflow.scenes.hard import drawn
+from mrflow.scenes.looks import look_of, seen
+from mrflow.scenes.render import render
 from mrflow.spec import Pixels, Start, State
 from mrflow.stage import Stage
 
@@ -41,17 +44,11 @@ class Truth(Stage[Start, Pixels]):
         if self.height != self.width or self.height < 1:
             raise PlanError(f"scenes are square, got {self.height}x{self.width}")
         if self.look:
-            from mrflow.scenes.looks import look_of
-
             look_of(self.look)
         return Pixels(spec.batch, self.height, self.width)
 
     def apply(self, state: State[Start], out: Pixels, ctx: "Context") -> Tensor:
         """Render, float32 in [0, 1]."""
-        from mrflow.scenes.hard import drawn  # rendering is loaded when it is used
-        from mrflow.scenes.looks import seen
-        from mrflow.scenes.render import render
-
         scenes = [drawn(prompt, random.Random(seed)) for prompt, seed in zip(ctx.prompts, ctx.seeds, strict=True)]
         pixels = np.stack([render(seen(scene, self.look), out.height) for scene in scenes])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(ctx.model.device, torch.float32) / 255

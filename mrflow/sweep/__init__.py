@@ -6,13 +6,13 @@ Each public name of `_api.py` is loaded when it is first asked for, so that a re
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mrflow import _public
+
 if TYPE_CHECKING:
     from mrflow.sweep._api import *  # noqa: F403
 
 
 def __getattr__(name: str) -> object:
-    from mrflow import _public
-
     if module := _public("mrflow.sweep").get(name):
         globals()[name] = getattr(import_module(module), name)
         return globals()[name]

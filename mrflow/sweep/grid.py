@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
+from mrflow import __version__
 from mrflow.errors import PlanError, RecordError
 from mrflow.model_info import ModelInfo
+from mrflow.models.digests import weights_of
 from mrflow.records.chains import Plain, encode_chain, fingerprint
+from mrflow.records.files import cache_folder
 from mrflow.seeds import check_seed
 from mrflow.spec import Pixels, Start
 from mrflow.stage import AnyChain, AnyStage, Chain, Plan, plan
@@ -159,8 +162,6 @@ def versions() -> dict[str, str]:
     """What may change a picture besides chain, model, prompt and seed."""
     import torch
 
-    from mrflow import __version__
-
     return {"mrflow": __version__, "torch": torch.__version__}
 
 
@@ -188,7 +189,5 @@ def weights(info: ModelInfo) -> str:
     """
     if not info.files:
         return info.version
-    from mrflow.models.digests import weights_of
-    from mrflow.records.files import cache_folder
 
     return weights_of(info.version, info.files, cache_folder())

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from mrflow import metrics as numbers
 from mrflow.errors import PlanError, WeightsError
+from mrflow.scenes.fidelity import fidelity
+from mrflow.scenes.grammar import CaptionError
+from mrflow.scenes.legible import hard_score
+from mrflow.scenes.score import score
+from mrflow.scenes.stray import stray
 from mrflow.sweep.aims import Aim, Scale, as_scale, own
+from mrflow.upscalers.weights import read_state
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -65,9 +71,6 @@ class SceneScore(Metric):
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`score`, `score.alignment`, `score.text` and so on, as far as the caption speaks of them."""
-        from mrflow.scenes.grammar import CaptionError
-        from mrflow.scenes.score import score
-
         try:
             found = score(made.pixels, made.prompt).as_dict()
         except (CaptionError, PlanError):
@@ -87,9 +90,6 @@ class Fidelity(Metric):
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`fit.psnr` and so on, by the names of `mrflow.scenes.fidelity.measure`."""
-        from mrflow.scenes.fidelity import fidelity
-        from mrflow.scenes.grammar import CaptionError
-
         try:
             found = fidelity(made.pixels, made.prompt)
         except (CaptionError, PlanError):
@@ -109,9 +109,6 @@ class Stray(Metric):
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`stray`; lower is cleaner."""
-        from mrflow.scenes.grammar import CaptionError
-        from mrflow.scenes.stray import stray
-
         try:
             return {"stray": stray(made.pixels, made.prompt)}
         except (CaptionError, PlanError):
@@ -131,9 +128,6 @@ class Legible(Metric):
 
     def __call__(self, made: Measured) -> Mapping[str, float]:
         """`legible`, and `legible.letters` and so on, as far as the caption speaks of them."""
-        from mrflow.scenes.grammar import CaptionError
-        from mrflow.scenes.legible import hard_score
-
         try:
             found = hard_score(made.pixels, made.prompt, look=self.look)
         except CaptionError:
@@ -309,8 +303,6 @@ class Lpips(Metric):
 
     @cached_property
     def _weights(self) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        from mrflow.upscalers.weights import read_state
-
         net, heads = read_state(Path(self.alexnet)), read_state(Path(self.linear))
         try:
             convs = [(net[f"features.{i}.weight"], net[f"features.{i}.bias"]) for i in (0, 3, 6, 8, 10)]

@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 
 from mrflow._checks import check_whole, is_whole
+from mrflow.checkpoints.safetensors import some
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.records.files import located
 from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
 from mrflow.upscalers.torchvision_shim import shimmed
+from mrflow.upscalers.weights import read_state
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,6 @@ def _pretrained(path: Path) -> str:
 
 @lru_cache(maxsize=16)
 def _opened(options: str, weights: str, options_sha256: str, weights_sha256: str, multiple: int | None) -> Opened:
-    from mrflow.checkpoints.safetensors import some
-    from mrflow.upscalers.weights import read_state
-
     table = _read_options(Path(options))
     settings = dict(cast("dict[str, Any]", table["network_g"]))
     kind = str(settings.pop("type"))

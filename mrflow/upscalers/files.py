@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 from mrflow.errors import MrflowError, WeightsError
 from mrflow.records.files import located
+from mrflow.upscalers.nets import RRDBParams
 from mrflow.upscalers.network import Facts, OneFile, Opened, Precision
+from mrflow.upscalers.spandrel import Spandrel
+from mrflow.upscalers.weights import network, read_state, recognised, renamed
 
 if TYPE_CHECKING:
     from mrflow.upscaler import Upscaler
@@ -31,9 +34,6 @@ class Checkpoint(OneFile):
 
 @lru_cache(maxsize=16)
 def _own(path: str, sha256: str) -> Opened:
-    from mrflow.upscalers.nets import RRDBParams
-    from mrflow.upscalers.weights import network, read_state
-
     state = read_state(Path(path))
     net = network(state, Path(path))
     if net is None:
@@ -62,9 +62,6 @@ def load_upscaler(path: str | Path, *, tile: int | None = None, dtype: Precision
     Raises:
         WeightsError: the file is missing, unsafe or broken, or it holds a network that nothing here knows.
     """
-    from mrflow.upscalers.spandrel import Spandrel
-    from mrflow.upscalers.weights import read_state, recognised, renamed
-
     where, _ = located(str(path), "")
     if recognised(renamed(read_state(where))) is None:
         return Spandrel(str(where), tile=tile, dtype=dtype)

@@ -8,7 +8,9 @@ from pathlib import Path
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.records.files import user_folder
 from mrflow.records.publish import publish
+from mrflow.upscalers.ncnn import weights_beside
 from mrflow.upscalers.nets import CompactParams, RRDBParams
+from mrflow.upscalers.weights import network, read_state
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,6 @@ def add(file: Path, name: str | None = None) -> tuple[str, Path]:
         PlanError: the name is unknown, or taken by another file.
         ResourceError: it cannot be copied.
     """
-    from mrflow.upscalers.ncnn import weights_beside
-    from mrflow.upscalers.weights import network, read_state
-
     net = network(read_state(file), file)
     word = name or _told(file)
     if word is None or word not in KNOWN:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mrflow.errors import PlanError, WeightsError
 from mrflow.upscalers.network import Facts, OneFile, Opened, Precision
 from mrflow.upscalers.torchvision_shim import shimmed
+from mrflow.upscalers.weights import read_state
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,6 @@ def spandrel() -> Any:  # noqa: ANN401
 
 @lru_cache(maxsize=16)
 def _opened(path: str, sha256: str) -> Opened:
-    from mrflow.upscalers.weights import read_state
-
     state = read_state(Path(path))
     package = spandrel()
     try:

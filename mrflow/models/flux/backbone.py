@@ -13,6 +13,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import Architecture, LatentSpace, ModelInfo, Shift, flux_facts
 from mrflow.models.flux.field import FluxField
+from mrflow.models.flux.text import ClipT5
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.latent_model import LatentModel, encoded_once, footprint
@@ -36,8 +37,6 @@ class Flux1(LatentModel):
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """T5 states (b, text tokens, context) and CLIP's pooled vector (b, pooled); equal prompts are encoded once."""
-        from mrflow.models.flux.text import ClipT5
-
         words, a = self._encoder(ClipT5), self._info.architecture
         assert a is not None
 

@@ -8,6 +8,7 @@ from mrflow.checkpoints.safetensors import Header, Prepared
 from mrflow.model_info import FLUX, SCHNELL, ModelInfo
 from mrflow.models.family import Files
 from mrflow.models.flux.backbone import Flux1, flux1_info
+from mrflow.models.flux.text import find_text, prepare_text
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.flux.weights import (
@@ -70,8 +71,6 @@ class FluxFamily(TransformerFamily):
 
     def find_text(self, folder: Path) -> object:
         """CLIP and T5."""
-        from mrflow.models.flux.text import find_text
-
         return find_text(folder)
 
     def prepare(self, header: Header, **how: Any) -> Prepared[Flux]:  # noqa: ANN401
@@ -84,8 +83,6 @@ class FluxFamily(TransformerFamily):
 
     def prepare_text(self, files: Any, **how: Any) -> Callable[[], object]:  # noqa: ANN401
         """CLIP and T5."""
-        from mrflow.models.flux.text import prepare_text
-
         return prepare_text(files, **how)
 
     def text_headers(self, files: Any) -> tuple[Header, ...]:  # noqa: ANN401

@@ -31,25 +31,23 @@ def fused(device: torch.device) -> Ops:
     """The kernels, where they work on this device and give what their definitions give; else the definitions."""
     if device.type != "cuda" or find_spec("triton") is None:
         return PLAIN
-    if (trouble := _trouble(device)) is not None:
-        note(f"blocks run without fused kernels: {trouble}")
+    found = _tried(device)
+    if isinstance(found, str):
+        note(f"blocks run without fused kernels: {found}")
         return PLAIN
-    from mrflow.models.kernels.ops import FUSED
-
-    return FUSED
+    return found
 
 
 @lru_cache
-def _trouble(device: torch.device) -> str | None:
-    """Why the kernels cannot be used on a device, tried once."""
-    from mrflow.models.kernels.ops import FUSED
+def _tried(device: torch.device) -> Ops | str:
+    """The kernels, or why they cannot be used on a device, tried once."""
+    from mrflow.models.kernels.ops import FUSED  # operators are registered where there is a GPU for them
 
     try:
-        return next(
-            (f"{name} differs" for name, error in errors(FUSED, device, torch.bfloat16).items() if error > 1), None
-        )
+        wrong = [name for name, error in errors(FUSED, device, torch.bfloat16).items() if error > 1]
     except Exception as error:  # a compiler or driver of which we know nothing
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return f"{wrong[0]} differs" if wrong else FUSED
 
 
 @torch.no_grad()

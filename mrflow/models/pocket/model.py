@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from mrflow.adapters import Lora
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.checkpoints.blueprint import blueprint
+from mrflow.checkpoints.lora import opened
 from mrflow.checkpoints.safetensors import Header, read_header
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.model_info import EVERYTHING, Architecture, Footprint, LatentSpace, ModelInfo, Shift
+from mrflow.models import lora
 from mrflow.models.block_runner import BlockRunner
 from mrflow.models.encoders import check_prompt
 from mrflow.models.fields import step as flux_step
@@ -219,8 +221,6 @@ class Pocket(TransformerModel):
         Raises:
             WeightsError: a file is missing, holds no LoRA, or does not fit.
         """
-        from mrflow.models import lora
-
         key = lora.key_of(loras)
         known = self._adapted.get(key)
         if known is None:
@@ -354,10 +354,8 @@ def text_sizes(header: Header) -> tuple[int, int]:
 
 def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
     """Warn of adapters whose file names other weights of pocket as its teacher's."""
-    from mrflow.checkpoints.lora import opened
-
-    for lora in loras:
-        header = opened(lora.path, lora.sha256)[0].header
+    for each in loras:
+        header = opened(each.path, each.sha256)[0].header
         teacher = header.metadata.get("teacher", "")
         name = teacher.partition("+")[0]
         if name in SHIPPED and not version.startswith(teacher):
@@ -433,7 +431,6 @@ def load_pocket(
         )
     modules = dict(zip(parts, (text, flow, autoencoder, sr), strict=True))
     check_parts(header, modules)
-    from mrflow.models import lora
 
     changes = lora.changes(flow, loras, "pocket")
     files = sorted({entry.file for entry in header.tensors.values()})

@@ -12,6 +12,7 @@ from mrflow.model_info import QWEN, ModelInfo
 from mrflow.models.encoders import PREFIXES
 from mrflow.models.family import Files, Loading
 from mrflow.models.qwen.backbone import Qwen, qwen_facts, qwen_info
+from mrflow.models.qwen.text import find_text_qwen, prepare_text_qwen
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.models.qwen.weights import (
@@ -48,8 +49,6 @@ class QwenFamily(TransformerFamily):
 
     def find_text(self, folder: Path) -> object:
         """Qwen2.5-VL's language model."""
-        from mrflow.models.qwen.text import find_text_qwen
-
         return find_text_qwen(folder)
 
     def prepare(self, header: Header, **how: Any) -> Prepared[QwenImage]:  # noqa: ANN401
@@ -62,8 +61,6 @@ class QwenFamily(TransformerFamily):
 
     def prepare_text(self, files: Any, **how: Any) -> Callable[[], object]:  # noqa: ANN401
         """Qwen2.5-VL's language model."""
-        from mrflow.models.qwen.text import prepare_text_qwen
-
         return prepare_text_qwen(files, **how)
 
     def info(self, net: QwenImage, vae: VaeQwen, text: object, files: Files, parameters: int) -> ModelInfo:

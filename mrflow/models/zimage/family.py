@@ -14,6 +14,7 @@ from mrflow.models.flux.weights import prepare_vae_flux
 from mrflow.models.transformer_family import TransformerFamily
 from mrflow.models.zimage.backbone import ZImageModel
 from mrflow.models.zimage.facts import TURBO, UNDISTILLED, zimage_info
+from mrflow.models.zimage.text import find_text_zimage, prepare_text_zimage
 from mrflow.models.zimage.transformer import ZImage
 from mrflow.models.zimage.weights import (
     TRANSFORMER,
@@ -56,8 +57,6 @@ class ZImageFamily(TransformerFamily):
 
     def find_text(self, folder: Path) -> object:
         """Qwen3-4B."""
-        from mrflow.models.zimage.text import find_text_zimage
-
         return find_text_zimage(folder)
 
     def prepare(self, header: Header, **how: Any) -> Prepared[ZImage]:  # noqa: ANN401
@@ -70,8 +69,6 @@ class ZImageFamily(TransformerFamily):
 
     def prepare_text(self, files: Any, **how: Any) -> Callable[[], object]:  # noqa: ANN401
         """Qwen3-4B."""
-        from mrflow.models.zimage.text import prepare_text_zimage
-
         return prepare_text_zimage(files, **how)
 
     def info(self, net: ZImage, vae: VaeFlux, text: object, files: Files, parameters: int) -> ModelInfo:
