@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import cast
 
+import mrflow
 from mrflow.errors import ChainError, RecordError, WeightsError
 from mrflow.records import sources
 from mrflow.records.files import known_file
@@ -66,8 +67,6 @@ def name_of(cls: type) -> str:
 
 def public(name: str) -> object:
     """What a public name of mrflow stands for, None if there is none; only listed modules are imported."""
-    import mrflow
-
     room, _, own = name.rpartition(".")
     if room:
         return getattr(getattr(mrflow, room), own, None) if room in ROOMS else None

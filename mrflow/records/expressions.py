@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TypeVar, cast, get_type_hints
 
+import mrflow
 from mrflow.errors import MrflowError, PlanError, named
 from mrflow.records.chains import ROOMS, name_of, public
 
@@ -51,8 +52,6 @@ def names_of(kind: type) -> list[str]:
 
 
 def _public_types() -> Iterator[tuple[str, type]]:
-    import mrflow
-
     inside = [f"{room}.{name}" for room in ROOMS for name in vars(getattr(mrflow, room))]
     for name in (*dir(mrflow), *inside):
         found = None if name.startswith("_") else public(name)
