@@ -18,6 +18,7 @@ from mrflow.errors import PlanError, is_out_of_memory
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.notes import note
+from mrflow.tokens import Combined, TokenVelocity, on_tokens
 
 
 class Guidance(ABC):
@@ -97,18 +98,69 @@ class TwoBranches(Guidance):
     def mix(self, info: ModelInfo) -> Mix:
         """How both become one, for one integration; what it remembers dies with it."""
 
+    def token_mix(self, info: ModelInfo, tokens: TokenVelocity) -> Mix | None:
+        """`mix` of packed latents, to the bit. None where it cannot: sums over a picture are rounded by their order."""
+        return None
+
     def field(
         self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
     ) -> Velocity:
         if self.scale == 1.0:
             return model.field(cond, options)
-        branches = _branches(model, cond, negative, options, self, packed=self.packed)
-        mix = self.mix(model.info)
+        return _Guided(self, model, cond, _other(cond, negative, self), options)
 
-        def guided(x: Tensor, sigma: float) -> Tensor:
-            return mix(x, sigma, *branches(x, sigma))
 
-        return guided
+class _Guided:
+    """The mixture of both velocities: from one pass where the model can and memory allows, else from a field each."""
+
+    def __init__(
+        self, guidance: TwoBranches, model: Backbone, cond: Condition, other: Condition, options: FieldOptions
+    ) -> None:
+        self.guidance, self.model, self.conds, self.options = guidance, model, (cond, other), options
+        packed = guidance.packed and model.info.capabilities.together and options.cache is None
+        self.joint = model.field(cond, replace(options, beside=(other,))) if packed else None
+        self.apart = () if packed else self._apart()
+        self.mixed = self._with(guidance.mix(model.info), lambda field: field)
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """Velocities of latents (b, c, height, width)."""
+        return self.mixed(x, sigma)
+
+    def on_tokens(self, height: int, width: int) -> TokenVelocity | None:
+        """As `TokenField`."""
+        first, *rest = self.apart if self.joint is None else (self.joint,)
+        tokens = on_tokens(first, height, width)
+        if tokens is None or any(on_tokens(field, height, width) is None for field in rest):
+            return None
+        mix = self.guidance.token_mix(self.model.info, tokens)
+        if mix is None:
+            return None
+        return replace(
+            tokens, ask=self._with(mix, lambda field: on_tokens(field, height, width) or tokens.around(field))
+        )
+
+    def _with(self, mix: Mix, view: Callable[[Velocity], Velocity]) -> Velocity:
+        """`mix` of both velocities, `view` being how a field is asked."""
+        joint, apart = self.joint and view(self.joint), [view(field) for field in self.apart]
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            if joint is not None and not apart:
+                try:
+                    both = joint(x, sigma).chunk(2)
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                else:
+                    return mix(x, sigma, *both)
+                note("both branches of the guidance do not fit into memory at once; they take turns from here on")
+            if not apart:
+                apart.extend(view(field) for field in self._apart())
+            return mix(x, sigma, *(field(x, sigma) for field in apart))
+
+        return velocity
+
+    def _apart(self) -> tuple[Velocity, ...]:
+        return tuple(self.model.field(cond, self.options) for cond in self.conds)
 
 
 @dataclass(frozen=True)
@@ -134,6 +186,20 @@ class CFG(TwoBranches):
                 return m
             ratio = token_norm(c, patch) / token_norm(m, patch)
             return m * repeat(ratio, "b 1 h w -> b 1 (h p) (w q)", p=patch, q=patch)
+
+        return mixed
+
+    def token_mix(self, info: ModelInfo, tokens: TokenVelocity) -> Mix | None:
+        """The formula above; norms need tokens whose values lie as `token_norm` has them."""
+        if self.rescale and (tokens.channels_last or tokens.patch != info.space.patch):
+            return None
+
+        def mixed(x: Tensor, sigma: float, c: Tensor, u: Tensor) -> Tensor:
+            m = _mix(c, u, self.scale)
+            if not self.rescale:
+                return m
+            first, second = (v.square().sum(-1, keepdim=True).sqrt() for v in (c, m))
+            return m * (first / second)
 
         return mixed
 
@@ -305,7 +371,7 @@ class NAG(Guidance):
         if self.scale == 1.0:
             return model.field(cond, options)
         both = model.field(cond, replace(options, beside=(_other(cond, negative, self),), attention=self.mix))
-        return lambda x, sigma: both(x, sigma)[: len(x)]
+        return Combined(lambda inner: lambda x, sigma: inner(x, sigma)[: len(x)], (both,))
 
 
 def _length(z: Tensor) -> Tensor:
@@ -340,10 +406,10 @@ class Interval(Guidance):
     ) -> Velocity:
         inside, outside = self.inner.field(model, cond, negative, options), model.field(cond, options)
 
-        def guided(x: Tensor, sigma: float) -> Tensor:
-            return inside(x, sigma) if self._holds(sigma) else outside(x, sigma)
+        def combine(inside: Velocity, outside: Velocity) -> Velocity:
+            return lambda x, sigma: inside(x, sigma) if self._holds(sigma) else outside(x, sigma)
 
-        return guided
+        return Combined(combine, (inside, outside))
 
     def evals(self, points: Sequence[float]) -> int:
         inside = [sigma for sigma in points if self._holds(sigma)]
@@ -364,39 +430,6 @@ def token_norm(v: Tensor, patch: int) -> Tensor:
 
 def _mix(c: Tensor, u: Tensor, scale: float) -> Tensor:
     return torch.lerp(u, c, scale)
-
-
-def _branches(
-    model: Backbone,
-    cond: Condition,
-    negative: Condition | None,
-    options: FieldOptions,
-    guidance: Guidance,
-    *,
-    packed: bool,
-) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-    """Both velocities: from one pass where the model can and memory allows, else from a field each."""
-    other = _other(cond, negative, guidance)
-    packed = packed and model.info.capabilities.together and options.cache is None
-    joint = model.field(cond, replace(options, beside=(other,))) if packed else None
-    apart: list[Velocity] = []
-    if joint is None:
-        apart.extend((model.field(cond, options), model.field(other, options)))
-
-    def both(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        if joint is not None and not apart:
-            try:
-                c, u = joint(x, sigma).chunk(2)
-                return c, u
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            note("both branches of the guidance do not fit into memory at once; they take turns from here on")
-        if not apart:
-            apart.extend((model.field(cond, options), model.field(other, options)))
-        return apart[0](x, sigma), apart[1](x, sigma)
-
-    return both
 
 
 def _other(cond: Condition, negative: Condition | None, guidance: Guidance) -> Condition:

@@ -30,7 +30,7 @@ from mrflow.records.readable import described
 from mrflow.schedules import Sigmas
 from mrflow.solvers import FiniteCheck, Solver, Step, integrate
 from mrflow.spec import Latents, Pixels, Spec, Start, State
-from mrflow.tokens import TokenField, pack, unpack
+from mrflow.tokens import on_tokens
 
 A = TypeVar("A", bound=Spec)
 B = TypeVar("B", bound=Spec)
@@ -407,16 +407,15 @@ class Context:
         info, asked = self.model.info, list[float]()
         options = replace(options, sigmas=() if solver.estimated else tuple(solver.points(sigmas)))
         field = guidance.field(self.model, self.cond, self.negative, options)
-        shape, patch = tuple(x.shape), info.space.patch
-        h, w = x.shape[-2] // patch, x.shape[-1] // patch
-        packed = field.on_tokens(h, w) if solver.pointwise and isinstance(field, TokenField) else None
+        shape, tokens = tuple(x.shape), x.shape[-2] * x.shape[-1] // info.space.patch**2
+        packed = on_tokens(field, *x.shape[-2:]) if solver.pointwise else None
         velocity = field if packed is None else packed
 
         def there(latents: Tensor) -> Tensor:
-            return latents if packed is None else pack(latents, patch=patch)
+            return latents if packed is None else packed.pack(latents)
 
         def back(state: Tensor) -> Tensor:
-            return state if packed is None else unpack(state, h, w, patch=patch)
+            return state if packed is None else packed.unpack(state)
 
         def told(step: Step) -> None:
             step = replace(step, x=back(step.x), denoised=back(step.denoised))
@@ -439,7 +438,7 @@ class Context:
         )
         if options.cache is None and info.cache is None:
             evals = guidance.evals(asked) * len(x)
-            count(None, evals, evals, evals, tokens=h * w)
+            count(None, evals, evals, evals, tokens=tokens)
         return back(out)
 
     def follow(

@@ -19,11 +19,13 @@ from mrflow.models.kernels import triton_code as code
 
 HALF = ("x", "shift", "scale", "out", "gate", "change", "normed", "seen", "inner", "weight", "factor", "past")
 FLUX = {"eps": 1e-6, "block": 4096}
+HEADS = {"eps": 1e-6, "some": code.HEADS, "half": 64}
 KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "norm": (code.norm_kernel, FLUX, 8),
     "gated": (code.gated_kernel, FLUX | {"norm": False}, 8),
     "gated_norm": (code.gated_kernel, FLUX | {"norm": True}, 8),
-    "heads": (code.heads_kernel, {"eps": 1e-6, "some": code.HEADS, "half": 64}, 4),
+    "heads": (code.heads_kernel, HEADS | {"late": False}, 4),
+    "heads_late": (code.heads_kernel, HEADS | {"late": True}, 4),
     "rms_scaled": (code.rms_kernel, FLUX | {"add": False}, 8),
     "rms_gated": (code.rms_kernel, FLUX | {"add": True}, 8),
     "beside": (code.beside_kernel, {"block": code.COLUMNS}, 4),

@@ -14,6 +14,7 @@ from mrflow.errors import PlanError
 from tests.parity.test_bridge import PROMPTS, UP, native, pipes
 from tests.parity.test_flux import relative
 from tests.test_bridge import state
+from tests.test_tokens import Packs
 
 __all__ = ["pipes"]  # the fixture
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,6 +36,21 @@ def test_a_cache_that_leaves_nothing_out_changes_nothing(name: str, pipes: Pipes
     none = mf.run(cached(DBCache(0.0, front=1, warmup=0), 3), model, PROMPTS, seed=[1, 2])
     assert relative(none.pixels, plain) < 1e-5
     assert state(pipe) == before
+
+
+@pytest.mark.parametrize("name", ["dev", "qwen", "klein base", "krea2", "flux2 dev", "z-image", "sd3"])
+def test_latents_are_packed_once_where_the_transformer_takes_tokens(
+    name: str, pipes: Pipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits are those of packing in every step. Z-Image and SD3 pack inside, so their latents stay as they are."""
+    model, chain = mf.from_diffusers(pipes(name)), mf.Sample(*SIZE, mf.Shifted(3))
+    packs = Packs(monkeypatch)
+    latents, made = packs.of(chain, model, PROMPTS)
+    monkeypatch.setattr(mf.Euler, "pointwise", False)
+    want, each = packs.of(chain, model, PROMPTS)
+    inside = name in ("z-image", "sd3")
+    assert torch.equal(latents, want)
+    assert made == (0, 0) == each if inside else made == (1, 1) and each[0] >= 3, (made, each)
 
 
 @pytest.mark.parametrize(

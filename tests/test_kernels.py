@@ -99,7 +99,9 @@ def test_a_wrong_kernel_is_seen() -> None:
         "norm": lambda x, shift, scale: PLAIN.norm(x, scale, shift),
         "gated": lambda x, gate, change: x + change,
         "gated_norm": lambda *given: (PLAIN.gated_norm(*given)[0], given[0]),
-        "joint_heads": lambda streams, rope: PLAIN.joint_heads(streams, Rope(rope.cos, -rope.sin)),
+        "joint_heads": lambda streams, rope, *eps, late: PLAIN.joint_heads(
+            streams, Rope(rope.cos, -rope.sin), *eps, late=late
+        ),
         "gelu_beside": lambda out, inner: torch.cat((out, F.gelu(inner + 1e-3)), -1),
         "rms_scaled": lambda x, weight, scale, eps: PLAIN.rms_scaled(x, weight, scale, 1e-2),
         "rms_gated": lambda x, gate, change, weight, eps: x + gate * change,
@@ -109,10 +111,16 @@ def test_a_wrong_kernel_is_seen() -> None:
         assert {key.partition(",")[0].partition(" ")[0] for key, error in found.items() if error > 1} == {name}
 
 
+def test_another_epsilon_of_heads_is_seen() -> None:
+    other = PLAIN._replace(joint_heads=lambda streams, rope, eps, *, late: PLAIN.joint_heads(streams, rope, late=late))
+    found = errors(other, torch.device("cpu"), torch.float32)
+    assert {name for name, error in found.items() if error > 1} == {"joint_heads, small values, scales late"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_of_z_image_asks_for_its_norms_by_name(dtype: torch.dtype) -> None:
     """The bits of its norms as modules, and every one of them is a call that a kernel can take."""
-    from mrflow.models.zimage.transformer import Block, ZImageParams
+    from mrflow.models.zimage.transformer import Block, SelfAttention, ZImageParams
 
     p = ZImageParams(hidden=32, heads=2, axes=(4, 6, 6), level=16)
     g = torch.Generator().manual_seed(0)
@@ -125,21 +133,24 @@ def test_a_block_of_z_image_asks_for_its_norms_by_name(dtype: torch.dtype) -> No
     rope, asked = Rope(turn.cos(), turn.sin()), list[str]()
 
     def heard(name: str) -> Any:
-        def asking(*given: Any) -> Any:
+        def asking(*given: Any, **how: Any) -> Any:
             asked.append(name)
-            return getattr(PLAIN, name)(*given)
+            return getattr(PLAIN, name)(*given, **how)
 
         return asking
+
+    def seen(own: SelfAttention, x: Tensor) -> Tensor:
+        q, k, v = own.qkv(x).unflatten(-1, (3, 2, 16)).unbind(2)
+        q, k = (apply_rope(norm(part).transpose(1, 2), rope) for norm, part in ((own.q_norm, q), (own.k_norm, k)))
+        return own.out(attention(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(2))
 
     ops = PLAIN._replace(**{name: heard(name) for name in PLAIN._fields})
     with torch.no_grad():
         got = block(x, rope, (c1, g1, c2, g2), attention, ops=ops)
-        want = torch.addcmul(
-            x, g1, block.attention_norm2(block.attention(block.attention_norm1(x) * c1, rope, attention))
-        )
+        want = torch.addcmul(x, g1, block.attention_norm2(seen(block.attention, block.attention_norm1(x) * c1)))
         want = torch.addcmul(want, g2, block.ffn_norm2(block.feed_forward(block.ffn_norm1(want) * c2)))
     assert torch.equal(got, want)
-    assert asked == ["rms_scaled", "rms_gated"] * 2
+    assert asked == ["rms_scaled", "joint_heads", "rms_gated", "rms_scaled", "rms_gated"]
 
 
 def test_a_cpu_takes_the_definitions() -> None:

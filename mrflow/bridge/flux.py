@@ -18,7 +18,7 @@ from mrflow.model_info import Architecture, LatentSpace, ModelInfo, flux_facts
 from mrflow.models.flux.transformer import image_ids
 from mrflow.pieces import StepFactory
 from mrflow.stages.upscale import resize
-from mrflow.tokens import pack, unpack
+from mrflow.tokens import PackedCall, pack
 from mrflow.upscaler import Upscaler
 
 
@@ -146,14 +146,13 @@ class BridgedFlux(KLBridged):
         branch, control = self.branch(), self._controlled()
         moved = has_hooks(self.pipe.transformer) or (control is not None and has_hooks(self.pipe.controlnet))
 
-        def one(x: Tensor, sigma: float, part: int) -> Tensor:
-            h, w = x.shape[2] // 2, x.shape[3] // 2
+        def one(tokens: Tensor, sigma: float, h: int, w: int, part: int) -> Tensor:
             ids = image_ids(h, w, device=device)
             if options.positions is not None:
                 ids[:, 1:] = options.positions.part(part).to(ids)
             with self.working(moved=moved):
                 given: dict[str, Any] = {
-                    "hidden_states": pack(plain(x)).to(device, dtype),
+                    "hidden_states": plain(tokens).to(device, dtype),
                     "timestep": thousandths(sigma, cond.batch, device).to(dtype) / 1000,
                     "encoder_hidden_states": context,
                     "pooled_projections": pooled,
@@ -162,16 +161,16 @@ class BridgedFlux(KLBridged):
                     "return_dict": False,
                 }
                 if control is not None:
-                    given |= control(given, strength, (x.shape[2], x.shape[3]), sigma)
+                    given |= control(given, strength, (2 * h, 2 * w), sigma)
                 with branch():
-                    out = net(**given, guidance=strength)[0]
-                return unpack(out.float(), h, w).to(x.device)
+                    out: Tensor = net(**given, guidance=strength)[0].float()
+                return out.to(tokens.device)
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            check_batch(x, cond.batch)
-            return in_parts(options.positions, lambda part, index: one(part, sigma, index), x)
+        def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
+            check_batch(tokens, cond.batch)
+            return in_parts(options.positions, lambda part, i: one(part, sigma, h, part.shape[1] // h, i), tokens)
 
-        return velocity
+        return PackedCall(velocity)
 
     def _controlled(self) -> Callable[[dict[str, Any], Tensor | None, tuple[int, int], float], dict[str, Any]] | None:
         """What the ControlNet adds to a call of the transformer; its picture is prepared once a size."""

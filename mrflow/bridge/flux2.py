@@ -16,6 +16,7 @@ from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, ByStep, LatentSpace, ModelInfo, Shift
 from mrflow.notes import note
 from mrflow.pieces import StepFactory
+from mrflow.tokens import PackedCall
 
 # mu as a line in the tokens, for many steps and for ten (diffusers `compute_empirical_mu`).
 MANY, TEN = (0.00016927, 0.45666666), (8.73809524e-05, 1.89833333)
@@ -92,29 +93,28 @@ class BridgedFlux2(Bridged):
         branch, moved = self.branch(), has_hooks(self.pipe.transformer)
         text_ids = positions(1, 1, context.shape[1], cond.batch, device)
 
-        def one(x: Tensor, sigma: float, part: int) -> Tensor:
-            h, w = x.shape[2:]
+        def one(tokens: Tensor, sigma: float, h: int, w: int, part: int) -> Tensor:
             ids = positions(h, w, 1, cond.batch, device)
             if options.positions is not None:
                 ids = ids.float()
                 ids[..., 1:3] = options.positions.part(part).to(ids)
             with self.working(moved=moved), branch():
                 out: Tensor = net(
-                    hidden_states=rearrange(plain(x), "b c h w -> b (h w) c").to(device, self.pipe.transformer.dtype),
+                    hidden_states=plain(tokens).to(device, self.pipe.transformer.dtype),
                     timestep=thousandths(sigma, cond.batch, device).to(context.dtype) / 1000,
                     guidance=strength,
                     encoder_hidden_states=context,
                     txt_ids=text_ids,
                     img_ids=ids,
                     return_dict=False,
-                )[0]
-                return rearrange(out.float(), "b (h w) c -> b c h w", h=h, w=w).to(x.device)
+                )[0].float()
+                return out.to(tokens.device)
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            check_batch(x, cond.batch)
-            return in_parts(options.positions, lambda part, index: one(part, sigma, index), x)
+        def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
+            check_batch(tokens, cond.batch)
+            return in_parts(options.positions, lambda part, i: one(part, sigma, h, part.shape[1] // h, i), tokens)
 
-        return velocity
+        return PackedCall(velocity, patch=1)
 
     def strength(self, value: float | None, batch: int) -> Tensor | None:
         """What the guidance embedding is given, (batch,); None where there is none.

@@ -13,7 +13,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.pieces import StepFactory
-from mrflow.tokens import pack, unpack
+from mrflow.tokens import PackedCall
 
 MU = 1.15  # of the distilled checkpoint, at every size
 
@@ -85,20 +85,19 @@ class BridgedKrea2(BridgedQwen):
         if not bool(mask.any(1).all()):
             raise PlanError("a prompt's mask marks no text at all")
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            check_batch(x, cond.batch)
-            h, w = x.shape[2] // 2, x.shape[3] // 2
+        def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
+            check_batch(tokens, cond.batch)
             if isinstance(net, Opened):
                 net.pieces.image = h * w
             with self.working(moved=moved), branch():
-                out = net(
-                    hidden_states=pack(plain(x)).to(device, context.dtype),
+                out: Tensor = net(
+                    hidden_states=plain(tokens).to(device, context.dtype),
                     encoder_hidden_states=context,
                     timestep=(thousandths(sigma, cond.batch, device) / 1000).to(context.dtype),
                     position_ids=self.pipe.prepare_position_ids(context.shape[1], h, w, device),
                     encoder_attention_mask=mask,
                     return_dict=False,
-                )[0]
-                return unpack(out.float(), h, w).to(x.device)
+                )[0].float()
+                return out.to(tokens.device)
 
-        return velocity
+        return PackedCall(velocity)

@@ -14,7 +14,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.pieces import StepFactory
-from mrflow.tokens import pack, unpack
+from mrflow.tokens import PackedCall
 
 PUBLISHED_BASE = 96
 FLAGS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")
@@ -82,21 +82,20 @@ class BridgedQwen(Bridged):
             mask = None if bool(mask.bool().all()) else mask
         dtype = context.dtype
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            check_batch(x, cond.batch)
-            h, w = x.shape[2] // 2, x.shape[3] // 2
+        def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
+            check_batch(tokens, cond.batch)
             with self.working(moved=moved), branch():
-                out = net(
-                    hidden_states=pack(plain(x)).to(device, dtype),
+                out: Tensor = net(
+                    hidden_states=plain(tokens).to(device, dtype),
                     timestep=thousandths(sigma, cond.batch, device).to(dtype) / 1000,
                     encoder_hidden_states=context,
                     encoder_hidden_states_mask=mask,
                     img_shapes=[[(1, h, w)]] * cond.batch,
                     return_dict=False,
-                )[0]
-                return unpack(out.float(), h, w).to(x.device)
+                )[0].float()
+                return out.to(tokens.device)
 
-        return velocity
+        return PackedCall(velocity)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it, each channel to mean 0 and deviation 1."""

@@ -15,7 +15,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
 from mrflow.pieces import StepFactory
-from mrflow.tokens import pack, unpack
+from mrflow.tokens import PackedCall
 
 DOWNSCALE = 16  # pixels of a latent cell, which is a token; cells come in blocks of 2 x 2
 TEXT = 50  # tokens of an average prompt: its pipeline has no limit
@@ -90,9 +90,8 @@ class BridgedQwen21(BridgedQwen):
         caches: dict[tuple[int, ...], Any] = {}
         branch, moved = self.branch(), has_hooks(own)
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            check_batch(x, cond.batch)
-            h, w = x.shape[2:]
+        def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
+            check_batch(tokens, cond.batch)
             if h % 2 or w % 2:
                 raise PlanError(f"{info.name} takes even grids of latent cells, got {h}x{w}")
             text, slots = context.shape[1], torch.ones(cond.batch, h * w // 4, dtype=torch.bool, device=device)
@@ -104,8 +103,8 @@ class BridgedQwen21(BridgedQwen):
                     caches.clear()
                     kept = caches[h, w] = module.QwenImage21KVCache(len(own.transformer_blocks))
             with self.working(moved=moved), branch():
-                out = own(
-                    hidden_states=pack(plain(x), patch=1).to(device, context.dtype),
+                out: Tensor = own(
+                    hidden_states=plain(tokens).to(device, context.dtype),
                     timestep=thousandths(sigma, cond.batch, device).to(context.dtype) / 1000,
                     encoder_hidden_states=context,
                     encoder_hidden_states_mask=mask,
@@ -114,10 +113,10 @@ class BridgedQwen21(BridgedQwen):
                     kv_cache=kept,
                     kv_cache_mode=keeping,
                     return_dict=False,
-                )[0]
-                return unpack(out[:, -h * w :].float(), h, w, patch=1).to(x.device)
+                )[0][:, -h * w :].float()
+                return out.to(tokens.device)
 
-        return velocity
+        return PackedCall(velocity, patch=1)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it, each channel to mean 0 and deviation 1."""

@@ -10,7 +10,7 @@ import uuid
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, Forecast, ModelInfo
 from mrflow.pieces import Pieces, Step, StepFactory
 from mrflow.records.chains import fingerprint
+from mrflow.tokens import TokenVelocity, on_tokens
 
 
 class Cache(ABC):
@@ -61,15 +62,8 @@ class Cache(ABC):
         self, open_field: Callable[[StepFactory], Velocity], sigmas: Sequence[float], info: ModelInfo
     ) -> Velocity:
         """A model's field with a fresh memory: what `open_field` gives for this cache's step."""
-        clock, patch = Clock(sigmas), info.space.patch
-        inner = open_field(partial(self.opened, clock=clock, info=info))
-
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            clock.tick(sigma)
-            clock.grid, clock.latents = (x.shape[-2] // patch, x.shape[-1] // patch), x
-            return inner(x, sigma)
-
-        return velocity
+        clock = Clock(sigmas)
+        return CachedField(open_field(partial(self.opened, clock=clock, info=info)), clock, info.space.patch)
 
     def forecast(self, info: ModelInfo, sigmas: Sequence[float], branch: Sequence[float]) -> Forecast:
         """What it will do with a branch that is asked at the levels `branch` of an integration over `sigmas`.
@@ -163,6 +157,35 @@ class Cached(Wrapper):
             raise PlanError(f"{self.info.name} is cached already, by {self._cache!r}; give it a model without a cache")
         self.info.require(options.needs)
         return replace(options, cache=self._cache)
+
+
+@dataclass(frozen=True)
+class CachedField:
+    """A field whose step is a cache's: the cache is told what is asked for."""
+
+    inner: Velocity
+    clock: Clock
+    patch: int
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """Velocities of latents (b, c, height, width)."""
+        self._tell(sigma, *x.shape[2:], lambda: x)
+        return self.inner(x, sigma)
+
+    def on_tokens(self, height: int, width: int) -> TokenVelocity | None:
+        """As `TokenField`."""
+        if (inner := on_tokens(self.inner, height, width)) is None:
+            return None
+
+        def ask(tokens: Tensor, sigma: float) -> Tensor:
+            self._tell(sigma, height, width, lambda: inner.unpack(tokens))
+            return inner(tokens, sigma)
+
+        return replace(inner, ask=ask)
+
+    def _tell(self, sigma: float, height: int, width: int, latents: Callable[[], Tensor]) -> None:
+        self.clock.tick(sigma)
+        self.clock.grid, self.clock.latents = (height // self.patch, width // self.patch), latents
 
 
 N = TypeVar("N")

@@ -72,7 +72,7 @@ class Clock:
         self.levels, self.total = tuple(levels), len(levels)
         self.place, self.sigma = -1, math.nan
         self.grid: tuple[int, int] | None = None  # tokens down and across, of what is being asked for
-        self.latents: Tensor | None = None  # (items, channels, height, width), what is being asked for
+        self.latents: Callable[[], Tensor] | None = None  # (items, channels, height, width), what is being asked for
 
     def tick(self, sigma: float) -> None:
         """The next evaluation is at `sigma`."""

@@ -1,6 +1,6 @@
 """What one field remembers while it is integrated: the step of a network in which some evaluations are left out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -128,11 +128,16 @@ class CachedStep:
                 seen["change"] = front - img
             return seen["change"][i : i + 1]
 
-        clock, due, latents = self.clock, list[bool](), self.clock.latents
+        def latents(shown: Callable[[], Tensor], i: int) -> Tensor:
+            if "latents" not in seen:
+                seen["latents"] = shown()
+            return seen["latents"][i : i + 1]
+
+        clock, due = self.clock, list[bool]()
         for i, item in enumerate(self.items):
             eyes = {"modulated_input": partial(modulated_input, i), "change": partial(change, i)}
-            if latents is not None:
-                eyes["latents"] = partial(latents.narrow, 0, i, 1)
+            if clock.latents is not None:
+                eyes["latents"] = partial(latents, clock.latents, i)
             look = Evaluation(self.index, clock.place, clock.total, clock.sigma, **eyes, grid=clock.grid)
             due.append(item.rule(look) or not item.kept or self.start == self.stop)
         return due

@@ -136,7 +136,7 @@ class RMSNorm(nn.Module):
         """The same shape."""
         if self.late:
             return rms_late(x, self.scale, self.eps)
-        return F.rms_norm(x, (x.shape[-1],), self.scale, self.eps)
+        return rms(x, self.scale, self.eps)
 
 
 class QKNorm(nn.Module):
@@ -179,16 +179,20 @@ def gated_norm(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Te
     return (x := gated(x, gate, change)), modulated(x, shift, scale)
 
 
-def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+def joint_heads(
+    streams: Sequence[Stream], rope: Rope, eps: float = EPS, *, late: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normed and turned queries and keys, and values, of all streams in turn: (b, n, heads, head) each.
 
-    Each stream is turned, and rounded, before it is put beside the others. `rope`: (n, half) or (b, n, half).
+    Each stream is turned, and rounded, before it is put beside the others. `rope`: (n, half) or (b, n, half). `late`
+    says that a norm is rounded before its scale multiplies.
     """
+    norm = rms_late if late else rms
     at, parts = 0, cast("list[tuple[Tensor, Tensor, Tensor]]", [])
     for q, k, v, *scales in streams:
         at += k.shape[1]
         turns = [Rope(*(table[..., at - x.shape[1] : at, None, :] for table in rope)) for x in (q, k)]
-        q, k = (F.rms_norm(x, s.shape, s, EPS) for x, s in zip((q, k), scales, strict=True))
+        q, k = (norm(x, s, eps) for x, s in zip((q, k), scales, strict=True))
         parts.append((apply_rope(q, turns[0]), apply_rope(k, turns[1]), v))
     q, k, v = parts[0] if len(parts) == 1 else (torch.cat(same, 1) for same in zip(*parts, strict=True))
     return q, k, v
@@ -197,6 +201,11 @@ def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, 
 def gelu_beside(out: Float[Tensor, "b n d"], inner: Float[Tensor, "b n m"]) -> Float[Tensor, "b n e"]:
     """What attention gives, and GELU (tanh form) of an MLP's first half, side by side: (b, n, d + m)."""
     return torch.cat((out, F.gelu(inner, approximate="tanh")), -1)
+
+
+def rms(x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*b d"]:
+    """x / sqrt(mean x^2 + eps) times the weight, rounded to its dtype once."""
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def rms_late(x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*b d"]:
@@ -222,7 +231,7 @@ class Ops(NamedTuple):
     norm: Callable[[Tensor, Tensor, Tensor], Tensor] = modulated
     gated: Callable[[Tensor, Tensor, Tensor], Tensor] = gated
     gated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = gated_norm
-    joint_heads: Callable[[Sequence[Stream], Rope], tuple[Tensor, Tensor, Tensor]] = joint_heads
+    joint_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = joint_heads
     gelu_beside: Callable[[Tensor, Tensor], Tensor] = gelu_beside
     rms_scaled: Callable[[Tensor, Tensor, Tensor, float], Tensor] = rms_scaled
     rms_gated: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = rms_gated

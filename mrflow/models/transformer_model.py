@@ -16,6 +16,7 @@ from mrflow.model_info import ModelInfo
 from mrflow.models.mixed_attention import MixedStep
 from mrflow.pieces import StepFactory
 from mrflow.policies import PolicyField
+from mrflow.tokens import Combined
 
 
 class TransformerModel(ABC):
@@ -101,7 +102,10 @@ def side_by_side(cond: Condition, beside: Sequence[Condition]) -> Condition:
 def repeated(field: Velocity, times: int) -> Velocity:
     """A field over a larger batch as one of latents that serve each part of it."""
 
-    def velocity(x: Tensor, sigma: float) -> Tensor:
-        return field(x.repeat(times, 1, 1, 1), sigma)
+    def combine(inner: Velocity) -> Velocity:
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return inner(x.repeat(times, *[1] * (x.ndim - 1)), sigma)
 
-    return velocity if times > 1 else field
+        return velocity
+
+    return Combined(combine, (field,)) if times > 1 else field

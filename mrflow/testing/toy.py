@@ -106,7 +106,7 @@ class Toy:
             return torch.cat(items).view_as(x)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            return in_parts(options.positions, lambda part, _: one(part, sigma), x)
+            return in_parts(options.positions, lambda part, _: one(part, sigma), x, axis=-1)
 
         return velocity
 

@@ -8,15 +8,14 @@ from torch import Tensor
 
 from mrflow.backbone import Positions, in_parts
 from mrflow.errors import PlanError
-from mrflow.flow import Velocity
 from mrflow.models.fields import ModulationTables
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.layers import Rope
 from mrflow.pieces import Step
-from mrflow.tokens import pack, unpack
+from mrflow.tokens import PackedField
 
 
-class FluxField:
+class FluxField(PackedField):
     """The velocity (x, sigma) -> d x / d sigma for fixed conditions.
 
     Embedded text and rotations are made at the first call and die with the field. So are the modulations of `levels`,
@@ -44,27 +43,16 @@ class FluxField:
         self.text: Tensor | None = None
         self.ropes: dict[tuple[int, int, int], Rope] = {}
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """Latents (b, c, h, w) at a level to their velocity, float32."""
+    def velocity(self, tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
+        """The float32 velocities of h x w tokens (b, h w, d) at a level."""
         with self.using():
-            text, table = self._prepared(len(x), sigma)
+            text, table = self._prepared(len(tokens), sigma)
 
             def one(part: Tensor, index: int) -> Tensor:
-                h, w = part.shape[2] // 2, part.shape[3] // 2
-                tokens = self.step(pack(part), text, *self._rope(h, w, index), table, key=self.flow.attention)
-                return unpack(tokens.float(), h, w)
+                rope = self._rope(h, part.shape[1] // h, index)
+                return self.step(part, text, *rope, table, key=self.flow.attention).float()
 
-            return in_parts(self.positions, one, x)
-
-    def on_tokens(self, h: int, w: int) -> Velocity | None:
-        """The same velocities for packed latents (b, h w, d); None where `positions` are given."""
-
-        def velocity(tokens: Tensor, sigma: float) -> Tensor:
-            with self.using():
-                text, table = self._prepared(len(tokens), sigma)
-                return self.step(tokens, text, *self._rope(h, w, 0), table, key=self.flow.attention).float()
-
-        return velocity if self.positions is None else None
+            return in_parts(self.positions, one, tokens)
 
     def _prepared(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
         """The embedded text, and the modulations of a level."""

@@ -88,18 +88,19 @@ def errors(
     inner = some(2, 7, 5 * width)[..., width:]
     found["gelu_beside"] = differ(ops.gelu_beside(change, inner), PLAIN.gelu_beside(change, inner))
 
-    def stream(n: int, queries: int) -> Stream:
-        q, k, v = (t.unflatten(-1, (heads, head)) for t in some(2, n, 3 * width).chunk(3, -1))
+    def stream(n: int, queries: int, *, size: float = 1.0) -> Stream:
+        q, k, v = (t.unflatten(-1, (heads, head)) for t in (size * some(2, n, 3 * width)).chunk(3, -1))
         return Stream(q[:, n - queries :], k, v, 1 + 0.1 * some(head), 1 + 0.1 * some(head))
 
-    for name, streams, each in (
-        ("one stream", [stream(7, 7)], ()),
-        ("few queries", [stream(7, 4)], ()),
-        ("two streams", [stream(3, 3), stream(4, 4)], ()),
-        ("tables of each item", [stream(7, 7)], (2,)),
+    for name, streams, each, late in (
+        ("one stream", [stream(7, 7)], (), False),
+        ("few queries", [stream(7, 4)], (), False),
+        ("two streams", [stream(3, 3), stream(4, 4)], (), False),
+        ("tables of each item", [stream(7, 7)], (2,), False),
+        ("small values, scales late", [stream(7, 7, size=1e-3)], (), True),
     ):
         turn = 3 * torch.randn((*each, 7, head // 2), generator=g).to(device)
         rope = Rope(turn.cos(), turn.sin())
-        pairs = zip(ops.joint_heads(streams, rope), PLAIN.joint_heads(streams, rope), strict=True)
+        pairs = zip(*(o.joint_heads(streams, rope, 1e-5, late=late) for o in (ops, PLAIN)), strict=True)
         found[f"joint_heads, {name}"] = max(differ(*pair) for pair in pairs)
     return found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from mrflow.models.layers import Ops, Rope, Stream
+from mrflow.models.layers import EPS, Ops, Rope, Stream
 
 
 def _kernels() -> Any:  # noqa: ANN401
@@ -50,13 +50,35 @@ def _(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor) -> 
 
 
 @custom_op("mrflow::turned", mutates_args=("out",))
-def turned(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, out: Tensor, first: int, row: int) -> None:
+def turned(
+    x: Tensor,
+    scale: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    first: int,
+    row: int,
+    eps: float,
+    *,
+    late: bool = False,
+) -> None:
     """Normed and turned heads into `out` from token `first` on; their first row of the tables is `row`."""
-    _kernels().turned(x, scale, cos, sin, out, first=first, row=row)
+    _kernels().turned(x, scale, cos, sin, out, first=first, row=row, eps=eps, late=late)
 
 
 @turned.register_fake
-def _(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, out: Tensor, first: int, row: int) -> None:
+def _(
+    x: Tensor,
+    scale: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    first: int,
+    row: int,
+    eps: float,
+    *,
+    late: bool = False,
+) -> None:
     return None
 
 
@@ -93,7 +115,9 @@ def _(x: Tensor, gate: Tensor, change: Tensor, weight: Tensor, eps: float) -> Te
     return x.new_empty(x.shape)
 
 
-def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+def joint_heads(
+    streams: Sequence[Stream], rope: Rope, eps: float = EPS, *, late: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """`layers.joint_heads`: every stream's queries and keys are written where all lie."""
     b, _, heads, head = streams[0].k.shape
     queries, keys = (sum(x.shape[1] for x in side) for side in zip(*((s.q, s.k) for s in streams), strict=True))
@@ -101,8 +125,8 @@ def joint_heads(streams: Sequence[Stream], rope: Rope) -> tuple[Tensor, Tensor, 
     q_at = k_at = 0
     for s in streams:
         end = k_at + s.k.shape[1]
-        turned(s.q, s.q_scale, *rope, q, q_at, end - s.q.shape[1])
-        turned(s.k, s.k_scale, *rope, k, k_at, k_at)
+        turned(s.q, s.q_scale, *rope, q, q_at, end - s.q.shape[1], eps, late=late)
+        turned(s.k, s.k_scale, *rope, k, k_at, k_at, eps, late=late)
         q_at, k_at = q_at + s.q.shape[1], end
     return q, k, streams[0].v if len(streams) == 1 else torch.cat([s.v for s in streams], 1)
 

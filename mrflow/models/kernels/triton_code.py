@@ -81,7 +81,7 @@ def rms_kernel(
 @triton.jit
 def heads_kernel(
     x, scale, cos, sin, out, n, heads, head, first, xb, xn, xh, ob, table_b, row0,
-    eps: tl.constexpr, some: tl.constexpr, half: tl.constexpr,
+    eps: tl.constexpr, late: tl.constexpr, some: tl.constexpr, half: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, i = row // n, row % n
@@ -90,8 +90,10 @@ def heads_kernel(
     ok = (h[:, None] < heads) & (d[None, :] < head)
     v = tl.load(x + b * xb + i * xn + h[:, None] * xh + d[None, :], mask=ok, other=0.0).to(tl.float32)
     w = tl.load(scale + d, mask=d < head, other=0.0).to(tl.float32)
-    y = v * tl.rsqrt(tl.sum(v * v, 1) / head + eps)[:, None] * w[None, :]
-    y = y.to(out.dtype.element_ty).to(tl.float32)
+    y = v * tl.rsqrt(tl.sum(v * v, 1) / head + eps)[:, None]
+    if late:
+        y = y.to(out.dtype.element_ty).to(tl.float32)
+    y = (y * w[None, :]).to(out.dtype.element_ty).to(tl.float32)
     table = b * table_b + (row0 + i) * (head // 2) + pair
     c = tl.load(cos + table, mask=pair < head // 2, other=0.0)[None, :]
     s = tl.load(sin + table, mask=pair < head // 2, other=0.0)[None, :]
@@ -165,14 +167,16 @@ def rms(x: Tensor, weight: Tensor, factor: Tensor, past: Tensor | None, eps: flo
     return out
 
 
-def turned(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, first: int, row: int) -> None:
+def turned(
+    x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, first: int, row: int, eps: float, late: bool
+) -> None:
     """Normed and turned heads (b, n, heads, head) into `out` from token `first` on; their tables begin at `row`."""
     x, scale, cos, sin = _rows(x), _rows(scale), cos.contiguous(), sin.contiguous()
     b, n, heads, head = x.shape
     heads_kernel[(b * n, triton.cdiv(heads, HEADS))](
         x, scale, cos, sin, out, n, heads, head, first, x.stride(0), x.stride(1), x.stride(2), out.stride(0),
         0 if cos.ndim == 2 or cos.shape[0] == 1 else cos.stride(0), row,
-        eps=EPS, some=HEADS, half=triton.next_power_of_2(head) // 2, num_warps=4,
+        eps=eps, late=late, some=HEADS, half=triton.next_power_of_2(head) // 2, num_warps=4,
     )  # fmt: skip
 
 

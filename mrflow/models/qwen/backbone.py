@@ -23,6 +23,7 @@ from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.pieces import StepFactory
+from mrflow.tokens import Combined
 
 # Values alive at once per pixel in bfloat16, where norms work in float32: measured on the networks themselves.
 ENCODE, DECODE = 587.0, 676.0
@@ -100,13 +101,16 @@ class Qwen(LanguageConditioned):
             for group in ([items] if alike else [[item] for item in items])
         ]
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            if x.shape[0] != len(items):
-                raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(items)}")
-            parts = x.split(len(x) // len(fields))
-            return torch.cat([field(part, sigma) for field, part in zip(fields, parts, strict=True)])
+        def combine(*inner: Velocity) -> Velocity:
+            def velocity(x: Tensor, sigma: float) -> Tensor:
+                if x.shape[0] != len(items):
+                    raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(items)}")
+                parts = x.split(len(x) // len(inner))
+                return torch.cat([field(part, sigma) for field, part in zip(inner, parts, strict=True)])
 
-        return velocity
+            return velocity
+
+        return Combined(combine, tuple(fields))
 
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:
         """Modulations at these levels: made beforehand, kept from an earlier picture, or made now."""

@@ -16,7 +16,7 @@ from mrflow.models.layers import Rope
 from mrflow.models.qwen.transformer import QwenImage, packed_attention
 from mrflow.models.qwen.transformer import positions as grid_positions
 from mrflow.pieces import Step
-from mrflow.tokens import pack, unpack
+from mrflow.tokens import PackedField
 
 
 def qwen_step(
@@ -31,7 +31,7 @@ def qwen_step(
     return net.head(img, table)
 
 
-class QwenField:
+class QwenField(PackedField):
     """The velocities (x, sigma) -> d x / d sigma of every branch, for texts of any lengths, in one pass.
 
     `branches` holds, for each branch of a guidance, the states (tokens, width) of each item. Items whose texts are
@@ -69,23 +69,28 @@ class QwenField:
         """Whether all texts are equally long."""
         return len(set(self.lengths)) == 1
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """Latents (b, c, h, w) at a level to the velocities (branches b, c, h, w), float32, branch by branch."""
-        if x.shape[0] != len(self.branches[0]):
-            raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {len(self.branches[0])}")
+    def velocity(self, tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
+        """The float32 velocities (branches b, h w, d) of h x w tokens (b, h w, d) at a level, branch by branch."""
         with self.using():
-            table = self.table(sigma)
-            if self.text is None:
-                self.text = self._embedded()
-            text = self.text
-            return in_parts(self.positions, lambda part, index: self._one(part, text, table, index), x)
+            text, table = self._prepared(len(tokens), sigma)
+            return in_parts(
+                self.positions, lambda part, i: self._one(part, text, table, h, part.shape[1] // h, i), tokens
+            )
 
-    def _one(self, x: Tensor, text: Tensor, table: Tensor, part: int) -> Tensor:
-        h, w = x.shape[2] // 2, x.shape[3] // 2
+    def _prepared(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
+        """The embedded texts, and the modulations of a level."""
+        if batch != len(self.branches[0]):
+            raise PlanError(f"latents for {batch} pictures met a condition for {len(self.branches[0])}")
+        table = self.table(sigma)
+        if self.text is None:
+            self.text = self._embedded()
+        return self.text, table
+
+    def _one(self, packed: Tensor, text: Tensor, table: Tensor, h: int, w: int, part: int) -> Tensor:
+        """The velocities (branches b, h w, d) of packed latents (b, h w, d), or of one part of them."""
         if (h, w, part) not in self.ropes:
             self.ropes.clear()  # the newest alone: those of many parts are large
             self.ropes[h, w, part] = self._rope(h, w, part)
-        packed = pack(x)
         tokens = torch.stack([packed[i % len(packed)] for i in self.order])  # (items, tokens, channels)
         key: object = self.net.attention
         if not self.batched:
@@ -93,7 +98,7 @@ class QwenField:
             key = (h * w, self.lengths)
         out = self.step(tokens, text, *self.ropes[h, w, part], table, key=key).float()
         items = out.view(len(self.order), h * w, -1).unbind()
-        return unpack(torch.stack([items[i] for i in self.back]), h, w)
+        return torch.stack([items[i] for i in self.back])
 
     def _embedded(self) -> Tensor:
         """The text streams, a batch or one behind the other."""

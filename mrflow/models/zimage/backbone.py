@@ -15,6 +15,7 @@ from mrflow.models.language_conditioned import LanguageConditioned
 from mrflow.models.zimage.field import ZImageField, alike
 from mrflow.models.zimage.transformer import ZImage
 from mrflow.pieces import StepFactory
+from mrflow.tokens import Combined
 
 if TYPE_CHECKING:
     pass
@@ -40,31 +41,33 @@ class ZImageModel(LanguageConditioned):
         batch = cond.batch
         texts = [states for each in (cond, *options.beside) for states in self._states(each)]
         table = ModulationTables(self._tables, options.sigmas if self._runtime.fold else None)
-        groups = [
-            (
-                torch.tensor(rows, device=self._device),
-                torch.tensor([i % batch for i in rows], device=self._device),
-                ZImageField(
-                    self._flow,
-                    [texts[i] for i in rows],
-                    step=self._step if step is None else step(self._pieces),
-                    table=table,
-                    using=partial(self._offload.using, "main"),
-                    positions=options.positions,
-                ),
+        groups = [list(range(len(texts)))] if options.attention is not None else alike(texts)
+        fields = [
+            ZImageField(
+                self._flow,
+                [texts[i] for i in rows],
+                step=self._step if step is None else step(self._pieces),
+                table=table,
+                using=partial(self._offload.using, "main"),
+                positions=options.positions,
             )
-            for rows in ([list(range(len(texts)))] if options.attention is not None else alike(texts))
+            for rows in groups
         ]
+        to = [torch.tensor(rows, device=self._device) for rows in groups]
+        of = [torch.tensor([i % batch for i in rows], device=self._device) for rows in groups]
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            if x.shape[0] != batch:
-                raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {batch}")
-            out = torch.empty(len(texts), *x.shape[1:], device=x.device)
-            for rows, items, field in groups:
-                out.index_copy_(0, rows, field(x.index_select(0, items), sigma))
-            return out
+        def combine(*inner: Velocity) -> Velocity:
+            def velocity(x: Tensor, sigma: float) -> Tensor:
+                if x.shape[0] != batch:
+                    raise PlanError(f"latents for {x.shape[0]} pictures met a condition for {batch}")
+                out = torch.empty(len(texts), *x.shape[1:], device=x.device)
+                for rows, items, field in zip(to, of, inner, strict=True):
+                    out.index_copy_(0, rows, field(x.index_select(0, items), sigma))
+                return out
 
-        return velocity
+            return velocity
+
+        return Combined(combine, tuple(fields))
 
     def _tables(self, sigmas: Sequence[float]) -> list[Tensor]:
         """Modulations at these levels."""

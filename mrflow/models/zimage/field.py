@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from mrflow.backbone import Positions, in_parts
@@ -14,15 +13,18 @@ from mrflow.models.layers import Rope
 from mrflow.models.zimage.transformer import ZImage, filling
 from mrflow.models.zimage.transformer import positions as grid_positions
 from mrflow.pieces import Step
+from mrflow.tokens import PackedField
 
 
-class ZImageField:
+class ZImageField(PackedField):
     """The velocity (x, sigma) -> d x / d sigma for texts that fill up to one length; of others the step is told them.
 
     Refined text and rotations are made at the first call and die with the field. `table` gives the modulations of a
     level, which serve all items. `using` is entered while the network works, so that its weights can be brought where
     they are needed. `positions` says where tokens lie that are no grid.
     """
+
+    channels_last = True
 
     def __init__(
         self,
@@ -41,25 +43,29 @@ class ZImageField:
         self.refined: Tensor | None = None
         self.fixed: dict[tuple[int, int, int], tuple[Tensor, Rope]] = {}
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """Latents (b, c, h, w) at a level to their velocity, float32."""
+    def velocity(self, tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
+        """The float32 velocities of h x w tokens (b, h w, d) at a level."""
         with self.using():
-            table = self.table(sigma)
-            if self.refined is None:
-                self.refined = self._refined()
-            refined = self.refined
-            return in_parts(self.positions, lambda part, index: self._one(part, refined, table, index), x)
+            refined, table = self._prepared(sigma)
+            return in_parts(
+                self.positions, lambda part, i: self._one(part, refined, table, h, part.shape[1] // h, i), tokens
+            )
 
-    def _one(self, x: Tensor, refined: Tensor, table: Tensor, part: int) -> Tensor:
-        h, w = x.shape[2] // 2, x.shape[3] // 2
+    def _prepared(self, sigma: float) -> tuple[Tensor, Tensor]:
+        """The refined texts, and the modulations of a level."""
+        table = self.table(sigma)
+        if self.refined is None:
+            self.refined = self._refined()
+        return self.refined, table
+
+    def _one(self, tokens: Tensor, refined: Tensor, table: Tensor, h: int, w: int, part: int) -> Tensor:
+        """The velocities (b, h w, d) of packed latents (b, h w, d), or of one part of them."""
         if (h, w, part) not in self.fixed:
             self.fixed.clear()  # the newest alone: those of many parts are large
-            self.fixed[h, w, part] = self.net.filled(refined, h * w), self._rope(h, w, part, x)
+            self.fixed[h, w, part] = self.net.filled(refined, h * w), self._rope(h, w, part)
         text, rope = self.fixed[h, w, part]
-        tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2)
         key = self.net.attention if len(set(self.lengths)) == 1 else (h * w, self.lengths)
-        out = self.step(tokens, text, *rope, table, key=key).float()
-        return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)
+        return self.step(tokens, text, *rope, table, key=key).float()
 
     def _refined(self) -> Tensor:
         """The refined texts; shorter ones are padded with zeros."""
@@ -67,11 +73,11 @@ class ZImageField:
         items = {i: t for n, rows in self.rows.items() for i, t in zip(rows, own[n], strict=True)}
         return torch.stack([F.pad(items[i], (0, 0, 0, max(own) - self.lengths[i])) for i in range(len(items))])
 
-    def _rope(self, h: int, w: int, part: int, x: Tensor) -> Rope:
+    def _rope(self, h: int, w: int, part: int) -> Rope:
         """Rotations of text, filling and image; of each item where texts differ in length: the image lies behind."""
         ropes: dict[int, Rope] = {}
         for n in self.rows:
-            places = grid_positions(h, w, n, device=x.device)
+            places = grid_positions(h, w, n, device=self.texts[0].device)
             if self.positions is not None:
                 places[len(places) - h * w :, 1:] = self.positions.part(part).to(places)
             padding = places.new_zeros(max(self.rows) - n, 3)

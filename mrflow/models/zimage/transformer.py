@@ -23,7 +23,7 @@ from mrflow.models.layers import (
     Ops,
     RMSNorm,
     Rope,
-    apply_rope,
+    Stream,
     attention,
     project,
     rope_tables,
@@ -101,12 +101,13 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(p.head, late=True, eps=EPS) for _ in range(2))
         self.out = nn.Linear(p.hidden, p.hidden, bias=False)
 
-    def forward(self, x: Float[Tensor, "b n d"], rope: Rope, attend: Attention) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, x: Float[Tensor, "b n d"], rope: Rope, attend: Attention, ops: Ops = PLAIN
+    ) -> Float[Tensor, "b n d"]:
         """Every token attends to all."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in project(self.qkv, x, self.rows))
-        turn = Rope(*(table[..., None, :] for table in rope))
-        q, k = apply_rope(self.q_norm(q), turn), apply_rope(self.k_norm(k), turn)
-        out: Tensor = self.out(attended(attend, q, k, v))
+        stream = Stream(q, k, v, self.q_norm.scale, self.k_norm.scale)
+        out: Tensor = self.out(attended(attend, *ops.joint_heads((stream,), rope, EPS, late=True)))
         return out
 
 
@@ -144,7 +145,7 @@ class Block(nn.Module):
         if merge is not None:
             merged = merge(given[:, text:])
             down, up, rope = merged.down, merged.up, behind(merged.rope, merged.text - text)
-        change = on_image(up, self.attention(on_image(down, given, text), rope, attend), text)
+        change = on_image(up, self.attention(on_image(down, given, text), rope, attend, ops), text)
         x = ops.rms_gated(x, gate1, change, after1, EPS)
         given = ops.rms_scaled(x, before2, scale2, EPS)
         change = on_image(up, self.feed_forward(on_image(down, given, text)), text)
@@ -230,7 +231,7 @@ class ZImage(Transformer):
         text = torch.stack(rows)
         rope = self.rope(positions(0, 0, text.shape[1], device=text.device))
         for block in self.context_refiner:
-            text = block(text, rope, None, self.attention)
+            text = block(text, rope, None, self.attention, ops=self.ops)
         return text
 
     def filled(self, text: Float[Tensor, "b n d"], image: int) -> Float[Tensor, "b m d"]:
