@@ -1,6 +1,12 @@
 """The fuzz harness, briefly, and that it sees what it is there for."""
 
+import os
 import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,16 +34,63 @@ def test_mutated_inputs_end_in_errors_of_mrflow(kind: str, count: int) -> None:
     assert fuzz.fuzz(kind, count, seed=1, show=False) == {}
 
 
-def test_the_harness_sees_raw_errors_and_gives_the_same_input_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[float] = []
+def swallow() -> None:
+    try:
+        while True:
+            time.sleep(60)
+    except Exception as error:
+        raise mf.errors.MrflowError("as any other error") from error
 
-    def raw(self: fuzz.Inputs, rng: object) -> None:
-        seen.append(rng.random())  # type: ignore[attr-defined]
-        raise KeyError("raw")
 
-    monkeypatch.setattr(fuzz.Inputs, "try_images", raw)
-    assert fuzz.fuzz("images", 2, first=5, show=False) == {5: "KeyError: 'raw'", 6: "KeyError: 'raw'"}
-    fuzz.fuzz("images", 2, first=5, show=False)
+def ignore() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGPROF})
+    time.sleep(600)
+
+
+def hold() -> None:
+    held = bytearray(b"x" * (256 << 20))
+    time.sleep(600)
+    del held
+
+
+FAULTS: dict[str, tuple[Callable[[], object], str]] = {
+    "a raw error": (lambda: {}["raw"], "KeyError: 'raw'"),
+    "a hang that code takes for an error": (swallow, "took more than 10 s of the processor, or 0.5 s on the clock"),
+    "a hang that no signal ends": (ignore, "hung for 1 s and was killed"),
+    "memory that is held": (hold, r"grew by [1-3]\d\d MiB"),
+    "memory that is given back": (lambda: len(b"x" * (256 << 20)), r"grew by [1-3]\d\d MiB"),
+    "a crash": (lambda: os.kill(os.getpid(), signal.SIGKILL), "the process ended by SIGKILL"),
+    "an end": (lambda: os._exit(7), "the process ended by exit 7"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_harness_sees_what_it_is_there_for_and_goes_on(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    act, said = FAULTS[fault]
+    monkeypatch.setattr(fuzz, "GROWTH", 128 << 20)
+    if "memory" not in fault:
+        monkeypatch.setattr(fuzz, "HANG", 0.5)
+        monkeypatch.setattr(fuzz, "PATIENCE", 0.5)
+    third = random.Random("images 0 7").random()
+    monkeypatch.setattr(fuzz.Inputs, "try_images", lambda self, rng: act() if rng.random() == third else None)
+    bad = fuzz.fuzz("images", 5, first=5, show=False)
+    assert list(bad) == [7] and re.fullmatch(said, bad[7]), bad
+
+
+def test_an_input_is_made_again_by_its_number_in_a_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    inputs = fuzz.Inputs("sweeps", tmp_path, 0)
+    found = mutations.files_below(tmp_path)
+
+    def note(self: fuzz.Inputs, rng: random.Random) -> None:
+        seen.append(rng.random())
+        assert mutations.files_below(tmp_path) == found
+        next(path for path in found if path.suffix == ".png").unlink()
+
+    monkeypatch.setattr(fuzz.Inputs, "try_sweeps", note)
+    assert [inputs.attempt(number) for number in (5, 6, 5, 6)] == [None] * 4
     assert seen[:2] == seen[2:] and seen[0] != seen[1]
 
 

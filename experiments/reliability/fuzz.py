@@ -6,6 +6,7 @@ Kinds: images (every format that is read), records (PNGs that carry one, read an
 headers (safetensors), pickles (`.pth`), folders (of a model: any of its files), configs (of a model: its JSON files),
 sweeps (received folders: read, reported on, resumed). Folders and configs need diffusers and transformers.
 Each input is a function of the seed and its number: `--first N --count 1` makes one again. Exit code 1 if one was bad.
+They are tried in a forked process that is watched from outside, so that a crash or a hang costs one input.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from experiments.reliability.mutations import (
     networks,
     pickles,
 )
+from experiments.reliability.watched import watched
 from mrflow.errors import MrflowError
 from mrflow.models import info
 from mrflow.models.describe import describe
@@ -58,6 +60,7 @@ from mrflow.upscalers import load_upscaler
 from mrflow.upscalers.weights import read_state
 
 LIMIT, HANG = 10, 60  # seconds of the processor, and on the clock: other work may share the machine
+PATIENCE = 10  # seconds after HANG, after which the process is killed
 GROWTH = 2 << 30  # bytes
 VERBS = ("generate", "run", "refine", "plan", "sweep", "report", "tune", "inspect", "replay")
 ODD = (
@@ -84,6 +87,7 @@ class Inputs:
 
     def __init__(self, kind: str, folder: Path, seed: int) -> None:
         self.folder, self.seed, self.kind = folder, seed, kind
+        self.kept: dict[Path, dict[Path, bytes]] = {}  # folders that every input finds as they were
         for name in NEEDS.get(kind, ()):
             getattr(self, name)
 
@@ -126,15 +130,18 @@ class Inputs:
     @cached_property
     def whole(self) -> dict[Path, bytes]:
         """What lies in it."""
-        return files_below(self.model)
+        self.kept[self.model] = files_below(self.model)
+        return self.kept[self.model]
 
     @cached_property
     def sweep(self) -> tuple[mf.Sweep, dict[Path, bytes]]:
         """A finished sweep, and what lies in its folder."""
         chains = {"native": mf.recipes.native(size=(32, 32), steps=1), "low": mf.recipes.native(size=(32, 32), steps=2)}
         sweep = mf.Sweep(chains, ["a", "b"], model="toy", metrics=[Sharpness()])
-        run_sweep(sweep, mf.toy(), self.folder / "sweep")
-        return sweep, files_below(self.folder / "sweep")
+        folder = self.folder / "sweep"
+        run_sweep(sweep, mf.toy(), folder)
+        self.kept[folder] = files_below(folder)
+        return sweep, self.kept[folder]
 
     def try_images(self, rng: random.Random) -> None:
         """Read one image."""
@@ -215,67 +222,67 @@ class Inputs:
         self.use_model(rng)
 
     def use_model(self, rng: random.Random) -> None:
-        """Plan, describe or load the folder, which is then as it was."""
-        try:
-            rng.choice((lambda p: info(str(p)), mf.load, mf.load, describe))(self.model)
-        finally:
-            restore(self.model, self.whole)
+        """Plan, describe or load the folder."""
+        rng.choice((lambda p: info(str(p)), mf.load, mf.load, describe))(self.model)
 
     def try_sweeps(self, rng: random.Random) -> None:
         """Report on a folder that was changed, and go on in it."""
         sweep, whole = self.sweep
         folder = self.folder / "sweep"
-        try:
-            for path in rng.sample(list(whole), rng.randint(1, 4)):
-                act = rng.randrange(6)
-                if act == 0:
-                    path.unlink()
-                    path.symlink_to(rng.choice(("/dev/zero", "/etc/hostname", path.name, "..")))
-                elif act == 1:
-                    path.write_bytes(rng.choice(list(whole.values())))
-                else:
-                    path.write_bytes((changed_json if path.suffix == ".json" else mutated)(whole[path], rng))
-            act = rng.randrange(3)
+        for path in rng.sample(list(whole), rng.randint(1, 4)):
+            act = rng.randrange(6)
             if act == 0:
-                page(folder)
+                path.unlink()
+                path.symlink_to(rng.choice(("/dev/zero", "/etc/hostname", path.name, "..")))
             elif act == 1:
-                rows, _ = load(folder)
-                write_csv(rows, folder / "rows.csv")
+                path.write_bytes(rng.choice(list(whole.values())))
             else:
-                run_sweep(sweep, mf.toy(), folder)
-        finally:
-            restore(folder, whole)
+                path.write_bytes((changed_json if path.suffix == ".json" else mutated)(whole[path], rng))
+        act = rng.randrange(3)
+        if act == 0:
+            page(folder)
+        elif act == 1:
+            rows, _ = load(folder)
+            write_csv(rows, folder / "rows.csv")
+        else:
+            run_sweep(sweep, mf.toy(), folder)
 
     def attempt(self, number: int) -> str | None:
         """What is wrong about input `number`, or None."""
         rng = random.Random(f"{self.kind} {self.seed} {number}")
         one: Callable[[random.Random], None] = getattr(self, f"try_{self.kind}")
-        began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for folder, whole in self.kept.items():
+            restore(folder, whole)
+        began, wrong, alarms = time.process_time(), None, list[int]()
 
         def late(signum: int, frame: FrameType | None) -> None:
-            raise TimeoutError(f"more than {LIMIT} s, or {HANG} s on the clock")
+            alarms.append(signum)
+            raise LateError
 
         previous = [signal.signal(number, late) for number in (signal.SIGALRM, signal.SIGPROF)]
-        signal.alarm(HANG)
+        signal.setitimer(signal.ITIMER_REAL, HANG)
         signal.setitimer(signal.ITIMER_PROF, LIMIT)
         try:
             one(rng)
         except MrflowError as error:
-            if not str(error):
-                return f"{type(error).__name__} without words"
+            wrong = None if str(error) else f"{type(error).__name__} without words"
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            return f"{type(error).__name__}: {str(error)[:200]}"
+            wrong = f"{type(error).__name__}: {str(error)[:200]}"
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_PROF, 0)
             for number, handler in zip((signal.SIGALRM, signal.SIGPROF), previous, strict=True):
                 signal.signal(number, handler)
-        if (grown := 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)) > GROWTH:
-            return f"grew by {grown >> 20} MiB"
+        if alarms:
+            return f"took more than {LIMIT} s of the processor, or {HANG} s on the clock"
         took = time.process_time() - began
-        return f"took {took:.0f} s" if took > LIMIT else None
+        return wrong or (f"took {took:.0f} s" if took > LIMIT else None)
+
+
+class LateError(BaseException):
+    """Time is up; nothing that handles errors takes it for one."""
 
 
 @cache
@@ -305,15 +312,10 @@ def fuzz(kind: str, count: int, seed: int = 0, first: int = 0, *, show: bool = T
     bad: dict[int, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(kind, Path(folder), seed)
-        for number in range(first, first + count):
-            try:
-                wrong = inputs.attempt(number)
-            except KeyboardInterrupt:
-                sys.exit(f"{number - first} {kind} before it was stopped: {len(bad)} bad")
-            if wrong is not None:
-                bad[number] = wrong
-                if show:
-                    print(f"{kind} {number}: {wrong}")
+        for number, wrong in watched(inputs.attempt, range(first, first + count), hang=HANG + PATIENCE, growth=GROWTH):
+            bad[number] = wrong
+            if show:
+                print(f"{kind} {number}: {wrong}", flush=True)
     return bad
 
 
@@ -327,7 +329,7 @@ def main() -> int:
     args = parser.parse_args()
     began = time.monotonic()
     bad = fuzz(args.kind, args.count, args.seed, args.first)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
     took = time.monotonic() - began
     print(
         f"{args.count} {args.kind}: {len(bad)} bad, {took:.0f} s, peak {peak} MiB",

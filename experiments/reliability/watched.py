@@ -1,0 +1,116 @@
+"""Numbered attempts in a forked process, watched from outside: what kills it, hangs it or makes it grow is a result.
+
+The process keeps what its parent imported and made, so an attempt costs no start; after a death the next one is forked.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+Attempt = Callable[[int], str | None]
+LOOK = 0.1  # seconds between looks at a process
+
+
+def watched(attempt: Attempt, numbers: range, *, hang: float, growth: int) -> Iterator[tuple[int, str]]:
+    """Call `attempt` with each number, and give the numbers at which something was wrong, with what it was.
+
+    Args:
+        attempt: gives what is wrong, or None.
+        hang: seconds on the clock after which an attempt is killed.
+        growth: bytes of memory that an attempt may use beyond what the process held before it.
+    """
+    at = numbers.start
+    while at < numbers.stop:
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(read)
+            _child(attempt, range(at, numbers.stop), write)
+        os.close(write)
+        try:
+            for number, wrong in _reports(pid, read, at, hang, growth):
+                at = number + 1
+                if wrong is not None:
+                    yield number, wrong
+        finally:
+            os.close(read)
+            _end(pid)
+
+
+def _child(attempt: Attempt, numbers: range, write: int) -> NoReturn:
+    """The forked process: a line for each attempt."""
+    try:
+        for number in numbers:
+            _forget_peak()
+            before = _peak()
+            wrong = attempt(number)
+            line = json.dumps([number, wrong, _peak() - before]) + "\n"
+            os.write(write, line.encode())
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _reports(pid: int, read: int, at: int, hang: float, growth: int) -> Iterator[tuple[int, str | None]]:
+    """What a process says of each attempt from number `at` on, the last being what ended it, if anything did."""
+    began, base, rest = time.monotonic(), _held(pid), b""
+    while True:
+        ready, _, _ = select.select([read], [], [], LOOK)
+        if ready:
+            data = os.read(read, 1 << 16)
+            if not data:
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                if code:
+                    yield at, f"the process ended by {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                number, wrong, grown = json.loads(line)
+                yield number, wrong or (_grew(grown) if grown > growth else None)
+                at = number + 1
+            began, base = time.monotonic(), _held(pid)
+        elif (grown := _held(pid) - base) > growth:
+            yield at, _grew(grown)
+            return
+        elif time.monotonic() - began > hang:
+            yield at, f"hung for {hang:g} s and was killed"
+            return
+
+
+def _grew(grown: int) -> str:
+    return f"grew by {grown >> 20} MiB"
+
+
+def _end(pid: int) -> None:
+    """Kill a process if it still runs, and take its status."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _held(pid: int) -> int:
+    """Bytes of memory that a process holds; 0 where it ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
+
+
+def _forget_peak() -> None:
+    """Let the peak of this process begin at what it holds now, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """The most bytes of memory that this process held."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
