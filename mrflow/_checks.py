@@ -1,6 +1,7 @@
 """Argument checks, once: a value is what it should be, or PlanError says what that is and what was given."""
 
 import math
+import sys
 from typing import TypeGuard
 
 from mrflow.errors import PlanError
@@ -12,10 +13,10 @@ def is_whole(value: object, low: float = -math.inf, high: float = math.inf) -> T
 
 
 def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[float]:
-    """Whether it is a finite number from `low` to `high`; True and False are no numbers."""
+    """Whether it is a finite number from `low` to `high` that a float holds; True and False are no numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) and low <= value <= high
+    return abs(value) <= sys.float_info.max and low <= value <= high  # of NaN, all comparisons are false
 
 
 def require(right: bool, name: str, wanted: str, value: object) -> None:  # noqa: FBT001

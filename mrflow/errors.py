@@ -53,6 +53,14 @@ class RecordError(MrflowError, ValueError):
     """A picture carries no record, or one that cannot be replayed."""
 
 
+def words_of(error: BaseException) -> str:
+    """An exception's text; empty where it has none, or where making it fails."""
+    try:
+        return str(error).strip()
+    except Exception:
+        return ""
+
+
 def named(error: Exception, where: str) -> MrflowError:
     """What a stage raised as an error that begins with the stage's name: of its own class where that is mrflow's.
 
@@ -62,13 +70,15 @@ def named(error: Exception, where: str) -> MrflowError:
         kind: type[MrflowError] = next(k for k in type(error).__mro__ if k.__module__ == __name__)
         return kind(f"{where}: {error}")
     if is_out_of_memory(error):
-        return ResourceError(f"{where}: out of memory; try a smaller size or batch ({str(error) or 'MemoryError'})")
-    return PromiseError(f"{where}: failed with {type(error).__name__}: {error}")
+        return ResourceError(
+            f"{where}: out of memory; try a smaller size or batch ({words_of(error) or 'MemoryError'})"
+        )
+    return PromiseError(f"{where}: failed with {type(error).__name__}: {words_of(error)}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of any kind says that memory ran out, on a GPU or a CPU."""
     import torch
 
-    said = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
+    said = any(each in words_of(error) for each in ("not enough memory", "can't allocate memory"))
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -4,8 +4,9 @@ A file is read once, held to limits before it is decoded, and only by the decode
 raises becomes one error of mrflow. A PNG's text is read here and never by Pillow, which refuses long texts.
 """
 
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -42,7 +43,16 @@ def read_image(path: str | Path) -> Tensor:
         ResourceError: the file cannot be read. PlanError: it is no image in one of `FORMATS`, is broken, holds NaN or
             numbers of no known scale, or has more than `MAX_FILE` bytes or `MAX_PIXELS` pixels.
     """
-    return _decoded(_bytes(path), str(path))
+    data = _bytes(path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pixels = _decoded(data, str(path))
+    for text in dict.fromkeys(str(each.message).strip() for each in said):
+        if "EXIF" in text:
+            note(f"{path}: its EXIF is broken and was ignored ({text})")
+        elif "Palette images" not in text:  # those are converted with their transparency here
+            note(f"{path}: {text}")
+    return pixels
 
 
 def _bytes(path: str | Path) -> bytes:
@@ -246,9 +256,10 @@ def png_text(chunk: Chunk) -> tuple[str, bytes] | None:
 
 def _bare(data: bytes, path: str) -> tuple[bytes, bytes | None]:
     """A PNG without what its pixels do not need, and its colour profile; a broken PNG is cut off where it breaks."""
-    kept, profile = [SIGNATURE], None
+    kept, profile, coded = [SIGNATURE], None, dict[bytes, bytes]()
     try:
         for chunk in chunks(data):
+            coded[chunk.kind] = chunk.data
             if chunk.kind == b"iCCP":
                 try:
                     profile = unpacked(chunk.data.partition(b"\0")[2][1:], MAX_PROFILE)
@@ -259,7 +270,21 @@ def _bare(data: bytes, path: str) -> tuple[bytes, bytes | None]:
     except ValueError:
         if not any(raw[4:8] == b"IDAT" for raw in kept):
             raise
+    if coded.get(b"IHDR", b"")[9:10] == b"\3" and b"PLTE" not in coded:
+        raise ValueError("its palette is missing")
+    if profile is None and (coding := _coding(coded)):
+        note(f"{path}: its colours are coded with {coding}, which is not converted; they are taken as sRGB")
     return b"".join(kept), profile
+
+
+def _coding(coded: Mapping[bytes, bytes]) -> str:
+    """What a PNG's chunks say of its colours where that is neither sRGB nor near it; else empty."""
+    if (points := coded.get(b"cICP", b"\1\r"))[:2] not in (b"\1\r", b"\1\1"):
+        return f"cICP {'/'.join(map(str, points[:2]))}"
+    exponent = int.from_bytes(coded.get(b"gAMA", b""), "big") or 45455
+    if b"sRGB" in coded or b"cICP" in coded or 40000 <= exponent <= 50000:
+        return ""
+    return f"a gamma of {100000 / exponent:.3g}"
 
 
 def _orients(chunk: Chunk) -> bool:

@@ -70,6 +70,25 @@ class Shift:
     last: float | None = None
     by_step: ByStep | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is no such line or curve.
+
+        Raises:
+            PlanError: naming the first of it.
+        """
+        for name, value in (("low", self.low), ("high", self.high)):
+            require(is_number(value), f"a shift's {name}", "a finite number", value)
+        require(
+            self.low_tokens != self.high_tokens,
+            "a shift's high_tokens",
+            f"other than {self.low_tokens}",
+            self.low_tokens,
+        )
+        require(self.kind in ("exponential", "linear"), "a shift's kind", "exponential or linear", self.kind)
+        for name, value in (("terminal", self.terminal), ("last", self.last)):
+            inside = value is None or (is_number(value) and 0 < value < 1)
+            require(inside, f"a shift's {name}", "above 0 and below 1", value)
+
     def mu(self, tokens: int, *, steps: int | None = None) -> float:
         """The shift at this many image tokens, and steps where it depends on them (None: many)."""
         over, span, few = tokens - self.low_tokens, self.high_tokens - self.low_tokens, self.by_step

@@ -19,7 +19,7 @@ from mrflow._checks import check_whole
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.devices import to_device
-from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, named
+from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, named, words_of
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
 from mrflow.model_info import ModelInfo
@@ -351,7 +351,7 @@ def plan(
         except MrflowError as error:
             raise named(error, where) from error
         except Exception as error:
-            raise PlanError(f"{where}: its plan failed with {type(error).__name__}: {error}") from error
+            raise PlanError(f"{where}: its plan failed with {type(error).__name__}: {words_of(error)}") from error
         spec = rows[-1].out
     return Plan(model, tuple(rows), stages)
 

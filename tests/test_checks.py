@@ -19,7 +19,7 @@ def test_what_is_no_whole_number(value: object) -> None:
         check_whole("steps", value, 1, 9)
 
 
-@pytest.mark.parametrize("value", [True, None, "3", math.nan, math.inf, -math.inf, 1j])
+@pytest.mark.parametrize("value", [True, None, "3", math.nan, math.inf, -math.inf, 1j, 10**400])
 def test_what_is_no_number(value: object) -> None:
     assert not is_number(value)
     with pytest.raises(mf.PlanError, match=re.escape(f"mu must be a finite number, got {value!r}")):

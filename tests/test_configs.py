@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import mrflow as mf
 from mrflow.checkpoints import configs
 from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.safetensors import Header, read_header, save_file
@@ -81,9 +82,19 @@ def test_settings_are_asked_for_by_type_and_range(kind: str) -> None:
     assert Config({"x": None}, "").number("x", 4.0) == 4.0
 
 
+DYNAMIC = {
+    "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "settings",
     [
+        {"use_karras_sigmas": "false"}, {"use_dynamic_shifting": "false"}, {"_class_name": "UniPCMultistepScheduler",
+         "use_flow_sigmas": "false"}, {"shift": 0}, {"shift_terminal": 1.0},
+        DYNAMIC | {"time_shift_type": "cosine"}, DYNAMIC | {"time_shift_type": 5},
+        DYNAMIC | {"base_image_seq_len": 4096},
         {"shift": "3"}, {"shift": [3]}, {"shift": True}, {"shift_terminal": 7},
         {"use_dynamic_shifting": True, "base_shift": None},
         {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.1, "base_image_seq_len": 2.5,
@@ -91,8 +102,18 @@ def test_settings_are_asked_for_by_type_and_range(kind: str) -> None:
     ],
 )  # fmt: skip
 def test_schedulers_are_held_to_types(settings: dict[str, Any]) -> None:
-    with pytest.raises(WeightsError, match="scheduler_config.json cannot be used: .* must be a"):
+    with pytest.raises(WeightsError, match=r"scheduler_config.json cannot be used: [^(]* must be [a-z]"):
         shift_of(settings, "folder")
+
+
+def test_flags_may_be_numbers_and_curves_have_names() -> None:
+    assert shift_of(DYNAMIC | {"use_dynamic_shifting": 1, "use_karras_sigmas": 0, "invert_sigmas": None}, "") == (
+        mf.Shift(0.5, 1.15)
+    )
+    with pytest.raises(mf.PlanError, match="a shift's kind must be exponential or linear, got 'cosine'"):
+        mf.Shift(0.5, 1.15, kind="cosine")  # type: ignore[arg-type]
+    with pytest.raises(mf.PlanError, match="a shift's low must be a finite number"):
+        mf.Shift(float("nan"), 1.15)
 
 
 class Spy:

@@ -1,6 +1,7 @@
 """The command line against other processes, odd files, odd texts, and streams that take nothing."""
 
 import errno
+import io as streams
 import json
 import os
 import subprocess
@@ -14,10 +15,12 @@ from mrflow.cli import drawing
 from mrflow.cli import parsing as words
 from mrflow.cli.app import app
 from mrflow.cli.display import Plain, console
+from mrflow.cli.sweeps import bar
 from mrflow.errors import ChainError, PlanError, ResourceError
 from mrflow.notes import printable
 from mrflow.records import pictures as io
 from mrflow.records import publish
+from mrflow.sweep.local import Progress
 
 CHAIN = """
 from dataclasses import dataclass
@@ -123,6 +126,9 @@ def test_errors_of_a_file_name_its_line_and_variable(tmp_path: Path) -> None:
     file.write_bytes(b"x = 1\0")
     with pytest.raises(PlanError, match=r"^bad\.py"):
         words.load_file(file)
+    file.write_text("class E(Exception):\n    def __str__(self): raise ValueError\n\nraise E\n")
+    with pytest.raises(PlanError, match=r"^bad\.py, line 4: E: $"):
+        words.load_file(file)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -177,6 +183,18 @@ def test_control_characters_are_shown_as_escapes(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["model"] == "\x1b[2J"
     done = CliRunner().invoke(app, ["replay", str(tmp_path / "x.png"), "--out", str(tmp_path / "y.png")])
     assert done.exit_code == 2 and "\x1b" not in done.stderr
+
+
+def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "mine.py:X:Y [red]a :smile: [/b]"
+    with pytest.raises(SystemExit), console() as err:
+        err.print(text)
+        raise PlanError(text)
+    assert capsys.readouterr().err.splitlines() == [text, f"error: {text}"]
+    shown = Plain(file=streams.StringIO(), force_terminal=True, width=200, emoji=False)
+    with bar(shown) as show:
+        show(Progress(1, 0, 2, None, text))
+    assert text in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_console_survives_a_stream_that_takes_nothing() -> None:

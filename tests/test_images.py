@@ -43,14 +43,26 @@ def icc(gamma: float = 563 / 256) -> bytes:
     return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
 
 
-def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (2, 2)) -> bytes:
-    """A black grey PNG with more chunks before its pixels."""
-    head = struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0)
+def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (2, 2), indexed: bool = False) -> bytes:
+    """A black grey PNG with more chunks before its pixels; `indexed` says that they are numbers of a palette."""
+    head = struct.pack(">IIBBBBB", *size, 8, 3 if indexed else 0, 0, 0, 0)
     rows = zlib.compress(b"\0" * (size[1] * (size[0] + 1))) if size[0] < 100 else b""
     whole = images.SIGNATURE
     for kind, data in ((b"IHDR", head), *chunks, (b"IDAT", rows), (b"IEND", b"")):
         whole += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return whole
+
+
+def saved(form: str, mode: str = "RGB", **how: Any) -> bytes:
+    """A small image as Pillow writes it."""
+    buffer = io.BytesIO()
+    Image.fromarray(COLOURS).convert(mode).save(buffer, form, **how)
+    return buffer.getvalue()
+
+
+TURNED = Image.Exif()
+TURNED[0x0112], TURNED[0x9003] = 6, "x" * 100
+EXIF = TURNED.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +189,7 @@ def test_long_texts_do_not_matter_to_pixels(tmp_path: Path, kind: str) -> None:
         ("packed.png", png((b"zTXt", b"Comment\0\0" + b"no zlib")), None),
         ("profile.png", png((b"iCCP", b"x\0\0" + zlib.compress(b"\0" * (1 << 25)))), None),
         ("cut.png", png()[:40], "broken picture"),
+        ("palette.png", png(indexed=True), "broken picture .ValueError: its palette is missing"),
         ("drawing.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image that"),
         ("empty.png", b"", "not an image that"),
         ("a.psd", b"8BPS" + b"\0" * 40, "not an image that"),
@@ -190,6 +203,28 @@ def test_odd_files_are_read_or_refused_in_one_line(tmp_path: Path, name: str, da
     with pytest.raises(mf.PlanError, match=words) as caught:
         mf.read_image(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("exif.jpg", saved("JPEG", exif=EXIF[:20]), "its EXIF is broken and was ignored"),
+        ("exif.webp", saved("WEBP", exif=EXIF[:25]), "its EXIF is broken and was ignored"),
+        ("clear.png", saved("PNG", mode="P", transparency=bytes([0, 128, *[255] * 254])), None),
+        ("hdr.png", png((b"cICP", b"\x09\x10\0\1")), "coded with cICP 9/16, which is not converted"),
+        ("linear.png", png((b"gAMA", (100000).to_bytes(4, "big"))), "coded with a gamma of 1, which is not converted"),
+        ("usual.png", png((b"gAMA", (45455).to_bytes(4, "big")), (b"cICP", b"\1\r\0\1")), None),
+        ("srgb.png", png((b"sRGB", b"\0"), (b"gAMA", (100000).to_bytes(4, "big"))), None),
+    ],
+)
+def test_what_is_ignored_is_said_in_one_line_and_nothing_else_is(
+    tmp_path: Path, name: str, data: bytes, words: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with collected() as notes:
+        mf.read_image(tmp_path / name)
+    assert not recwarn.list and len(notes) == (words is not None)
+    assert words is None or (words in notes[0] and notes[0].startswith(str(tmp_path / name)) and "\n" not in notes[0])
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

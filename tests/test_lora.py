@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import mrflow as mf
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.weights import whole_state
 from mrflow.models.layers import SplitLinear
-from mrflow.models.lora import changes, key_of, merge, targets
+from mrflow.models.lora import Adapted, Change, changes, key_of, merge, targets
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from tests.lora_files import LAYOUTS, flux_linears, low_rank, write_lora
 from tests.parity.test_flux import SMALL, relative
@@ -491,6 +491,14 @@ def test_patterns_match_as_in_peft(case: str, beside: bool, tmp_path: Path) -> N
         ({"alpha_pattern": {"to_(q": 1}}, "no regular expression"),
         ({"alpha_pattern": {"(.+)+z": 1}}, "too involved"),
         ({"rank_pattern": {".*.*.*.*.*z": 1}}, "too involved"),
+        ({"rank_pattern": ["to_q"]}, "its rank_pattern must be a table"),
+        ({"alpha_pattern": {"to_k": 10**400}}, "beyond any that a setting has"),
+        ({"lora_alpha": 10**400}, "beyond any that a setting has"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
+        ({"use_dora": True}, "is DoRA; mrflow reads LoRA"),
+        ({"peft_type": "LOHA"}, "is LOHA; mrflow reads LoRA"),
+        ({"init_lora_weights": "pissa_niter_16"}, "beside a changed copy of the model"),
+        ({"init_lora_weights": "olora"}, "beside a changed copy of the model"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -498,6 +506,38 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
     table = {f"transformer.{key}": value for key, value in ({"r": 4, "lora_alpha": 4} | settings).items()}
     with pytest.raises(WeightsError, match=message):
         change_of(tmp_path, state, metadata={"lora_adapter_metadata": json.dumps(table)})
+    code, out, _ = call("inspect", str(tmp_path / "x.safetensors"))
+    assert code == 0 and (re.search(message, " ".join(out.split())) or "its matrices have" in message)
+
+
+@pytest.mark.parametrize("settings", [{"peft_type": "LORA", "init_lora_weights": "gaussian"}, {"alpha_pattern": None}])
+def test_settings_of_training_alone_change_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    state = {f"transformer.transformer_blocks.0.attn.to_q.lora_{w}.weight": t for w, t in (("A", DOWN), ("B", UP))}
+    table = {f"transformer.{key}": value for key, value in ({"r": 4, "lora_alpha": 4} | settings).items()}
+    change_of(tmp_path, state, metadata={"lora_adapter_metadata": json.dumps(table)})
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": torch.tensor(3e38)},
+        {"lora_down.weight": 1e30 * DOWN, "lora_up.weight": 1e30 * UP},
+    ],
+)
+def test_a_change_that_no_weight_holds_is_refused_by_name(state: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=f"{STEM} are beyond float32"):
+        change_of(tmp_path, {f"{STEM}.{k}": v for k, v in state.items()})
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_change_that_float16_does_not_hold_is_refused(merged: bool) -> None:
+    net = nn.Sequential(nn.Linear(32, 32)).half()
+    change = Change(DOWN, 1e6 * UP)
+    with pytest.raises(WeightsError, match=r"reach \d.*, beyond float16; take bfloat16"):
+        if merged:
+            merge(net, {"0": change})
+        else:
+            Adapted(net[0], change, dtype=torch.float16, device="cpu")
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1", True, 101])

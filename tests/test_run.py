@@ -298,12 +298,17 @@ class Wild(mf.Stage[mf.Pixels, mf.Pixels]):
             def __init__(self, a: int, b: int) -> None:
                 super().__init__(f"{a} and {b}")
 
+        class WordlessError(Exception):
+            def __str__(self) -> str:
+                raise ValueError
+
         raised: dict[str, Exception] = {
             "memory": MemoryError(),
             "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
             "key": KeyError("gone"),
             "own": OwnError(1, 2),
             "deep": RecursionError("too deep"),
+            "wordless": WordlessError(),
         }
         if self.kind in raised:
             raise raised[self.kind]
@@ -319,6 +324,7 @@ class Wild(mf.Stage[mf.Pixels, mf.Pixels]):
         ("cuda", mf.ResourceError, "out of memory; try a smaller size or batch .CUDA out of memory"),
         ("key", mf.PromiseError, "failed with KeyError: 'gone'"),
         ("deep", mf.PromiseError, "failed with RecursionError: too deep"),
+        ("wordless", mf.PromiseError, "failed with WordlessError: "),
         ("own", mf.PlanError, "1 and 2"),
         ("plan", mf.PlanError, "its plan failed with MemoryError: in the plan"),
         ("check", mf.PromiseError, "failed with KeyError: 'in the check'"),

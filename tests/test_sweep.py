@@ -486,6 +486,7 @@ def test_a_full_disk_stops_it_and_leaves_nothing_half_written(tmp_path: Path, mo
         (lambda: mf.Sweep({"a": paper()}, ["a", "a"]), "the prompt 'a' is there twice"),
         (lambda: mf.Sweep({"a": paper()}, ["a"], seeds=(1, 1)), "a seed is there twice"),
         (lambda: mf.Sweep({"a": paper()}, ["a"], reference="b"), "the reference 'b' is none of the chains: a"),
+        (lambda: mf.Sweep({"a": paper()}, {"x": "a"}), "prompts are a list of texts"),
         (lambda: mf.Sweep({"a": paper()}, [3]), "a prompt must be text or a Prompt"),  # type: ignore[list-item]
         (lambda: mf.Sweep({"a": paper()}, ["a"], pictures="all"), "pictures must be last or stages"),  # type: ignore[arg-type]
         (lambda: run(mf.Sweep({"a": mf.Sample(*SIZE)}, ["a"])), "chain 'a' ends in Latents"),

@@ -5,7 +5,6 @@ numbers are finite. What is then asked of it is asked by type and range, and any
 names the file, the setting and what was expected.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -54,6 +53,20 @@ class Config(Mapping[str, Any]):
         if not is_whole(value, low, high):
             self._refuse(name, f"a whole number from {low} to {high}", value)
         return value
+
+    def flag(self, name: str) -> bool:
+        """True or false, 1 and 0 included; false where the setting is not there; else as `number`."""
+        value = self._given(name, usual=False)
+        if value not in (True, False):
+            self._refuse(name, "true or false", value)
+        return bool(value)
+
+    def word(self, name: str, usual: str, allowed: Sequence[str]) -> str:
+        """One of the words; `usual` where the setting is not there; else as `number`."""
+        value = self._given(name, usual)
+        if value not in allowed:
+            self._refuse(name, " or ".join(allowed), value)
+        return cast("str", value)
 
     def numbers(self, name: str, usual: Sequence[float] | None = None, *, count: int) -> tuple[float, ...]:
         """So many finite numbers; else as `number`."""
@@ -120,7 +133,7 @@ def _check(table: Mapping[str, Any], where: object) -> None:
                 inside += cast("dict[str, Any]", value).values()
             elif isinstance(value, list):
                 inside += value
-            elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < MAX_NUMBER):
+            elif isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
                 raise WeightsError(f"{where} holds the number {str(value)[:40]}, beyond any that a setting has")
         level = inside
         count += len(level)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mrflow._checks import is_number
-from mrflow.checkpoints.configs import parse_config, read_config
+from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.hub import fetch_file
 from mrflow.checkpoints.names import bare
 from mrflow.checkpoints.safetensors import Entry, Header, mapped, open_checkpoint, some
@@ -29,8 +29,11 @@ AXES = {"down": 2, "up": 2, "diff": 2, "bias": 1, "diff_b": 1}
 TEXT = ("text_encoder.", "text_encoder_2.", "text_encoders.", "lora_te", "te1.", "te2.", "conditioner.")
 OTHER = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1": "LoHa", "lokr_w": "LoKr", "oft_": "OFT",
-    "lora_mid": "a Tucker-decomposed LoRA", "set_weight": "a weight replacement",
+    "lora_mid": "a Tucker-decomposed LoRA", "set_weight": "a weight replacement", "boft_": "BOFT", "vera_": "VeRA",
+    "a1.weight": "GLoRA", "on_input": "IA3",
 }  # fmt: skip
+# What PEFT trains beside a changed copy of the model's weights: added to the published ones it is something else.
+BESIDE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,9 @@ def scale_factors(header: Header) -> Callable[[str, int], float]:
     """alpha / rank by module and rank, from the file's metadata or an adapter_config.json beside it; else 1.
 
     As in PEFT: the first pattern that matches the end of a module's name gives its alpha or rank.
+
+    Raises:
+        WeightsError: they are of another kind of adapter, or a setting is not what it should be.
     """
     path = header.path
     raw = parse_config(header.metadata.get("lora_adapter_metadata", "{}"), f"{path}: its lora_adapter_metadata")
@@ -165,41 +171,57 @@ def scale_factors(header: Header) -> Callable[[str, int], float]:
     beside = path.parent / "adapter_config.json"
     if not settings and path.name == "adapter_model.safetensors" and beside.is_file():
         path, settings = beside, read_config(beside)
-    if settings.get("use_dora"):
-        raise WeightsError(f"{path} is DoRA; mrflow reads LoRA, see docs/how-to/lora.md")
-    alphas, ranks = (_patterns(settings.get(f"{kind}_pattern"), kind, path) for kind in ("alpha", "rank"))
-
-    def number(kind: str, value: object) -> float:
-        if not is_number(value):
-            raise WeightsError(f"{path} gives {kind} {value!r}, which is no number")
-        return float(value)
+    config = Config(settings, path)
+    what = str(settings.get("peft_type") or "LORA").rpartition(".")[2]
+    if what.upper() != "LORA" or config.flag("use_dora"):
+        what = "DoRA" if what.upper() == "LORA" else what
+        raise WeightsError(f"{path} is {what}; mrflow reads LoRA, see docs/how-to/lora.md")
+    start = str(settings.get("init_lora_weights")).lower()
+    if start.startswith(BESIDE):
+        raise WeightsError(
+            f"{path} was trained with init_lora_weights={start!r}, beside a changed copy of the model: let PEFT "
+            "convert it (save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
+    roots = config.flag("use_rslora")
+    alphas, ranks = (
+        [
+            *_patterns(settings.get(f"{kind}_pattern"), kind, key, path),
+            (re.compile(""), _number(path, key, settings.get(key))),
+        ]
+        for kind, key in (("alpha", "lora_alpha"), ("rank", "r"))
+    )
 
     def factor(module: str, rank: int) -> float:
-        alpha, own = (
-            next((value for pattern, value in table if pattern.match(module)), settings.get(key))
-            for table, key in ((alphas, "lora_alpha"), (ranks, "r"))
-        )
+        alpha, own = (next(value for pattern, value in table if pattern.match(module)) for table in (alphas, ranks))
         if alpha is None:
             return 1.0
-        if own is not None and number("r", own) != rank:
-            raise WeightsError(f"{path} gives {module} rank {own}, but its matrices have {rank}")
-        return number("lora_alpha", alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+        if own is not None and own != rank:
+            raise WeightsError(f"{path} gives {module} rank {own:g}, but its matrices have {rank}")
+        return alpha / (rank**0.5 if roots else rank)
 
     return factor
 
 
-def _patterns(table: object, kind: str, path: Path) -> list[tuple[re.Pattern[str], object]]:
+def _number(path: Path, key: str, value: object) -> float | None:
+    if not (value is None or is_number(value)):
+        raise WeightsError(f"{path} gives {key} {str(value)[:40]!r}, which is no number")
+    return None if value is None else float(value)
+
+
+def _patterns(table: object, kind: str, key: str, path: Path) -> list[tuple[re.Pattern[str], float | None]]:
     """Regular expressions of modules' names, compiled as PEFT's `get_pattern_key` does, with what each gives.
 
     Expressions whose search can take forever (a repeated group, or many repeats) are refused.
     """
-    out: list[tuple[re.Pattern[str], object]] = []
-    for pattern, value in cast("dict[str, object]", table if isinstance(table, dict) else {}).items():
+    out: list[tuple[re.Pattern[str], float | None]] = []
+    if not (table is None or isinstance(table, dict)):
+        raise WeightsError(f"{path}: its {kind}_pattern must be a table of numbers by name, got {str(table)[:60]}")
+    for pattern, value in cast("dict[str, object]", table or {}).items():
         plain = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", "x", pattern)
         if len(pattern) > 500 or re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > 3:
             raise WeightsError(f"{path}: its {kind}_pattern holds {pattern[:60]!r}, which is too involved")
         try:
-            out.append((re.compile(rf"(.*\.)?({pattern})$"), value))
+            out.append((re.compile(rf"(.*\.)?({pattern})$"), _number(path, key, value)))
         except (re.error, OverflowError, RecursionError):
             raise WeightsError(f"{path}: its {kind}_pattern holds {pattern[:60]!r}, no regular expression") from None
     return out

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from mrflow.errors import MrflowError
+from mrflow.errors import MrflowError, words_of
 from mrflow.interrupts import GRACE, end_at_once, listening
 from mrflow.notes import printable
 
@@ -62,7 +62,7 @@ def console() -> Generator[Console]:
     SIGTERM end it with 130 and 143: what runs is interrupted, and what does not let itself be, as a download in other
     threads or one long operation, ends with the process after `GRACE` seconds.
     """
-    err = Plain(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    err = Plain(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Handler()])
     asked: list[int] = []
     over = threading.Event()
@@ -184,7 +184,7 @@ def _silence() -> None:
 
 def _crash(err: Console, error: BaseException) -> int:
     """One line for an error that nobody expected; its traceback goes into a file."""
-    first = (str(error).strip().splitlines() or [""])[0][:300]
+    first = (words_of(error).splitlines() or [""])[0][:300]
     try:
         number, path = tempfile.mkstemp(prefix="mrflow-", suffix="-traceback.txt")
         with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -209,7 +209,11 @@ def progress(err: Console, planned: Plan, groups: Sequence[int] = (1,)) -> Gener
     the plan leave to do, at the speed of those that are done.
     """
     wide = err.width >= 80
-    columns = [TextColumn("{task.description}"), BarColumn(30 if wide else 10), TextColumn("{task.fields[note]}")]
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(30 if wide else 10),
+        TextColumn("{task.fields[note]}", markup=False),
+    ]
     work = [max(row.work.flops, 1.0) for row in planned.rows]
     began, at, done, total = time.monotonic(), time.monotonic(), 0, sum(groups)
 

@@ -16,7 +16,7 @@ from mrflow import models
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.cli.options import SR_WORDS, DrawOptions, ModelOptions
-from mrflow.errors import MrflowError, PlanError, named
+from mrflow.errors import MrflowError, PlanError, named, words_of
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.offload import check_offload
 from mrflow.models.pocket.model import shipped
@@ -285,7 +285,7 @@ def free_path(out: Path | None, default: Path, count: int, force: bool, extras: 
 
     if out is not None:
         if out.suffix.lower() != ".png":
-            raise PlanError(f"--out must end in .png, got {out.name!r}: only a PNG keeps every bit and the record")
+            raise PlanError(f"--out must end in .png, got {str(out)!r}: only a PNG keeps every bit and the record")
         taken = [p for p in names(out) if p.exists() and not p.is_dir()]
         if taken and not force:
             raise PlanError(f"{taken[0]} exists; choose another --out, or overwrite it with --force")
@@ -364,7 +364,7 @@ def load_file(file: Path) -> dict[str, object]:
         where = f"{file.name}{'' if number is None else f', line {number}'}{_assigned(file, number)}"
         if isinstance(error, MrflowError):
             raise named(error, where) from None
-        raise PlanError(f"{where}: {type(error).__name__}: {error}") from None
+        raise PlanError(f"{where}: {type(error).__name__}: {words_of(error)}") from None
     return vars(module)
 
 

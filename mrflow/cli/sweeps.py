@@ -170,7 +170,7 @@ def bar(err: Console) -> Generator[Callable[[Progress], None]]:
     """Progress on stderr: a bar in a terminal, else a line from time to time."""
     last = [0]
     columns = (
-        TextColumn("{task.description}", table_column=Column(max_width=err.width // 3, no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=Column(max_width=err.width // 3, no_wrap=True)),
         BarColumn(30 if err.width >= 80 else 10),
         MofNCompleteColumn(),
         TextColumn("{task.fields[left]}"),

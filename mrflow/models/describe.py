@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from mrflow.checkpoints.lora import read_groups
+from mrflow.checkpoints.lora import read_groups, scale_factors
 from mrflow.checkpoints.safetensors import Header, open_checkpoint
 from mrflow.errors import MrflowError
 from mrflow.models.family import families
@@ -73,6 +73,7 @@ def adapter(header: Header) -> list[str]:
     """What a LoRA or pi-Flow adapter changes; nothing where it is none."""
     try:
         groups, extra = read_groups(header)
+        scale_factors(header)
     except MrflowError as error:
         return [f"problem   {error}"]
     if not groups:

@@ -81,6 +81,15 @@ class Change:
     bias: Float[Tensor, " o"] | None = None
     diff: Float[Tensor, "o i"] | None = None
 
+    @property
+    def bounded(self) -> bool:
+        """Whether float32 holds whatever it adds to a weight."""
+        low = (
+            self.up.double().abs().sum(0).max() * self.down.double().abs().max() if len(self.down) else torch.zeros(())
+        )
+        rest = [x for x in (self.bias, self.diff) if x is not None]
+        return bool(low < torch.finfo(torch.float32).max) and all(bool(x.isfinite().all()) for x in rest)
+
     def matrix(self) -> Float[Tensor, "o i"]:
         """What is added to the weight."""
         low = self.up @ self.down
@@ -93,9 +102,9 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Module, change: Change, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.base = base
-        self.down, self.up = change.down.to(device, dtype), change.up.to(device, dtype)
-        self.bias_change = None if change.bias is None else change.bias.to(device, dtype)
-        self.diff = None if change.diff is None else change.diff.to(device, dtype)
+        self.down, self.up = held(change.down, dtype).to(device), held(change.up, dtype).to(device)
+        self.bias_change = None if change.bias is None else held(change.bias, dtype).to(device)
+        self.diff = None if change.diff is None else held(change.diff, dtype).to(device)
 
     @property
     def weight(self) -> Tensor:
@@ -110,6 +119,21 @@ class Adapted(nn.Module):
         if self.bias_change is not None:
             out = out + self.bias_change
         return out if self.diff is None else out + F.linear(x, self.diff)
+
+
+def held(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in a dtype, of any shape.
+
+    Raises:
+        WeightsError: one is beyond what the dtype holds.
+    """
+    out = values.to(dtype)
+    if not bool(out.isfinite().all()):
+        raise WeightsError(
+            f"an adapter's values reach {float(values.abs().max()):.2g}, beyond {str(dtype).removeprefix('torch.')}; "
+            "take bfloat16, or a smaller strength"
+        )
+    return out
 
 
 def flat(name: str) -> str:
@@ -246,6 +270,9 @@ def changes(net: nn.Module, loras: Sequence[Lora], name: str, *, beside: Contain
     for path, pieces in by_path.items():
         for part, start, stop in _parts(net.get_submodule(path), path):
             change = _joined(pieces, start, stop, files, turned=_turned(net, path))
+            if change is not None and not change.bounded:
+                stems = some([piece.stem for piece in pieces])
+                raise WeightsError(f"{name}: with their alpha and strength the values of {stems} are beyond float32")
             if change is not None:
                 out[part] = change
     return out
@@ -321,7 +348,7 @@ def merge(net: nn.Module, changed: Mapping[str, Change]) -> None:
             assert isinstance(module, nn.Linear)
             weight = module.weight
             added = weight.float() + change.matrix().to(weight.device)
-            module.weight = nn.Parameter(added.to(weight.dtype), requires_grad=False)
+            module.weight = nn.Parameter(held(added, weight.dtype), requires_grad=False)
         if change.bias is not None:
             own, weight = cast("Tensor | None", module.bias), module.weight
             if own is None:

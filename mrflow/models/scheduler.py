@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from mrflow.checkpoints.configs import Config
 from mrflow.errors import PlanError, WeightsError
@@ -35,38 +35,45 @@ def curve_of(
         PlanError: another class, or a switch whose levels are no such curve.
     """
     name = name or str(config.get("_class_name") or FLOW)
-    flow = name in MULTISTEP and bool(config.get("use_flow_sigmas"))
+    try:
+        return _curve(Config(config, f"{what} cannot be used"), what, name, shift, last)
+    except (WeightsError, PlanError) as error:
+        raise PlanError(str(error)) from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"{what} cannot be used: {error!r}") from None
+
+
+def _curve(config: Config, what: str, name: str, shift: float | None, last: float | None) -> Shift:
+    flow = name in MULTISTEP and config.flag("use_flow_sigmas")
     if name != FLOW and not flow:
         raise PlanError(
             f"{what} is {name}, whose levels mrflow does not know; give it {FLOW}.from_config(scheduler.config) "
             "(mrflow takes only the levels from it, and steps itself)"
         )
     for flag, meaning in OTHER_LEVELS.items():
-        if config.get(flag):
+        if config.flag(flag):
             raise PlanError(f"{what} has {flag}=True, {meaning}")
     if flow and config.get("final_sigmas_type", "zero") != "zero":
         raise PlanError(f"{what} has final_sigmas_type={config['final_sigmas_type']!r}; a schedule here ends at 0")
     if (count := config.get("num_train_timesteps", 1000)) != 1000:
         raise PlanError(f"{what} has num_train_timesteps={count!r}; the models here were trained on 1000")
+    line = Config(LINE | dict(config), config.where) if flow else config
     try:
-        line = Config(LINE | dict(config) if flow else config, f"{what} cannot be used")
         terminal = line.number("shift_terminal", 0.0, low=0, high=1) or None
-        if config.get("use_dynamic_shifting"):
+        if config.flag("use_dynamic_shifting"):
             return Shift(
                 line.number("base_shift", low=-100, high=100),
                 line.number("max_shift", low=-100, high=100),
                 line.whole("base_image_seq_len"),
                 line.whole("max_image_seq_len"),
                 terminal=terminal,
-                kind=config.get("time_shift_type", "exponential"),
+                kind=cast("Any", line.word("time_shift_type", "exponential", ("exponential", "linear"))),
                 last=last,
             )
         factor = line.number("flow_shift" if flow else "shift", 1.0) if shift is None else shift
         return replace(Shift.fixed(float(factor)), terminal=terminal, last=last)
-    except WeightsError as error:
-        raise PlanError(str(error)) from None
-    except (TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"{what} cannot be used: {error!r}") from None
+    except PlanError as error:
+        raise PlanError(f"{config.where}: {error}") from None
 
 
 def shift_of(scheduler: Mapping[str, Any], path: object) -> Shift | None:

@@ -79,6 +79,8 @@ class Sweep:
                 raise PlanError(f"metrics are objects such as mf.sweep.SceneScore(), got {metric!r}")
         if not isinstance(chains, Mapping):
             raise PlanError(f'chains must have labels, such as {{"paper": chain}}, got {chains!r}')
+        if isinstance(prompts, Mapping):
+            raise PlanError(f"prompts are a list of texts or of Prompt(text, tags), got {prompts!r}")
         whole = {label: c if isinstance(c, Chain) else AnyChain((c,)) for label, c in chains.items()}
         texts = tuple(p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
         put("chains", whole)

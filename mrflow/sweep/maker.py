@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, Wrapper
-from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_out_of_memory
+from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_out_of_memory, words_of
 from mrflow.forks import check_process
 from mrflow.images import read_image
 from mrflow.machine import machine
@@ -269,7 +269,7 @@ class Maker:
                     f"the device is lost, which takes a new process: {_say(error)}. Nothing was written off; run the "
                     "same command again"
                 ) from error
-            if isinstance(error, ResourceError) and not (is_out_of_memory(error) or "memory" in str(error)):
+            if isinstance(error, ResourceError) and not (is_out_of_memory(error) or "memory" in words_of(error)):
                 raise
             return [], (_say(error), "error")
 
@@ -457,5 +457,5 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def _say(error: BaseException) -> str:
-    text = str(error).strip() or "no text"
+    text = words_of(error) or "no text"
     return text if isinstance(error, MrflowError) else f"{type(error).__name__}: {text}"
