@@ -18,7 +18,9 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.cost import levels, memory
 from mrflow.errors import PlanError, WeightsError
+from mrflow.models import info
 from mrflow.models.describe import describe
+from mrflow.models.flux.weights import load_vae_flux
 from mrflow.models.layers import attention
 from mrflow.models.qwen.backbone import Qwen
 from mrflow.models.qwen.transformer import packed_attention, positions
@@ -291,7 +293,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no words": (lambda f: empty(f / "tokenizer"), "tokenizer .*vocab.json and merges.txt"),
     "FLUX's autoencoder": (
-        lambda f: edit(f, "vae", lambda t: (t.clear(), t.update({"decoder.up.0.block.0.conv1.weight": torch.ones(1)}))),
+        lambda f: edit(f, "vae", lambda t: (t.clear(), t.update({"decoder.up.0.block.0.norm1.weight": torch.ones(1)}))),
         "is not a Qwen-Image autoencoder: it looks like a FLUX autoencoder",
     ),
 }
@@ -304,6 +306,20 @@ def test_what_is_wrong_is_said(what: str, repo: Path, tmp_path: Path) -> None:
     change(tmp_path / "r")
     with pytest.raises(WeightsError, match=said):
         loaded(tmp_path / "r")
+
+
+def test_what_load_refuses_of_the_encoder_plan_refuses(repo: Path, tmp_path: Path) -> None:
+    shutil.copytree(repo, tmp_path / "r")
+    config = json.loads((repo / "text_encoder" / "config.json").read_text())
+    configure(tmp_path / "r", "text_encoder", text_config=config["text_config"] | {"num_hidden_layers": 7})
+    for use in (loaded, lambda p: info(str(p))):
+        with pytest.raises(WeightsError, match=r"num_hidden_layers 7 \(weights: 2\)"):
+            use(tmp_path / "r")
+
+
+def test_its_autoencoder_is_not_taken_for_flux(repo: Path) -> None:
+    with pytest.raises(WeightsError, match="is not a FLUX autoencoder: it looks like a Qwen-Image autoencoder"):
+        load_vae_flux(repo / "vae")
 
 
 def test_vision_tower_and_head_are_never_read(repo: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import mrflow as mf
 from mrflow.errors import PlanError, PromptError, WeightsError
+from mrflow.models import info
 from mrflow.models.encoders import check_prompt
 from mrflow.models.flux.backbone import Flux1
 from mrflow.models.flux.text import find_text, prepare_text
@@ -373,6 +374,9 @@ def test_a_configuration_makes_no_network_larger_than_its_file(
     config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
     with pytest.raises(WeightsError, match=words):
         prepare_text(find_text(tmp_path / "r"))
+    if "hidden_act" not in settings and "num_attention_heads" not in settings:  # those no header tells
+        with pytest.raises(WeightsError, match=words):
+            info(str(tmp_path / "r"))
 
 
 def test_whole_models_give_the_same_states(repo: Path, tmp_path: Path) -> None:

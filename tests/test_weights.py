@@ -423,6 +423,18 @@ def test_config_and_weights_must_agree(tmp_path: Path) -> None:
         load_flux(path)
 
 
+def test_shards_without_an_index_and_half_an_autoencoder_are_named(tmp_path: Path) -> None:
+    for n in (1, 2):
+        save_file({f"a{n}": torch.zeros(1)}, tmp_path / f"model-0000{n}-of-00002.safetensors")
+    with pytest.raises(WeightsError, match=r"shards \(model-00001-of-00002.*\) without their index: put its"):
+        open_checkpoint(tmp_path)
+    save_vae_flux(VaeFlux(VaeParams((4, 8), groups=2)), tmp_path / "vae.safetensors")
+    half = {name: x for name, x in load_file(tmp_path / "vae.safetensors").items() if name.startswith("decoder")}
+    save_file(half, tmp_path / "half.safetensors")
+    with pytest.raises(WeightsError, match=r"half\.safetensors has no encoder of images"):
+        load_vae_flux(tmp_path / "half.safetensors")
+
+
 def test_one_kind_of_checkpoint_is_not_taken_for_another(tmp_path: Path) -> None:
     flux, vae = tmp_path / "flux.safetensors", tmp_path / "vae.safetensors"
     save_flux(Flux(PARAMS), flux)

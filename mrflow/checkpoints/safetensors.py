@@ -8,6 +8,7 @@ names and shapes, and then maps or copies one tensor after another into a module
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -178,6 +179,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
 
 
+SHARD = re.compile(r"-\d{2,}-of-\d{2,}\.safetensors$")
+
+
 def _chosen(folder: Path) -> Path:
     """The one checkpoint of a folder: the plain one before variants (`.fp16`), an index before its shards.
 
@@ -199,6 +203,10 @@ def _chosen(folder: Path) -> Path:
         bases.setdefault(base, []).append((variant, path))
     if len(bases) != 1:
         what = f"several, name one: {some([p.name for p in found])}" if found else "none"
+        if found and all(SHARD.search(p.name) for p in found):
+            what = (
+                f"shards ({some([p.name for p in found])}) without their index: put its .safetensors.index.json there"
+            )
         raise WeightsError(f"{folder} should hold one safetensors checkpoint; it holds {what}")
     ((_, variants),) = bases.items()
     names = sorted({name for name, _ in variants})

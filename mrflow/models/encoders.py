@@ -51,14 +51,26 @@ def configured(
     Raises:
         WeightsError: they do not agree, or it cannot be read.
     """
-    agree(header, config, {k: v for k, v in sizes.items() if k not in free})
+    settings = held(header, config, sizes, free=free)
     try:
-        return kind.from_dict(_harmless(config, header.path) or dict(sizes))
+        return kind.from_dict(settings or dict(sizes))
     except WeightsError:
         raise
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise WeightsError(f"{header.path}: its config.json cannot be used: {why}") from None
+
+
+def held(
+    header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any], *, free: Container[str] = ()
+) -> dict[str, Any]:
+    """The settings of a configuration, without what no encoder here needs, that agree with the header's sizes.
+
+    Raises:
+        WeightsError: they do not, or a number is larger than any published encoder's.
+    """
+    agree(header, config, {k: v for k, v in sizes.items() if k not in free})
+    return _harmless(config, header.path)
 
 
 # What a configuration of transformers may hold that has it fetch code, or make tables of a size of its own.

@@ -13,7 +13,16 @@ from mrflow._checks import is_whole
 from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.safetensors import Header, check_layout, compute_dtype, fill, open_checkpoint
 from mrflow.errors import PlanError, WeightsError
-from mrflow.models.encoders import Tokenizer, built, check_prompt, language_sizes, needed, text_layout, tokenizer_of
+from mrflow.models.encoders import (
+    Tokenizer,
+    built,
+    check_prompt,
+    held,
+    language_sizes,
+    needed,
+    text_layout,
+    tokenizer_of,
+)
 from mrflow.models.fp8 import described
 from mrflow.models.headers import agree, part
 
@@ -45,7 +54,10 @@ def find_language(where: Path, *, model: str, encoder: str, unused: Sequence[str
     if missing:
         raise WeightsError(f"{where} lacks {', '.join(missing)} of {model}'s text encoder; say where it is: text=")
     header = described(needed(part(open_checkpoint(folder), encoder), *unused))
-    return LanguageFiles(header, read_config(folder / "config.json"), tokens)
+    config = read_config(folder / "config.json")
+    inside = config.get("text_config")
+    held(header, inside if isinstance(inside, dict) else config, language_sizes(header))
+    return LanguageFiles(header, config, tokens)
 
 
 def prepare_language(

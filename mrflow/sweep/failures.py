@@ -1,6 +1,6 @@
 """Failures that no retry in the same process mends: the device was lost."""
 
-from mrflow.errors import DeviceLostError
+from mrflow.errors import DeviceLostError, words_of
 
 LOST = (
     "cuda error:", "hip error:", "device-side assert", "illegal memory access", "illegal address", "uncorrectable ecc",
@@ -16,7 +16,7 @@ def is_device_lost(error: BaseException) -> bool:
     seen = set[int]()
     while behind is not None and id(behind) not in seen:
         seen.add(id(behind))
-        text = str(behind).lower()
+        text = words_of(behind).lower()
         if isinstance(behind, DeviceLostError):
             return True
         if isinstance(behind, RuntimeError) and any(words in text for words in LOST):

@@ -40,7 +40,7 @@ class FluxFamily(TransformerFamily):
     transformer = "a FLUX transformer"
     autoencoder = "a FLUX autoencoder"
     marks = ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.norm.linear.weight")
-    autoencoder_marks = ("decoder.up.0.block.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight")
+    autoencoder_marks = ("decoder.up.0.block.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight")
     text_marks: ClassVar[Mapping[str, str]] = {
         "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
         "embeddings.token_embedding.weight": "a CLIP text encoder",

@@ -32,6 +32,7 @@ from mrflow.models.encoders import (
     built,
     check_prompt,
     configured,
+    held,
     layers_of,
     needed,
     shape_of,
@@ -111,7 +112,10 @@ def find_text(where: Path) -> TextFiles:
     configs = [read_config(p) if (p := h.path.parent / "config.json").is_file() else {} for h in (clip, t5)]
     clip, t5 = (described(needed(header, *NOT_READ[kind])) for header, kind in ((clip, CLIP), (t5, T5)))
     inside = configs[0].get("text_config")
-    return TextFiles(clip, t5, inside if isinstance(inside, dict) and inside else configs[0], configs[1], *tokenizers)
+    clip_config = inside if isinstance(inside, dict) and inside else configs[0]
+    held(clip, clip_config, clip_sizes(clip), free=FREE)
+    held(t5, configs[1], t5_sizes(t5), free=FREE)
+    return TextFiles(clip, t5, clip_config, configs[1], *tokenizers)
 
 
 def prepare_text(

@@ -295,6 +295,10 @@ def flux_params(header: Header, names: Names) -> FluxParams:
 def vae_params(header: Header, names: Names) -> VaeParams:
     """Sizes of a FLUX autoencoder; scale, shift and groups are of a config, or FLUX.1's for 16 channels."""
     levels = count(header, names, "encoder.down.{}.block.0.conv1.weight")
+    if not levels:
+        raise WeightsError(
+            f"{header.path} has no encoder of images, which stages after the first need: take the whole one"
+        )
     channels = [shape(header, names(f"encoder.down.{i}.block.0.conv1.weight")[0], 4)[0] for i in range(levels)]
     latent = shape(header, names("decoder.conv_in.weight")[0], 4)[1]
     config = config_of(header, VAE_CLASS)
