@@ -28,7 +28,7 @@ from experiments.pocket_scores import interval, pictures, seeds_of
 from experiments.train_pocket.data import rendered, unit
 from mrflow.models.pocket.model import SHIPPED, Pocket, load_pocket
 from mrflow.records.pictures import check_writable, write_bytes
-from mrflow.scenes.hard import HARD, fill, held_out_captions, parse
+from mrflow.scenes.hard import HARD, fill_hard, held_out_hard_captions, parse
 from mrflow.scenes.legible import READ_BY, hard_score
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
@@ -43,17 +43,19 @@ PATHS = ("truth", "autoencoder", "staged path", "mean", "other")
 def captions_of(dose: str, count: int) -> list[str]:
     """Held-out captions of one kind and size of detail."""
     kind, world = DOSES[dose]
-    return held_out_captions(world, count, kind=kind)
+    return held_out_hard_captions(world, count, kind=kind)
 
 
 def others_of(dose: str, count: int) -> list[str]:
     """Captions of the same kind, of any size of detail."""
-    return held_out_captions(HARD, count, kind=DOSES[dose][0], seed=1)
+    return held_out_hard_captions(HARD, count, kind=DOSES[dose][0], seed=1)
 
 
 def truths(captions: list[str], side: int, *, draw: int = 0) -> Tensor:
     """Each caption rendered once, (n, 3, side, side) in [0, 1]: the same draw at every side."""
-    scenes = [fill(parse(c), HARD, random.Random(s + draw)) for c, s in zip(captions, seeds_of(captions), strict=True)]
+    scenes = [
+        fill_hard(parse(c), HARD, random.Random(s + draw)) for c, s in zip(captions, seeds_of(captions), strict=True)
+    ]
     return unit(rendered(scenes, side))
 
 

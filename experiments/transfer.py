@@ -25,13 +25,13 @@ from experiments.studies.common import SIGNS
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models import info
-from mrflow.scenes.hard import HARD, HardWorld, held_out_captions
+from mrflow.scenes.hard import HARD, HardWorld, held_out_hard_captions
 from mrflow.scenes.looks import LOOKS
 from mrflow.stage import AnyChain
 from mrflow.sweep import Comparison, Legible, Prompt, Row, Sweep, compare, family, interval, paired, run_sweep, values
 from mrflow.sweep.control_rows import controls
 from mrflow.sweep.statistics import MIN_PROMPTS, by_pair, differences, grouped
-from mrflow.sweep.summary import load
+from mrflow.sweep.summary import load_rows
 from mrflow.sweep.timing import speedup
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
@@ -64,7 +64,7 @@ CHANGED = {  # what each look draws otherwise
 
 def prompts(count: int, names: Sequence[str]) -> list[Prompt]:
     """So many held-out captions of each category, tagged with its name."""
-    found = {name: held_out_captions(CATEGORIES[name].world, count, kind=CATEGORIES[name].kind) for name in names}
+    found = {name: held_out_hard_captions(CATEGORIES[name].world, count, kind=CATEGORIES[name].kind) for name in names}
     return [Prompt(text, {"category": name}) for name, texts in found.items() for text in texts]
 
 
@@ -263,7 +263,7 @@ def _drawn(sweep: Sweep, name: str, lora: Path | None, args: argparse.Namespace,
     if done.failed:
         print(f"{done.failed} rows of {name} failed; {place} says why", file=sys.stderr)
     texts = {prompt.text for prompt in sweep.prompts}
-    return [r for r in load(place)[0] if r.chain in sweep.chains and r.prompt in texts and r.draw in sweep.seeds]
+    return [r for r in load_rows(place)[0] if r.chain in sweep.chains and r.prompt in texts and r.draw in sweep.seeds]
 
 
 if __name__ == "__main__":

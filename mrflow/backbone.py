@@ -17,7 +17,7 @@ from mrflow.adapters import Lora, PiFlow
 from mrflow.checkpoints.safetensors import mapped, read_header, save_file
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
-from mrflow.model_info import Cache, Capabilities, ModelInfo
+from mrflow.model_info import CacheLike, Capabilities, ModelInfo
 from mrflow.upscaler import Upscaler
 
 
@@ -138,7 +138,7 @@ class FieldOptions:
     guidance: float | None = None
     sigmas: tuple[float, ...] = ()
     positions: Positions | None = None
-    cache: Cache | None = None
+    cache: CacheLike | None = None
     loras: tuple[Lora, ...] = ()
     policy: PiFlow | None = None
     beside: tuple[Condition, ...] = ()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mrflow.adapters import flops_per_token
 from mrflow.errors import PlanError
 from mrflow.guidance import own_guidance
-from mrflow.model_info import Cache, ModelInfo
+from mrflow.model_info import CacheLike, ModelInfo
 from mrflow.spec import Latents, Pixels, check_size
 from mrflow.stage import AnyChain, Plan, Work, plan
 
@@ -59,7 +59,7 @@ def sampling_work(
     sigmas: "Sigmas",
     solver: "Solver",
     guidance: "Guidance | None",
-    cache: Cache | None = None,
+    cache: CacheLike | None = None,
     lora: "Sequence[Lora]" = (),
 ) -> Work:
     """The forwards of one integration: what the solver evaluates, times the passes of the guidance there.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 
-def table(heads: Sequence[object], lines: Iterable[Sequence[object]], *, caption: str = "") -> str:
+def html_table(heads: Sequence[object], lines: Iterable[Sequence[object]], *, caption: str = "") -> str:
     """A table; what is None is an empty cell, and numbers stand to the right."""
     head = "".join(f"<th>{escape(str(each))}</th>" for each in heads)
     body = "".join(f"<tr>{''.join(map(_cell, line))}</tr>" for line in lines)

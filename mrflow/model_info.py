@@ -189,7 +189,7 @@ class Forecast:
 
 
 @runtime_checkable
-class Cache(Protocol):
+class CacheLike(Protocol):
     """A way to leave out evaluations, as models and plans see it; `mrflow.caches.Cache` is the base class."""
 
     def check(self, info: "ModelInfo") -> None:
@@ -248,7 +248,7 @@ class ModelInfo:
     version: str = ""
     footprint: Footprint | None = None
     capabilities: Capabilities = Capabilities()
-    cache: Cache | None = None
+    cache: CacheLike | None = None
     files: tuple[str, ...] = field(default=(), repr=False, compare=False)
     sides: tuple[int, ...] = field(default=(), repr=False, compare=False)
 

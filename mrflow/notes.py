@@ -1,7 +1,7 @@
 """What a run wants to tell its user: words that a text encoder lost, a fallback to tiles, what caches left out.
 
-`note` logs a warning; while a chain runs it also goes to the listener (`Noted`) and into the stage's record. `count`
-adds to what a stage computed.
+`note` logs a warning; while a chain runs it also goes to the listener (`Noted`) and into the stage's record.
+`add_forwards` adds to what a stage computed.
 """
 
 import logging
@@ -59,7 +59,7 @@ def collected() -> Generator[list[str]]:
         _notes.reset(token)
 
 
-def count(cache: str | None, asked: int, computed: int, forwards: float, *, tokens: int) -> None:
+def add_forwards(cache: str | None, asked: int, computed: int, forwards: float, *, tokens: int) -> None:
     """Add forwards to the tally of what is running; `cache` is the name of the one that decided, if any.
 
     `forwards` is the work, in whole forwards of one picture of so many image tokens.

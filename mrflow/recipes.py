@@ -13,7 +13,7 @@ from mrflow.guidance import Guidance
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem, Stream
 from mrflow.rivals import Grow, SampleAnchors, SampleConverged, SampleRegions, SelfLift
-from mrflow.rivals.growth import Spectrum
+from mrflow.rivals.growth import PowerSpectrum
 from mrflow.rivals.jit import JIT_4X, JIT_7X
 from mrflow.rivals.ralu import RALU_4X, RALU_7X, fitted
 from mrflow.schedules import DirectSigma, FlowMap, Schedule, Shifted
@@ -29,7 +29,7 @@ from mrflow.upscalers.interpolate import Filter
 if TYPE_CHECKING:
     from mrflow.caches import Cache
 
-SPECTRUM = Spectrum()
+SPECTRUM = PowerSpectrum()
 SIGMA = 0.12  # the published noise level of refinement (arXiv 2607.01642; official scripts)
 
 
@@ -382,7 +382,7 @@ def speed_steps(
     *,
     steps: int = 50,
     delta: float = 0.01,
-    spectrum: Spectrum = SPECTRUM,
+    spectrum: PowerSpectrum = SPECTRUM,
 ) -> tuple[int, ...]:
     """How many of `steps` SPEED's rule takes at each size: a size is left at the first level where more would show.
 

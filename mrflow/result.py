@@ -81,7 +81,7 @@ class Result:
     def _repr_html_(self) -> str:
         """For notebooks: the strip of pictures, then the stages with their costs."""
         lines = [(i, s.name, s.spec, f"{s.seconds:.3f} s", s.nfe or None) for i, s in enumerate(self.stages, 1)]
-        costs = html.table(("", "stage", "gives", "time", "NFE"), lines, caption=repr(self))
+        costs = html.html_table(("", "stage", "gives", "time", "NFE"), lines, caption=repr(self))
         data = self._repr_png_()
         return costs if data is None else f"{html.picture(data, '; '.join(self.prompts))}{costs}"
 
@@ -172,14 +172,14 @@ def result_files(result: Result, path: Path, paths: Sequence[Path] = ()) -> dict
     files: dict[Path, bytes] = {}
     for item, (each, image) in enumerate(zip(paths, result.images, strict=True)):
         try:
-            files[each] = png(image, make_record(result, item), parameters(result, item))
+            files[each] = png(image, make_record(result, item), infotext(result, item))
         except RecordError as error:
             told = {"format": FORMAT, "unreplayable": str(error)[:1000]}
-            files[each] = png(image, told, parameters(result, item))
+            files[each] = png(image, told, infotext(result, item))
     return files
 
 
-def parameters(result: Result, item: int = 0) -> str:
+def infotext(result: Result, item: int = 0) -> str:
     """How picture `item` was made, in the form of AUTOMATIC1111's web UI, which other programs read.
 
     Prompt, negative prompt, and one line of settings: steps, sampler and guidance of the first stage that samples, and

@@ -22,7 +22,7 @@ MARGIN, GAP, PAIRS = 8, 20, 2  # pixels within a pair and between pairs; pairs a
 INK, PAPER = (30, 30, 34), (250, 250, 250)
 
 
-def table(result: Result, columns: int | None = None) -> str:
+def stage_table(result: Result, columns: int | None = None) -> str:
     """Stages with their seconds, share of the time and forwards; in a narrow terminal without what each gives."""
     total = result.seconds
     rows = [("text", "", result.condition_seconds, "")]

@@ -24,7 +24,7 @@ from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
-from mrflow.notes import count
+from mrflow.notes import add_forwards
 from mrflow.policies import GM, PolicyField, automatic, follow
 from mrflow.records.readable import described
 from mrflow.schedules import Sigmas
@@ -183,7 +183,7 @@ class Chain(Generic[A, B]):
     def _repr_html_(self) -> str:
         """For notebooks: every stage with its settings."""
         lines = [(number, *described(stage)) for number, stage in enumerate(self.stages, 1)]
-        return html.table(("", "stage", "settings"), lines)
+        return html.html_table(("", "stage", "settings"), lines)
 
 
 AnyChain = Chain[Any, Any]
@@ -275,7 +275,7 @@ class Plan:
         lines = [
             (i, r.name, r.spec, r.out, r.work.nfe or None, human(r.work.flops)) for i, r in enumerate(self.rows, 1)
         ]
-        return html.table(("", "stage", "takes", "gives", "NFE", "FLOP"), lines, caption=repr(self))
+        return html.html_table(("", "stage", "takes", "gives", "NFE", "FLOP"), lines, caption=repr(self))
 
     def __str__(self) -> str:
         return self.table()
@@ -438,7 +438,7 @@ class Context:
         )
         if options.cache is None and info.cache is None:
             evals = guidance.evals(asked) * len(x)
-            count(None, evals, evals, evals, tokens=tokens)
+            add_forwards(None, evals, evals, evals, tokens=tokens)
         return back(out)
 
     def follow(

@@ -16,7 +16,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.caches import DMD, L2P, Cache, Evaluation, Extrapolation, SeaCache, Spectrum, TaylorSeer
 from mrflow.caches.dmd import Modes
-from mrflow.caches.l2p import fitted
+from mrflow.caches.l2p import fit_weights
 from mrflow.caches.memory import products
 from mrflow.caches.seacache import filtered
 from mrflow.caches.spectrum import Chebyshev
@@ -185,7 +185,7 @@ def test_l2p_finds_linear_predictors_and_is_exact_with_them() -> None:
         f[3], f[4], f[6] = np.array(true[3]) @ f[:3], np.array(true[4]) @ f[:3], np.array(true[6]) @ f[[1, 2, 5]]
         return f
 
-    rows = fitted(np.sum([f @ f.T for f in (trajectory() for _ in range(3))], axis=0), computed, 3)
+    rows = fit_weights(np.sum([f @ f.T for f in (trajectory() for _ in range(3))], axis=0), computed, 3)
     assert [len(row) for row in rows] == [0, 0, 0, 3, 3, 0, 3]
     for row, weights in zip(rows, true, strict=True):
         assert row == pytest.approx(weights, abs=1e-9)

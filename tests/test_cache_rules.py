@@ -14,7 +14,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.caches import Cache, DBCache, Evaluation, MagCache, TaylorSeer, TeaCache
 from mrflow.caches.base import between, difference
-from mrflow.caches.calibrate import fit
+from mrflow.caches.calibrate import fit_polynomial
 from mrflow.caches.clock import Clock
 from mrflow.caches.extrapolate import Series
 from mrflow.caches.memory import CachedStep
@@ -295,16 +295,16 @@ def test_magcache_stretches_its_ratios() -> None:
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=5))
 def test_a_polynomial_is_found_again(coefficients: list[float]) -> None:
     pairs = [(x, polynomial(coefficients, x)) for x in np.linspace(-1, 1, 30)]
-    assert fit(pairs, len(coefficients) - 1) == pytest.approx(coefficients, abs=1e-6)
+    assert fit_polynomial(pairs, len(coefficients) - 1) == pytest.approx(coefficients, abs=1e-6)
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(
         mf.PlanError, match=r"3 changes do not fix a polynomial of degree 4; give more prompts or steps"
     ):
-        fit([(0.1, 0.2)] * 3, 4)
+        fit_polynomial([(0.1, 0.2)] * 3, 4)
     with pytest.raises(mf.PlanError, match=r"too alike to fix a polynomial of degree 2"):
-        fit([(0.1, 0.2)] * 9, 2)
+        fit_polynomial([(0.1, 0.2)] * 9, 2)
 
 
 @pytest.mark.parametrize(

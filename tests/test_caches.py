@@ -237,7 +237,9 @@ def test_a_picture_does_not_depend_on_its_batch(
     model = models(name)
     prompts = [*PROMPTS["pocket" if name == "pocket" else "large"], ""]
     ran: list[tuple[int, int]] = []
-    monkeypatch.setattr(memory, "count", lambda cache, asked, computed, forwards, tokens: ran.append((asked, computed)))
+    monkeypatch.setattr(
+        memory, "add_forwards", lambda cache, asked, computed, forwards, tokens: ran.append((asked, computed))
+    )
     stage = sample(cache, guidance=mf.Distilled())
     whole = made(stage, model, prompts)
     together, alone = sum(c for _, c in ran), 0

@@ -21,12 +21,12 @@ from mrflow.cli.chains import build, enlargement
 from mrflow.cli.display import WORDS, in_options, wrapped
 from mrflow.cli.options import RECIPE_WORDS, DrawOptions, ModelOptions, SlotOptions
 from mrflow.cli.parsing import load_model, pairs_of, parse_seeds, parse_shift, read_prompts
-from mrflow.cli.plan import describe
-from mrflow.cli.records import difference, difference_text
+from mrflow.cli.plan import plan_text
+from mrflow.cli.records import difference_text, pixel_difference
 from mrflow.errors import PlanError
 from mrflow.models.pocket.model import NEWEST
 from mrflow.records.pictures import describe_record
-from mrflow.sheet import table
+from mrflow.sheet import stage_table
 from tests.test_cli import call, here  # noqa: F401
 
 SMALL = ["--size", "64x64", "--low", "32x32", "--steps", "2"]
@@ -232,7 +232,7 @@ def test_many_pictures_are_drawn_and_saved_in_parts(tmp_path: Path, monkeypatch:
     for a, b in zip(at_once, in_parts, strict=True):
         one, other = mf.read_record(a), mf.read_record(b)
         assert (one["prompt"], one["seed"]) == (other["prompt"], other["seed"])
-        assert difference(mf.read_image(a), mf.read_image(b))["same"]
+        assert pixel_difference(mf.read_image(a), mf.read_image(b))["same"]
 
 
 def test_a_negative_prompt_that_nothing_reads(tmp_path: Path) -> None:
@@ -309,9 +309,9 @@ def test_differences_are_said() -> None:
     a = torch.zeros(1, 3, 2, 2)
     b = a.clone()
     b[0, :, 0, 0] = 1
-    said = difference(a, b)
+    said = pixel_difference(a, b)
     assert said == {"same": False, "pixels": 1, "of": 4, "levels": 255, "psnr": 6.02}
-    assert difference_text(difference(a, a)) == "the same 4 pixels"
+    assert difference_text(pixel_difference(a, a)) == "the same 4 pixels"
 
 
 def test_the_chunk_that_other_tools_read(here: Path) -> None:  # noqa: F811
@@ -361,14 +361,14 @@ def test_tables_fit_names_and_terminals() -> None:
     chain = mf.recipes.ralu(size=(64, 64), steps=(1, 1, 1))
     planned = mf.plan(chain, mf.POCKET)
     for columns in (60, 120):
-        lines = describe(planned, columns).splitlines()
+        lines = plan_text(planned, columns).splitlines()
         assert max(map(len, lines)) <= columns, columns
-    assert describe(planned) == describe(planned, 10_000) and " -> " in describe(planned).splitlines()[1]
+    assert plan_text(planned) == plan_text(planned, 10_000) and " -> " in plan_text(planned).splitlines()[1]
     result = mf.run(mf.recipes.paper(size=(32, 32), low=(16, 16), steps=1), mf.toy(), "a")
     for columns in (60, 120):
-        lines = table(result, columns).splitlines()
+        lines = stage_table(result, columns).splitlines()
         assert max(map(len, lines)) <= columns
-    assert len({line.index(" s ") for line in table(result).splitlines()[:-1]}) == 1
+    assert len({line.index(" s ") for line in stage_table(result).splitlines()[:-1]}) == 1
     assert wrapped(["prompt    one two three"], 20) == ["prompt    one two", "      three"]
 
 

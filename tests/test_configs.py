@@ -14,7 +14,7 @@ from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.safetensors import Header, read_header, save_file
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.encoders import configured
-from mrflow.models.fp8 import described
+from mrflow.models.fp8 import with_scales
 from mrflow.models.scheduler import shift_of
 
 
@@ -153,4 +153,4 @@ def test_a_large_tensor_is_no_text(tmp_path: Path) -> None:
     save_file({"a.comfy_quant": torch.tensor(list(text), dtype=torch.uint8)}, tmp_path / "x.safetensors")
     header = read_header(tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match="what it says of its quantised layers cannot be read"):
-        described(header)
+        with_scales(header)

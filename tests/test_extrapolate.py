@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrflow.caches import Extrapolation
-from mrflow.caches.extrapolate import lagrange, taylor
+from mrflow.caches.extrapolate import lagrange_weights, taylor
 
 STEPS = st.lists(st.integers(0, 60), min_size=1, max_size=5, unique=True).map(sorted)
 NUMBERS = st.lists(st.floats(-5, 5), min_size=5, max_size=5)
@@ -18,8 +18,8 @@ NUMBERS = st.lists(st.floats(-5, 5), min_size=5, max_size=5)
 def test_newton_is_exact_for_polynomials_of_its_degree(steps: list[int], ahead: int, numbers: list[float]) -> None:
     curve = np.poly1d(numbers[: len(steps)])
     at = steps[-1] + ahead
-    got = sum(w * curve(s) for w, s in zip(lagrange(steps, at), steps, strict=True))
-    scale = sum(abs(w * curve(s)) for w, s in zip(lagrange(steps, at), steps, strict=True))
+    got = sum(w * curve(s) for w, s in zip(lagrange_weights(steps, at), steps, strict=True))
+    scale = sum(abs(w * curve(s)) for w, s in zip(lagrange_weights(steps, at), steps, strict=True))
     assert got == pytest.approx(curve(at), abs=1e-9 * (1 + scale))
 
 

@@ -17,11 +17,11 @@ from mrflow.backbone import Backbone
 from mrflow.errors import NonFiniteError, PlanError
 from mrflow.scenes import FULL, CaptionError, Scene, fidelity, fidelity_many, law_distance, parse, render, sample_scene
 from mrflow.scenes.fidelity import _displacement, _spectrum  # pyright: ignore[reportPrivateUsage]
-from mrflow.scenes.fit import Adjustable, Edge, Part, Slot, Values, fit
+from mrflow.scenes.fit import Adjustable, Edge, FreePart, Slot, Values, fit
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
 from mrflow.sweep import metrics
-from mrflow.sweep.aims import BUILT_IN, NONE, Scale, scale
+from mrflow.sweep.aims import BUILT_IN, NONE, Scale, scale_of
 from mrflow.sweep.metrics import Fidelity, Measured, Metric, scales_of
 
 N = 256
@@ -284,12 +284,14 @@ class Disc:
     slots: tuple[Slot, ...] = ()
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[FreePart]:
         free = ((0.0, 1.0),) * 3
-        ground = Part((0.0, 0.0, 1.0, 1.0), self.ground_, ("paint", "paint", "paint", "place"), (*free, (-1.0, 1.0)))
+        ground = FreePart(
+            (0.0, 0.0, 1.0, 1.0), self.ground_, ("paint", "paint", "paint", "place"), (*free, (-1.0, 1.0))
+        )
         bounds = ((0.3, 0.7), (0.3, 0.7), *free)
         kinds: tuple[Literal["place", "paint"], ...] = ("place", "place", "paint", "paint", "paint")
-        return [ground, Part((0.1, 0.1, 0.9, 0.9), self.place + self.colour, kinds, bounds)]
+        return [ground, FreePart((0.1, 0.1, 0.9, 0.9), self.place + self.colour, kinds, bounds)]
 
     @property
     def edges(self) -> list[Edge]:
@@ -343,11 +345,11 @@ def test_as_a_metric_of_a_sweep() -> None:
     found = Fidelity()(made)
     assert found == {f"fit.{name}": value for name, value in fidelity(picture, WORD).items()}
     assert Fidelity()(replace(made, prompt="a lighthouse")) == Fidelity()(replace(made, pixels=picture[:, :63])) == {}
-    scales = {name: scale(name, scales_of([Fidelity()])) for name in found}
+    scales = {name: scale_of(name, scales_of([Fidelity()])) for name in found}
     assert NONE not in scales.values()
     assert scales["fit.spectrum.3"].aim == "lower" and scales["fit.glyph.right"] == Scale("higher", 0, 1)
     assert scales["fit.rank.cast"].aim == "uniform"
     kinds = [k for k in vars(metrics).values() if isinstance(k, type) and issubclass(k, Metric)]
     assert {name: which for kind in kinds for name, which in kind.aims.items()} == BUILT_IN
-    assert scale("fit", BUILT_IN) == NONE and scale("lpips", BUILT_IN).aim == "lower"
-    assert scale("mine.part", {"mine": Scale("one")}) == Scale("one")
+    assert scale_of("fit", BUILT_IN) == NONE and scale_of("lpips", BUILT_IN).aim == "lower"
+    assert scale_of("mine.part", {"mine": Scale("one")}) == Scale("one")

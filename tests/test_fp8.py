@@ -17,7 +17,7 @@ from mrflow.checkpoints.safetensors import open_checkpoint
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.weights import flux_diffusers, flux_layout, load_flux, whole_state
-from mrflow.models.fp8 import FP8_MAX, Fp8Linear, Fp8Product, check_fp8, described, multiply_fp8
+from mrflow.models.fp8 import FP8_MAX, Fp8Linear, Fp8Product, check_fp8, multiply_fp8, with_scales
 from tests.parity.test_flux import SMALL, call, inputs, relative, scatter
 
 PARAMS = FluxParams(16, 16, 24, 12, 128, 1, (16, 56, 56), 4.0, 1, 1, guidance=True)
@@ -178,7 +178,7 @@ def spoil(path: Path, change: str) -> None:
 def test_files_that_are_not_whole_are_refused(change: str, words: str, tmp_path: Path) -> None:
     spoil(tmp_path / "f.safetensors", change)
     with pytest.raises(WeightsError, match=words):
-        described(open_checkpoint(tmp_path / "f.safetensors"))
+        with_scales(open_checkpoint(tmp_path / "f.safetensors"))
 
 
 def partly(path: Path, layers: list[str], *, prefix: str, listed: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from mrflow.models.pocket.model import LONG_TEXT, VOCABULARY, WORDS
 from mrflow.models.pocket.networks import tokenise
 from mrflow.scenes import hard, legible
 from mrflow.scenes.grammar import CaptionError, Face, Object, Scene, Word, held_out
-from mrflow.scenes.hard import HARD, KINDS, caption_of, cells, fill, held_out_captions, parse, sample
+from mrflow.scenes.hard import HARD, KINDS, caption_of, cells, fill_hard, held_out_hard_captions, parse, sample
 from mrflow.scenes.legible import hard_score, hard_score_many, read_parts
 from mrflow.scenes.render import render, render_window
 
@@ -32,7 +32,7 @@ CATEGORIES = {
 def drawn(captions: list[str], *, side: int = 256, seed: int = 0) -> NDArray[np.float32]:
     """Each caption rendered once, what it leaves open drawn at random: (n, 3, side, side) in [0, 1]."""
     rng = random.Random(seed)
-    images = [render(fill(parse(caption), HARD, rng), side).transpose(2, 0, 1) for caption in captions]
+    images = [render(fill_hard(parse(caption), HARD, rng), side).transpose(2, 0, 1) for caption in captions]
     return np.stack(images).astype(np.float32) / np.float32(255)
 
 
@@ -90,7 +90,7 @@ def test_what_a_caption_leaves_open_is_large(kind: str) -> None:
     """Two draws differ in places, tints and phase, and in nothing that the caption says."""
     rng = random.Random(2)
     scene = parse(caption_of(HARD, rng, kind))
-    draws = [fill(scene, HARD, rng) for _ in range(60)]
+    draws = [fill_hard(scene, HARD, rng) for _ in range(60)]
 
     def spread(values: list[float]) -> float:
         return max(values) - min(values)
@@ -139,9 +139,9 @@ def test_the_same_seed_draws_the_same_world_and_one_caption_in_ten_is_held_out()
     assert scenes == [sample(HARD, two) for _ in range(200)]
     kinds = [scene.kind for scene in scenes]
     assert {*KINDS} < {*kinds} and 8 < sum(kind not in KINDS for kind in kinds) < 45  # some of the older world
-    captions = held_out_captions(HARD, 30, seed=4)
+    captions = held_out_hard_captions(HARD, 30, seed=4)
     assert len(set(captions)) == 30 and all(map(held_out, captions))
-    assert captions == held_out_captions(HARD, 30, seed=4) != held_out_captions(HARD, 30, seed=5)
+    assert captions == held_out_hard_captions(HARD, 30, seed=4) != held_out_hard_captions(HARD, 30, seed=5)
 
 
 def test_sizes_are_said_in_latent_cells_too() -> None:
@@ -166,7 +166,7 @@ def test_a_phase_moves_a_texture() -> None:
 
 @EACH
 def test_renderings_read_and_other_captions_do_not(kind: str) -> None:
-    captions = held_out_captions(HARD, 8, kind=kind)
+    captions = held_out_hard_captions(HARD, 8, kind=kind)
     images = drawn(captions)
     truth = hard_score_many(images, captions)
     assert set(truth) == {*CATEGORIES[kind], "overall"}
@@ -179,7 +179,7 @@ def test_renderings_read_and_other_captions_do_not(kind: str) -> None:
 def test_the_mean_of_a_captions_pictures_does_not_read(kind: str) -> None:
     """One forward can draw no more than this; it goes through the embedded model's autoencoder, as that would."""
     model = mf.load("pocket", device="cpu")
-    captions = held_out_captions(HARD, 4, kind=kind)
+    captions = held_out_hard_captions(HARD, 4, kind=kind)
     means = torch.from_numpy(np.stack([drawn([caption] * 40, seed=i).mean(0) for i, caption in enumerate(captions)]))
     with torch.inference_mode():
         scores = hard_score_many(model.decode(model.encode(means)), captions)

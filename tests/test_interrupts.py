@@ -34,7 +34,7 @@ PHASES = {
     "encoding the prompt": ("mrflow.models.pocket.model:Pocket.condition", GENERATE),
     "sampling": ("mrflow.models.flux.field:FluxField.__call__", GENERATE),
     "enlarging": ("mrflow.models.pocket.model:PocketSR.__call__", GENERATE),
-    "decoding": ("mrflow.models.pocket.networks:Autoencoder.decode", GENERATE),
+    "decoding": ("mrflow.models.pocket.networks:PocketAutoencoder.decode", GENERATE),
     "writing": ("os:fsync", [*GENERATE, "--stages"]),
     "naming": ("os:link", [*GENERATE, "--stages"]),
     "removing drafts": ("pathlib:Path.unlink", [*GENERATE, "--stages"]),

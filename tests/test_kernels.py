@@ -11,7 +11,7 @@ from mrflow import notes
 from mrflow.models import kernels
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.kernels import errors, fused
-from mrflow.models.layers import EPS, PLAIN, Rope, Stream, apply_rope, attention
+from mrflow.models.layers import EPS, PLAIN, QKV, Rope, apply_rope, attention
 
 SMALL = FluxParams(hidden=64, heads=2, axes=(8, 12, 12), context=32, pooled=16, double_blocks=1, single_blocks=2)
 
@@ -25,15 +25,15 @@ def angles(tokens: int, half: int) -> Rope:
     return Rope(turn.cos(), turn.sin())
 
 
-def streams(dtype: torch.dtype, *lengths: int, heads: int = 3, head: int = 16, last: int | None = None) -> list[Stream]:
+def streams(dtype: torch.dtype, *lengths: int, heads: int = 3, head: int = 16, last: int | None = None) -> list[QKV]:
     """Streams as fused projections give them: views of one tensor each; queries of the `last` tokens alone."""
-    made = list[Stream]()
+    made = list[QKV]()
     for i, n in enumerate(lengths):
         scales = ((1 + 0.2 * noise(head, seed=seed + i)).to(dtype) for seed in (20, 30))
         q, k, v = (
             part.reshape(2, n, heads, head) for part in noise(2, n, 3 * heads * head, seed=i).to(dtype).chunk(3, -1)
         )
-        made.append(Stream(q if last is None else q[:, -last:], k, v, *scales))
+        made.append(QKV(q if last is None else q[:, -last:], k, v, *scales))
     return made
 
 

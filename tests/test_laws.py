@@ -29,9 +29,9 @@ from mrflow.testing import (
 from mrflow.testing.of_caches import SpoiledCache
 from mrflow.testing.of_schedules import Even
 from mrflow.testing.of_slots import SpoiledGuidance, SpoiledModel, SpoiledNoise, SpoiledUpscaler
-from mrflow.testing.of_solvers import Spoiled as Step
-from mrflow.testing.of_stages import Spoiled as Reinjection
+from mrflow.testing.of_solvers import SpoiledEuler as Step
 from mrflow.testing.of_stages import SpoiledGrowth
+from mrflow.testing.of_stages import SpoiledReinjection as Reinjection
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: f"{law.kind}: {law.name}")

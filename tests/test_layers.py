@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrflow.models.layers import (
+    QKV,
     Embedder,
     QKNorm,
     RMSNorm,
     Rope,
-    Stream,
     apply_rope,
     attention,
     joint_heads,
@@ -91,7 +91,7 @@ def test_norms_do_not_see_the_scale_of_their_input() -> None:
     pair = QKNorm(16)
     with torch.no_grad():
         pair.key_norm.scale.fill_(3.0)
-    streams = (Stream(x[None, :, None], x[None, :, None], x[None, :, None], *pair.scales),)
+    streams = (QKV(x[None, :, None], x[None, :, None], x[None, :, None], *pair.scales),)
     q, k, _ = joint_heads(streams, Rope(torch.ones(3, 8), torch.zeros(3, 8)))
     torch.testing.assert_close(3 * q, k)
 

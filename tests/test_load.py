@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.bridge.facts import shift_of as bridged_shift
+from mrflow.bridge.facts import bridged_shift
 from mrflow.checkpoints.safetensors import mapped, open_checkpoint
 from mrflow.cost import memory
 from mrflow.errors import PlanError, ResourceError, WeightsError
@@ -355,7 +355,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     def never(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("mrflow.models.sources.fingerprint", lambda *_: "")
+    monkeypatch.setattr("mrflow.models.sources.weights_fingerprint", lambda *_: "")
     if what != "an extra key":  # names are compared per network: the autoencoder's come first
         monkeypatch.setattr("mrflow.checkpoints.safetensors.mapped", never)
     with pytest.raises(WeightsError, match=said):

@@ -9,7 +9,7 @@ import mrflow as mf
 from mrflow.models import info
 from mrflow.scenes import hard_score, render
 from mrflow.scenes.grammar import LETTERS, SHAPES
-from mrflow.scenes.hard import HARD, drawn, held_out_captions
+from mrflow.scenes.hard import HARD, drawn, held_out_hard_captions
 from mrflow.scenes.looks import LOOKS, seen
 from mrflow.sweep import Legible
 from mrflow.sweep.metrics import Measured
@@ -28,7 +28,7 @@ def picture(caption: str, look: str, side: int = 256) -> np.ndarray:
 @pytest.mark.parametrize("look", LOOKS)
 def test_the_truth_is_read_in_its_own_look_alone(look: str) -> None:
     for kind in CHANGED[look]:
-        for caption in held_out_captions(HARD, 2, kind=kind):
+        for caption in held_out_hard_captions(HARD, 2, kind=kind):
             own, usual = picture(caption, look), picture(caption, "")
             assert hard_score(own, caption, look=look)["overall"] == 1
             if look != "dusk":  # in dim light all is still there

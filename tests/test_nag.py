@@ -14,8 +14,8 @@ from mrflow.errors import PlanError
 from mrflow.guidance import NAG
 from mrflow.models.flux.transformer import image_ids
 from mrflow.models.layers import Rope
-from mrflow.models.qwen.transformer import positions as qwen_positions
-from mrflow.models.zimage.transformer import positions as zimage_positions
+from mrflow.models.qwen.transformer import positions_qwen as qwen_positions
+from mrflow.models.zimage.transformer import positions_zimage as zimage_positions
 from mrflow.testing import check_guidance
 from mrflow.tokens import pack, unpack
 from tests.parity.test_flux import relative

@@ -39,7 +39,7 @@ def test_reprs_are_short_and_say_what_it_is(result: mf.Result) -> None:
 def test_tables_for_notebooks_hold_no_markup_of_prompts(result: mf.Result) -> None:
     text = result._repr_html_()
     assert "<script" not in text and "&lt;script&gt;" in text and text.count("<tr>") == 8
-    assert html.table(["<h>"], [["<i>"]], caption="<c>").count("&lt;") == 3
+    assert html.html_table(["<h>"], [["<i>"]], caption="<c>").count("&lt;") == 3
     assert "Reinject" in paper()._repr_html_() and "sigma 0.12" in paper()._repr_html_()
     planned = mf.plan(paper(), mf.toy())._repr_html_()
     assert planned.count("<tr>") == 8 and '<td style="text-align:left">Refine</td>' in planned

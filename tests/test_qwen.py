@@ -23,7 +23,7 @@ from mrflow.models.describe import describe
 from mrflow.models.flux.weights import load_vae_flux
 from mrflow.models.layers import attention
 from mrflow.models.qwen.backbone import Qwen
-from mrflow.models.qwen.transformer import packed_attention, positions
+from mrflow.models.qwen.transformer import packed_attention, positions_qwen
 from mrflow.models.qwen.weights import prepare_vae_qwen, wan
 from mrflow.notes import collected
 from tests.parity.test_flux import relative
@@ -73,13 +73,13 @@ def test_packed_attention_is_attention_of_each_item(texts: list[int], image: int
 def test_positions_are_the_published_ones(
     h: int, w: int, rows: tuple[int, int], columns: tuple[int, int], start: int
 ) -> None:
-    p = positions(h, w, 3)
+    p = positions_qwen(h, w, 3)
     assert p[:3].tolist() == [[start + i] * 3 for i in range(3)]
     grid = p[3:]
     assert (grid[0, 1], grid[-1, 1]) == rows and (grid[0, 2], grid[-1, 2]) == columns
     assert bool((grid[:, 0] == 0).all()) and len(grid) == h * w
     with pytest.raises(PlanError, match="beyond position 4096"):
-        positions(h, w, 4097 - start)
+        positions_qwen(h, w, 4097 - start)
 
 
 def test_one_pass_is_two_forwards(repo: Path) -> None:

@@ -29,7 +29,7 @@ from mrflow.sweep.failures import is_device_lost
 from mrflow.sweep.leases import Claim, LeaseLostError
 from mrflow.sweep.report import page
 from mrflow.sweep.rows import Row, read_row
-from mrflow.sweep.summary import load
+from mrflow.sweep.summary import load_rows
 from mrflow.sweep.tables import write_csv
 from tests.test_cli import call, here  # noqa: F401
 from tests.test_sweep import SIZE, paper, small
@@ -524,7 +524,7 @@ def test_no_change_of_a_folder_ends_in_a_traceback_or_a_leak(
             path.write_text(json.dumps(table))
     try:
         html = page(folder)
-        found, _ = load(folder)
+        found, _ = load_rows(folder)
         write_csv(found, folder / "rows.csv")
     except MrflowError:
         return

@@ -17,7 +17,7 @@ from mrflow.sweep import Sharpness, Store, read, run_sweep, seed_of
 from mrflow.sweep.grid import fingerprints, row_key
 from mrflow.sweep.plots import write_plots
 from mrflow.sweep.report import page
-from mrflow.sweep.summary import load, summarise
+from mrflow.sweep.summary import load_rows, summarise
 from mrflow.sweep.tables import write_csv, write_parquet
 from mrflow.sweep.timing import speedup
 from tests.test_cli import call, here  # noqa: F401
@@ -114,7 +114,7 @@ def test_rows_of_another_model_are_left_out(
     sweep = mf.Sweep({"one": mf.recipes.native(size=SIZE, steps=1)}, ["a", "b"], metrics=[Sharpness()])
     for name in (older(tmp_path_factory.mktemp("weights"), "pocket-0"), "pocket"):
         run_sweep(sweep, mf.load(name, device="cpu"), tmp_path)
-    rows, _ = load(tmp_path)
+    rows, _ = load_rows(tmp_path)
     assert {row.weights for row in rows} == {mf.load("pocket", device="cpu").info.version} and len(rows) == 2
     assert "2 rows of other weights are left out: pocket-0+" in caplog.text
 
@@ -128,17 +128,17 @@ def test_rows_of_older_settings_are_left_out(tmp_path: Path, caplog: pytest.LogC
 
     for steps in (2, 3):
         run_sweep(sweep(steps), mf.toy(), tmp_path)
-    rows, _ = load(tmp_path)
+    rows, _ = load_rows(tmp_path)
     assert [(row.chain, row.nfe) for row in rows] == [("one", 1)] * 2 + [("other", 3)] * 2
     assert "2 rows of other settings or versions are left out" in caplog.text
     run_sweep(mf.Sweep({"third": mf.recipes.native(size=SIZE, steps=4)}, ["a"]), mf.toy(), tmp_path)
-    assert [row.nfe for row in load(tmp_path)[0]] == [1, 1, 3, 3, 4]  # what a folder had before stays its own
+    assert [row.nfe for row in load_rows(tmp_path)[0]] == [1, 1, 3, 3, 4]  # what a folder had before stays its own
     run_sweep(sweep(3, negative="no"), mf.toy(), tmp_path)
-    assert [row.negative for row in load(tmp_path)[0]] == ["no"] * 4
+    assert [row.negative for row in load_rows(tmp_path)[0]] == ["no"] * 4
     said = json.loads((tmp_path / "sweep.json").read_text())
     (tmp_path / "sweep.json").write_text(json.dumps({**said, "versions": {}}))
     with pytest.raises(PlanError, match="has no rows of the settings that it has now"):
-        load(tmp_path)
+        load_rows(tmp_path)
 
 
 def test_rows_of_shared_noise_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,12 +149,12 @@ def test_rows_of_shared_noise_are_left_out(tmp_path: Path, caplog: pytest.LogCap
     made_by = one.versions
     key = row_key(fingerprints(sweep.chains["one"])[-1], one.model, one.weights, "a", one.negative, 0, made_by)
     folder.commit(replace(one, key=key, seed=0))
-    assert [row.seed for row in load(tmp_path)[0]] == [seed_of("a", 0)]
+    assert [row.seed for row in load_rows(tmp_path)[0]] == [seed_of("a", 0)]
     assert "1 rows of other settings or versions are left out" in caplog.text
 
 
 def test_tables_and_plots(folder: Path, tmp_path: Path) -> None:
-    rows, reference = load(folder)
+    rows, reference = load_rows(folder)
     write_csv(rows, tmp_path / "t.csv")
     with (tmp_path / "t.csv").open(newline="") as f:
         lines = list(csv.DictReader(f))

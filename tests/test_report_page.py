@@ -17,7 +17,7 @@ from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
 from mrflow.sweep.plots import front_of, limits, mark, write_plots
 from mrflow.sweep.report import page
-from mrflow.sweep.summary import load, summarise
+from mrflow.sweep.summary import load_rows, summarise
 from tests.test_cli import call, here  # noqa: F401
 from tests.test_report import browser, data, texts  # noqa: F401
 from tests.test_sweep import SIZE, paper
@@ -83,7 +83,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    return summarise(*load(folder), Store(folder).manifest())
+    return summarise(*load_rows(folder), Store(folder).manifest())
 
 
 def test_what_each_chain_is_and_where_it_ran(scored: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_metric_says_its_scale(scored: Path) -> None:
         "score": {"aim": "worst"},
         "lpips": 3,
     }
-    found = summarise(*load(scored), said)["scales"]
+    found = summarise(*load_rows(scored), said)["scales"]
     assert found["stray"] == said["aims"]["stray"]
     assert found["score"]["aim"] == "higher" and found["lpips"]["aim"] == "lower"  # what makes no sense is not taken
     for wrong in (("up", None, None), ("lower", 1, 1), ("lower", 2, 1)):

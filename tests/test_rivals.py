@@ -14,7 +14,7 @@ import mrflow as mf
 from mrflow.backbone import Wrapper
 from mrflow.cost import decode_flops, forward_flops
 from mrflow.flow import Velocity
-from mrflow.rivals.fresco import by_parent, expanded, groups, raised, risen, unfolded
+from mrflow.rivals.fresco import by_parent, four_each, groups, raised, sigma_after_growth, unfolded
 from mrflow.rivals.jit import JIT_4X, JIT_7X, Spread, activated, anchors, joined
 from mrflow.rivals.ralu import children, places_of
 from mrflow.testing import check_stage, check_transition
@@ -109,11 +109,11 @@ class Unfold(mf.Stage[mf.Latents, mf.Latents]):
     """Fresco's growth of all tokens at once, as a transition."""
 
     def plan(self, spec: mf.Latents, model: mf.ModelInfo) -> mf.Latents:
-        return replace(spec, height=2 * spec.height, width=2 * spec.width, sigma=risen(spec.sigma))
+        return replace(spec, height=2 * spec.height, width=2 * spec.width, sigma=sigma_after_growth(spec.sigma))
 
     def apply(self, state: mf.State[mf.Latents], out: mf.Latents, ctx: mf.Context) -> Tensor:
         h, w = state.spec.height // 2, state.spec.width // 2
-        four = expanded(pack(state.data), by_parent(pack(ctx.noise(out.shape)), h, w), state.spec.sigma)
+        four = four_each(pack(state.data), by_parent(pack(ctx.noise(out.shape)), h, w), state.spec.sigma)
         cells = children(torch.arange(h * w).expand(len(four), -1), w)
         grid = torch.empty(len(four), 4 * h * w, four.shape[-1])
         grid.scatter_(1, cells[..., None].expand_as(grid), four.flatten(1, 2))
@@ -134,19 +134,19 @@ def test_one_field_serves_all_sizes() -> None:
     coarse, some, others = unfolded(fours)[:, :, 0], grown.expand(len(unit), -1), rest.expand(len(unit), -1)
     torch.testing.assert_close(unfolded(unfolded(fours)), fours)
     once = 0.8
-    twice, last = risen(once), risen(risen(once))
-    four = expanded(once * coarse[:, grown[0]], groups(fours, some), once)
+    twice, last = sigma_after_growth(once), sigma_after_growth(sigma_after_growth(once))
+    four = four_each(once * coarse[:, grown[0]], groups(fours, some), once)
     torch.testing.assert_close(four, twice * groups(fours, some))
     kept = raised(once * coarse[:, rest[0]], coarse[:, rest[0]], once)
     torch.testing.assert_close(kept, twice * coarse[:, rest[0]])
     state = torch.cat((kept, four.flatten(1, 2)), 1).flatten(1)
     torch.testing.assert_close(state.T @ state, twice**2 * torch.eye(state.shape[1]), atol=1e-6, rtol=0)
-    late = expanded(kept, groups(fours, others), twice)
+    late = four_each(kept, groups(fours, others), twice)
     torch.testing.assert_close(late, last * groups(fours, others))
     four = raised(four.flatten(1, 2), groups(fours, some).flatten(1, 2), twice)
     torch.testing.assert_close(four, last * groups(fours, some).flatten(1, 2))
     one = torch.ones(1, 6, d)
-    signal = expanded((1 - once) * one, torch.zeros(1, 6, 4, d), once)
+    signal = four_each((1 - once) * one, torch.zeros(1, 6, 4, d), once)
     torch.testing.assert_close(signal, (1 - twice) * torch.ones(1, 6, 4, d))
     torch.testing.assert_close(raised((1 - once) * one, 0 * one, once), (1 - twice) * one)
 

@@ -20,7 +20,7 @@ import mrflow as mf
 from mrflow.notes import collected
 from mrflow.upscalers import network as module
 from mrflow.upscalers.nets import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
-from mrflow.upscalers.network import Facts, Network, Opened, padded
+from mrflow.upscalers.network import Network, NetworkFacts, OpenedNetwork, padded
 from mrflow.upscalers.weights import recognised, renamed
 from tests.live import LiveBytes
 from tests.sr_files import State, as_first_generation, as_trunk, compact, published, rrdb
@@ -221,9 +221,11 @@ def _nets(factory: Any) -> dict[str, mf.Checkpoint]:
 
 def test_padding_reflects_then_repeats() -> None:
     x = torch.arange(6.0).view(1, 1, 2, 3)
-    assert padded(x, Facts(2, multiple=4)).tolist() == [[[[0, 1, 2, 1], [3, 4, 5, 4], [0, 1, 2, 1], [0, 1, 2, 1]]]]
-    assert padded(x, Facts(2, minimum=4, square=True)).shape == (1, 1, 4, 4)
-    assert padded(x, Facts(2)) is x
+    assert padded(x, NetworkFacts(2, multiple=4)).tolist() == [
+        [[[0, 1, 2, 1], [3, 4, 5, 4], [0, 1, 2, 1], [0, 1, 2, 1]]]
+    ]
+    assert padded(x, NetworkFacts(2, minimum=4, square=True)).shape == (1, 1, 4, 4)
+    assert padded(x, NetworkFacts(2)) is x
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ class Made(Network):
     dtype: Any = None
 
     @cached_property
-    def opened(self) -> Opened:
+    def opened(self) -> OpenedNetwork:
         def call(net: nn.Module, x: Tensor) -> Tensor:
             sides.append((len(x), *x.shape[-2:], x.dtype))
             if x.shape[-1] * x.shape[-2] > self.limit:
@@ -297,8 +299,8 @@ class Made(Network):
 
         sides: list[Any] = []
         object.__setattr__(self, "sides", sides)
-        facts = Facts(2, reach=0, values=10, half=("float16",) if self.half else ())
-        return Opened(nn.Upsample(scale_factor=2), facts, call)
+        facts = NetworkFacts(2, reach=0, values=10, half=("float16",) if self.half else ())
+        return OpenedNetwork(nn.Upsample(scale_factor=2), facts, call)
 
 
 def test_out_of_memory_falls_back_to_tiles_with_one_note() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 import mrflow as mf
 from mrflow.sweep import Row, Sharpness, Table, read, run_sweep, seed_of, tracker
 from mrflow.sweep.datasets import write_dataset
-from mrflow.sweep.summary import load
+from mrflow.sweep.summary import load_rows
 from mrflow.sweep.trackers import PICTURES
 from tests.test_cli import call, here  # noqa: F401
 from tests.test_sweep import SIZE, Bad, paper
@@ -191,7 +191,7 @@ def test_export(made: Path, here: Path) -> None:  # noqa: F811
 
 def test_the_datasets_library_loads_the_folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets: Any = pytest.importorskip("datasets")
-    write_dataset(load(made)[0], made, tmp_path / "set")
+    write_dataset(load_rows(made)[0], made, tmp_path / "set")
     found = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
     assert found["train"].num_rows == 3 and found["train"][0]["image"].size == SIZE[::-1]
     assert set(found["train"]["chain"]) == {"ok", "bad"}

@@ -62,7 +62,7 @@ def test_a_whole_recipe_makes_what_is_shipped(name: str, tmp_path: Path, monkeyp
 def train(part: str, run: Run) -> dict[str, torch.Tensor]:
     """One part from nothing, a few steps."""
     torch.manual_seed(3)
-    auto = autoencoder.Autoencoder().state_dict()
+    auto = autoencoder.PocketAutoencoder().state_dict()
     if part == "autoencoder":
         return autoencoder.train(run, part, POCKET_1, 5000)
     if part == "sr":

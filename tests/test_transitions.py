@@ -17,7 +17,7 @@ import mrflow as mf
 from mrflow.backbone import Positions
 from mrflow.errors import PlanError
 from mrflow.recipes import speed_steps
-from mrflow.rivals.growth import Spectrum, dct_matrix, grown
+from mrflow.rivals.growth import PowerSpectrum, dct_matrix, grown
 from mrflow.rivals.ralu import (
     RALU_4X,
     RALU_7X,
@@ -104,7 +104,7 @@ def test_two_growths_are_one_in_level(sigma: float) -> None:
     ],
 )
 def test_speeds_levels(side: int, delta: float, level: float, after: float) -> None:
-    found = Spectrum().leave(side / 2, delta)
+    found = PowerSpectrum().leave(side / 2, delta)
     assert found == pytest.approx(level, abs=6e-4)
     assert shift_static(found, 2.0) == pytest.approx(after, abs=6e-4)
 
@@ -283,8 +283,8 @@ BAD: list[tuple[Any, str]] = [
     (lambda: mf.plan(mf.SampleRegions(1040, 1024), mf.FLUX), "half of 1040x1024 is not a whole number of tokens"),
     (lambda: mf.SelfLift(share=0), "share must be above 0"),
     (lambda: mf.SelfLift(low=0.8, high=0.7), "weights must be"),
-    (lambda: Spectrum(0.0), "amplitude must be above 0"),
-    (lambda: Spectrum().leave(8, 1.0), "delta must be in"),
+    (lambda: PowerSpectrum(0.0), "amplitude must be above 0"),
+    (lambda: PowerSpectrum().leave(8, 1.0), "delta must be in"),
     (lambda: mf.recipes.speed(steps=(3, 2)), "steps must be 3 whole numbers"),
     (lambda: mf.recipes.lift(steps=(3, 0)), "steps must be 2 whole numbers"),
     (lambda: mf.recipes.ralu(preset="9x"), "preset must be"),  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from mrflow.models.kernels import errors
 from mrflow.models.kernels.ops import FUSED
-from mrflow.models.layers import PLAIN, Rope, Stream
+from mrflow.models.layers import PLAIN, QKV, Rope
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_scales_that_come_late_are_rounded_as_their_definition_rounds() -> None:
     """Nearly every bit; the control is a kernel that rounds once, which is nearer to the truth and another number."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 9, 3, 32, generator=g).half() for _ in range(3))
-    streams = [Stream(q, k, v, *((1 + 0.3 * torch.randn(32, generator=g)).half() for _ in range(2)))]
+    streams = [QKV(q, k, v, *((1 + 0.3 * torch.randn(32, generator=g)).half() for _ in range(2)))]
     turn = torch.randn(9, 16, generator=g)
     rope = Rope(turn.cos(), turn.sin())
     want = PLAIN.joint_heads(streams, rope, 1e-5, late=True)

@@ -25,11 +25,11 @@ from experiments.failures.details import DETAILS, prompts
 from experiments.failures.questions import FITTED, QUESTIONS, Setting, fitted
 from mrflow.models import info
 from mrflow.models.pocket.model import SHIPPED
-from mrflow.scenes.hard import HARD, held_out_captions
+from mrflow.scenes.hard import HARD, held_out_hard_captions
 from mrflow.sweep import Legible, Sweep, run_sweep
 from mrflow.sweep.local import Progress
 from mrflow.sweep.report import write_report
-from mrflow.sweep.summary import load
+from mrflow.sweep.summary import load_rows
 
 
 def main() -> int:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if wanted := [label for label in more if not args.methods or label in args.methods]:
         beside = folder.with_name(f"{folder.name}-fitted.json")  # a sweep's folder is its own
         beside.parent.mkdir(parents=True, exist_ok=True)
-        chains |= fitted(setting, model, held_out_captions(HARD, 4, seed=1), beside, wanted)
+        chains |= fitted(setting, model, held_out_hard_captions(HARD, 4, seed=1), beside, wanted)
     if args.methods:
         chains = {label: chain for label, chain in chains.items() if label in {reference, *args.methods}}
     asked = prompts(args.captions, args.details, args.sizes)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     done = run_sweep(sweep, model, folder, batch=args.batch, on_progress=show)
     if done.failed:
         print(f"{done.failed} rows failed; the report says why", file=sys.stderr)
-    rows, _ = load(folder)
+    rows, _ = load_rows(folder)
     texts = {prompt.text for prompt in sweep.prompts}
     rows = [r for r in rows if r.chain in sweep.chains and r.prompt in texts and r.draw in sweep.seeds]
     write_report(folder, folder / "report.html", title=f"failures: {args.question}")

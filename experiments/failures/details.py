@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from mrflow.errors import PlanError
-from mrflow.scenes.hard import FACE_SIZES, GRIDS, HARD, LETTER_SIZES, PERIODS, HardWorld, held_out_captions
+from mrflow.scenes.hard import FACE_SIZES, GRIDS, HARD, LETTER_SIZES, PERIODS, HardWorld, held_out_hard_captions
 from mrflow.sweep import Prompt
 
 
@@ -68,6 +68,6 @@ def prompts(count: int, details: list[str] | None = None, sizes: list[str] | Non
         for size, world in detail.worlds.items():
             if sizes is not None and size not in sizes:
                 continue
-            texts = held_out_captions(world, count, kind=detail.kind)
+            texts = held_out_hard_captions(world, count, kind=detail.kind)
             out += [Prompt(text, {"detail": name, "size": size}) for text in texts]
     return out

@@ -54,7 +54,7 @@ from mrflow.records.chains import decode_chain
 from mrflow.records.pictures import describe_record, png
 from mrflow.sweep import Sharpness, run_sweep
 from mrflow.sweep.report import page
-from mrflow.sweep.summary import load
+from mrflow.sweep.summary import load_rows
 from mrflow.sweep.tables import write_csv
 from mrflow.upscalers import load_upscaler
 from mrflow.upscalers.weights import read_state
@@ -242,7 +242,7 @@ class Inputs:
         if act == 0:
             page(folder)
         elif act == 1:
-            rows, _ = load(folder)
+            rows, _ = load_rows(folder)
             write_csv(rows, folder / "rows.csv")
         else:
             run_sweep(sweep, mf.toy(), folder)

@@ -23,7 +23,7 @@ from mrflow.sweep.local import Progress
 from mrflow.sweep.plots import write_plots
 from mrflow.sweep.report import write_report
 from mrflow.sweep.statistics import MIN_PROMPTS, grouped
-from mrflow.sweep.summary import load, summarise
+from mrflow.sweep.summary import load_rows, summarise
 from mrflow.sweep.timing import speedup
 
 NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "nested_noise", "failures", "rivals")
@@ -51,7 +51,7 @@ def main() -> None:
     began = time.monotonic()
     done = run_sweep(sweep, mf.load(sweep.model, device="cpu"), folder, batch=args.batch, on_progress=show)
     print(f"{done.made} rows made in {time.monotonic() - began:.0f} s, {done.failed} failed", file=sys.stderr)
-    rows, reference = load(folder)
+    rows, reference = load_rows(folder)
     texts = {prompt.text for prompt in sweep.prompts}
     rows = [r for r in rows if r.chain in sweep.chains and r.prompt in texts and r.draw in sweep.seeds]
     write_report(folder, folder / "report.html", title=args.name.replace("_", " "))

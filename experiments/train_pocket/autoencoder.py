@@ -15,7 +15,7 @@ from experiments.train_pocket.data import grid, pictures, unit
 from experiments.train_pocket.loop import Loop, Run, cosine, finished, log
 from mrflow.metrics import psnr
 from mrflow.models.pocket.model import channels_last
-from mrflow.models.pocket.networks import Autoencoder
+from mrflow.models.pocket.networks import PocketAutoencoder
 from mrflow.scenes.grammar import FULL, World
 from mrflow.scenes.hard import HardWorld
 
@@ -37,14 +37,14 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
     return d.abs().mean() + 2 * d.square().mean() + 0.5 * gradient_l1(a, b)
 
 
-def loaded(state: State, device: torch.device) -> Autoencoder:
+def loaded(state: State, device: torch.device) -> PocketAutoencoder:
     """A trained autoencoder, ready to use."""
-    net = Autoencoder()
+    net = PocketAutoencoder()
     net.load_state_dict(state)
     return net.to(device).eval()
 
 
-def round_trip(net: Autoencoder, x: Tensor) -> Tensor:
+def round_trip(net: PocketAutoencoder, x: Tensor) -> Tensor:
     """Pictures in [0, 1] encoded and decoded, in small batches; on the processor."""
     device = net.mean.device
     return torch.cat([net.decode(net.encode(part.to(device))).clamp(0, 1).cpu() for part in x.split(20)])
@@ -86,7 +86,7 @@ def train(
     images = sights(run, world, seen) if images is None else images
     images = [part.to(device) for part in images] if device.type == "cuda" else images
     torch.manual_seed(0)
-    net = Autoencoder(noise=noise)
+    net = PocketAutoencoder(noise=noise)
     if start is not None:
         net.load_state_dict(start)
     net = channels_last(net.to(device))

@@ -24,7 +24,7 @@ from experiments.train_pocket.muon import Muon
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.flux.initial import reset
 from mrflow.models.flux.transformer import Flux, image_ids
-from mrflow.models.pocket.model import TEXT_LENGTH, VOCABULARY, Pocket, flux_params, text_encoder
+from mrflow.models.pocket.model import TEXT_LENGTH, VOCABULARY, Pocket, pocket_params, text_encoder
 from mrflow.models.pocket.networks import CompactSR, tokenise
 from mrflow.scenes.grammar import World
 from mrflow.tokens import pack
@@ -70,7 +70,7 @@ class Trainee(nn.Module):
     def __init__(self, width: int, head: int, *, words: int = len(VOCABULARY), length: int = TEXT_LENGTH) -> None:
         super().__init__()
         self.text = text_encoder(width, words=words, length=length)
-        self.flow = Flux(flux_params(width, head))
+        self.flow = Flux(pocket_params(width, head))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.blocks import Family, opened
+from mrflow.bridge.blocks import BlockNames, opened_forward
 from mrflow.bridge.version import Watch, version_of
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
@@ -51,7 +51,7 @@ class Bridged(ABC):
     accepts: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
-    family: ClassVar[Family]
+    family: ClassVar[BlockNames]
     can: ClassVar[Capabilities] = BRIDGED
 
     def __init__(
@@ -110,7 +110,7 @@ class Bridged(ABC):
 
     def network(self, step: StepFactory | None) -> Callable[..., Any]:
         """The transformer's forward, with a cache's step in the place of its blocks where one is given."""
-        return self.pipe.transformer if step is None else opened(self.pipe.transformer, self.family, step)
+        return self.pipe.transformer if step is None else opened_forward(self.pipe.transformer, self.family, step)
 
     def check(self, options: FieldOptions) -> None:
         """Refuse what the pipeline cannot do; adapters are its own business.
@@ -260,14 +260,14 @@ def posterior(model: Bridged, pixels: Tensor, noise: Tensor | None, *, frame: bo
     """The autoencoder's own latents of pixels in [0, 1], float32; `frame` adds the time axis of a video model."""
     vae = model.pipe.vae
     with model.working(moved=frame or has_hooks(vae)):  # a video model keeps frames of the past in itself
-        x = (2 * plain(pixels) - 1).to(home(vae), vae.dtype)
+        x = (2 * keepable(pixels) - 1).to(home(vae), vae.dtype)
         out = vae.encode(x[:, :, None] if frame else x)
         if (found := getattr(out, "latent_dist", None)) is None:  # AutoencoderTiny: latents without a distribution
             z: Tensor = out.latents.float()
             return (z[:, :, 0] if frame else z).to(model.device)
         mean, std = found.mean.float(), found.std.float()
         mean, std = (mean[:, :, 0], std[:, :, 0]) if frame else (mean, std)
-        z = mean if noise is None else mean + std * plain(noise).to(mean.device)
+        z = mean if noise is None else mean + std * keepable(noise).to(mean.device)
         return z.to(model.device)
 
 
@@ -275,7 +275,7 @@ def decoded(model: Bridged, z: Tensor, *, frame: bool = False) -> Tensor:
     """Pixels in [0, 1] of the autoencoder's own latents."""
     vae = model.pipe.vae
     with model.working(moved=frame or has_hooks(vae)):
-        x = plain(z).to(home(vae), vae.dtype)
+        x = keepable(z).to(home(vae), vae.dtype)
         out = vae.decode(x[:, :, None] if frame else x, return_dict=False)[0]
         pixels: Tensor = (out[:, :, 0] if frame else out).float()
         return (0.5 * pixels + 0.5).clamp(0, 1).to(model.device)
@@ -288,7 +288,7 @@ def outside_inference() -> Generator[None]:
         yield
 
 
-def plain(x: Tensor) -> Tensor:
+def keepable(x: Tensor) -> Tensor:
     """A tensor that modules may keep: one made in inference mode is copied."""
     return x.clone() if x.is_inference() else x
 

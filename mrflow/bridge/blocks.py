@@ -21,7 +21,7 @@ Call = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Family:
+class BlockNames:
     """How a family's blocks are called: `lists` of blocks, in order, and the arguments that have a row an item.
 
     `joined` says that later lists work on one sequence, text first. `single` are the arguments of blocks that all work
@@ -40,7 +40,7 @@ class Family:
 class BridgedPieces:
     """The blocks of one transformer; `given` are the arguments of the call that is under way."""
 
-    def __init__(self, net: Any, family: Family) -> None:  # noqa: ANN401
+    def __init__(self, net: Any, family: BlockNames) -> None:  # noqa: ANN401
         self.family = family
         self.blocks = [(name, block) for name in family.lists for block in getattr(net, name)]
         self.given: dict[str, Call] = {}
@@ -148,7 +148,7 @@ class Stack(nn.Module):
         return encoder_hidden_states, self.step(hidden_states, encoder_hidden_states, none, none, table)
 
 
-class Opened:
+class OpenedForward:
     """A transformer's forward with a step in the place of its blocks."""
 
     def __init__(self, inner: Any, copy: Any, pieces: BridgedPieces) -> None:  # noqa: ANN401
@@ -164,7 +164,7 @@ class Opened:
         return hook.post_forward(self.inner, type(self.inner).forward(self.copy, *args, **kwargs))
 
 
-def opened(net: Any, family: Family, factory: StepFactory) -> Opened:  # noqa: ANN401
+def opened_forward(net: Any, family: BlockNames, factory: StepFactory) -> OpenedForward:  # noqa: ANN401
     """A transformer's forward with a step in the place of its blocks. `net` is left as it is.
 
     Raises:
@@ -185,7 +185,7 @@ def opened(net: Any, family: Family, factory: StepFactory) -> Opened:  # noqa: A
     else:
         new = {first: nn.ModuleList([Stack(pieces, step)])}
         new |= {name: nn.ModuleList() for name in later}
-    return Opened(inner, grafted(inner, new), pieces)
+    return OpenedForward(inner, grafted(inner, new), pieces)
 
 
 def first_of(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401
@@ -223,16 +223,16 @@ def krea2_modulated_input(block: Any, img: Tensor, given: Call) -> Tensor:  # no
     return out
 
 
-FLUX = Family(("transformer_blocks", "single_transformer_blocks"), ("temb",), first_of)
-QWEN = Family(("transformer_blocks",), ("temb", "encoder_hidden_states_mask"), qwen_modulated_input)
-SD3 = Family(("transformer_blocks",), ("temb",), first_of)
-FLUX2 = Family(
+FLUX = BlockNames(("transformer_blocks", "single_transformer_blocks"), ("temb",), first_of)
+QWEN = BlockNames(("transformer_blocks",), ("temb", "encoder_hidden_states_mask"), qwen_modulated_input)
+SD3 = BlockNames(("transformer_blocks",), ("temb",), first_of)
+FLUX2 = BlockNames(
     ("transformer_blocks", "single_transformer_blocks"),
     ("temb_mod_img", "temb_mod_txt", "temb_mod"),
     flux2_modulated_input,
     joined=True,
 )
-Z_IMAGE = Family(
+Z_IMAGE = BlockNames(
     ("layers",),
     ("attn_mask", "freqs_cis", "adaln_input"),
     z_image_modulated_input,
@@ -240,7 +240,7 @@ Z_IMAGE = Family(
     single=("attn_mask", "freqs_cis", "adaln_input", "noise_mask", "adaln_noisy", "adaln_clean"),
     image_first=True,
 )
-KREA2 = Family(
+KREA2 = BlockNames(
     ("transformer_blocks",),
     ("temb", "attention_mask"),
     krea2_modulated_input,

@@ -10,7 +10,7 @@ from mrflow.model_info import FLUX, Shift
 from mrflow.models.scheduler import FLOW, curve_of
 
 
-def shift_of(scheduler: Any, *, own_grid: bool = False) -> Shift:  # noqa: ANN401
+def bridged_shift(scheduler: Any, *, own_grid: bool = False) -> Shift:  # noqa: ANN401
     """The curve of noise levels that a flow-matching scheduler gives; it is read, never run.
 
     As `set_timesteps` does: with dynamic shifting the line of the config, else the factor that `set_shift` may have
@@ -26,7 +26,7 @@ def shift_of(scheduler: Any, *, own_grid: bool = False) -> Shift:  # noqa: ANN40
     return curve_of(getattr(scheduler, "config", {}), "the pipeline's scheduler", name=name, shift=static, last=last)
 
 
-def parameters(module: nn.Module) -> int:
+def parameters_of(module: nn.Module) -> int:
     """How many parameters a network has; of a quantised one, as many as its config makes."""
     net: Any = unwrapped(module)
     if all(p.is_floating_point() and type(p) is nn.Parameter for p in net.parameters()):

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions, in_parts
-from mrflow.bridge.base import BRIDGED, KLBridged, Pipeline, check_batch, checked, has_hooks, home, plain, thousandths
+from mrflow.bridge.base import (
+    BRIDGED,
+    KLBridged,
+    Pipeline,
+    check_batch,
+    checked,
+    has_hooks,
+    home,
+    keepable,
+    thousandths,
+)
 from mrflow.bridge.blocks import FLUX as FAMILY
-from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
+from mrflow.bridge.facts import bridged_shift, downscale, parameters_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity, finite
 from mrflow.model_info import Architecture, LatentSpace, ModelInfo, flux_facts
@@ -93,7 +103,7 @@ class BridgedFlux(KLBridged):
         """FLUX.1-dev's or -schnell's facts, told apart by the guidance embedding, with the pipeline's own sizes."""
         encode, decode = vae_flops(self.pipe.vae)
         pipe, config = self.pipe, self.pipe.transformer.config
-        curve = shift_of(pipe.scheduler)
+        curve = bridged_shift(pipe.scheduler)
         base = flux_facts(guidance=config.guidance_embeds, curve=curve)
         assert base.architecture is not None
         hidden = config.num_attention_heads * config.attention_head_dim
@@ -108,7 +118,7 @@ class BridgedFlux(KLBridged):
                 config.num_single_layers,
                 config.joint_attention_dim,
                 self._text_tokens or base.architecture.text_tokens,
-                parameters(pipe.transformer),
+                parameters_of(pipe.transformer),
             ),
             footprint=None,
             encode=encode,
@@ -139,7 +149,7 @@ class BridgedFlux(KLBridged):
             raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
         if self.control is not None and (step is not None or options.positions is not None):
             raise PlanError("a ControlNet adds to every block of a whole grid: no cache and no regions beside control=")
-        context, pooled = (plain(cond[name]).to(device) for name in ("context", "pooled"))
+        context, pooled = (keepable(cond[name]).to(device) for name in ("context", "pooled"))
         dtype, value = context.dtype, info.guidance if options.guidance is None else options.guidance
         strength = None if value is None else torch.full((cond.batch,), value, dtype=torch.float32, device=device)
         text_ids = torch.zeros(context.shape[1], 3, device=device, dtype=dtype)
@@ -152,7 +162,7 @@ class BridgedFlux(KLBridged):
                 ids[:, 1:] = options.positions.part(part).to(ids)
             with self.working(moved=moved):
                 given: dict[str, Any] = {
-                    "hidden_states": plain(tokens).to(device, dtype),
+                    "hidden_states": keepable(tokens).to(device, dtype),
                     "timestep": thousandths(sigma, cond.batch, device).to(dtype) / 1000,
                     "encoder_hidden_states": context,
                     "pooled_projections": pooled,

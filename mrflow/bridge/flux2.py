@@ -8,9 +8,19 @@ from einops import rearrange
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions, in_parts
-from mrflow.bridge.base import BRIDGED, Bridged, check_batch, checked, decoded, has_hooks, plain, posterior, thousandths
+from mrflow.bridge.base import (
+    BRIDGED,
+    Bridged,
+    check_batch,
+    checked,
+    decoded,
+    has_hooks,
+    keepable,
+    posterior,
+    thousandths,
+)
 from mrflow.bridge.blocks import FLUX2
-from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
+from mrflow.bridge.facts import bridged_shift, downscale, parameters_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, ByStep, LatentSpace, ModelInfo, Shift
@@ -67,7 +77,7 @@ class BridgedFlux2(Bridged):
                 config.num_single_layers,
                 config.joint_attention_dim,
                 self._text_tokens or 512,
-                parameters(pipe.transformer),
+                parameters_of(pipe.transformer),
                 1.5 * config.mlp_ratio,  # three matrices in its gated MLP, where this counts two
             ),
             upscale=FLUX.upscale,
@@ -89,7 +99,7 @@ class BridgedFlux2(Bridged):
         net, info, device = self.network(step), self.info, self.device
         checked(info, cond, {"context": self.pipe.transformer.config.joint_attention_dim})
         strength = self.strength(options.guidance, cond.batch)
-        context = plain(cond["context"]).to(device)
+        context = keepable(cond["context"]).to(device)
         branch, moved = self.branch(), has_hooks(self.pipe.transformer)
         text_ids = positions(1, 1, context.shape[1], cond.batch, device)
 
@@ -100,7 +110,7 @@ class BridgedFlux2(Bridged):
                 ids[..., 1:3] = options.positions.part(part).to(ids)
             with self.working(moved=moved), branch():
                 out: Tensor = net(
-                    hidden_states=plain(tokens).to(device, self.pipe.transformer.dtype),
+                    hidden_states=keepable(tokens).to(device, self.pipe.transformer.dtype),
                     timestep=thousandths(sigma, cond.batch, device).to(context.dtype) / 1000,
                     guidance=strength,
                     encoder_hidden_states=context,
@@ -188,7 +198,7 @@ def statistic(norm: Any, name: str) -> Tensor:  # noqa: ANN401
 
 def flux2_shift(scheduler: Any) -> Shift:  # noqa: ANN401
     """The pipeline's own mu, which depends on tokens and steps, where its scheduler shifts by resolution."""
-    found = shift_of(scheduler)
+    found = bridged_shift(scheduler)
     if not scheduler.config.get("use_dynamic_shifting"):
         return found
     low, high = ((MANY[0] * n + MANY[1], TEN[0] * n + TEN[1]) for n in (256, 4096))

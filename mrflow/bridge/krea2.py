@@ -5,9 +5,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import check_batch, plain, thousandths
-from mrflow.bridge.blocks import KREA2, Opened
-from mrflow.bridge.facts import parameters, shift_of
+from mrflow.bridge.base import check_batch, keepable, thousandths
+from mrflow.bridge.blocks import KREA2, OpenedForward
+from mrflow.bridge.facts import bridged_shift, parameters_of
 from mrflow.bridge.qwen import PUBLISHED_BASE, BridgedQwen
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
@@ -37,7 +37,7 @@ class BridgedKrea2(BridgedQwen):
     def facts(self) -> ModelInfo:
         """The pipeline's own sizes, with the autoencoder of Qwen-Image; guidance by whether it is distilled."""
         pipe, config = self.pipe, self.pipe.transformer.config
-        distilled, found = bool(pipe.config.get("is_distilled")), shift_of(pipe.scheduler)
+        distilled, found = bool(pipe.config.get("is_distilled")), bridged_shift(pipe.scheduler)
         dynamic = bool(pipe.scheduler.config.get("use_dynamic_shifting"))
         hidden = config.num_attention_heads * config.attention_head_dim
         # Queries and outputs are square, keys and values narrower; the gated MLP has three matrices.
@@ -60,7 +60,7 @@ class BridgedKrea2(BridgedQwen):
                 config.num_layers,
                 config.text_hidden_dim,
                 self._text_tokens or 512,
-                parameters(pipe.transformer),
+                parameters_of(pipe.transformer),
                 ratio,
             ),
             encode=QWEN.encode if published else (0.0, 0.0),
@@ -81,17 +81,17 @@ class BridgedKrea2(BridgedQwen):
         """The velocity of one branch; padding is masked."""
         device, needs = self.device, {"context": self.pipe.transformer.config.text_hidden_dim, "mask": 0}
         net, branch, moved = self.begin(cond, options, step, needs)
-        context, mask = plain(cond["context"]).to(device), plain(cond["mask"]).to(device).bool()
+        context, mask = keepable(cond["context"]).to(device), keepable(cond["mask"]).to(device).bool()
         if not bool(mask.any(1).all()):
             raise PlanError("a prompt's mask marks no text at all")
 
         def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
             check_batch(tokens, cond.batch)
-            if isinstance(net, Opened):
+            if isinstance(net, OpenedForward):
                 net.pieces.image = h * w
             with self.working(moved=moved), branch():
                 out: Tensor = net(
-                    hidden_states=plain(tokens).to(device, context.dtype),
+                    hidden_states=keepable(tokens).to(device, context.dtype),
                     encoder_hidden_states=context,
                     timestep=(thousandths(sigma, cond.batch, device) / 1000).to(context.dtype),
                     position_ids=self.pipe.prepare_position_ids(context.shape[1], h, w, device),

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import Bridged, check_batch, decoded, plain, posterior, thousandths
+from mrflow.bridge.base import Bridged, check_batch, decoded, keepable, posterior, thousandths
 from mrflow.bridge.blocks import QWEN as FAMILY
-from mrflow.bridge.facts import parameters, shift_of
+from mrflow.bridge.facts import bridged_shift, parameters_of
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
@@ -44,7 +44,7 @@ class BridgedQwen(Bridged):
         return replace(
             QWEN,
             space=LatentSpace("qwen-image", vae.z_dim, 2 ** len(vae.temperal_downsample)),
-            shift=shift_of(pipe.scheduler),
+            shift=bridged_shift(pipe.scheduler),
             cfg=QWEN.cfg if self._guidance is None else self._guidance,
             architecture=Architecture(
                 config.num_attention_heads * config.attention_head_dim,
@@ -52,7 +52,7 @@ class BridgedQwen(Bridged):
                 0,
                 config.joint_attention_dim,
                 self._text_tokens or 50,
-                parameters(pipe.transformer),
+                parameters_of(pipe.transformer),
             ),
             encode=QWEN.encode if published else (0.0, 0.0),
             decode=QWEN.decode if published else (0.0, 0.0),
@@ -73,12 +73,12 @@ class BridgedQwen(Bridged):
         """The velocity of one branch; padding is masked where a batch's texts differ in length."""
         device, needs = self.device, {"context": self.pipe.transformer.config.joint_attention_dim}
         net, branch, moved = self.begin(cond, options, step, needs, advice="CFG(scale, rescale=True)")
-        context, mask = plain(cond["context"]).to(device), cond.tensors.get("mask")
+        context, mask = keepable(cond["context"]).to(device), cond.tensors.get("mask")
         if mask is not None:
             longest = int(mask.sum(1).max())
             if longest == 0:
                 raise PlanError("a prompt's mask marks no text at all")
-            context, mask = context[:, :longest], plain(mask).to(device)[:, :longest]
+            context, mask = context[:, :longest], keepable(mask).to(device)[:, :longest]
             mask = None if bool(mask.bool().all()) else mask
         dtype = context.dtype
 
@@ -86,7 +86,7 @@ class BridgedQwen(Bridged):
             check_batch(tokens, cond.batch)
             with self.working(moved=moved), branch():
                 out: Tensor = net(
-                    hidden_states=plain(tokens).to(device, dtype),
+                    hidden_states=keepable(tokens).to(device, dtype),
                     timestep=thousandths(sigma, cond.batch, device).to(dtype) / 1000,
                     encoder_hidden_states=context,
                     encoder_hidden_states_mask=mask,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import BRIDGED, check_batch, checked, decoded, has_hooks, plain, posterior, thousandths
-from mrflow.bridge.facts import parameters, shift_of
+from mrflow.bridge.base import BRIDGED, check_batch, checked, decoded, has_hooks, keepable, posterior, thousandths
+from mrflow.bridge.facts import bridged_shift, parameters_of
 from mrflow.bridge.qwen import BridgedQwen
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
@@ -49,7 +49,7 @@ class BridgedQwen21(BridgedQwen):
         return ModelInfo(
             "qwen-image-2.1",
             LatentSpace("qwen-image-2.1", pipe.vae.config.z_dim, DOWNSCALE, 1, whole=2),
-            shift_of(pipe.scheduler),
+            bridged_shift(pipe.scheduler),
             cfg=1.0 if self._guidance is None else self._guidance,
             negative=" ",
             native_steps=len(listed) if listed else 40,
@@ -59,7 +59,7 @@ class BridgedQwen21(BridgedQwen):
                 config.num_layers,
                 config.context_in_dim,
                 self._text_tokens or TEXT,
-                parameters(pipe.transformer),
+                parameters_of(pipe.transformer),
                 1.5 * config.mlp_ratio,
             ),
             upscale=QWEN.upscale,
@@ -78,8 +78,8 @@ class BridgedQwen21(BridgedQwen):
         checked(info, cond, {"context": own.config.context_in_dim})
         if options.guidance is not None:
             raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
-        context = plain(cond["context"]).to(device)
-        mask = plain(cond["mask"]).to(device).bool() if "mask" in cond.tensors else None
+        context = keepable(cond["context"]).to(device)
+        mask = keepable(cond["mask"]).to(device).bool() if "mask" in cond.tensors else None
         if mask is not None:
             if not bool(mask.any(1).all()):
                 raise PlanError("a prompt's mask marks no text at all")
@@ -104,7 +104,7 @@ class BridgedQwen21(BridgedQwen):
                     kept = caches[h, w] = module.QwenImage21KVCache(len(own.transformer_blocks))
             with self.working(moved=moved), branch():
                 out: Tensor = own(
-                    hidden_states=plain(tokens).to(device, context.dtype),
+                    hidden_states=keepable(tokens).to(device, context.dtype),
                     timestep=thousandths(sigma, cond.batch, device).to(context.dtype) / 1000,
                     encoder_hidden_states=context,
                     encoder_hidden_states_mask=mask,

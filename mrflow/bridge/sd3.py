@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, plain, thousandths
+from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, keepable, thousandths
 from mrflow.bridge.blocks import SD3
-from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
+from mrflow.bridge.facts import bridged_shift, downscale, parameters_of, vae_flops
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, LatentSpace, ModelInfo
@@ -44,7 +44,7 @@ class BridgedSD3(KLBridged):
         return ModelInfo(
             "sd3",
             LatentSpace("sd3", config.in_channels, downscale(pipe.vae), config.patch_size),
-            shift_of(pipe.scheduler, own_grid=True),
+            bridged_shift(pipe.scheduler, own_grid=True),
             cfg=float(default if self._guidance is None else self._guidance),
             architecture=Architecture(
                 config.num_attention_heads * config.attention_head_dim,
@@ -52,7 +52,7 @@ class BridgedSD3(KLBridged):
                 0,
                 config.joint_attention_dim,
                 77 + self._t5_tokens(),
-                parameters(pipe.transformer),
+                parameters_of(pipe.transformer),
                 4.0 + 2.0 * dual / config.num_layers,  # a block's second attention: 8 d^2 in its linears
             ),
             upscale=FLUX.upscale,
@@ -90,7 +90,7 @@ class BridgedSD3(KLBridged):
         info, device, config = self.info, self.device, self.pipe.transformer.config
         needs = {"context": config.joint_attention_dim, "pooled": config.pooled_projection_dim}
         net, branch, moved = self.begin(cond, options, step, needs)
-        context, pooled = (plain(cond[name]).to(device) for name in ("context", "pooled"))
+        context, pooled = (keepable(cond[name]).to(device) for name in ("context", "pooled"))
         patch = config.patch_size
         most = (config.pos_embed_max_size or 0) * patch
 
@@ -101,7 +101,7 @@ class BridgedSD3(KLBridged):
                 raise PlanError(f"{info.name} knows positions up to {most * scale} pixels a side; make it smaller")
             with self.working(moved=moved), branch():
                 out: Tensor = net(
-                    hidden_states=plain(x).to(device, context.dtype),
+                    hidden_states=keepable(x).to(device, context.dtype),
                     timestep=thousandths(sigma, cond.batch, device),
                     encoder_hidden_states=context,
                     pooled_projections=pooled,

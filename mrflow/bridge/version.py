@@ -22,10 +22,10 @@ def version_of(parts: Mapping[str, nn.Module], *facts: object) -> str:
     """
     digest, read, lost = hashlib.sha256(repr(facts).encode()), dict[torch.device, list[Tensor]](), 0
     for part, module in parts.items():
-        digest.update(f"{part} {type(unwrapped(module)).__name__} {config_of(module)}\n".encode())
+        digest.update(f"{part} {type(unwrapped(module)).__name__} {_config_of(module)}\n".encode())
         digest.update(repr(adapters(module)).encode())
-        for name, whole in values(module):
-            for tensor in plain(whole):
+        for name, whole in _values(module):
+            for tensor in _plain(whole):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 if tensor.device.type == "meta":
                     lost += 1
@@ -47,17 +47,17 @@ def sampled(tensor: Tensor) -> Tensor:
     return some.contiguous().view(torch.uint8)
 
 
-def plain(tensor: Tensor) -> Iterator[Tensor]:
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The ordinary tensors that a tensor is made of: itself, or those inside a quantised one."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor.detach().as_subclass(Tensor)
         return
     for name in cast("tuple[list[str], object]", flatten())[0]:
-        yield from plain(getattr(tensor, name))
+        yield from _plain(getattr(tensor, name))
 
 
-def values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name; those that accelerate took away come from where its hook keeps them."""
     for prefix, inner in unwrapped(module).named_modules():
         own = {**inner._parameters, **inner._buffers}
@@ -95,7 +95,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
-def config_of(module: nn.Module) -> str:
+def _config_of(module: nn.Module) -> str:
     """A part's config as text, without private entries such as where it was loaded from."""
     config: Any = getattr(module, "config", None) or {}
     entries: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else dict(config)

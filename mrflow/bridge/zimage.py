@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, checked, plain, thousandths
-from mrflow.bridge.blocks import Z_IMAGE, Opened
-from mrflow.bridge.facts import downscale, parameters, shift_of, vae_flops
+from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, checked, keepable, thousandths
+from mrflow.bridge.blocks import Z_IMAGE, OpenedForward
+from mrflow.bridge.facts import bridged_shift, downscale, parameters_of, vae_flops
 from mrflow.bridge.flux2 import chat
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
@@ -46,7 +46,7 @@ class BridgedZImage(KLBridged):
         return ModelInfo(
             "z-image",
             LatentSpace("z-image", config.in_channels, downscale(pipe.vae)),
-            shift_of(pipe.scheduler),
+            bridged_shift(pipe.scheduler),
             cfg=1.0 if self._guidance is None else self._guidance,
             architecture=Architecture(
                 config.dim,
@@ -54,7 +54,7 @@ class BridgedZImage(KLBridged):
                 config.n_layers + config.n_refiner_layers,
                 config.cap_feat_dim,
                 64,
-                parameters(pipe.transformer),
+                parameters_of(pipe.transformer),
                 GATED,
             ),
             upscale=FLUX.upscale,
@@ -86,10 +86,10 @@ class BridgedZImage(KLBridged):
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             check_batch(x, len(texts))
-            if isinstance(net, Opened):
+            if isinstance(net, OpenedForward):
                 net.pieces.image = (x.shape[2] // 2) * (x.shape[3] // 2)
             with self.working(moved=moved), branch():
-                pictures = plain(x).to(device, own.dtype)[:, :, None].unbind(0)
+                pictures = keepable(x).to(device, own.dtype)[:, :, None].unbind(0)
                 time = (1000 - thousandths(sigma, len(texts), device)) / 1000
                 out = net(list(pictures), time, list(texts), return_dict=False)[0]
                 return -torch.stack([o.float() for o in out])[:, :, 0].to(x.device)
@@ -113,5 +113,5 @@ class BridgedZImage(KLBridged):
         lengths = [int(n) for n in cond["mask"].sum(1)]
         if min(lengths) == 0:
             raise PlanError("a prompt's mask marks no text at all")
-        context = plain(cond["context"]).to(self.device)
+        context = keepable(cond["context"]).to(self.device)
         return [item[:length] for item, length in zip(context, lengths, strict=True)]

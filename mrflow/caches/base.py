@@ -100,7 +100,7 @@ class Cache(ABC):
         return Cached(model, self)
 
 
-def check_cache(cache: object, info: ModelInfo) -> None:
+def check_fits(cache: object, info: ModelInfo) -> None:
     """Refuse a stage's cache that cannot work for a model; None is fine.
 
     Raises:
@@ -129,7 +129,7 @@ class Cached(Wrapper):
 
     def __init__(self, model: Backbone, cache: Cache) -> None:
         super().__init__(model)
-        check_cache(cache, model.info)
+        check_fits(cache, model.info)
         self._cache = cache
         try:
             mark = fingerprint(cache)

@@ -26,7 +26,7 @@ from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
-class Change:
+class FeatureChange:
     """From one evaluation to the next: relative L1 of the modulated input and of the network's output, and the mean
     over tokens of the ratio of lengths of what the blocks add."""
 
@@ -35,7 +35,7 @@ class Change:
     ratio: float
 
 
-Track = list[Change]
+Track = list[FeatureChange]
 
 
 class RecordingStep:
@@ -58,7 +58,7 @@ class RecordingStep:
         if self.before is not None:
             modulated, output, size = self.before
             ratio = float((now[2] / (size + 1e-8)).mean())
-            self.track.append(Change(difference(now[0], modulated), difference(now[1], output), ratio))
+            self.track.append(FeatureChange(difference(now[0], modulated), difference(now[1], output), ratio))
         self.before = now
         return velocity
 
@@ -195,7 +195,7 @@ def inner_products(
     return found
 
 
-def fit(pairs: Sequence[tuple[float, float]], degree: int) -> tuple[float, ...]:
+def fit_polynomial(pairs: Sequence[tuple[float, float]], degree: int) -> tuple[float, ...]:
     """Coefficients, highest power first, of the polynomial nearest to (x, y) `pairs` in least squares.
 
     Raises:

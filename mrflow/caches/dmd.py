@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mrflow._checks import check_whole, is_number, require
 from mrflow.caches.dbcache import DualBlock
-from mrflow.caches.extrapolate import Gram, lagrange
+from mrflow.caches.extrapolate import Gram, lagrange_weights
 
 LEAST = 4  # snapshots: a pair of complex exponentials takes three pairs of neighbours (cache-dit#1053)
 
@@ -55,7 +55,7 @@ class Modes:
         while even < len(steps) and steps[-even] - steps[-even - 1] == gap:
             even += 1
         if gram is None or even < LEAST:
-            newest = lagrange(steps[-2:], at)
+            newest = lagrange_weights(steps[-2:], at)
         else:
             found = modes(gram()[-even:, -even:], (at - steps[-1]) / gap, self.tolerance)
             newest = tuple(map(float, found)) if np.isfinite(found).all() else (1.0,)

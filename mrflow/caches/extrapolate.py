@@ -60,11 +60,11 @@ class Extrapolation:
     def weights(self, steps: Sequence[int], at: int, *, total: int = 0, gram: Gram | None = None) -> tuple[float, ...]:
         """Weights of the features computed at `steps` (rising, the newest order + 1 of them) for the one at `at`."""
         if self.series == "newton" or len(steps) < 3:
-            return lagrange(steps, at)
+            return lagrange_weights(steps, at)
         return taylor(steps, at)
 
 
-def lagrange(steps: Sequence[int], at: int) -> tuple[float, ...]:
+def lagrange_weights(steps: Sequence[int], at: int) -> tuple[float, ...]:
     """Weights of values at `steps` in the polynomial through them, read at `at`."""
     weights: list[float] = []
     for i, own in enumerate(steps):

@@ -82,15 +82,15 @@ class L2P(Cache):
         steps = max(map(len, grams))
         computed = [regular(i, interval, warmup) for i in range(steps)]
         whole = [gram for gram in grams if len(gram) == steps]  # not of a branch that was asked in an interval only
-        return L2P(fitted(np.sum(whole, axis=0), computed, history), of=of)
+        return L2P(fit_weights(np.sum(whole, axis=0), computed, history), of=of)
 
     def feature(self) -> Feature:
         """What is predicted."""
         return self.of
 
-    def extrapolation(self) -> "Table":
+    def extrapolation(self) -> "_Table":
         """The rows."""
-        return Table(self.rows)
+        return _Table(self.rows)
 
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """The empty rows, and what they need."""
@@ -112,7 +112,7 @@ class L2P(Cache):
 
 
 @dataclass(frozen=True)
-class Table:
+class _Table:
     """Weights by row."""
 
     rows: Rows
@@ -133,7 +133,7 @@ class Table:
         return tuple(row.get(step, 0.0) for step in steps)
 
 
-def fitted(gram: NDArray[np.float64], computed: Sequence[bool], history: int) -> Rows:
+def fit_weights(gram: NDArray[np.float64], computed: Sequence[bool], history: int) -> Rows:
     """Weights that minimise |sum_i w_i F_i - F|^2 at each step that is not computed, from inner products of all steps.
 
     `gram`: <F_s, F_t> (steps, steps), summed over trajectories; the sum is over the newest `history` computed features.

@@ -13,7 +13,7 @@ from mrflow.caches.clock import Clock, Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Predictor
 from mrflow.flow import double
 from mrflow.model_info import ModelInfo
-from mrflow.notes import count
+from mrflow.notes import add_forwards
 from mrflow.pieces import Pieces
 
 Streams = tuple[Tensor, ...]
@@ -179,7 +179,7 @@ class CachedStep:
         blocks, span = self.pieces.count, self.stop - self.start
         kept = 0.0 if self.feature == "velocity" else 1 - span / blocks
         forwards = sum(due) + kept * (len(due) - sum(due))
-        count(type(self.cache).__name__, len(due), sum(due), forwards, tokens=tokens)
+        add_forwards(type(self.cache).__name__, len(due), sum(due), forwards, tokens=tokens)
 
 
 def products(left: Sequence[Tensor], right: Sequence[Tensor]) -> NDArray[np.float64]:

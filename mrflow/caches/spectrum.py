@@ -9,7 +9,7 @@ import numpy as np
 from mrflow._checks import check_number, check_whole
 from mrflow.caches.base import Cache
 from mrflow.caches.clock import Evaluation, Feature, Rule
-from mrflow.caches.extrapolate import Gram, lagrange
+from mrflow.caches.extrapolate import Gram, lagrange_weights
 from mrflow.caches.taylorseer import Of, check_of
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
@@ -105,5 +105,5 @@ class Chebyshev:
         basis = np.polynomial.chebyshev.chebvander(tau, self.degree)
         ridge = math.sqrt(self.ridge) * np.eye(self.degree + 1)
         curve = basis[-1] @ np.linalg.pinv(np.concatenate((basis[:-1], ridge)))[:, : len(steps)]
-        line = np.array([*[0.0] * (len(steps) - 2), *lagrange(steps[-2:], at)])
+        line = np.array([*[0.0] * (len(steps) - 2), *lagrange_weights(steps[-2:], at)])
         return tuple(map(float, self.mix * curve + (1 - self.mix) * line))

@@ -8,7 +8,7 @@ from torch import Tensor
 from mrflow._checks import check_number
 from mrflow.backbone import Backbone
 from mrflow.caches.base import Cache, between, difference, known
-from mrflow.caches.calibrate import fit, observe
+from mrflow.caches.calibrate import fit_polynomial, observe
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -68,7 +68,7 @@ class TeaCache(Cache):
         """
         seen = observe(model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
         pairs = [(step.modulated_input, step.output) for track in seen for step in track]
-        return TeaCache(threshold, coefficients=fit(pairs, degree))
+        return TeaCache(threshold, coefficients=fit_polynomial(pairs, degree))
 
     def check(self, info: ModelInfo) -> None:
         """A model without known coefficients needs its own."""

@@ -18,7 +18,7 @@ from mrflow.cost import forward_flops
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.models.layers import Merge, Merged, Rope
-from mrflow.notes import count
+from mrflow.notes import add_forwards
 from mrflow.pieces import Pieces, Step
 
 
@@ -125,7 +125,7 @@ class _Step:
         else:
             img, _ = p.run(img, text, cos, sin, table, 0, p.count)
         self.index += 1
-        count("ToMA", len(tokens), len(tokens), len(tokens) * self.toma.share(self.info, size), tokens=size)
+        add_forwards("ToMA", len(tokens), len(tokens), len(tokens) * self.toma.share(self.info, size), tokens=size)
         return p.head(img, table)
 
     def _merge(self, found: dict[str, Merged], rope: Rope, kind: str, number: int) -> Merge | None:

@@ -37,7 +37,7 @@ BESIDE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
 
 @dataclass(frozen=True)
-class Opened:
+class AdapterFile:
     """An adapter's file: what it holds by the stem of its names, and the factor that its metadata give."""
 
     header: Header
@@ -125,15 +125,15 @@ def _malformed(group: Mapping[str, Entry]) -> str:
 
 
 @lru_cache(maxsize=16)
-def _opened(path: Path, sha256: str) -> Opened:
+def _opened(path: Path, sha256: str) -> AdapterFile:
     header = open_checkpoint(path)
     groups, extra = read_groups(header)
     if not groups:
         raise WeightsError(f"{path} holds no LoRA; its names begin with {some(list(header.tensors))}")
-    return Opened(header, groups, extra)
+    return AdapterFile(header, groups, extra)
 
 
-def opened(path: str, sha256: str = "") -> tuple[Opened, str]:
+def opened(path: str, sha256: str = "") -> tuple[AdapterFile, str]:
     """What an adapter's file holds, and its SHA-256; a hub file is fetched.
 
     Raises:

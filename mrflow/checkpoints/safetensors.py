@@ -308,16 +308,16 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """`check_layout`, then `fill`.
+    """`check_layout`, then `fill_module`.
 
     Raises:
         WeightsError: as `check_layout`, before any weight is read.
     """
     check_layout(module, header, layout, dtype=dtype)
-    fill(module, header, layout, dtype=dtype, device=device)
+    fill_module(module, header, layout, dtype=dtype, device=device)
 
 
-def fill(
+def fill_module(
     module: nn.Module,
     header: Header,
     layout: Layout,
@@ -354,7 +354,7 @@ def mapped_files(modules: Iterable[nn.Module]) -> dict[Path, int]:
     return {path: size for module in modules for path, size in module.__dict__.get("_mapped", {}).items()}
 
 
-def check_whole(files: Mapping[Path, int]) -> None:
+def check_uncut(files: Mapping[Path, int]) -> None:
     """Refuse to read from a mapped file that was cut: reading beyond its end would end the process (SIGBUS).
 
     A file that was replaced or removed is another one: what is mapped stays readable.
@@ -413,7 +413,7 @@ def mapped(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> Tensor:
         size = entry.file.stat().st_size
         from_file = cast("Callable[..., torch.UntypedStorage]", torch.UntypedStorage.from_file)  # pyright: ignore
         files[entry.file] = from_file(str(entry.file), shared=False, nbytes=size)
-    check_whole({entry.file: files[entry.file].nbytes()})
+    check_uncut({entry.file: files[entry.file].nbytes()})
     nbytes = math.prod(entry.shape) * entry.dtype.itemsize
     if entry.start + nbytes > files[entry.file].nbytes():
         raise WeightsError(
@@ -479,5 +479,5 @@ class Prepared(Generic[N]):
 
     def read(self) -> N:
         """All weights."""
-        fill(self.net, self.header, self.layout, dtype=self.cast, device=self.device)
+        fill_module(self.net, self.header, self.layout, dtype=self.cast, device=self.device)
         return self.net

@@ -17,7 +17,7 @@ def main() -> None:
 
     for number in SIGNALS:
         signal.signal(number, ended)
-    from mrflow.cli.app import main as run  # here, so that Ctrl-C is heard while it loads
+    from mrflow.cli.app import run_app as run  # here, so that Ctrl-C is heard while it loads
 
     try:
         run()

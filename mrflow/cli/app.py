@@ -71,7 +71,7 @@ for group, name, options, does in VERBS:
     group.command(name)(command(options, does))
 
 
-def main() -> None:
+def run_app() -> None:
     """The entry point."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a name on disk need not be text

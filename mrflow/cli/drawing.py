@@ -138,7 +138,7 @@ def draw(
                 made.append(result)
                 if keep is not None:
                     keep(result, number)
-        return joined(made)
+        return _joined(made)
 
     paths: list[Path] = []
     records: list[dict[str, object]] = []
@@ -158,11 +158,11 @@ def draw(
             records.extend(make_record(result, i) for i in range(len(result.seeds)))
 
     result = run(ready.chain, ready.plans, keep)
-    err.print(sheet.table(result, width(err)))
+    err.print(sheet.stage_table(result, width(err)))
     speedup = None
     if ready.other is not None:
         native = run(ready.other, ready.others)
-        err.print(sheet.table(native, width(err)))
+        err.print(sheet.stage_table(native, width(err)))
         speedup = native.seconds / result.seconds
         side = png(sheet.compare(result, native))
         beside = ready.target.with_stem(f"{ready.target.stem}-compare")
@@ -175,7 +175,7 @@ def draw(
             typer.echo(path)
 
 
-def joined(results: Sequence[Result]) -> Result:
+def _joined(results: Sequence[Result]) -> Result:
     """Results of one chain and model as one: pictures in their order, seconds and operations added up."""
     first = results[0]
     if len(results) == 1:

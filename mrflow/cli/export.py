@@ -9,7 +9,7 @@ from mrflow.cli.verbs import ExportOptions
 from mrflow.errors import PlanError
 from mrflow.records.files import check_writable
 from mrflow.sweep.datasets import write_dataset
-from mrflow.sweep.summary import load
+from mrflow.sweep.summary import load_rows
 from mrflow.sweep.tables import write_csv, write_parquet
 
 KINDS = {"csv": ".csv", "parquet": ".parquet", "hf": ""}
@@ -22,7 +22,7 @@ def export(err: Console, asked: ExportOptions) -> None:
         raise PlanError(f"--to takes {', '.join(KINDS)}, got {to!r}")
     name = folder.resolve().name
     target = asked.out or folder.resolve().parent / f"{name}-export{KINDS[to]}"
-    rows, _ = load(folder)
+    rows, _ = load_rows(folder)
     if to == "hf":
         count = write_dataset(rows, folder, target)
     else:

@@ -30,7 +30,7 @@ def plan_chain(err: Console, asked: PlanOptions) -> None:
         whole = build(own.name, facts, sr=upscaler(own.sr) or own.sr, **own.words)
     begin = None if start is None else Pixels(asked.batch, *read_image(start).shape[-2:])
     planned = plan(whole, facts, batch=asked.batch, start=begin)
-    typer.echo(json.dumps(report(planned), indent=2) if asked.as_json else describe(planned, width()))
+    typer.echo(json.dumps(report(planned), indent=2) if asked.as_json else plan_text(planned, width()))
     for text in planned.notes:
         err.print(text)
 
@@ -86,7 +86,7 @@ def compared(planned: Plan) -> list[str]:
     return lines
 
 
-def describe(planned: Plan, columns: int | None = None) -> str:
+def plan_text(planned: Plan, columns: int | None = None) -> str:
     """A plan for people, in a terminal's columns if any: the stages, then what it costs beside native sampling."""
     return "\n".join([planned.table(columns), "", *wrapped([*model_facts(planned), *compared(planned)], columns)])
 

@@ -56,7 +56,7 @@ def replay_picture(err: Console, asked: ReplayOptions) -> None:
         said["paths"] = [str(path) for path in paths]
         err.print(f"made again in {result.seconds:.2f} s")
     if before is not None:
-        said |= difference(before, result.pixels)
+        said |= pixel_difference(before, result.pixels)
     if asked.as_json:
         typer.echo(json.dumps(said))
     else:
@@ -68,7 +68,7 @@ def replay_picture(err: Console, asked: ReplayOptions) -> None:
         raise SystemExit(DIFFERENT)
 
 
-def difference(before: Tensor, after: Tensor) -> dict[str, object]:
+def pixel_difference(before: Tensor, after: Tensor) -> dict[str, object]:
     """How two pictures (1, 3, h, w) in [0, 1] differ in their 8 bits: pixels that do, the largest step, the PSNR in dB.
 
     Sizes alone where these differ.

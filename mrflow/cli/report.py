@@ -12,7 +12,7 @@ from mrflow.records.files import check_writable
 from mrflow.sweep.plots import write_plots
 from mrflow.sweep.report import write_report
 from mrflow.sweep.store import Store
-from mrflow.sweep.summary import load, summarise
+from mrflow.sweep.summary import load_rows, summarise
 from mrflow.sweep.tables import write_csv, write_parquet
 
 
@@ -20,7 +20,7 @@ def report_sweep(err: Console, asked: ReportOptions) -> None:
     """Write the page, and what was asked beside it."""
     folder, link = asked.folder, asked.link
     refuse(asked.metric is not None and not asked.plots, "--metric", "without --plots")
-    rows, reference = load(folder)
+    rows, reference = load_rows(folder)
     target = asked.out or folder / "report.html"
     if target.suffix.lower() not in (".html", ".htm"):
         raise PlanError(f"--out must end in .html, got {target.name!r}")

@@ -21,7 +21,7 @@ from mrflow.models.fp8 import check_fp8
 from mrflow.models.lora import as_loras, mark_of
 from mrflow.models.offload import RuntimeOptions, check_offload
 from mrflow.models.pocket.model import SHIPPED, facts, load_pocket, shipped
-from mrflow.models.sources import find, fingerprint
+from mrflow.models.sources import find, weights_fingerprint
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
 
@@ -127,7 +127,7 @@ def load(
     if compute is not None:
         check_fp8(chosen, working)
     kept = (str(working).removeprefix("torch."), *([storage] if storage else []))
-    version = "/".join((fingerprint(*files.headers), *kept)) + (mark_of(loras) if loras else "")
+    version = "/".join((weights_fingerprint(*files.headers), *kept)) + (mark_of(loras) if loras else "")
     chain = fold if isinstance(fold, Chain) else None
     curve = _curve(shift, text_tokens, files.family)
     said = {"compute": compute, "shift": curve, "text": text_tokens}

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.layers import PLAIN, Attention, Merge, Ops, QKNorm, Rope, SplitLinear, Stream, modulated, project
+from mrflow.models.layers import PLAIN, QKV, Attention, Merge, Ops, QKNorm, Rope, SplitLinear, modulated, project
 
 FP16_MAX = 65504.0
 ONE_BY_ONE = ("cpu",)  # devices whose modulations are the same bits for one level as for several
@@ -49,25 +49,25 @@ class Modulate(nn.Module):
         self.lin = nn.Linear(hidden, vectors * hidden)
 
 
-def fused(width: int, rows: tuple[int, ...], *, split: bool, bias: bool = True) -> nn.Module:
+def fused_linear(width: int, rows: tuple[int, ...], *, split: bool, bias: bool = True) -> nn.Module:
     """One linear for several projections; `split` keeps its matrices apart."""
     return SplitLinear(width, rows, bias=bias) if split else nn.Linear(width, sum(rows), bias=bias)
 
 
-class SelfAttention(nn.Module):
+class StreamAttention(nn.Module):
     """The parameters of one stream's attention; `stream` and `proj` stand before and after the joint attention."""
 
     def __init__(self, p: TransformerParams, *, split: bool) -> None:
         super().__init__()
         self.heads, self.rows = p.heads, (p.hidden,) * 3
-        self.qkv = fused(p.hidden, self.rows, split=split)
+        self.qkv = fused_linear(p.hidden, self.rows, split=split)
         self.norm = QKNorm(p.head)
         self.proj = nn.Linear(p.hidden, p.hidden)
 
-    def stream(self, x: Float[Tensor, "b n d"]) -> Stream:
+    def stream(self, x: Float[Tensor, "b n d"]) -> QKV:
         """Queries, keys and values, each of shape (b, n, heads, head), and the scales of their norms."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in project(self.qkv, x, self.rows))
-        return Stream(q, k, v, *self.norm.scales)
+        return QKV(q, k, v, *self.norm.scales)
 
 
 def attended(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b n e"]:
@@ -91,7 +91,7 @@ class DoubleStreamBlock(nn.Module):
     def __init__(self, p: TransformerParams, *, split: bool) -> None:
         super().__init__()
         self.img_mod, self.txt_mod = Modulate(p.hidden, 6), Modulate(p.hidden, 6)
-        self.img_attn, self.txt_attn = SelfAttention(p, split=split), SelfAttention(p, split=split)
+        self.img_attn, self.txt_attn = StreamAttention(p, split=split), StreamAttention(p, split=split)
         self.img_mlp, self.txt_mlp = mlp(p), mlp(p)
 
     def forward(

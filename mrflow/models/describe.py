@@ -9,7 +9,7 @@ from mrflow.checkpoints.lora import read_groups, scale_factors
 from mrflow.checkpoints.safetensors import Header, open_checkpoint
 from mrflow.errors import MrflowError
 from mrflow.models.family import families
-from mrflow.models.fp8 import described
+from mrflow.models.fp8 import with_scales
 from mrflow.models.headers import RELATIVES, STRANGERS, kind, part
 from mrflow.stage import human
 from mrflow.upscalers import load_upscaler
@@ -29,11 +29,11 @@ def describe(where: Path) -> list[str]:
                 lines += [f"{part}/", *(f"  {line}" for line in checkpoint(open_checkpoint(where / part))[:4])]
         return lines
     if where.suffix not in (".safetensors", ".json") and not where.is_dir():
-        return upscaler(where)
+        return _upscaler(where)
     return checkpoint(open_checkpoint(where))
 
 
-def upscaler(file: Path) -> list[str]:
+def _upscaler(file: Path) -> list[str]:
     """What a super-resolution checkpoint holds: the network that `--sr` makes of it, and its first tensors."""
     state = read_state(file)
     rows = [f"  {name}  {str(t.dtype).removeprefix('torch.')}  {list(t.shape)}" for name, t in state.items()]
@@ -63,7 +63,7 @@ def checkpoint(header: Header) -> list[str]:
     files = f" in {shards} files" if shards > 1 else ""
     return [
         f"{header.path.name}: {len(rows)} tensors{files}, {human(count) or 0} parameters, {', '.join(dtypes)}",
-        *network(header),
+        *_network(header),
         *(f"  {name}  {dtype}  {list(shape)}" for name, dtype, shape in rows[:10]),
         *([f"  ... and {len(rows) - 10} more"] if len(rows) > 10 else []),
     ]
@@ -86,7 +86,7 @@ def adapter(header: Header) -> list[str]:
     return [f"network   {what} for {len(groups)} layers, rank {rank}, heads {len(heads)}{facts}"]
 
 
-def network(header: Header) -> list[str]:
+def _network(header: Header) -> list[str]:
     """The network it is for, its layout and sizes, as far as keys and shapes tell."""
     if "flow.double_blocks.0.img_attn.qkv.weight" in header.tensors:
         return [f"network   pocket, mrflow's embedded model, version {header.metadata.get('version', 'unknown')}"]
@@ -100,7 +100,7 @@ def network(header: Header) -> list[str]:
         return [f"network   {what}, which mrflow does not load"]
     lines = [f"network   {what.removeprefix('a ')}"]
     try:
-        plain = described(part(header, what))
+        plain = with_scales(part(header, what))
         for family in families():
             if what in (family.transformer, family.autoencoder):
                 lines += family.describe(what, plain)

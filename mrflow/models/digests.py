@@ -29,11 +29,11 @@ def weights_of(version: str, files: Iterable[str], memory: Path) -> str:
     Raises:
         WeightsError: a file is gone. ResourceError: one cannot be read.
     """
-    found = sorted((Path(file).name, known(Path(file), memory)) for file in files)
+    found = sorted((Path(file).name, _known(Path(file), memory)) for file in files)
     return f"{version}+{hashlib.sha256(repr(found).encode()).hexdigest()[:12]}" if found else version
 
 
-def known(path: Path, memory: Path) -> str:
+def _known(path: Path, memory: Path) -> str:
     """The SHA-256 of a file: as the hub records it, as it was remembered, or read now."""
     if recorded := hub_digest(path):
         return recorded

@@ -51,7 +51,7 @@ def configured(
     Raises:
         WeightsError: they do not agree, or it cannot be read.
     """
-    settings = held(header, config, sizes, free=free)
+    settings = settings_of(header, config, sizes, free=free)
     try:
         return kind.from_dict(settings or dict(sizes))
     except WeightsError:
@@ -61,7 +61,7 @@ def configured(
         raise WeightsError(f"{header.path}: its config.json cannot be used: {why}") from None
 
 
-def held(
+def settings_of(
     header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any], *, free: Container[str] = ()
 ) -> dict[str, Any]:
     """The settings of a configuration, without what no encoder here needs, that agree with the header's sizes.
@@ -178,7 +178,7 @@ def text_layout(model: nn.Module, header: Header) -> Layout:
     return {name: Source((prefix + name,), (len(tensor),)) for name, tensor in model.state_dict().items()}
 
 
-def padded(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """States of unequal length as one tensor (b, longest, width), zeros behind, and a mask (b, longest) of the text."""
     longest = max(len(s) for s in states)
     context = torch.stack([torch.nn.functional.pad(s, (0, 0, 0, longest - len(s))) for s in states])

@@ -35,7 +35,7 @@ REFUSED = {
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
-def described(header: Header) -> Header:
+def with_scales(header: Header) -> Header:
     """The same checkpoint with every 8-bit weight's scale beside it, and without the tensors that say so.
 
     Raises:

@@ -1,7 +1,7 @@
 """What a checkpoint is and which sizes it has, off the names and shapes of its header.
 
-Every family asks the same way: `part` finds the network by its marks behind whatever wrappers, `shape` and `count` read
-sizes, `config_of` and `agree` hold a configuration against them.
+Every family asks the same way: `part` finds the network by its marks behind whatever wrappers, `shape` and
+`count_numbered` read sizes, `config_of` and `agree` hold a configuration against them.
 """
 
 import re
@@ -68,7 +68,7 @@ def one_part(name: str, tensor: Tensor, names: Names) -> Source | None:
     return Source((whole[int(part[1])],), (tensor.shape[0],))
 
 
-def even(parts: int, rows: int) -> tuple[int, ...]:
+def _even(parts: int, rows: int) -> tuple[int, ...]:
     """The rows of a matrix shared out evenly among the parts that it is kept in."""
     return (rows // parts,) * parts
 
@@ -77,7 +77,7 @@ def transformer_layout(
     net: nn.Module,
     names: Names,
     *,
-    split: Callable[[int, int], tuple[int, ...]] = even,
+    split: Callable[[int, int], tuple[int, ...]] = _even,
     scale_first: bool = True,
 ) -> Layout:
     """Where every parameter of a transformer lies.
@@ -96,7 +96,7 @@ def transformer_layout(
     return layout
 
 
-def count(header: Header, names: Names, template: str) -> int:
+def count_numbered(header: Header, names: Names, template: str) -> int:
     """How many there are of a numbered tensor, from 0 on."""
     n = 0
     while names(template.format(n))[0] in header.tensors:
@@ -176,7 +176,7 @@ def part(header: Header, wanted: str) -> Header:
         WeightsError: the checkpoint does not hold it, or holds it twice.
     """
     if not looks_like(header, wanted):
-        refuse(header, wanted)
+        refuse_kind(header, wanted)
     found = {name: prefix for mark in reversed(_marks_of(wanted)) for name in header.tensors
              if (prefix := before(name, mark)) is not None}  # fmt: skip
     prefixes = sorted(set(found.values()))
@@ -201,7 +201,7 @@ def part(header: Header, wanted: str) -> Header:
 OTHERS = tuple(f"{word}." for word in (*PARTS, "model.diffusion_model", "model_ema"))
 
 
-def refuse(header: Header, wanted: str) -> NoReturn:
+def refuse_kind(header: Header, wanted: str) -> NoReturn:
     """Say what a checkpoint is instead of what it was taken for."""
     what, first = kind(header), next(iter(header.tensors), "nothing")
     found = f"it looks like {what}" if what else f"its {len(header.tensors)} tensors begin with {first}"

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from mrflow._checks import is_whole
 from mrflow.checkpoints.configs import read_config
-from mrflow.checkpoints.safetensors import Header, check_layout, compute_dtype, fill, open_checkpoint
+from mrflow.checkpoints.safetensors import Header, check_layout, compute_dtype, fill_module, open_checkpoint
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.encoders import (
     Tokenizer,
     built,
     check_prompt,
-    held,
     language_sizes,
     needed,
+    settings_of,
     text_layout,
     tokenizer_of,
 )
-from mrflow.models.fp8 import described
+from mrflow.models.fp8 import with_scales
 from mrflow.models.headers import agree, part
 
 MAX_STATES = 512  # what the reference's pipelines keep unless told otherwise
@@ -53,10 +53,10 @@ def find_language(where: Path, *, model: str, encoder: str, unused: Sequence[str
         missing.append("tokenizer (a folder with tokenizer.json, or vocab.json and merges.txt)")
     if missing:
         raise WeightsError(f"{where} lacks {', '.join(missing)} of {model}'s text encoder; say where it is: text=")
-    header = described(needed(part(open_checkpoint(folder), encoder), *unused))
+    header = with_scales(needed(part(open_checkpoint(folder), encoder), *unused))
     config = read_config(folder / "config.json")
     inside = config.get("text_config")
-    held(header, inside if isinstance(inside, dict) else config, language_sizes(header))
+    settings_of(header, inside if isinstance(inside, dict) else config, language_sizes(header))
     return LanguageFiles(header, config, tokens)
 
 
@@ -83,7 +83,7 @@ def prepare_language(
     check_layout(net, files.encoder, layout, dtype=kind)
 
     def read() -> tuple[nn.Module, Tokenizer]:
-        fill(net, files.encoder, layout, dtype=kind, device=device)
+        fill_module(net, files.encoder, layout, dtype=kind, device=device)
         net.register_module("rotary_emb", rotary(config).to(device))
         return net, tokenizer_of("Qwen2Tokenizer", files.tokenizer)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mrflow.backbone import Condition
 from mrflow.devices import to_device
 from mrflow.errors import PlanError
-from mrflow.models.encoders import padded
+from mrflow.models.encoders import pad_states
 from mrflow.models.language import LanguageText
 from mrflow.models.latent_model import LatentModel, encoded_once
 
@@ -42,7 +42,7 @@ class LanguageConditioned(LatentModel):
 
         def encode(different: list[str]) -> dict[str, Tensor]:
             with self._offload.using("text"):
-                context, mask = padded(words(different))
+                context, mask = pad_states(words(different))
             return {"context": context, "mask": mask}
 
         return Condition(encoded_once(prompts, encode))

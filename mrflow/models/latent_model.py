@@ -34,7 +34,7 @@ from mrflow.models.offload import (
     Phase,
     RuntimeOptions,
     WeightGroup,
-    tensors_of,
+    module_tensors,
     watch,
 )
 from mrflow.models.transformer_model import TransformerModel
@@ -277,7 +277,7 @@ def encoded_once(prompts: Sequence[str], encode: Callable[[list[str]], dict[str,
 def footprint(flow: Transformer, vae: nn.Module, text: object | None, **values: float) -> Footprint:
     """Bytes of each part as loaded, for predictions of memory; `values` are those of `Footprint`."""
     modulators = [bytes_of(m) for m in flow.modulators()]
-    inside = {id(t) for m in flow.modulators() for t in tensors_of(m)}
+    inside = {id(t) for m in flow.modulators() for t in module_tensors(m)}
     blocks = [bytes_of(block, without=inside) for block in flow.stack()]
     layers, whole_text = list[int](), 0
     if isinstance(text, TextBytes):
@@ -328,9 +328,9 @@ def largest_pair(sizes: Sequence[int]) -> int:
 
 def bytes_of(module: nn.Module, *, without: Container[int] = ()) -> int:
     """Bytes of parameters and buffers, each counted once; `without` are ids of tensors to leave out."""
-    return sum(t.nbytes for t in {id(t): t for t in tensors_of(module) if id(t) not in without}.values())
+    return sum(t.nbytes for t in {id(t): t for t in module_tensors(module) if id(t) not in without}.values())
 
 
-def count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """Parameters."""
     return sum(p.numel() for p in module.parameters())

@@ -152,7 +152,7 @@ class QKNorm(nn.Module):
         return self.query_norm.scale, self.key_norm.scale
 
 
-class Stream(NamedTuple):
+class QKV(NamedTuple):
     """One stream's queries (of its last tokens, or all), keys and values, and the scales of the first two's norms."""
 
     q: Float[Tensor, "b m h d"]
@@ -180,7 +180,7 @@ def gated_norm(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Te
 
 
 def joint_heads(
-    streams: Sequence[Stream], rope: Rope, eps: float = EPS, *, late: bool = False
+    streams: Sequence[QKV], rope: Rope, eps: float = EPS, *, late: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normed and turned queries and keys, and values, of all streams in turn: (b, n, heads, head) each.
 

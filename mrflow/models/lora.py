@@ -102,9 +102,9 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Module, change: Change, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.base = base
-        self.down, self.up = held(change.down, dtype).to(device), held(change.up, dtype).to(device)
-        self.bias_change = None if change.bias is None else held(change.bias, dtype).to(device)
-        self.diff = None if change.diff is None else held(change.diff, dtype).to(device)
+        self.down, self.up = _held(change.down, dtype).to(device), _held(change.up, dtype).to(device)
+        self.bias_change = None if change.bias is None else _held(change.bias, dtype).to(device)
+        self.diff = None if change.diff is None else _held(change.diff, dtype).to(device)
 
     @property
     def weight(self) -> Tensor:
@@ -121,7 +121,7 @@ class Adapted(nn.Module):
         return out if self.diff is None else out + F.linear(x, self.diff)
 
 
-def held(values: Tensor, dtype: torch.dtype) -> Tensor:
+def _held(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values in a dtype, of any shape.
 
     Raises:
@@ -136,7 +136,7 @@ def held(values: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def flat(name: str) -> str:
+def _flat(name: str) -> str:
     """A name as sd-scripts writes it."""
     return name.replace(".", "_")
 
@@ -151,7 +151,7 @@ def targets(net: nn.Module) -> dict[str, Target]:
             continue
         rows, width = size
         whole = Target(path, 0, rows, width)
-        table[flat(path)] = whole
+        table[_flat(path)] = whole
         published = [name.removesuffix(".weight") for name in family.names(f"{path}.weight")]
         counts: tuple[int, ...] = (rows,)
         if len(published) > 1:
@@ -159,12 +159,12 @@ def targets(net: nn.Module) -> dict[str, Target]:
         start = 0
         for name, count in zip(published, counts, strict=True):
             part = Target(path, start, count, width, swap=name == "norm_out.linear")
-            table[flat(name)] = part
+            table[_flat(name)] = part
             if name.endswith(".to_out.0"):
-                table[flat(name.removesuffix(".0"))] = part
+                table[_flat(name.removesuffix(".0"))] = part
             start += count
         for alias, parts in family.aliases(path).items():
-            table[flat(alias)] = Target(path, 0, rows if parts is None else sum(counts[:parts]), width)
+            table[_flat(alias)] = Target(path, 0, rows if parts is None else sum(counts[:parts]), width)
     return table
 
 
@@ -220,8 +220,8 @@ def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) 
 
 def _find(stem: str, table: Mapping[str, Target]) -> tuple[str, Target | None]:
     """The stem without what wrappers put before it, and the linear that it names."""
-    known = bare(stem, lambda name: flat(name) in table, also=PREFIXES)
-    return (stem, None) if known is None else (known, table[flat(known)])
+    known = bare(stem, lambda name: _flat(name) in table, also=PREFIXES)
+    return (stem, None) if known is None else (known, table[_flat(known)])
 
 
 def _misfit(stem: str, target: Target, group: Mapping[str, Entry]) -> str:
@@ -348,7 +348,7 @@ def merge(net: nn.Module, changed: Mapping[str, Change]) -> None:
             assert isinstance(module, nn.Linear)
             weight = module.weight
             added = weight.float() + change.matrix().to(weight.device)
-            module.weight = nn.Parameter(held(added, weight.dtype), requires_grad=False)
+            module.weight = nn.Parameter(_held(added, weight.dtype), requires_grad=False)
         if change.bias is not None:
             own, weight = cast("Tensor | None", module.bias), module.weight
             if own is None:

@@ -33,7 +33,7 @@ class MixedStep:
         lengths = cast("tuple[int, Sequence[int]]", key)[1] if isinstance(key, tuple) else ()
         net = with_attention(
             self.net,
-            partial(mixed, attend=self.net.attention, mix=self.mix, image=tokens.shape[1], lengths=lengths),
+            partial(_mixed, attend=self.net.attention, mix=self.mix, image=tokens.shape[1], lengths=lengths),
         )
         table = one_image(net, table)
         img, _ = net.some_blocks(net.embed_image(tokens), text, Rope(cos, sin), table, 0, len(net.stack()))
@@ -60,7 +60,7 @@ def with_attention(net: Transformer, attend: Attention) -> Transformer:
     return other
 
 
-def mixed(
+def _mixed(
     q: Tensor, k: Tensor, v: Tensor, *, attend: Attention, mix: Mix, image: int, lengths: Sequence[int]
 ) -> Tensor:
     """Attention (2 b, heads, n, d), whose last `image` tokens of both halves are `mix` of their two outputs.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mrflow._checks import is_whole, require
-from mrflow.checkpoints.safetensors import check_whole
+from mrflow.checkpoints.safetensors import check_uncut
 from mrflow.devices import pinned
 from mrflow.errors import PlanError
 from mrflow.model_info import Offload
@@ -76,8 +76,8 @@ class WeightGroup:
         pin: bool = False,
     ) -> None:
         self.device, self.ledger = device, ledger
-        left = {id(t) for module in without for t in tensors_of(module)}
-        found = {id(t): t for module in modules for t in tensors_of(module) if id(t) not in left}
+        left = {id(t) for module in without for t in module_tensors(module)}
+        found = {id(t): t for module in modules for t in module_tensors(module) if id(t) not in left}
         self.tensors = list(found.values())
         self.host = [pinned(t.data) if pin and device.type == "cuda" else t.data for t in self.tensors]
         self.bytes = sum(t.nbytes for t in self.host)
@@ -182,7 +182,7 @@ class OffloadManager:
         Raises:
             WeightsError: one was cut since it was opened.
         """
-        check_whole(self.files)
+        check_uncut(self.files)
         if not self.moving:
             yield
             return
@@ -198,13 +198,13 @@ def watch(modules: Iterable[nn.Module], files: Mapping[Path, int]) -> None:
     """Hold mapped files against their sizes before each of these modules runs: see `check_whole`."""
 
     def check(*_: object) -> None:
-        check_whole(files)
+        check_uncut(files)
 
     for module in modules if files else ():
         module.register_forward_pre_hook(check)
 
 
-def tensors_of(module: nn.Module) -> Iterable[Tensor]:
+def module_tensors(module: nn.Module) -> Iterable[Tensor]:
     """Parameters and buffers."""
     yield from module.parameters()
     yield from module.buffers()

@@ -15,7 +15,7 @@ from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Header, Layout, Prepared, check_layout, compute_dtype, open_checkpoint
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.blocks import Transformer
-from mrflow.models.fp8 import described, store_fp8
+from mrflow.models.fp8 import store_fp8, with_scales
 from mrflow.models.headers import part
 
 T = TypeVar("T", bound=Transformer)
@@ -28,7 +28,7 @@ def network_header(where: str | Path | Header, what: str) -> Header:
     Raises:
         WeightsError: it holds none.
     """
-    return described(part(where if isinstance(where, Header) else open_checkpoint(where), what))
+    return with_scales(part(where if isinstance(where, Header) else open_checkpoint(where), what))
 
 
 @contextmanager

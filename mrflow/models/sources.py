@@ -14,7 +14,7 @@ from mrflow.checkpoints.hub import first_line
 from mrflow.checkpoints.safetensors import Header, checkpoints_in, open_checkpoint, readable
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.family import Family, Files, families
-from mrflow.models.headers import kind, looks_like, part, refuse
+from mrflow.models.headers import kind, looks_like, part, refuse_kind
 from mrflow.models.scheduler import shift_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -195,7 +195,7 @@ def family_of(transformer: Header) -> Family:
     for family in families():
         if looks_like(transformer, family.transformer):
             return family
-    refuse(transformer, " or ".join(family.transformer for family in families()))
+    refuse_kind(transformer, " or ".join(family.transformer for family in families()))
 
 
 def find_words(where: str | Path | None, family: Family) -> object:
@@ -208,7 +208,7 @@ def find_words(where: str | Path | None, family: Family) -> object:
     return family.find_text(path)
 
 
-def fingerprint(*headers: Header) -> str:
+def weights_fingerprint(*headers: Header) -> str:
     """Twelve hex digits that change with names, shapes and the first values of every tensor; reads little.
 
     What lies deeper in a tensor is told by `mrflow.models.digests`, which reads all of it.

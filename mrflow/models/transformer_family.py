@@ -14,7 +14,7 @@ from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.models.blocks import Transformer
 from mrflow.models.family import Family, Files, Loading
-from mrflow.models.latent_model import count, text_bytes
+from mrflow.models.latent_model import count_parameters, text_bytes
 from mrflow.models.lora import changes, merge
 from mrflow.notes import collected
 
@@ -78,14 +78,14 @@ class TransformerFamily(Family):
         vae = self.prepare_autoencoder(files.vae, dtype=prepared.dtype).net.to(prepared.dtype)
         net = prepared.net.to(prepared.dtype)
         words = None if files.text is None else text_bytes(self.text_headers(files.text), self.text_layer)
-        return self.info(net, vae, words, files, count(net))
+        return self.info(net, vae, words, files, count_parameters(net))
 
     def load(self, loading: Loading) -> Backbone:
         """The model from its parts."""
         files, resting = loading.files, loading.resting
         prepared_vae = self.prepare_autoencoder(files.vae, dtype=loading.working, device=resting)
         prepared = self.prepare(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
-        parameters = count(prepared.net)
+        parameters = count_parameters(prepared.net)
         changed = changes(prepared.net, loading.loras, files.where) if loading.loras else {}
         self.check(prepared, loading, changed)
         read_text = None

@@ -170,7 +170,7 @@ def fingerprint(value: object) -> str:
 def sources_of(value: object) -> dict[str, str]:
     """For every class outside mrflow in a stage or slot, by its name, what tells its code (`records.sources`)."""
     own = [cls for cls in _classes(value) if not cls.__module__.startswith("mrflow.")]
-    return {sources.name_of(cls): sources.digest_of(cls) for cls in own}
+    return {sources.identity_of(cls): sources.digest_of(cls) for cls in own}
 
 
 def files_of(value: object) -> tuple[dict[str, str], list[str]]:

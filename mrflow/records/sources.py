@@ -25,7 +25,7 @@ def know(digests: Mapping[str, str]) -> None:
     _known.update(digests)
 
 
-def name_of(cls: type) -> str:
+def identity_of(cls: type) -> str:
     """What tells a class from others, across processes."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
@@ -36,8 +36,8 @@ def digest_of(cls: type) -> str:
     Raises:
         RecordError: there is no source, as for a class that was typed into an interpreter.
     """
-    if name_of(cls) in _known:
-        return _known[name_of(cls)]
+    if identity_of(cls) in _known:
+        return _known[identity_of(cls)]
     found: dict[str, str] = {}
     for base in cls.__mro__:
         if base.__module__.split(".")[0] == "mrflow" or _of_python(base.__module__):
@@ -48,7 +48,7 @@ def digest_of(cls: type) -> str:
             if files:
                 found |= {file: digest(Path(file)) for file in files}
             else:
-                found[name_of(base)] = inspect.getsource(base)
+                found[identity_of(base)] = inspect.getsource(base)
         except (OSError, TypeError, MrflowError):
             raise RecordError(f"the source of {cls.__qualname__} cannot be read, so results cannot be cached") from None
     top = (

@@ -70,7 +70,7 @@ class SampleConverged(Stage[Start, Latents]):
         chosen = self.schedule or Shifted(sum(self.steps))
         grid = chosen(1.0, model.tokens(self.height, self.width), model)
         one, two, three = shared_out(grid, self.steps)
-        return one, (risen(two[0]), *two[1:]), (risen(three[0]), *three[1:])
+        return one, (sigma_after_growth(two[0]), *two[1:]), (sigma_after_growth(three[0]), *three[1:])
 
     def evaluations(self, spec: Start, model: ModelInfo) -> tuple[float, ...]:
         """Where the model's field is asked."""
@@ -116,12 +116,12 @@ class SampleConverged(Stage[Start, Latents]):
 
         z = pack(x, patch=patch)
         kept = raised(taken(z, rest), taken(coarse, rest), first[-1])
-        four = expanded(taken(z, grown), groups(fours, grown), first[-1])
+        four = four_each(taken(z, grown), groups(fours, grown), first[-1])
         both = torch.cat((kept, four.flatten(1, 2)), 1)
         both = at_places(ctx, guidance, both, second, places_of(rest, grown, h, w), h, w, patch)
 
         kept, four = both[:, : rest.shape[1]], both[:, rest.shape[1] :]
-        late = expanded(kept, groups(fours, rest), second[-1]).flatten(1, 2)
+        late = four_each(kept, groups(fours, rest), second[-1]).flatten(1, 2)
         four = raised(four, groups(fours, grown).flatten(1, 2), second[-1])
         cells = torch.cat((children(grown, w), children(rest, w)), 1)
         whole = torch.cat((four, late), 1)
@@ -132,7 +132,7 @@ class SampleConverged(Stage[Start, Latents]):
 HADAMARD = ((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1))
 
 
-def risen(sigma: float) -> float:
+def sigma_after_growth(sigma: float) -> float:
     """The level after a growth: 2 sigma / (1 + sigma)."""
     return shift_static(sigma, 2.0)
 
@@ -155,13 +155,13 @@ def groups(fours: Float[Tensor, "b m 4 d"], which: Tensor) -> Float[Tensor, "b k
     return out
 
 
-def expanded(z: Float[Tensor, "b k d"], fours: Float[Tensor, "b k 4 d"], sigma: float) -> Float[Tensor, "b k 4 d"]:
-    """Each token at `sigma` as four at `risen(sigma)`, with the details of the field's noise `fours` at its place."""
+def four_each(z: Float[Tensor, "b k d"], fours: Float[Tensor, "b k 4 d"], sigma: float) -> Float[Tensor, "b k 4 d"]:
+    """Each token at `sigma` as four at 2 sigma / (1 + sigma), with the details of the field's noise `fours` there."""
     bands = sigma * unfolded(fours)
     bands[:, :, 0] = z
     return 2 / (1 + sigma) * unfolded(bands)
 
 
 def raised(z: Float[Tensor, "b k d"], noise: Float[Tensor, "b k d"], sigma: float) -> Float[Tensor, "b k d"]:
-    """Tokens at `sigma` whose noise is `noise`, with more of it, at `risen(sigma)`: (z + sigma noise) / (1 + sigma)."""
+    """Tokens at `sigma` with more of their noise, at 2 sigma / (1 + sigma): (z + sigma noise) / (1 + sigma)."""
     return (z + sigma * noise) / (1 + sigma)

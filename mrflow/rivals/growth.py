@@ -75,7 +75,7 @@ def dct_matrix(n: int, device: torch.device | None = None) -> Float[Tensor, "n n
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class PowerSpectrum:
     """The power spectrum A w^-beta of a model's clean latents, w in cycles per picture side.
 
     Published by SPEED (arXiv 2605.18736) for FLUX.1; ports use these numbers for Qwen-Image too, for lack of others.

@@ -15,7 +15,7 @@ from mrflow.scenes.grammar import sample_caption as sample_caption
 from mrflow.scenes.grammar import sample_scene as sample_scene
 from mrflow.scenes.hard import HARD as HARD
 from mrflow.scenes.hard import HardWorld as HardWorld
-from mrflow.scenes.legible import Part as Part
+from mrflow.scenes.legible import CaptionPart as CaptionPart
 from mrflow.scenes.legible import hard_score as hard_score
 from mrflow.scenes.legible import hard_score_many as hard_score_many
 from mrflow.scenes.legible import read_parts as read_parts

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.scenes.fit import Adjustable, Edge, drawn, fit, pixels
+from mrflow.scenes.fit import Adjustable, Edge, fit, pixels, rendered
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
-from mrflow.scenes.reading import checked
+from mrflow.scenes.reading import scorable
 
 CEILING = 60.0  # dB: rounding to 8 bits alone leaves 58.9
 REACH = 4  # pixels within which a displaced edge is looked for
@@ -33,7 +33,7 @@ def fidelity(image: Array | Tensor, caption: str) -> dict[str, float]:
         CaptionError: the caption is outside the grammar. PlanError: the picture cannot be scored.
         NonFiniteError: NaN or infinity in it.
     """
-    target = checked(image)
+    target = scorable(image)
     return measure(target, fit(target, OpenScene.of(caption, target)))
 
 
@@ -56,7 +56,7 @@ def measure(image: Array, scene: Adjustable) -> dict[str, float]:
     caption does not have is left out.
     """
     side = len(image)
-    true, under = drawn(scene, side), drawn(scene.ground(), side)
+    true, under = rendered(scene, side), rendered(scene.ground(), side)
     covers = [(_cover(image, under, edge), _cover(true, under, edge)) for edge in scene.edges]
     out = {"psnr": _psnr(image, true)}
     if covers:
@@ -202,7 +202,7 @@ def _margins(image: Array, true: Array, scene: Adjustable) -> dict[str, float]:
         slots = [slot for slot in scene.slots if slot.alphabet == alphabet]
         margins = np.full(len(slots), np.inf)
         for symbol in scene.alphabets[alphabet]:
-            other = drawn(scene.spelled(alphabet, symbol), side)
+            other = rendered(scene.spelled(alphabet, symbol), side)
             for i, slot in enumerate(slots):
                 if symbol != slot.symbol:
                     at = pixels(slot.box, side, margin=1)

@@ -28,7 +28,7 @@ ROUNDS = 4  # Gauss-Newton steps a copy, at most
 
 
 @dataclass(frozen=True)
-class Part:
+class FreePart:
     """Free numbers that change the picture only inside `box`, wherever they are moved within their bounds.
 
     A "place" is a fraction of the side; a "paint" is one channel of a colour, in [0, 1].
@@ -62,7 +62,7 @@ class Adjustable(Protocol):
     """A scene with free numbers. Sides and boxes are fractions of the picture's side, y down."""
 
     @property
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[FreePart]:
         """The free numbers, as they stand."""
         ...
 
@@ -130,7 +130,7 @@ def _values(scene: Adjustable) -> Values:
     return tuple(part.values for part in scene.parts)
 
 
-def _whole(part: Part) -> bool:
+def _whole(part: FreePart) -> bool:
     return part.box == (0.0, 0.0, 1.0, 1.0)
 
 
@@ -152,7 +152,7 @@ def _reduced(image: Array, side: int) -> Array:
     return np.stack([np.asarray(plane, np.float32) for plane in planes], -1)
 
 
-def drawn(scene: Adjustable, side: int) -> Array:
+def rendered(scene: Adjustable, side: int) -> Array:
     """The scene's picture as floats in [0, 1]."""
     return scene.draw(side).astype(np.float32) / np.float32(255)
 
@@ -166,7 +166,7 @@ def pixels(box: Box, side: int, *, margin: int = 0) -> tuple[slice, slice]:
     )
 
 
-def _disjoint(parts: Sequence[Part]) -> list[list[int]]:
+def _disjoint(parts: Sequence[FreePart]) -> list[list[int]]:
     """The parts in groups of which no two boxes meet; first come, first served."""
     groups: list[list[int]] = []
     for i, part in enumerate(parts):
@@ -192,7 +192,7 @@ def _with(scene: T, changes: dict[int, tuple[float, ...]]) -> T:
     return scene.moved(tuple(values))
 
 
-def _errors(picture: Array, target: Array, parts: Sequence[Part], group: list[int]) -> list[float]:
+def _errors(picture: Array, target: Array, parts: Sequence[FreePart], group: list[int]) -> list[float]:
     """The squared error inside the box of each part of a group."""
     side, out = len(target), list[float]()
     for i in group:
@@ -205,7 +205,7 @@ def _errors(picture: Array, target: Array, parts: Sequence[Part], group: list[in
 def _step(target: Array, scene: T, group: list[int]) -> T:
     """One Gauss-Newton step of each part of a group; one that does not lower its error is halved, then left out."""
     side, parts = len(target), scene.parts
-    here = drawn(scene, side)
+    here = rendered(scene, side)
     columns: dict[int, list[Array]] = {i: [] for i in group}
     for k in range(max(len(parts[i].values) for i in group)):
         some = [i for i in group if k < len(parts[i].values)]
@@ -214,7 +214,7 @@ def _step(target: Array, scene: T, group: list[int]) -> T:
             values = [list(part.values) for part in parts]
             for i in some:
                 values[i][k] += sign * _unit(parts[i], k, side)
-            ends.append(drawn(scene.moved(tuple(map(tuple, values))), side))
+            ends.append(rendered(scene.moved(tuple(map(tuple, values))), side))
         for i in some:
             at = pixels(parts[i].box, side)
             columns[i].append(((ends[1][at] - ends[0][at]) / (2 * _unit(parts[i], k, side))).ravel())
@@ -229,7 +229,7 @@ def _step(target: Array, scene: T, group: list[int]) -> T:
     for scale in (1.0, 0.5):
         tried = {i: tuple(np.add(parts[i].values, scale * step).tolist()) for i, step in steps.items()}
         trial = _with(scene, tried)
-        new = _errors(drawn(trial, side), target, parts, list(steps))
+        new = _errors(rendered(trial, side), target, parts, list(steps))
         good = {i for i, error in zip(steps, new, strict=True) if error < old[i]}
         scene = _with(scene, {i: trial.parts[i].values for i in good})
         steps = {i: step for i, step in steps.items() if i not in good}
@@ -238,7 +238,7 @@ def _step(target: Array, scene: T, group: list[int]) -> T:
     return scene
 
 
-def _unit(part: Part, k: int, side: int) -> float:
+def _unit(part: FreePart, k: int, side: int) -> float:
     return 1 / side if part.kinds[k] == "place" else PAINT_STEP
 
 
@@ -247,18 +247,18 @@ def _polished(image: Array, scene: T) -> T:
     side = len(image)
     for step in (0.25 / side, 0.125 / side):
         for group in _disjoint(scene.parts):
-            best = dict(zip(group, _errors(drawn(scene, side), image, scene.parts, group), strict=True))
+            best = dict(zip(group, _errors(rendered(scene, side), image, scene.parts, group), strict=True))
             for changes in _moves(scene.parts, group, step):
                 new = {i: tuple(np.add(scene.parts[i].values, change).tolist()) for i, change in changes.items()}
                 trial = _with(scene, new)
-                errors = _errors(drawn(trial, side), image, scene.parts, list(new))
+                errors = _errors(rendered(trial, side), image, scene.parts, list(new))
                 better = {i: e for i, e in zip(new, errors, strict=True) if e < best[i]}
                 best |= better
                 scene = _with(scene, {i: trial.parts[i].values for i in better})
     return scene
 
 
-def _moves(parts: Sequence[Part], group: list[int], step: float) -> Iterator[dict[int, list[float]]]:
+def _moves(parts: Sequence[FreePart], group: list[int], step: float) -> Iterator[dict[int, list[float]]]:
     """Each place of every part of a group to and fro."""
     for k in range(max(len(parts[i].values) for i in group)):
         some = [i for i in group if k < len(parts[i].values) and parts[i].kinds[k] == "place"]

@@ -91,7 +91,7 @@ def sample(world: HardWorld | World, rng: random.Random) -> Scene:
         return grammar.sample_scene(world, rng)
     if rng.random() < world.plain:
         return grammar.sample_scene(FULL, rng)
-    return fill(parse(caption_of(world, rng)), world, rng)
+    return fill_hard(parse(caption_of(world, rng)), world, rng)
 
 
 def caption_of(world: HardWorld, rng: random.Random, kind: str = "") -> str:
@@ -128,7 +128,7 @@ def _weighted(weights: Mapping[str, float], rng: random.Random) -> str:
     return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
-def fill(scene: Scene, world: HardWorld, rng: random.Random) -> Scene:
+def fill_hard(scene: Scene, world: HardWorld, rng: random.Random) -> Scene:
     """Draw what the caption leaves open: places, tints, phase.
 
     Objects move each by itself; words, faces and cells of a grid move together.
@@ -167,14 +167,14 @@ def drawn(caption: str, rng: random.Random) -> Scene:
         CaptionError: the caption is of neither.
     """
     scene = parse(caption)
-    return fill(scene, HARD, rng) if scene.kind in KINDS else grammar.fill(scene, FULL, rng)
+    return fill_hard(scene, HARD, rng) if scene.kind in KINDS else grammar.fill(scene, FULL, rng)
 
 
 def _ink(scene: Scene) -> tuple[str, ...]:
     return tuple(word.colour for word in scene.words[:1])
 
 
-def held_out_captions(world: HardWorld, count: int, *, kind: str = "", seed: int = 0) -> list[str]:
+def held_out_hard_captions(world: HardWorld, count: int, *, kind: str = "", seed: int = 0) -> list[str]:
     """`count` different captions of the hard world that no training run has seen, of one kind or of any."""
     rng, out = random.Random(seed), dict[str, None]()
     while len(out) < count:

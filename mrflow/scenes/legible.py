@@ -19,7 +19,7 @@ from mrflow.scenes.grammar import COLOURS, DAYLIGHT, LETTERS, SHAPES, SKIN, Back
 from mrflow.scenes.hard import FEELINGS, HARD, PERIODS, WEAVES, parse
 from mrflow.scenes.letters import Array, length
 from mrflow.scenes.looks import seen
-from mrflow.scenes.reading import checked, find_tint
+from mrflow.scenes.reading import find_tint, scorable
 from mrflow.scenes.render import TEXTURE, letter_boxes, render, render_window
 
 LEAST = 256  # smaller pictures are enlarged to this side before they are read
@@ -33,7 +33,7 @@ _PALETTE = np.array([*COLOURS.values(), SKIN], np.float32)
 
 
 @dataclass(frozen=True)
-class Part:
+class CaptionPart:
     """One thing that a caption names: its category of `READ_BY`, what was said and what was read ("" for nothing)."""
 
     category: str
@@ -46,7 +46,7 @@ class Part:
         return self.said == self.read
 
 
-def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[Part]:
+def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[CaptionPart]:
     """Every part of a picture, float (3, side, side) in [0, 1], of a caption of the hard world.
 
     `look` names another way to draw (`mrflow.scenes.looks`): its letters and shapes are what is looked for.
@@ -55,7 +55,7 @@ def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[
         CaptionError: the caption is of neither grammar. PlanError: it is of the older world, the picture cannot be
             scored, or there is no such look.
     """
-    scene, image = seen(parse(caption), look), _working_copy(checked(pixels))
+    scene, image = seen(parse(caption), look), _working_copy(scorable(pixels))
     if scene.look is not None and scene.look.light != DAYLIGHT:
         image = (image / np.array(scene.look.light, np.float32)).astype(np.float32)
         scene = replace(scene, look=replace(scene.look, light=DAYLIGHT))
@@ -83,7 +83,7 @@ def hard_score_many(pixels: Array | Tensor, captions: Sequence[str]) -> dict[str
     return {name: sum(values) / len(values) for name, values in columns.items() if values}
 
 
-def _shares(parts: Iterable[Part]) -> dict[str, float]:
+def _shares(parts: Iterable[CaptionPart]) -> dict[str, float]:
     found: dict[str, list[bool]] = {}
     for part in parts:
         found.setdefault(part.category, []).append(part.right)
@@ -99,19 +99,19 @@ def _working_copy(image: Array) -> Array:
     return np.asarray(octets.resize((LEAST, LEAST), Image.Resampling.BICUBIC), np.float32) / np.float32(255)
 
 
-def _said(scene: Scene) -> list[Part]:
+def _said(scene: Scene) -> list[CaptionPart]:
     """What the caption names, as if all of it were read."""
     if scene.kind == "sign":
-        return [Part("letters", letter, letter) for word in scene.words for letter in word.text]
+        return [CaptionPart("letters", letter, letter) for word in scene.words for letter in word.text]
     if scene.kind == "faces":
-        return [Part("expressions", face.expression, face.expression) for face in scene.faces]
+        return [CaptionPart("expressions", face.expression, face.expression) for face in scene.faces]
     names = [_name(o.colour, o.shape) for o in scene.objects]
     if scene.kind == "grid":
         odd = _odd(scene)
-        return [Part("odd" if i == odd else "cells", name, name) for i, name in enumerate(names)]
-    parts = [Part("binding", name, name) for name in names]
+        return [CaptionPart("odd" if i == odd else "cells", name, name) for i, name in enumerate(names)]
+    parts = [CaptionPart("binding", name, name) for name in names]
     ground = _weave(scene.background.texture, scene.background.period)
-    return parts if scene.kind == "objects" else [*parts, Part("texture", ground, ground)]
+    return parts if scene.kind == "objects" else [*parts, CaptionPart("texture", ground, ground)]
 
 
 def _name(colour: str, shape: str) -> str:
@@ -132,47 +132,47 @@ def _odd(scene: Scene) -> int:
 # ------------------------------------------------------------------------------------------------------------ readers
 
 
-def _sign(image: Array, scene: Scene) -> list[Part]:
+def _sign(image: Array, scene: Scene) -> list[CaptionPart]:
     map_ = _distance(scene.background)
     scene = _moved(scene, *_place(map_(image), map_(_drawn(scene, len(image))), len(image)))
-    parts: list[Part] = []
+    parts: list[CaptionPart] = []
     for word in scene.words:
         for i, (letter, (x, y, w, h)) in enumerate(zip(word.text, letter_boxes(word), strict=True)):
             box = _box(x - 0.3 * w, y - 0.18 * h, x + 1.3 * w, y + 1.18 * h, len(image))
             left = word.x + (i - (len(word.text) - 1) / 2) * word.advance  # of a word of this letter alone
             singles = {other: Word(other, word.colour, word.y, word.height, word.advance, left) for other in LETTERS}
             scenes = {name: _only(scene, words=(one,)) for name, one in singles.items()}
-            parts.append(Part("letters", letter, _nearest(map_, image, scenes, box, MIN_LETTER)[0]))
+            parts.append(CaptionPart("letters", letter, _nearest(map_, image, scenes, box, MIN_LETTER)[0]))
     return parts
 
 
-def _faces(image: Array, scene: Scene) -> list[Part]:
+def _faces(image: Array, scene: Scene) -> list[CaptionPart]:
     map_ = _distance(scene.background)
     scene = _moved(scene, *_place(map_(image), map_(_drawn(scene, len(image))), len(image)))
-    parts: list[Part] = []
+    parts: list[CaptionPart] = []
     for f in scene.faces:
         r = 1.15 * f.radius
         box = _box(f.x - r, f.y - r, f.x + r, f.y + r, len(image))
         scenes = {feeling: _only(scene, faces=(Face(feeling, f.x, f.y, f.radius),)) for feeling in FEELINGS}
-        parts.append(Part("expressions", f.expression, _nearest(_plain, image, scenes, box, MIN_FACE)[0]))
+        parts.append(CaptionPart("expressions", f.expression, _nearest(_plain, image, scenes, box, MIN_FACE)[0]))
     return parts
 
 
-def _grid(image: Array, scene: Scene) -> list[Part]:
+def _grid(image: Array, scene: Scene) -> list[CaptionPart]:
     map_ = _distance(scene.background)
     odd = _odd(scene)
     scene = _moved(scene, *_place(map_(image), map_(_drawn(scene, len(image))), len(image)))
     return [
-        Part("odd" if i == odd else "cells", _name(o.colour, o.shape), _thing(map_, image, scene, o))
+        CaptionPart("odd" if i == odd else "cells", _name(o.colour, o.shape), _thing(map_, image, scene, o))
         for i, o in enumerate(scene.objects)
     ]
 
 
-def _objects(image: Array, scene: Scene) -> list[Part]:
+def _objects(image: Array, scene: Scene) -> list[CaptionPart]:
     map_ = _distance(scene.background)
     seen = map_(image)
     plain = Background(scene.background.tint)
-    parts: list[Part] = []
+    parts: list[CaptionPart] = []
     for o in scene.objects:
         alone = replace(_only(scene, objects=(o,)), background=plain)
         reach = o.radius + HARD.free + 2 * SLACK
@@ -183,12 +183,14 @@ def _objects(image: Array, scene: Scene) -> list[Part]:
             if fit > best:
                 best, found = fit, replace(o, x=o.x + place[0], y=o.y + place[1])
         parts.append(
-            Part("binding", _name(o.colour, o.shape), _thing(map_, image, replace(scene, background=plain), found))
+            CaptionPart(
+                "binding", _name(o.colour, o.shape), _thing(map_, image, replace(scene, background=plain), found)
+            )
         )
     return parts
 
 
-def _texture(image: Array, scene: Scene) -> list[Part]:
+def _texture(image: Array, scene: Scene) -> list[CaptionPart]:
     """The object, and the weave and period of the strongest pattern of the ground."""
     parts = _objects(image, scene)
     tint = np.array(scene.background.tint, np.float32)
@@ -200,7 +202,7 @@ def _texture(image: Array, scene: Scene) -> list[Part]:
     seen = float((~hidden).sum())
     said = _weave(scene.background.texture, scene.background.period)
     if seen < 0.1 * hidden.size:
-        return [*parts, Part("texture", said, "")]
+        return [*parts, CaptionPart("texture", said, "")]
     light = np.where(hidden, 0, light - light.sum() / seen)
     power = float(np.square(light).sum()) + 1e-9
     at = (np.arange(len(image)) + 0.5) / len(image)
@@ -214,10 +216,10 @@ def _texture(image: Array, scene: Scene) -> list[Part]:
             drawn = share * seen * ((1 - TEXTURE) / 2) ** 2
             if found / (power * share) > best and found > FAINT**2 * drawn:
                 best, read = found / (power * share), _weave(weave, period)
-    return [*parts, Part("texture", said, read)]
+    return [*parts, CaptionPart("texture", said, read)]
 
 
-_READERS: dict[str, Callable[[Array, Scene], list[Part]]] = {
+_READERS: dict[str, Callable[[Array, Scene], list[CaptionPart]]] = {
     "sign": _sign,
     "faces": _faces,
     "grid": _grid,

@@ -18,7 +18,7 @@ MIN_LETTER = 0.45  # correlation below which a letter is not read
 FAINT = 0.3  # part of a template's ink below which a slot is blank
 
 
-def read_row(ink: Array, size: str, middle: int) -> tuple[str, float]:
+def read_letters(ink: Array, size: str, middle: int) -> tuple[str, float]:
     """The text of the row about `middle`, and the share of all ink (squared) that its letters explain.
 
     A slot's letter is the template t of the largest <a, t>^2 / |t|^2, the squared error of the ink a that t explains

@@ -9,19 +9,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mrflow.scenes.fit import Box, Edge, Part, Slot, Values
-from mrflow.scenes.grammar import (
-    COLOURS,
-    EXPRESSIONS,
-    FULL,
-    LETTERS,
-    SKIN,
-    Face,
-    Object,
-    Scene,
-    Word,
-    parse,
-)
+from mrflow.scenes.fit import Box, Edge, FreePart, Slot, Values
+from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, FULL, LETTERS, SKIN, Face, Object, Scene, Word, parse
 from mrflow.scenes.letters import Array
 from mrflow.scenes.reading import find_tint
 from mrflow.scenes.render import INK, STROKE, letter_boxes, render
@@ -53,18 +42,18 @@ class OpenScene:
         return cls(scene)
 
     @property
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[FreePart]:
         """The ground's three channels, then (x, y) of objects and faces and y of words."""
         named = parse(self.scene.caption)
-        ground = Part((0.0, 0.0, 1.0, 1.0), self.scene.background.tint, ("paint",) * 3, ((0.0, 1.0),) * 3)
+        ground = FreePart((0.0, 0.0, 1.0, 1.0), self.scene.background.tint, ("paint",) * 3, ((0.0, 1.0),) * 3)
         parts = [ground]
         things: list[Object | Face] = [*self.scene.objects, *self.scene.faces]
         slots: list[Object | Face] = [*named.objects, *named.faces]
         for thing, said in zip(things, slots, strict=True):
             bounds = ((said.x - REACH, said.x + REACH), (said.y - REACH, said.y + REACH))
-            parts.append(Part(_square(said, REACH), (thing.x, thing.y), ("place", "place"), bounds))
+            parts.append(FreePart(_square(said, REACH), (thing.x, thing.y), ("place", "place"), bounds))
         for word, row in zip(self.scene.words, named.words, strict=True):
-            parts.append(Part(_row(row, REACH), (word.y,), ("place",), ((row.y - REACH, row.y + REACH),)))
+            parts.append(FreePart(_row(row, REACH), (word.y,), ("place",), ((row.y - REACH, row.y + REACH),)))
         return parts
 
     @property

@@ -30,7 +30,7 @@ from mrflow.scenes.grammar import (
     Scene,
     Word,
 )
-from mrflow.scenes.letters import SIDE, Array, darkness, length, letters_area, read_row
+from mrflow.scenes.letters import SIDE, Array, darkness, length, letters_area, read_letters
 from mrflow.scenes.render import INK, STROKE, TEXTURE, render
 
 PATCH = 32  # shapes and faces are compared on PATCH x PATCH samples
@@ -95,7 +95,7 @@ def read(pixels: Array | Tensor) -> Facts:
     return Facts(ground, tuple(objects), tuple(faces), word)
 
 
-def checked(pixels: Array | Tensor) -> Array:
+def scorable(pixels: Array | Tensor) -> Array:
     """A picture that can be scored as (side, side, 3), clipped to [0, 1].
 
     Raises:
@@ -112,7 +112,7 @@ def checked(pixels: Array | Tensor) -> Array:
 
 def _working_copy(pixels: Array | Tensor) -> Array:
     """(SIDE, SIDE, 3), resized by an antialiased triangle filter."""
-    image = checked(pixels)
+    image = scorable(pixels)
     if image.shape[0] == SIDE:
         return np.ascontiguousarray(image)
     octets = Image.fromarray((image * 255 + 0.5).astype(np.uint8))
@@ -333,7 +333,7 @@ def _word(image: Array, tint: Array) -> Word | None:
     top, bottom = max(edges.tolist(), key=lambda edge: float(ink[edge[0] : edge[1]].sum()))
     heights = {size: SIDE * (h + STROKE * min(h, 1.1 * LETTER_ADVANCE[size])) for size, h in LETTER_HEIGHT.items()}
     size = nearest_size(bottom - top, heights)
-    text, explained = read_row(ink, size, round((top + bottom) / 2))
+    text, explained = read_letters(ink, size, round((top + bottom) / 2))
     if 2 * sum(letter.isalpha() for letter in text) < max(len(text), 1) or explained < MIN_WORD:
         return None
     lacking = (tint - image[max(0, top - 3) : bottom + 3]).sum((0, 1))

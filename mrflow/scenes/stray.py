@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mrflow.scenes.grammar import COLOURS, SKIN, parse
 from mrflow.scenes.letters import Array, length
-from mrflow.scenes.reading import checked, find_tint
+from mrflow.scenes.reading import find_tint, scorable
 from mrflow.scenes.render import INK, TEXTURE
 
 FAR = 0.15  # RGB distance to the nearest mixture beyond which a pixel is stray; autoencoders shift colours by 0.05
@@ -31,7 +31,7 @@ def stray(pixels: Array | Tensor, caption: str) -> float:
 
 def stray_mask(pixels: Array | Tensor, caption: str) -> NDArray[np.bool_]:
     """Which pixels are stray, (side, side)."""
-    scene, image = parse(caption), checked(pixels)
+    scene, image = parse(caption), scorable(pixels)
     tint = find_tint(image)
     if tint is None:
         return np.ones(image.shape[:2], bool)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mrflow.adapters import Lora, Loras, PiFlow, check_loras
 from mrflow.backbone import FieldOptions
-from mrflow.caches.base import Cache, check_cache
+from mrflow.caches.base import Cache, check_fits
 from mrflow.cost import sampling_work
 from mrflow.errors import PlanError
 from mrflow.guidance import Distilled, Guidance, own_guidance
@@ -92,7 +92,7 @@ class Integrating(Stage[S, Latents]):
         Raises:
             PlanError: the model cannot do what they need, or they cannot be beside each other.
         """
-        check_cache(self.cache, model)
+        check_fits(self.cache, model)
         check_policy(self.policy, self.solver, self.guidance, self.cache)
         cache = self.cache or model.cache
         if self.solver.estimated and cache is not None:

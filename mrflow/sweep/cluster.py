@@ -18,7 +18,7 @@ from mrflow.records import sources
 from mrflow.records.chains import sources_of
 from mrflow.sweep import leases
 from mrflow.sweep.limits import RETRY
-from mrflow.sweep.local import Progress, Summary, Tally, check_run, manifest
+from mrflow.sweep.local import Progress, RowTally, Summary, check_run, manifest
 from mrflow.sweep.maker import Maker, Pair
 from mrflow.sweep.store import MAX_TRIES, Store
 
@@ -101,7 +101,7 @@ class Worker:
         """Labels, tags and metrics as they are now, and what has become of all rows; `before` were there."""
         if not stopped:
             self.maker.refresh(pairs)
-        tally, left = Tally(), 0
+        tally, left = RowTally(), 0
         for row in self.maker.rows(pairs):
             if row is None:
                 left += 1

@@ -85,7 +85,7 @@ def run_sweep(
     logs = Logs(log, store.folder, said)
     pairs = sweep.pairs[index::count]
     total = len(pairs) * len(sweep.chains)
-    tally = Tally()
+    tally = RowTally()
     with store.holding():
         wanted = [(pair, n) for pair, n in zip(pairs, maker.survey(pairs, retry=retry), strict=True) if n]
         before = total - sum(n for _, n in wanted)
@@ -115,7 +115,7 @@ def run_sweep(
 
 
 @dataclass
-class Tally:
+class RowTally:
     """Rows as they come."""
 
     made: int = 0

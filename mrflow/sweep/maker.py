@@ -30,8 +30,8 @@ from mrflow.sweep.failures import is_device_lost
 from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions, weights
 from mrflow.sweep.leases import Claim, LeaseLostError
 from mrflow.sweep.limits import RowTimeoutError, time_limit
-from mrflow.sweep.metrics import Measured, Metric, named
-from mrflow.sweep.rows import Cause, Row, digest_of
+from mrflow.sweep.metrics import Measured, Metric, needs_of
+from mrflow.sweep.rows import Cause, Row, sha256_of
 from mrflow.sweep.store import MAX_TRIES, Store
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Maker:
         self._warm = set[tuple[object, ...]]() if warm else None
         # The reference first: the others are held against its pictures.
         self.labels = sorted(sweep.chains, key=lambda label: label != sweep.reference)
-        self.needs_reference, self.needs_latents = named(sweep.metrics)
+        self.needs_reference, self.needs_latents = needs_of(sweep.metrics)
 
     def key(self, label: str, pair: Pair) -> str:
         """The row's key."""
@@ -367,7 +367,7 @@ class Maker:
             unmeasured=unmeasured,
             picture=picture,
             picture_bytes=len(data),
-            picture_sha256=digest_of(data),
+            picture_sha256=sha256_of(data),
             stage_pictures=self._stage_pictures(result, item, claim.key) if self.sweep.pictures == "stages" else (),
             batch=batch,
             timed=timed,

@@ -352,6 +352,6 @@ def scales_of(metrics: Iterable[Metric]) -> dict[str, Scale]:
     return {name: as_scale(said) for metric in metrics for name, said in metric.aims.items()}
 
 
-def named(metrics: Sequence[Metric]) -> tuple[bool, bool]:
+def needs_of(metrics: Sequence[Metric]) -> tuple[bool, bool]:
     """Whether any of them needs the reference's picture, and whether any needs latents."""
     return any(m.needs_reference for m in metrics), any(m.needs_latents for m in metrics)

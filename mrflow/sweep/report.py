@@ -20,7 +20,7 @@ from mrflow.sweep.aims import Scale
 from mrflow.sweep.rows import Row
 from mrflow.sweep.statistics import number
 from mrflow.sweep.store import Store
-from mrflow.sweep.summary import load, summarise
+from mrflow.sweep.summary import load_rows, summarise
 
 MAX_BYTES = 200_000_000  # of embedded pictures; browsers become slow beyond
 EMBED_ROWS, MAX_PAGE = 2000, 9_000_000  # with more rows, a page of so many bytes holds as many pictures as go in
@@ -48,7 +48,7 @@ def page(
         PlanError: there are no rows, or the pictures would make the file too large to embed.
     """
     where = Path(folder)
-    rows, reference = loaded or load(where)
+    rows, reference = loaded or load_rows(where)
     said = Store(where).manifest()
     data = summarise(rows, reference, said)
     large = len(rows) > EMBED_ROWS

@@ -119,7 +119,7 @@ def read_row(path: str | Path) -> Row | None:
     return Row(**known)
 
 
-def digest_of(data: bytes) -> str:
+def sha256_of(data: bytes) -> str:
     """The SHA-256 of a picture's file, in hex."""
     return hashlib.sha256(data).hexdigest()
 

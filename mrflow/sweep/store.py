@@ -24,7 +24,7 @@ from mrflow.errors import PlanError, ResourceError
 from mrflow.records.files import TEMPORARY, parse_table, read_regular, temporary_beside, write_bytes
 from mrflow.records.publish import place
 from mrflow.sweep.leases import Claim, LeaseLostError, Leases, clock, is_old_temporary
-from mrflow.sweep.rows import FORMAT, MAX_BYTES, Row, digest_of, read_row
+from mrflow.sweep.rows import FORMAT, MAX_BYTES, Row, read_row, sha256_of
 
 ROOMS = ("rows", "pictures", "leases")
 MAX_TRIES = 3  # how often a row may take its process down with it
@@ -121,7 +121,7 @@ class Store:
         if self._known().get(row.key) == state:
             return True
         try:
-            same = digest_of(read_regular(path, most=row.picture_bytes)) == row.picture_sha256
+            same = sha256_of(read_regular(path, most=row.picture_bytes)) == row.picture_sha256
         except (OSError, ValueError):
             return False
         if same:
@@ -194,7 +194,7 @@ class Store:
         write_bytes(path, data)
         if path.stem == key:
             with suppress(OSError):
-                self._remember(key, _state(os.lstat(path), digest_of(data)))
+                self._remember(key, _state(os.lstat(path), sha256_of(data)))
         return path.relative_to(self.folder).as_posix()
 
     def claim(

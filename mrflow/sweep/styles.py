@@ -17,12 +17,12 @@ class Style(NamedTuple):
     marker: int
 
 
-def kind(label: str) -> str:
+def _kind(label: str) -> str:
     """What the labels of a family share: `sigma` of `sigma 0.12`, `native` of `native 12`."""
     return " ".join(re.sub(r"[-+]?\d[\d.,x]*", " ", label).replace("+", " ").split()) or label
 
 
-def styles(labels: Iterable[str], family: Callable[[str], str] = kind) -> dict[str, Style]:
+def styles(labels: Iterable[str], family: Callable[[str], str] = _kind) -> dict[str, Style]:
     """For each label its own colour (they come again after ten), and the marker of its family."""
     families: dict[str, int] = {}
     out: dict[str, Style] = {}

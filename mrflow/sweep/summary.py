@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from mrflow.errors import PlanError
 from mrflow.records.readable import stage_text
-from mrflow.sweep.aims import BUILT_IN, COSTS, Scale, from_plain, scale, to_plain
+from mrflow.sweep.aims import BUILT_IN, COSTS, Scale, from_plain, scale_of, to_plain
 from mrflow.sweep.rows import Row, row_key, seed_of
 from mrflow.sweep.statistics import (
     MIN_PROMPTS,
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 REASONS = 4  # of rows without a number, that are told one by one
 
 
-def load(folder: str | Path) -> tuple[list[Row], str]:
+def load_rows(folder: str | Path) -> tuple[list[Row], str]:
     """The rows of a folder, and the label of its reference chain ("" where it has none).
 
     Where the folder was filled with several models, those of the one that ran last; a warning names the others. A chain
@@ -158,7 +158,7 @@ def summarise(
 def scales(rows: Sequence[Row], said: Mapping[str, Any]) -> dict[str, Scale]:
     """The scale of every number that rows have: what their metrics said, else the built-in one."""
     known = {**COSTS, **BUILT_IN, **from_plain(said.get("aims", {}))}
-    return {name: scale(name, known) for name in (*metrics_of(rows), *COSTS)}
+    return {name: scale_of(name, known) for name in (*metrics_of(rows), *COSTS)}
 
 
 def origin(rows: Sequence[Row]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mrflow.sweep.aims import Scale
 from mrflow.sweep.rows import Row
 from mrflow.sweep.statistics import Interval, caveat, grouped, interval, is_share, number, values
 from mrflow.sweep.store import Store
-from mrflow.sweep.summary import load, metrics_of, scales
+from mrflow.sweep.summary import load_rows, metrics_of, scales
 from mrflow.sweep.timing import speedup
 
 COLUMNS = (
@@ -51,7 +51,7 @@ class Table:
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        return html.table(self.heads, self.lines) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return html.html_table(self.heads, self.lines) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
 
 
 def table(folder: str | Path, *metrics: str) -> Table:
@@ -62,7 +62,7 @@ def table(folder: str | Path, *metrics: str) -> Table:
     Raises:
         PlanError: it is no sweep's folder, has no rows yet, or none of its rows has such a metric.
     """
-    rows, reference = load(folder)
+    rows, reference = load_rows(folder)
     known = metrics_of(rows)
     if missing := [name for name in metrics if name not in known]:
         raise PlanError(f"no row of {folder} has the metric {missing[0]!r}; there are {', '.join(known) or 'none'}")

@@ -22,7 +22,7 @@ from mrflow.schedules import Schedule
 from mrflow.solvers import Solver
 from mrflow.spec import Pixels, Start
 from mrflow.stage import Chain, Plan, plan
-from mrflow.sweep.aims import Scale, as_scale, scale
+from mrflow.sweep.aims import Scale, as_scale, scale_of
 from mrflow.sweep.grid import Prompt, Sweep
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
@@ -143,7 +143,7 @@ class Tune:
             raise PlanError(f"the floor must be a number, got {self.floor!r}")
         if not self.metrics:
             raise PlanError("tuning needs metrics, such as metrics=[SceneScore()], metric='score'")
-        self._check_scale(scale(self.metric, {k: as_scale(v) for m in self.metrics for k, v in m.aims.items()}))
+        self._check_scale(scale_of(self.metric, {k: as_scale(v) for m in self.metrics for k, v in m.aims.items()}))
 
     def _check_scale(self, known: Scale) -> None:
         low, high = known.low, known.high
@@ -257,9 +257,9 @@ def tune(
         try:
             planned = plan(chain, info)
         except PlanError as error:
-            told(Tried(describe(trial.params), chain, math.inf, None, None, str(error)))
+            told(Tried(_label(trial.params), chain, math.inf, None, None, str(error)))
             raise optuna.TrialPruned from None
-        label = describe(trial.params)
+        label = _label(trial.params)
         cost = planned.work.flops
         if label in seen:
             one = seen[label]
@@ -312,7 +312,7 @@ def _seconds(rows: Sequence[Row]) -> float | None:
     return sum(times) / len(times) if times else None
 
 
-def describe(params: Mapping[str, Any]) -> str:
+def _label(params: Mapping[str, Any]) -> str:
     """A label from what was chosen."""
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in sorted(params.items()))
 

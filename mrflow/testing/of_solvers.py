@@ -31,7 +31,7 @@ def check_solver(solver: Solver, *, order: float) -> None:
         law.hold(solver, order=order)
 
 
-def even(n: int) -> list[float]:
+def _even(n: int) -> list[float]:
     """n even steps from sigma 0.9 to 0.2."""
     return [0.9 - 0.7 * i / n for i in range(n + 1)]
 
@@ -45,7 +45,7 @@ def uneven(n: int, *, start: float = 1.0, to: float = 0.2) -> list[float]:
 
 
 def measured_order(
-    solver: Solver, *, steps: Sequence[int] = (32, 64, 128), grid: Callable[[int], list[float]] = even
+    solver: Solver, *, steps: Sequence[int] = (32, 64, 128), grid: Callable[[int], list[float]] = _even
 ) -> float:
     """The order of convergence on the flow of a one-dimensional mixture, along the levels of `grid`.
 
@@ -161,7 +161,7 @@ def _items(solver: Solver, order: float) -> None:
 
 
 def _evals(solver: Solver, order: float) -> None:
-    levels, counted = even(5), list[list[float]]()
+    levels, counted = _even(5), list[list[float]]()
 
     def counting(x: Tensor, sigma: float) -> Tensor:
         counted[-1].append(sigma)
@@ -222,7 +222,7 @@ def _marginal(solver: Solver, order: float) -> None:
 
 
 @dataclass(frozen=True)
-class Spoiled(Solver):
+class SpoiledEuler(Solver):
     """Euler with one thing wrong."""
 
     how: str = ""
@@ -286,7 +286,7 @@ _PURE = "solvers are frozen: `mrflow.solvers`"
 SOLVER_LAWS: tuple[Law, ...] = (
     Law(
         "solver", "order", "Its error falls with its order where steps are even.", "|x_n - x| = O(n^-p)",
-        "F(x, sigma) is constant along the flow of a one-dimensional mixture", _even_order, Spoiled("half"), _ONE,
+        "F(x, sigma) is constant along the flow of a one-dimensional mixture", _even_order, SpoiledEuler("half"), _ONE,
     ),
     Law(
         "solver", "order on uneven levels", "Its order holds from sigma 1 on uneven levels too.", "|x_n - x| = O(n^-p)",
@@ -296,24 +296,24 @@ SOLVER_LAWS: tuple[Law, ...] = (
     Law(
         "solver", "point mass", "Data of one point are reached exactly at sigma 0.",
         "v = (x - x0) / sigma => x(0) = x0",
-        "arXiv 2209.03003: straight paths need one step", _point, Spoiled("stops"), _ONE,
+        "arXiv 2209.03003: straight paths need one step", _point, SpoiledEuler("stops"), _ONE,
     ),
     Law(
         "solver", "untouched", "It changes no tensor that it is given.", "x' is a new tensor",
-        _PURE, _untouched, Spoiled("in place"), _ONE,
+        _PURE, _untouched, SpoiledEuler("in place"), _ONE,
     ),
     Law(
         "solver", "stateless", "It remembers nothing but `past`: integrations do not meet.",
         "step = f(v, x, sigma, to, past)",
-        _PURE, _stateless, Spoiled("holds"), _ONE,
+        _PURE, _stateless, SpoiledEuler("holds"), _ONE,
     ),
     Law(
         "solver", "items", "An item of a batch is what it is alone.", "step(x)_i = step(x_i)",
-        "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`", _items, Spoiled("batch"), _ONE,
+        "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`", _items, SpoiledEuler("batch"), _ONE,
     ),
     Law(
         "solver", "evaluations", "It asks for the field where `points` says, and `evals` times in a full step.",
-        "points = levels asked at", "what `plan` counts: `mrflow.Plan.nfe`", _evals, Spoiled("twice"), _ONE,
+        "points = levels asked at", "what `plan` counts: `mrflow.Plan.nfe`", _evals, SpoiledEuler("twice"), _ONE,
     ),
     Law(
         "solver", "tolerance", "One that chooses its steps makes errors of the size of its tolerance.",

@@ -244,7 +244,7 @@ def _marginals(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
 
 
 @dataclass(frozen=True)
-class Spoiled(Stage[Latents, Latents]):
+class SpoiledReinjection(Stage[Latents, Latents]):
     """A stage that adds noise, with one thing wrong."""
 
     how: str = ""
@@ -280,37 +280,37 @@ _STAGE = "the contract of `mrflow.Stage`"
 STAGE_LAWS: tuple[Law, ...] = (
     Law(
         "stage", "plan", "A plan depends on its arguments alone.", "plan(a) = plan(a)",
-        _STAGE, _plan, Spoiled("plan"), _TWO,
+        _STAGE, _plan, SpoiledReinjection("plan"), _TWO,
     ),
     Law(
         "stage", "untouched", "It does not change the tensor that it is given.", "x' is a new tensor",
-        _STAGE, _untouched, Spoiled("in place"), _TWO,
+        _STAGE, _untouched, SpoiledReinjection("in place"), _TWO,
     ),
     Law(
         "stage", "promise", "It makes what its plan says, also where a picture is not square.",
-        "shape(apply) = plan.shape", _STAGE, _promise, Spoiled("sides"), _TWO,
+        "shape(apply) = plan.shape", _STAGE, _promise, SpoiledReinjection("sides"), _TWO,
     ),
     Law(
         "stage", "seed", "The same seed gives the same picture.", "apply(x, seed) = apply(x, seed)",
-        _STAGE, _seed, Spoiled("seed"), _TWO,
+        _STAGE, _seed, SpoiledReinjection("seed"), _TWO,
     ),
     Law(
         "stage", "items", "An item of a batch is what it is alone.", "apply(x)_i = apply(x_i)",
-        _STAGE, _items, Spoiled("items"), _TWO,
+        _STAGE, _items, SpoiledReinjection("items"), _TWO,
     ),
     Law(
         "stage", "forwards", "It asks the model as often, and at those noise levels, as its plan says.",
-        "Work.nfe = forwards / batch", "the contract of `mrflow.Plan`", _forwards, Spoiled("forwards"),
+        "Work.nfe = forwards / batch", "the contract of `mrflow.Plan`", _forwards, SpoiledReinjection("forwards"),
         _TWO,
     ),
     Law(
         "stage", "level", "Latents hold the noise that the plan says.", "Var x = (1 - sigma')^2 std^2 + sigma'^2",
-        "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003", _level, Spoiled("level"), _TWO,
+        "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003", _level, SpoiledReinjection("level"), _TWO,
     ),
     Law(
         "stage", "marginals", "Wherever it asks the model, the latents hold noise of that level, and white noise.",
         "Var x_i = Var (sum x_i) / n = (1 - sigma)^2 std^2 + sigma^2 at every evaluation",
-        "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003", _marginals, Spoiled("marginals"), _TWO,
+        "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003", _marginals, SpoiledReinjection("marginals"), _TWO,
     ),
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ from mrflow.upscalers.files import Checkpoint as Checkpoint
 from mrflow.upscalers.files import load_upscaler as load_upscaler
 from mrflow.upscalers.interpolate import Interpolate as Interpolate
 from mrflow.upscalers.interpolate import Lanczos as Lanczos
-from mrflow.upscalers.network import Facts as Facts
 from mrflow.upscalers.network import Network as Network
-from mrflow.upscalers.network import Opened as Opened
+from mrflow.upscalers.network import NetworkFacts as NetworkFacts
+from mrflow.upscalers.network import OpenedNetwork as OpenedNetwork
 from mrflow.upscalers.spandrel import Spandrel as Spandrel

@@ -13,7 +13,7 @@ from mrflow._checks import check_whole, is_whole
 from mrflow.checkpoints.safetensors import some
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.records.files import located
-from mrflow.upscalers.network import Facts, Network, Opened, Precision, check_settings
+from mrflow.upscalers.network import Network, NetworkFacts, OpenedNetwork, Precision, check_settings
 from mrflow.upscalers.torchvision_shim import shimmed
 from mrflow.upscalers.weights import read_state
 
@@ -67,7 +67,7 @@ class BasicSR(Network):
         }
 
     @property
-    def opened(self) -> Opened:
+    def opened(self) -> OpenedNetwork:
         """The network, read once."""
         return _opened(self.options, self.weights, self.options_sha256, self.weights_sha256, self.multiple)
 
@@ -117,7 +117,9 @@ def _pretrained(path: Path) -> str:
 
 
 @lru_cache(maxsize=16)
-def _opened(options: str, weights: str, options_sha256: str, weights_sha256: str, multiple: int | None) -> Opened:
+def _opened(
+    options: str, weights: str, options_sha256: str, weights_sha256: str, multiple: int | None
+) -> OpenedNetwork:
     table = _read_options(Path(options))
     settings = dict(cast("dict[str, Any]", table["network_g"]))
     kind = str(settings.pop("type"))
@@ -155,4 +157,4 @@ def _opened(options: str, weights: str, options_sha256: str, weights_sha256: str
     net = net.to(torch.float32).eval().requires_grad_(False)  # noqa: FBT003
     window = settings.get("window_size", 1)
     own = math.lcm(4, window) if isinstance(window, int) and window > 0 else 4
-    return Opened(net, Facts(scale=scale, multiple=multiple or own))
+    return OpenedNetwork(net, NetworkFacts(scale=scale, multiple=multiple or own))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mrflow.errors import MrflowError, WeightsError
 from mrflow.records.files import located
 from mrflow.upscalers.nets import RRDBParams
-from mrflow.upscalers.network import Facts, OneFile, Opened, Precision
+from mrflow.upscalers.network import NetworkFacts, OneFile, OpenedNetwork, Precision
 from mrflow.upscalers.spandrel import Spandrel
 from mrflow.upscalers.weights import network, read_state, recognised, renamed
 
@@ -27,13 +27,13 @@ class Checkpoint(OneFile):
     """
 
     @property
-    def opened(self) -> Opened:
+    def opened(self) -> OpenedNetwork:
         """The network, read once for all upscalers of the same file."""
         return _own(self.path, self.sha256)
 
 
 @lru_cache(maxsize=16)
-def _own(path: str, sha256: str) -> Opened:
+def _own(path: str, sha256: str) -> OpenedNetwork:
     state = read_state(Path(path))
     net = network(state, Path(path))
     if net is None:
@@ -45,7 +45,7 @@ def _own(path: str, sha256: str) -> Opened:
     params = net.params
     if params.channels != 3:
         raise WeightsError(f"{path} works on {params.channels} channels; an upscaler needs 3 (red, green, blue)")
-    facts = Facts(
+    facts = NetworkFacts(
         scale=params.scale,
         multiple=params.unshuffle if isinstance(params, RRDBParams) else 1,
         reach=params.reach,
@@ -53,7 +53,7 @@ def _own(path: str, sha256: str) -> Opened:
         flops=params.flops,
         half=("float16", "bfloat16"),
     )
-    return Opened(net, facts)
+    return OpenedNetwork(net, facts)
 
 
 def load_upscaler(path: str | Path, *, tile: int | None = None, dtype: Precision | None = None) -> "Upscaler":

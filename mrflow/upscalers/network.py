@@ -32,7 +32,7 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 
 
 @dataclass(frozen=True)
-class Facts:
+class NetworkFacts:
     """What is known of a network.
 
     `multiple`, `minimum` and `square` are rules for the sides it takes: pictures are padded by reflection to keep them,
@@ -53,11 +53,11 @@ class Facts:
 
 
 @dataclass(eq=False)
-class Opened:
+class OpenedNetwork:
     """A network in memory. `call` runs it, `single` says that it takes one picture at a time."""
 
     net: nn.Module
-    facts: Facts
+    facts: NetworkFacts
     call: Callable[[nn.Module, Tensor], Tensor] = lambda net, x: net(x)
     single: bool = False
     placed: dict[tuple[torch.device, torch.dtype], nn.Module] = field(default_factory=dict)
@@ -88,11 +88,11 @@ class Network(Upscaler):
 
     @property
     @abstractmethod
-    def opened(self) -> Opened:
+    def opened(self) -> OpenedNetwork:
         """The network, read once."""
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> NetworkFacts:
         """What is known of it."""
         return self.opened.facts
 
@@ -247,7 +247,7 @@ class OneFile(Network):
         return {"path": Path(self.path).name, "sha256": self.sha256, "tile": self.tile, "dtype": self.dtype}
 
 
-def padded(pixels: Tensor, facts: Facts) -> Tensor:
+def padded(pixels: Tensor, facts: NetworkFacts) -> Tensor:
     """Pictures padded at the bottom and the right to the sides that a network takes: by reflection as far as it goes,
     then by repeating the edge.
     """

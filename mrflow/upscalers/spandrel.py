@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError, WeightsError
-from mrflow.upscalers.network import Facts, OneFile, Opened, Precision
+from mrflow.upscalers.network import NetworkFacts, OneFile, OpenedNetwork, Precision
 from mrflow.upscalers.torchvision_shim import shimmed
 from mrflow.upscalers.weights import read_state
 
@@ -35,7 +35,7 @@ class Spandrel(OneFile):
             raise PlanError(f"spandrel says that the network of {name} is not safe in {self.dtype}{safe}")
 
     @property
-    def opened(self) -> Opened:
+    def opened(self) -> OpenedNetwork:
         """The network, read once for all upscalers of the same file."""
         return _opened(self.path, self.sha256)
 
@@ -57,7 +57,7 @@ def spandrel() -> Any:  # noqa: ANN401
 
 
 @lru_cache(maxsize=16)
-def _opened(path: str, sha256: str) -> Opened:
+def _opened(path: str, sha256: str) -> OpenedNetwork:
     state = read_state(Path(path))
     package = spandrel()
     try:
@@ -82,7 +82,7 @@ def _opened(path: str, sha256: str) -> Opened:
         (found.supports_half, "float16"),
         (found.supports_bfloat16, "bfloat16"),
     )
-    facts = Facts(
+    facts = NetworkFacts(
         scale=found.scale,
         multiple=rules.multiple_of,
         minimum=max(1, math.ceil(rules.minimum / rules.multiple_of) * rules.multiple_of),
@@ -97,4 +97,4 @@ def _opened(path: str, sha256: str) -> Opened:
         return out
 
     net = found.model.eval().requires_grad_(False)  # noqa: FBT003
-    return Opened(net, facts, call, single=True)
+    return OpenedNetwork(net, facts, call, single=True)

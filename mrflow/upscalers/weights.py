@@ -51,7 +51,7 @@ def read_state(path: Path, *, first: str | None = None) -> State:
         state = _unwrapped(_unpickled(path), path, first)
         _check_tensors(state, path)
     try:
-        state = unwrapped(plain(state))
+        state = without_wrappers(plain(state))
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
     # Networks are built as deep as their tensors are numbered.
@@ -127,7 +127,7 @@ def _unwrapped(loaded: object, path: Path, first: str | None) -> State:
     raise WeightsError(f"{path} holds tables in tables, {MAX_NESTING} and more: save its state_dict")
 
 
-def unwrapped(state: State) -> State:
+def without_wrappers(state: State) -> State:
     """A network's tensors without the words of wrappers that all names begin with, as far as it takes to know it.
 
     Of a network that is none of `sr.py`'s only words are taken off that no network uses itself.

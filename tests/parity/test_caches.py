@@ -108,7 +108,7 @@ class Pair:
         def seen(name: str | None, asked: int, computed: int, forwards: float, *, tokens: int) -> None:
             ran.append(bool(computed))
 
-        monkeypatch.setattr(memory, "count", seen)
+        monkeypatch.setattr(memory, "add_forwards", seen)
         chain = mf.Sample(64, 64, mf.Shifted(STEPS), noise=mf.Stream(0), cache=cache) >> mf.Decode()
         return mf.run(chain, self.model, "a cat", seed=SEED).pixels, ran
 

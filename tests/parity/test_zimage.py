@@ -13,7 +13,7 @@ import mrflow as mf
 from mrflow.checkpoints.safetensors import save_file
 from mrflow.cli.chains import build
 from mrflow.models.zimage.field import alike
-from mrflow.models.zimage.transformer import ZImage, positions
+from mrflow.models.zimage.transformer import ZImage, positions_zimage
 from mrflow.models.zimage.weights import prepare_zimage, single_file
 from tests.parity.reenact_bridge import official_z_image
 from tests.parity.test_bridge import UP
@@ -28,7 +28,7 @@ def velocity(net: ZImage, x: torch.Tensor, texts: list[torch.Tensor], sigma: tor
     h, w = x.shape[2] // 2, x.shape[3] // 2
     tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2)
     text, table = net.embed_text(texts), net.tables([sigma])[0]
-    rope = net.rope(positions(h, w, text.shape[1]))
+    rope = net.rope(positions_zimage(h, w, text.shape[1]))
     img, _ = net.some_blocks(net.embed_image(tokens), net.filled(text, h * w), rope, table, 0, len(net.stack()))
     return rearrange(net.head(img, table), "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)
 

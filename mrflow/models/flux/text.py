@@ -22,7 +22,7 @@ from mrflow.checkpoints.safetensors import (
     check_layout,
     checkpoints_in,
     compute_dtype,
-    fill,
+    fill_module,
     open_checkpoint,
     readable,
 )
@@ -32,14 +32,14 @@ from mrflow.models.encoders import (
     built,
     check_prompt,
     configured,
-    held,
     layers_of,
     needed,
+    settings_of,
     shape_of,
     shortened,
     tokenizer_of,
 )
-from mrflow.models.fp8 import described
+from mrflow.models.fp8 import with_scales
 from mrflow.models.headers import looks_like, part
 from mrflow.notes import note
 
@@ -110,11 +110,11 @@ def find_text(where: Path) -> TextFiles:
             "with text="
         )
     configs = [read_config(p) if (p := h.path.parent / "config.json").is_file() else {} for h in (clip, t5)]
-    clip, t5 = (described(needed(header, *NOT_READ[kind])) for header, kind in ((clip, CLIP), (t5, T5)))
+    clip, t5 = (with_scales(needed(header, *NOT_READ[kind])) for header, kind in ((clip, CLIP), (t5, T5)))
     inside = configs[0].get("text_config")
     clip_config = inside if isinstance(inside, dict) and inside else configs[0]
-    held(clip, clip_config, clip_sizes(clip), free=FREE)
-    held(t5, configs[1], t5_sizes(t5), free=FREE)
+    settings_of(clip, clip_config, clip_sizes(clip), free=FREE)
+    settings_of(t5, configs[1], t5_sizes(t5), free=FREE)
     return TextFiles(clip, t5, clip_config, configs[1], *tokenizers)
 
 
@@ -134,7 +134,7 @@ def prepare_text(
 
     def read() -> ClipT5:
         for module, header, layout, kind in zip((clip, t5), (files.clip, files.t5), layouts, kinds, strict=True):
-            fill(module, header, layout, dtype=kind, device=device)
+            fill_module(module, header, layout, dtype=kind, device=device)
         embeddings = clip.get_submodule("text_model.embeddings" if hasattr(clip, "text_model") else "embeddings")
         places = torch.arange(clip_config.max_position_embeddings, device=device).expand(1, -1)
         embeddings.register_buffer("position_ids", places, persistent=False)

@@ -17,11 +17,12 @@ from mrflow.models.blocks import (
     TransformerParams,
     attended,
     clip_fp16,
-    fused,
+    fused_linear,
     tables,
 )
 from mrflow.models.layers import (
     PLAIN,
+    QKV,
     SINUSOID,
     Attention,
     Blocks,
@@ -30,7 +31,6 @@ from mrflow.models.layers import (
     Ops,
     QKNorm,
     Rope,
-    Stream,
     attention,
     project,
     rope_tables,
@@ -80,7 +80,7 @@ class SingleBlock(nn.Module):
     def __init__(self, p: FluxParams, *, split: bool) -> None:
         super().__init__()
         self.heads, self.rows = p.heads, (p.hidden, p.hidden, p.hidden, p.mlp)
-        self.linear1 = fused(p.hidden, self.rows, split=split)
+        self.linear1 = fused_linear(p.hidden, self.rows, split=split)
         self.linear2 = nn.Linear(p.hidden + p.mlp, p.hidden)
         self.norm = QKNorm(p.head)
         self.modulation = Modulate(p.hidden, 3)
@@ -110,7 +110,7 @@ class SingleBlock(nn.Module):
             given, rope = torch.cat((given[:, :text], merged.down(given[:, text:])), 1), merged.rope
         *qkv, inner = project(self.linear1, given, self.rows, first=(first, 0, 0, first))
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv)
-        out = attended(attend, *ops.joint_heads((Stream(q, k, v, *self.norm.scales),), rope))
+        out = attended(attend, *ops.joint_heads((QKV(q, k, v, *self.norm.scales),), rope))
         change: Tensor = self.linear2(ops.gelu_beside(out, inner))
         if merged is not None:
             change = torch.cat((change[:, : text - first], merged.up(change[:, text - first :])), 1)

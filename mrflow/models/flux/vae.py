@@ -44,7 +44,7 @@ class VaeFlux(nn.Module):
     def __init__(self, params: VaeParams) -> None:
         super().__init__()
         self.params = params
-        self.encoder, self.decoder = Encoder(params), Decoder(params)
+        self.encoder, self.decoder = _Encoder(params), _Decoder(params)
 
     def encode(
         self, pixels: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"] | None = None
@@ -78,7 +78,7 @@ class VaeFlux(nn.Module):
         return pixels
 
 
-class Encoder(nn.Module):
+class _Encoder(nn.Module):
     """3 channels to mean and log-variance: residual blocks and a halving for each level, attention at the coarsest."""
 
     def __init__(self, p: VaeParams) -> None:
@@ -86,10 +86,10 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, p.channels[0], 3, padding=1)
         pairs = zip((p.channels[0], *p.channels[:-1]), p.channels, strict=True)
         self.down = nn.ModuleList(
-            Level(i, o, blocks=p.blocks, groups=p.groups, down=level + 1 < len(p.channels))
+            _Level(i, o, blocks=p.blocks, groups=p.groups, down=level + 1 < len(p.channels))
             for level, (i, o) in enumerate(pairs)
         )
-        self.mid = Middle(p.channels[-1], p.groups)
+        self.mid = _Middle(p.channels[-1], p.groups)
         self.norm_out = nn.GroupNorm(p.groups, p.channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(p.channels[-1], 2 * p.latent, 3, padding=1)
 
@@ -102,16 +102,16 @@ class Encoder(nn.Module):
         return y
 
 
-class Decoder(nn.Module):
+class _Decoder(nn.Module):
     """The encoder's mirror, one residual block more a level. `up` is indexed as `down` is: finest first, run last."""
 
     def __init__(self, p: VaeParams) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(p.latent, p.channels[-1], 3, padding=1)
-        self.mid = Middle(p.channels[-1], p.groups)
+        self.mid = _Middle(p.channels[-1], p.groups)
         pairs = zip((*p.channels[1:], p.channels[-1]), p.channels, strict=True)
         self.up = nn.ModuleList(
-            Level(i, o, blocks=p.blocks + 1, groups=p.groups, up=level > 0) for level, (i, o) in enumerate(pairs)
+            _Level(i, o, blocks=p.blocks + 1, groups=p.groups, up=level > 0) for level, (i, o) in enumerate(pairs)
         )
         self.norm_out = nn.GroupNorm(p.groups, p.channels[0], eps=EPS)
         self.conv_out = nn.Conv2d(p.channels[0], 3, 3, padding=1)
@@ -125,12 +125,12 @@ class Decoder(nn.Module):
         return y
 
 
-class Level(nn.Module):
+class _Level(nn.Module):
     """Residual blocks at one resolution, then a change of it where the level has one."""
 
     def __init__(self, width: int, out: int, *, blocks: int, groups: int, down: bool = False, up: bool = False) -> None:
         super().__init__()
-        self.block = nn.ModuleList(Residual(width if i == 0 else out, out, groups) for i in range(blocks))
+        self.block = nn.ModuleList(_Residual(width if i == 0 else out, out, groups) for i in range(blocks))
         self.downsample = Downsample(out) if down else None
         self.upsample = Upsample(out) if up else None
 
@@ -145,14 +145,14 @@ class Level(nn.Module):
         return x
 
 
-class Middle(nn.Module):
+class _Middle(nn.Module):
     """Residual block, attention, residual block."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = Residual(width, width, groups)
+        self.block_1 = _Residual(width, width, groups)
         self.attn_1 = SpatialAttention(width, groups)
-        self.block_2 = Residual(width, width, groups)
+        self.block_2 = _Residual(width, width, groups)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """The same shape."""
@@ -160,7 +160,7 @@ class Middle(nn.Module):
         return y
 
 
-class Residual(nn.Module):
+class _Residual(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution of x where the width changes."""
 
     def __init__(self, width: int, out: int, groups: int) -> None:

@@ -25,8 +25,8 @@ from mrflow.models.headers import (
     agree,
     axes_of,
     config_of,
-    count,
-    refuse,
+    count_numbered,
+    refuse_kind,
     shape,
     transformer_layout,
 )
@@ -212,7 +212,7 @@ def flux_names(header: Header) -> Names:
         return bfl("")
     if "single_transformer_blocks.0.norm.linear.weight" in header.tensors:
         return flux_diffusers
-    refuse(header, "a FLUX transformer")
+    refuse_kind(header, "a FLUX transformer")
 
 
 def vae_names(header: Header) -> Names:
@@ -220,8 +220,8 @@ def vae_names(header: Header) -> Names:
     if "decoder.up.0.block.0.conv1.weight" in header.tensors:
         return bfl("")
     if "decoder.up_blocks.0.resnets.0.conv1.weight" in header.tensors:
-        return vae_diffusers(count(header, vae_diffusers(0), "encoder.down.{}.block.0.conv1.weight"))
-    refuse(header, "a FLUX autoencoder")
+        return vae_diffusers(count_numbered(header, vae_diffusers(0), "encoder.down.{}.block.0.conv1.weight"))
+    refuse_kind(header, "a FLUX autoencoder")
 
 
 def flux_layout(flux: Flux, names: Names) -> Layout:
@@ -254,8 +254,8 @@ def flux_params(header: Header, names: Names) -> FluxParams:
         raise WeightsError(f"{header.path} has a transformer of width {hidden} with heads of {head}")
     heads = hidden // head
     counts = (
-        count(header, names, "double_blocks.{}.img_mod.lin.weight"),
-        count(header, names, "single_blocks.{}.modulation.lin.weight"),
+        count_numbered(header, names, "double_blocks.{}.img_mod.lin.weight"),
+        count_numbered(header, names, "single_blocks.{}.modulation.lin.weight"),
     )
     context, pooled = (shape(header, names(n)[0], 2)[1] for n in ("txt_in.weight", "vector_in.in_layer.weight"))
     guidance = names("guidance_in.in_layer.weight")[0] in header.tensors
@@ -294,7 +294,7 @@ def flux_params(header: Header, names: Names) -> FluxParams:
 
 def vae_params(header: Header, names: Names) -> VaeParams:
     """Sizes of a FLUX autoencoder; scale, shift and groups are of a config, or FLUX.1's for 16 channels."""
-    levels = count(header, names, "encoder.down.{}.block.0.conv1.weight")
+    levels = count_numbered(header, names, "encoder.down.{}.block.0.conv1.weight")
     if not levels:
         raise WeightsError(
             f"{header.path} has no encoder of images, which stages after the first need: take the whole one"
@@ -309,7 +309,7 @@ def vae_params(header: Header, names: Names) -> VaeParams:
         return VaeParams(
             channels=tuple(channels),
             latent=latent,
-            blocks=count(header, names, "encoder.down.0.block.{}.conv1.weight"),
+            blocks=count_numbered(header, names, "encoder.down.0.block.{}.conv1.weight"),
             scale=config.number("scaling_factor", VaeParams.scale, low=1e-6),
             shift=config.number("shift_factor", VaeParams.shift),
             groups=config.whole("norm_num_groups", VaeParams.groups, high=4096),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mrflow.models.layers import PLAIN, Ops, Rope, Stream
+from mrflow.models.layers import PLAIN, QKV, Ops, Rope
 from mrflow.notes import note
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -88,9 +88,9 @@ def errors(
     inner = some(2, 7, 5 * width)[..., width:]
     found["gelu_beside"] = differ(ops.gelu_beside(change, inner), PLAIN.gelu_beside(change, inner))
 
-    def stream(n: int, queries: int, *, size: float = 1.0) -> Stream:
+    def stream(n: int, queries: int, *, size: float = 1.0) -> QKV:
         q, k, v = (t.unflatten(-1, (heads, head)) for t in (size * some(2, n, 3 * width)).chunk(3, -1))
-        return Stream(q[:, n - queries :], k, v, 1 + 0.1 * some(head), 1 + 0.1 * some(head))
+        return QKV(q[:, n - queries :], k, v, 1 + 0.1 * some(head), 1 + 0.1 * some(head))
 
     for name, streams, each, late in (
         ("one stream", [stream(7, 7)], (), False),

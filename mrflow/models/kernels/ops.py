@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from mrflow.models.layers import EPS, Ops, Rope, Stream
+from mrflow.models.layers import EPS, QKV, Ops, Rope
 
 
 def _kernels() -> Any:  # noqa: ANN401
@@ -17,40 +17,40 @@ def _kernels() -> Any:  # noqa: ANN401
 
 
 @custom_op("mrflow::norm", mutates_args=())
-def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`layers.modulated`."""
     return _kernels().norm(x, shift, scale)
 
 
-@norm.register_fake
+@_norm.register_fake
 def _(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @custom_op("mrflow::gated", mutates_args=())
-def gated(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+def _gated(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
     """`layers.gated`."""
-    return _kernels().gated(x, gate, change, None, None)[0]
+    return _kernels().any_gated(x, gate, change, None, None)[0]
 
 
-@gated.register_fake
+@_gated.register_fake
 def _(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @custom_op("mrflow::gated_norm", mutates_args=())
-def gated_norm(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_norm(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`layers.gated_norm`."""
-    return _kernels().gated(x, gate, change, shift, scale)
+    return _kernels().any_gated(x, gate, change, shift, scale)
 
 
-@gated_norm.register_fake
+@_gated_norm.register_fake
 def _(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @custom_op("mrflow::turned", mutates_args=("out",))
-def turned(
+def _turned(
     x: Tensor,
     scale: Tensor,
     cos: Tensor,
@@ -66,7 +66,7 @@ def turned(
     _kernels().turned(x, scale, cos, sin, out, first=first, row=row, eps=eps, late=late)
 
 
-@turned.register_fake
+@_turned.register_fake
 def _(
     x: Tensor,
     scale: Tensor,
@@ -83,40 +83,40 @@ def _(
 
 
 @custom_op("mrflow::gelu_beside", mutates_args=())
-def gelu_beside(out: Tensor, inner: Tensor) -> Tensor:
+def _gelu_beside(out: Tensor, inner: Tensor) -> Tensor:
     """`layers.gelu_beside`."""
     return _kernels().beside(out, inner)
 
 
-@gelu_beside.register_fake
+@_gelu_beside.register_fake
 def _(out: Tensor, inner: Tensor) -> Tensor:
     return out.new_empty((*out.shape[:-1], out.shape[-1] + inner.shape[-1]))
 
 
 @custom_op("mrflow::rms_scaled", mutates_args=())
-def rms_scaled(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+def _rms_scaled(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     """`layers.rms_scaled`."""
-    return _kernels().rms(x, weight, scale, None, eps)
+    return _kernels().any_rms(x, weight, scale, None, eps)
 
 
-@rms_scaled.register_fake
+@_rms_scaled.register_fake
 def _(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @custom_op("mrflow::rms_gated", mutates_args=())
-def rms_gated(x: Tensor, gate: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_gated(x: Tensor, gate: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`layers.rms_gated`."""
-    return _kernels().rms(change, weight, gate, x, eps)
+    return _kernels().any_rms(change, weight, gate, x, eps)
 
 
-@rms_gated.register_fake
+@_rms_gated.register_fake
 def _(x: Tensor, gate: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def joint_heads(
-    streams: Sequence[Stream], rope: Rope, eps: float = EPS, *, late: bool = False
+def _joint_heads(
+    streams: Sequence[QKV], rope: Rope, eps: float = EPS, *, late: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`layers.joint_heads`: every stream's queries and keys are written where all lie."""
     b, _, heads, head = streams[0].k.shape
@@ -125,10 +125,10 @@ def joint_heads(
     q_at = k_at = 0
     for s in streams:
         end = k_at + s.k.shape[1]
-        turned(s.q, s.q_scale, *rope, q, q_at, end - s.q.shape[1], eps, late=late)
-        turned(s.k, s.k_scale, *rope, k, k_at, k_at, eps, late=late)
+        _turned(s.q, s.q_scale, *rope, q, q_at, end - s.q.shape[1], eps, late=late)
+        _turned(s.k, s.k_scale, *rope, k, k_at, k_at, eps, late=late)
         q_at, k_at = q_at + s.q.shape[1], end
     return q, k, streams[0].v if len(streams) == 1 else torch.cat([s.v for s in streams], 1)
 
 
-FUSED = Ops(norm, gated, gated_norm, joint_heads, gelu_beside, rms_scaled, rms_gated)
+FUSED = Ops(_norm, _gated, _gated_norm, _joint_heads, _gelu_beside, _rms_scaled, _rms_gated)

@@ -138,7 +138,9 @@ def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-def gated(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def any_gated(
+    x: Tensor, gate: Tensor, change: Tensor, shift: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`layers.gated_norm`, or `layers.gated` and an empty tensor."""
     x, gate, change = _rows(x), _rows(gate), _rows(change)
     b, n, width = x.shape
@@ -154,7 +156,7 @@ def gated(x: Tensor, gate: Tensor, change: Tensor, shift: Tensor | None, scale: 
     return out, normed
 
 
-def rms(x: Tensor, weight: Tensor, factor: Tensor, past: Tensor | None, eps: float) -> Tensor:
+def any_rms(x: Tensor, weight: Tensor, factor: Tensor, past: Tensor | None, eps: float) -> Tensor:
     """`layers.rms_scaled`, or with the stream of the past `layers.rms_gated`."""
     x, weight, factor = _rows(x), weight.contiguous(), _rows(factor)
     stream = x if past is None else _rows(past)

@@ -30,7 +30,7 @@ from mrflow.models.encoders import check_prompt
 from mrflow.models.fields import step as flux_step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
-from mrflow.models.pocket.networks import Autoencoder, CompactSR, TextEncoder, tokenise
+from mrflow.models.pocket.networks import CompactSR, PocketAutoencoder, PocketTextEncoder, tokenise
 from mrflow.models.transformer_model import TransformerModel, repeated, side_by_side
 from mrflow.pieces import StepFactory
 from mrflow.scenes import grammar, hard
@@ -110,7 +110,7 @@ SMALL = replace(
 BY_WIDTH = {128: SMALL, WIDTH: POCKET}
 
 
-def flux_params(width: int = WIDTH, head: int = HEAD) -> FluxParams:
+def pocket_params(width: int = WIDTH, head: int = HEAD) -> FluxParams:
     """Sizes of the transformer at a width, with heads of so many channels: a quarter of them does not turn."""
     return FluxParams(
         in_channels=64,
@@ -126,9 +126,9 @@ def flux_params(width: int = WIDTH, head: int = HEAD) -> FluxParams:
     )
 
 
-def text_encoder(width: int = WIDTH, *, words: int = len(VOCABULARY), length: int = TEXT_LENGTH) -> TextEncoder:
+def text_encoder(width: int = WIDTH, *, words: int = len(VOCABULARY), length: int = TEXT_LENGTH) -> PocketTextEncoder:
     """An untrained text encoder of the model's sizes, that knows so many of `WORDS` and reads so many tokens."""
-    return TextEncoder(vocabulary=words, length=length, width=width)
+    return PocketTextEncoder(vocabulary=words, length=length, width=width)
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -175,9 +175,9 @@ class Pocket(TransformerModel):
     def __init__(
         self,
         *,
-        text: TextEncoder,
+        text: PocketTextEncoder,
         flow: Flux,
-        autoencoder: Autoencoder,
+        autoencoder: PocketAutoencoder,
         sr: CompactSR,
         version: str,
         device: torch.device,
@@ -313,7 +313,7 @@ def params_of(header: Header) -> FluxParams:
         raise WeightsError(
             f"{header.path.name}: flow of width {width} with heads of {head}; pocket's widths are {known}"
         )
-    return flux_params(width, head)
+    return pocket_params(width, head)
 
 
 def facts(header: Header) -> ModelInfo:
@@ -426,7 +426,7 @@ def load_pocket(
         text, flow, autoencoder, sr = (
             text_encoder(params.hidden, words=words, length=length),
             Flux(params),
-            Autoencoder(),
+            PocketAutoencoder(),
             CompactSR(),
         )
     modules = dict(zip(parts, (text, flow, autoencoder, sr), strict=True))

@@ -22,7 +22,7 @@ class Residual(nn.Module):
         return x + change
 
 
-class Autoencoder(nn.Module):
+class PocketAutoencoder(nn.Module):
     """Pictures to latents at 1/8 of the side with 16 channels, and back.
 
     The posterior is a Gaussian of fixed standard deviation `noise` round the encoder's output (the noise it was
@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
         return 0.5 * pixels + 0.5
 
 
-class TextEncoder(nn.Module):
+class PocketTextEncoder(nn.Module):
     """Token ids to one vector a token and one for the whole caption: a small pre-norm transformer."""
 
     def __init__(self, *, vocabulary: int, length: int, width: int, layers: int = 2, heads: int = 4) -> None:

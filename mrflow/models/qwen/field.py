@@ -14,7 +14,7 @@ from mrflow.errors import PlanError
 from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
 from mrflow.models.qwen.transformer import QwenImage, packed_attention
-from mrflow.models.qwen.transformer import positions as grid_positions
+from mrflow.models.qwen.transformer import positions_qwen as grid_positions
 from mrflow.pieces import Step
 from mrflow.tokens import PackedField
 

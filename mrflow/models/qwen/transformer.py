@@ -46,7 +46,7 @@ class QwenParams(TransformerParams):
     theta: float = 10000.0
 
 
-def positions(h: int, w: int, text: int, *, device: torch.device | str | None = None) -> Float[Tensor, "n 3"]:
+def positions_qwen(h: int, w: int, text: int, *, device: torch.device | str | None = None) -> Float[Tensor, "n 3"]:
     """Positions of `text` tokens, then of an h x w grid, on the axes (frame, row, column).
 
     Rows and columns are counted from the middle, an odd grid has one more below zero; text goes on along the diagonal
@@ -137,7 +137,7 @@ class QwenImage(Transformer):
         if mask is not None and not bool(mask.all()):
             attend = partial(masked_attention, keys=F.pad(mask, (0, tokens.shape[1]), value=True))
         table = self.tables([sigma])[0]
-        rope = self.rope(positions(*grid, context.shape[1], device=tokens.device))
+        rope = self.rope(positions_qwen(*grid, context.shape[1], device=tokens.device))
         img = self.blocks(self.embed_image(tokens), self.embed_text(context), rope, table, attend=attend)
         return self.head(img, table)
 

@@ -48,7 +48,7 @@ class VaeQwen(nn.Module):
     def __init__(self, params: QwenVaeParams) -> None:
         super().__init__()
         self.params = params
-        self.encoder, self.decoder = Encoder(params), Decoder(params)
+        self.encoder, self.decoder = _Encoder(params), _Decoder(params)
         self.quant_conv = nn.Conv2d(2 * params.latent, 2 * params.latent, 1)
         self.post_quant_conv = nn.Conv2d(params.latent, params.latent, 1)
 
@@ -92,7 +92,7 @@ class VaeQwen(nn.Module):
         return torch.tensor(values, device=like.device)[:, None, None]
 
 
-class Encoder(nn.Module):
+class _Encoder(nn.Module):
     """3 channels to mean and log-variance; `down_blocks` is one flat list, as the files count it."""
 
     def __init__(self, p: QwenVaeParams) -> None:
@@ -102,12 +102,12 @@ class Encoder(nn.Module):
         width = p.channels[0]
         for level, out in enumerate(p.channels):
             for _ in range(p.blocks):
-                blocks.append(Residual(width, out))
+                blocks.append(_Residual(width, out))
                 width = out
             if level + 1 < len(p.channels):
                 blocks.append(Resample(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out, out, 3, stride=2)))
         self.down_blocks = nn.ModuleList(blocks)
-        self.mid_block = Middle(width)
+        self.mid_block = _Middle(width)
         self.norm_out = Norm(width)
         self.conv_out = nn.Conv2d(width, 2 * p.latent, 3, padding=1)
 
@@ -120,14 +120,14 @@ class Encoder(nn.Module):
         return y
 
 
-class Decoder(nn.Module):
+class _Decoder(nn.Module):
     """The way back, one residual block more a level; going up halves the channels."""
 
     def __init__(self, p: QwenVaeParams) -> None:
         super().__init__()
         widths = tuple(reversed(p.channels))
         self.conv_in = nn.Conv2d(p.latent, widths[0], 3, padding=1)
-        self.mid_block = Middle(widths[0])
+        self.mid_block = _Middle(widths[0])
         self.up_blocks = nn.ModuleList(
             Up(before if level == 0 else before // 2, out, p.blocks + 1, up=level + 1 < len(widths))
             for level, (before, out) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
@@ -149,7 +149,7 @@ class Up(nn.Module):
 
     def __init__(self, width: int, out: int, blocks: int, *, up: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(Residual(width if i == 0 else out, out) for i in range(blocks))
+        self.resnets = nn.ModuleList(_Residual(width if i == 0 else out, out) for i in range(blocks))
         steps = [Resample(Double(), nn.Conv2d(out, out // 2, 3, padding=1))] if up else []
         self.upsamplers = nn.ModuleList(steps)
 
@@ -194,7 +194,7 @@ class Norm(nn.Module):
         return y
 
 
-class Residual(nn.Module):
+class _Residual(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution of x where the width changes."""
 
     def __init__(self, width: int, out: int) -> None:
@@ -229,12 +229,12 @@ class Attention(nn.Module):
         return y.add_(x)
 
 
-class Middle(nn.Module):
+class _Middle(nn.Module):
     """Residual block, attention, residual block."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList((Residual(width, width), Residual(width, width)))
+        self.resnets = nn.ModuleList((_Residual(width, width), _Residual(width, width)))
         self.attentions = nn.ModuleList((Attention(width),))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -17,20 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mrflow.checkpoints.safetensors import (
-    Header,
-    Layout,
-    Prepared,
-    Source,
-    assembled,
-    fill,
-    save_file,
-)
+from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, assembled, fill_module, save_file
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.blocks import tables
 from mrflow.models.folded import Folded
 from mrflow.models.fp8 import Fp8Linear
-from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, count, shape, transformer_layout
+from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, count_numbered, shape, transformer_layout
 from mrflow.models.prepared import network_header, prepare_autoencoder, prepare_transformer, sizes_of
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
@@ -70,7 +62,7 @@ def read_folded(
     names = {id(m): n for n, m in net.named_modules()}
     linears = [names[id(m)] for m in net.modulators()]
     gone = {f"{name}.{leaf}" for name in linears for leaf in ("weight", "bias")}
-    fill(net, prepared.header, prepared.layout, dtype=prepared.dtype, device=prepared.device, skip=gone)
+    fill_module(net, prepared.header, prepared.layout, dtype=prepared.dtype, device=prepared.device, skip=gone)
     for name in linears:
         owner, _, leaf = name.rpartition(".")
         old = net.get_submodule(name)
@@ -172,7 +164,7 @@ def qwen_params(header: Header, names: Names) -> QwenParams:
     mlp, _ = shape(header, names("double_blocks.0.img_mlp.0.weight")[0], 2)
     if not hidden or not head:
         raise WeightsError(f"{header.path} has a transformer of width {hidden} with heads of {head}")
-    blocks = count(header, names, "double_blocks.{}.img_mod.lin.weight")
+    blocks = count_numbered(header, names, "double_blocks.{}.img_mod.lin.weight")
     context = shape(header, names("txt_in.weight")[0], 2)[1]
     config = config_of(header, CLASS)
     if odd := [flag for flag in OTHER if config.get(flag)]:

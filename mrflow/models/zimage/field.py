@@ -10,8 +10,8 @@ from torch import Tensor
 from mrflow.backbone import Positions, in_parts
 from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
-from mrflow.models.zimage.transformer import ZImage, filling
-from mrflow.models.zimage.transformer import positions as grid_positions
+from mrflow.models.zimage.transformer import ZImage, missing_tokens
+from mrflow.models.zimage.transformer import positions_zimage as grid_positions
 from mrflow.pieces import Step
 from mrflow.tokens import PackedField
 
@@ -89,7 +89,7 @@ class ZImageField(PackedField):
 
 def filled(text: Tensor) -> int:
     """Tokens of a text that is filled up."""
-    return len(text) + filling(len(text))
+    return len(text) + missing_tokens(len(text))
 
 
 def alike(texts: Sequence[Tensor]) -> list[list[int]]:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mrflow.models.blocks import FinalLayer, Transformer, TransformerParams, attended, clip_fp16, fused
+from mrflow.models.blocks import FinalLayer, Transformer, TransformerParams, attended, clip_fp16, fused_linear
 from mrflow.models.layers import (
     PLAIN,
+    QKV,
     SINUSOID,
     Attention,
     Blocks,
@@ -23,7 +24,6 @@ from mrflow.models.layers import (
     Ops,
     RMSNorm,
     Rope,
-    Stream,
     attention,
     project,
     rope_tables,
@@ -60,16 +60,16 @@ class ZImageParams(TransformerParams):
         return round(self.hidden * self.mlp_ratio * 2 / 3)
 
 
-def filling(tokens: int) -> int:
+def missing_tokens(tokens: int) -> int:
     """Tokens that are missing to a whole number of 32."""
     return -tokens % WHOLE
 
 
-def positions(h: int, w: int, text: int, *, device: torch.device | str | None = None) -> Float[Tensor, "n 3"]:
+def positions_zimage(h: int, w: int, text: int, *, device: torch.device | str | None = None) -> Float[Tensor, "n 3"]:
     """Positions (order, row, column) of `text` tokens, of what fills the image up, and of an h x w grid: text counts
     from 1, the image lies one behind its end, the filling at the origin (diffusers `patchify_and_embed`).
     """
-    out = torch.zeros(text + filling(h * w) + h * w, 3, device=device)
+    out = torch.zeros(text + missing_tokens(h * w) + h * w, 3, device=device)
     out[:text, 0] = torch.arange(1, text + 1, device=device)
     grid = out[len(out) - h * w :].view(h, w, 3)
     grid[..., 0] = text + 1
@@ -97,7 +97,7 @@ class SelfAttention(nn.Module):
     def __init__(self, p: ZImageParams, *, split: bool) -> None:
         super().__init__()
         self.heads, self.rows = p.heads, (p.hidden,) * 3
-        self.qkv = fused(p.hidden, self.rows, split=split, bias=False)
+        self.qkv = fused_linear(p.hidden, self.rows, split=split, bias=False)
         self.q_norm, self.k_norm = (RMSNorm(p.head, late=True, eps=EPS) for _ in range(2))
         self.out = nn.Linear(p.hidden, p.hidden, bias=False)
 
@@ -106,7 +106,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         """Every token attends to all."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in project(self.qkv, x, self.rows))
-        stream = Stream(q, k, v, self.q_norm.scale, self.k_norm.scale)
+        stream = QKV(q, k, v, self.q_norm.scale, self.k_norm.scale)
         out: Tensor = self.out(attended(attend, *ops.joint_heads((stream,), rope, EPS, late=True)))
         return out
 
@@ -227,16 +227,16 @@ class ZImage(Transformer):
     def embed_text(self, context: Sequence[Float[Tensor, "_ c"]]) -> Float[Tensor, "b n d"]:
         """The refined text of each item, filled up to a multiple of 32, alike for all; no level changes it."""
         own = [self.cap_embedder(states.to(self.dtype)) for states in context]
-        rows = [torch.cat((states, self.cap_pad_token.expand(filling(len(states)), -1))) for states in own]
+        rows = [torch.cat((states, self.cap_pad_token.expand(missing_tokens(len(states)), -1))) for states in own]
         text = torch.stack(rows)
-        rope = self.rope(positions(0, 0, text.shape[1], device=text.device))
+        rope = self.rope(positions_zimage(0, 0, text.shape[1], device=text.device))
         for block in self.context_refiner:
             text = block(text, rope, None, self.attention, ops=self.ops)
         return text
 
     def filled(self, text: Float[Tensor, "b n d"], image: int) -> Float[Tensor, "b m d"]:
         """What goes before `image` tokens: the text, and what fills the image up."""
-        return torch.cat((text, self.x_pad_token.expand(len(text), filling(image), -1)), 1)
+        return torch.cat((text, self.x_pad_token.expand(len(text), missing_tokens(image), -1)), 1)
 
     def modulated_input(self, img: Float[Tensor, "b l d"], modulation: Float[Tensor, "m v d"]) -> Tensor:
         """The embedded image as the first block's attention takes it."""
@@ -256,7 +256,7 @@ class ZImage(Transformer):
         """Both streams after the blocks from `start` to before `stop`; `merge` as in `Flux`, all "single"."""
         vectors = modulation.unsqueeze(2).unbind(1)
         x, t = torch.cat((txt, img), 1), txt.shape[1]
-        apart = t - filling(img.shape[1])  # the text, which the image's refiners do not see
+        apart = t - missing_tokens(img.shape[1])  # the text, which the image's refiners do not see
         for i, block in enumerate((*self.noise_refiner, *self.layers)):
             if start <= i < stop:
                 how = merge("single", i) if merge is not None else None

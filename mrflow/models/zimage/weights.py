@@ -13,7 +13,7 @@ import torch
 
 from mrflow.checkpoints.safetensors import Header, Prepared
 from mrflow.errors import WeightsError
-from mrflow.models.headers import Names, agree, axes_of, config_of, count, shape, transformer_layout
+from mrflow.models.headers import Names, agree, axes_of, config_of, count_numbered, shape, transformer_layout
 from mrflow.models.prepared import network_header, prepare_transformer, sizes_of
 from mrflow.models.zimage.transformer import ZImage, ZImageParams
 
@@ -98,7 +98,7 @@ def zimage_params(header: Header, names: Names) -> ZImageParams:
     level, _ = shape(header, names("t_embedder.out_layer.weight")[0], 2)
     context = shape(header, names("cap_embedder.1.weight")[0], 2)[1]
     layers, refiners = (
-        count(header, names, f"{kind}.{{}}.feed_forward.w1.weight") for kind in ("layers", "noise_refiner")
+        count_numbered(header, names, f"{kind}.{{}}.feed_forward.w1.weight") for kind in ("layers", "noise_refiner")
     )
     config = config_of(header, CLASS)
     sizes = {"dim": hidden, "n_heads": hidden // head, "n_layers": layers, "n_refiner_layers": refiners}
