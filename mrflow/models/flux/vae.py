@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
+from mrflow.models.kl import KLAutoencoder, ResidualBlock
 
 EPS = 1e-6
 
@@ -38,44 +39,31 @@ class VaeParams:
         return 1 << (len(self.channels) - 1)
 
 
-class VaeFlux(nn.Module):
-    """Pictures in [0, 1] to normalised latents, (z - shift) * scale, and back; both ends are float32."""
+class VaeFlux(KLAutoencoder):
+    """Pictures in [0, 1] to normalised latents, (z - shift) * scale, and back."""
 
     def __init__(self, params: VaeParams) -> None:
         super().__init__()
-        self.params = params
+        self.params: VaeParams = params
         self.encoder, self.decoder = _Encoder(params), _Decoder(params)
 
-    def encode(
-        self, pixels: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"] | None = None
-    ) -> Float[Tensor, "b c y x"]:
-        """The mode of the posterior, or with standard normal `noise` a sample: mean + exp(logvar / 2) noise."""
-        return self.posterior(self.moments(pixels), noise)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
 
-    def moments(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c2 y x"]:
-        """Mean and log-variance of the posterior, one after the other along the channels, float32."""
-        h, w = pixels.shape[-2:]
-        m = self.params.downscale
-        if h % m or w % m:
-            raise PlanError(f"a picture's sides must be multiples of {m} to be encoded, got {h}x{w}")
-        out: Tensor = self.encoder((2 * pixels - 1).to(self.encoder.conv_in.weight.dtype)).float()
-        return out
+    def encoded(self, x: Tensor) -> Tensor:
+        moments: Tensor = self.encoder(x)
+        return moments
 
-    def posterior(
-        self, moments: Float[Tensor, "b c2 y x"], noise: Float[Tensor, "b c y x"] | None = None
-    ) -> Float[Tensor, "b c y x"]:
-        """Normalised latents: the mode, or with standard normal `noise` a sample."""
-        z, logvar = moments.chunk(2, 1)
-        if noise is not None:
-            z = torch.addcmul(z, (0.5 * logvar.clamp(-30.0, 20.0)).exp(), noise)
-        latents: Tensor = (z - self.params.shift) * self.params.scale
-        return latents
-
-    def decode(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
-        """Pictures, about [0, 1], not clamped."""
-        z = latents / self.params.scale + self.params.shift
-        pixels: Tensor = 0.5 * self.decoder(z.to(self.decoder.conv_in.weight.dtype)).float() + 0.5
+    def decoded(self, z: Tensor) -> Tensor:
+        pixels: Tensor = self.decoder(z)
         return pixels
+
+    def normalise(self, z: Tensor) -> Tensor:
+        return (z - self.params.shift) * self.params.scale
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents / self.params.scale + self.params.shift
 
 
 class _Encoder(nn.Module):
@@ -160,8 +148,8 @@ class _Middle(nn.Module):
         return y
 
 
-class _Residual(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution of x where the width changes."""
+class _Residual(ResidualBlock):
+    """With group norms."""
 
     def __init__(self, width: int, out: int, groups: int) -> None:
         super().__init__()
@@ -171,12 +159,9 @@ class _Residual(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else None
 
-    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        """The same resolution."""
-        y: Tensor = self.conv1(F.silu(self.norm1(x), inplace=True))
-        y = self.conv2(F.silu(self.norm2(y), inplace=True))
-        y += x if self.nin_shortcut is None else self.nin_shortcut(x)
-        return y
+    @property
+    def shortcut(self) -> nn.Module | None:
+        return self.nin_shortcut
 
 
 class SpatialAttention(nn.Module):

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
+from mrflow.models.kl import KLAutoencoder, ResidualBlock
 
 # Per channel of the published latents (hub config).
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -42,50 +43,33 @@ class QwenVaeParams:
         return 1 << (len(self.channels) - 1)
 
 
-class VaeQwen(nn.Module):
-    """Pictures in [0, 1] to latents normalised per channel, (z - mean) / std, and back; both ends are float32."""
+class VaeQwen(KLAutoencoder):
+    """Pictures in [0, 1] to latents normalised per channel, (z - mean) / std, and back."""
 
     def __init__(self, params: QwenVaeParams) -> None:
         super().__init__()
-        self.params = params
+        self.params: QwenVaeParams = params
         self.encoder, self.decoder = _Encoder(params), _Decoder(params)
         self.quant_conv = nn.Conv2d(2 * params.latent, 2 * params.latent, 1)
         self.post_quant_conv = nn.Conv2d(params.latent, params.latent, 1)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in."""
         return self.quant_conv.weight.dtype
 
-    def moments(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c2 y x"]:
-        """Mean and log-variance of the posterior, one after the other along the channels, float32."""
-        h, w = pixels.shape[-2:]
-        m = self.params.downscale
-        if h % m or w % m:
-            raise PlanError(f"a picture's sides must be multiples of {m} to be encoded, got {h}x{w}")
-        out: Tensor = self.quant_conv(self.encoder((2 * pixels - 1).to(self.dtype))).float()
-        return out
+    def encoded(self, x: Tensor) -> Tensor:
+        moments: Tensor = self.quant_conv(self.encoder(x))
+        return moments
 
-    def posterior(
-        self, moments: Float[Tensor, "b c2 y x"], noise: Float[Tensor, "b c y x"] | None = None
-    ) -> Float[Tensor, "b c y x"]:
-        """Normalised latents: the mode, or with standard normal `noise` a sample."""
-        z, logvar = moments.chunk(2, 1)
-        if noise is not None:
-            z = torch.addcmul(z, (0.5 * logvar.clamp(-30.0, 20.0)).exp(), noise)
+    def decoded(self, z: Tensor) -> Tensor:
+        pixels: Tensor = self.decoder(self.post_quant_conv(z))
+        return pixels
+
+    def normalise(self, z: Tensor) -> Tensor:
         return (z - self._of(self.params.mean, z)) / self._of(self.params.std, z)
 
-    def encode(
-        self, pixels: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"] | None = None
-    ) -> Float[Tensor, "b c y x"]:
-        """The mode of the posterior, or with standard normal `noise` a sample."""
-        return self.posterior(self.moments(pixels), noise)
-
-    def decode(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
-        """Pictures, about [0, 1], not clamped."""
-        z = latents * self._of(self.params.std, latents) + self._of(self.params.mean, latents)
-        pixels: Tensor = 0.5 * self.decoder(self.post_quant_conv(z.to(self.dtype))).float() + 0.5
-        return pixels
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents * self._of(self.params.std, latents) + self._of(self.params.mean, latents)
 
     @staticmethod
     def _of(values: tuple[float, ...], like: Tensor) -> Tensor:
@@ -194,8 +178,8 @@ class Norm(nn.Module):
         return y
 
 
-class _Residual(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution of x where the width changes."""
+class _Residual(ResidualBlock):
+    """With norms over the channels."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -204,12 +188,9 @@ class _Residual(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(width, out, 1) if width != out else None
 
-    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        """The same resolution."""
-        y: Tensor = self.conv1(F.silu(self.norm1(x), inplace=True))
-        y = self.conv2(F.silu(self.norm2(y), inplace=True))
-        y += x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return y
+    @property
+    def shortcut(self) -> nn.Module | None:
+        return self.conv_shortcut
 
 
 class Attention(nn.Module):

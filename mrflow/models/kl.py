@@ -1,0 +1,99 @@
+"""What autoencoders with a Gaussian posterior share (Kingma & Welling 2014, arXiv 1312.6114): both ends, and blocks."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mrflow.errors import PlanError
+
+
+class VaeSizes(Protocol):
+    """Sizes of an autoencoder."""
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell, per side."""
+
+
+class KLAutoencoder(nn.Module, ABC):
+    """Pictures in [0, 1] to normalised latents and back; both ends are float32."""
+
+    params: VaeSizes
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+
+    @abstractmethod
+    def encoded(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c2 y x"]:
+        """Mean, then log-variance, along the channels, of pictures in [-1, 1]."""
+
+    @abstractmethod
+    def decoded(self, z: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
+        """Pictures, about [-1, 1]."""
+
+    @abstractmethod
+    def normalise(self, z: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
+        """The encoder's latents as the transformer takes them."""
+
+    @abstractmethod
+    def denormalise(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
+        """The way back."""
+
+    def moments(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c2 y x"]:
+        """Mean and log-variance of the posterior, one after the other along the channels, float32.
+
+        Raises:
+            PlanError: a side is no multiple of the downscale.
+        """
+        h, w = pixels.shape[-2:]
+        m = self.params.downscale
+        if h % m or w % m:
+            raise PlanError(f"a picture's sides must be multiples of {m} to be encoded, got {h}x{w}")
+        return self.encoded((2 * pixels - 1).to(self.dtype)).float()
+
+    def posterior(
+        self, moments: Float[Tensor, "b c2 y x"], noise: Float[Tensor, "b c y x"] | None = None
+    ) -> Float[Tensor, "b c y x"]:
+        """Normalised latents: the mode, or with standard normal `noise` a sample, mean + exp(logvar / 2) noise."""
+        z, logvar = moments.chunk(2, 1)
+        if noise is not None:
+            z = torch.addcmul(z, (0.5 * logvar.clamp(-30.0, 20.0)).exp(), noise)
+        return self.normalise(z)
+
+    def encode(
+        self, pixels: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"] | None = None
+    ) -> Float[Tensor, "b c y x"]:
+        """The mode of the posterior, or with standard normal `noise` a sample."""
+        return self.posterior(self.moments(pixels), noise)
+
+    def decode(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
+        """Pictures, about [0, 1], not clamped."""
+        return 0.5 * self.decoded(self.denormalise(latents).to(self.dtype)).float() + 0.5
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a convolution of x where the width changes."""
+
+    norm1: nn.Module
+    norm2: nn.Module
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+
+    @property
+    def shortcut(self) -> nn.Module | None:
+        """What x itself goes through, under the name of the family's files."""
+        raise NotImplementedError
+
+    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
+        """The same resolution."""
+        y: Tensor = self.conv1(F.silu(self.norm1(x), inplace=True))
+        y = self.conv2(F.silu(self.norm2(y), inplace=True))
+        shortcut = self.shortcut
+        y += x if shortcut is None else shortcut(x)
+        return y
