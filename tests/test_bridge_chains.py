@@ -1,7 +1,7 @@
 """Everything that stages can be given works on bridged pipelines too: caches, transitions, sweeps, plans, pipelines."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import mrflow as mf
-from mrflow.caches import DMD, DBCache, SeaCache, Spectrum, TaylorSeer, TeaCache, ToMA
+from mrflow.caches import DMD, Cache, DBCache, SeaCache, Spectrum, TaylorSeer, TeaCache, ToMA
+from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from tests.parity.test_bridge import PROMPTS, UP, native, pipes
 from tests.parity.test_flux import relative
@@ -92,6 +93,53 @@ def test_zero_leaves_every_bit_and_planned_forwards_are_those_that_run(name: str
         hook.remove()
     assert len(ran) == result.nfe == result.plan.nfe < mf.plan(cached(None), model.info).nfe
     assert not torch.equal(result.pixels, mf.run(cached(None), model, PROMPTS[0], seed=1).pixels)
+
+
+@dataclass(frozen=True)
+class Watching(Cache):
+    """Computes the first picture of a batch once, the others always; keeps what it looked at."""
+
+    seen: list[torch.Tensor] = field(default_factory=list)
+    opened_rules: list[int] = field(default_factory=list)
+
+    def rule(self, info: mf.ModelInfo, levels: Sequence[float]) -> Rule:
+        self.opened_rules.append(number := len(self.opened_rules))
+
+        def due(look: Evaluation) -> bool:
+            self.seen.append(look.modulated_input().clone())
+            return look.index == 0 or number > 0
+
+        return due
+
+
+@pytest.mark.parametrize("name", ["dev", "qwen", "sd3", "klein base", "z-image", "krea2"])
+def test_the_modulated_input_is_what_the_first_attention_is_given(name: str, pipes: Pipes) -> None:
+    """Of the image: where one sequence holds both streams, of its part."""
+    pipe, watching, given = pipes(name), Watching(), list[torch.Tensor]()
+    model = mf.from_diffusers(pipe)
+    block = getattr(pipe.transformer, model.family.lists[0])[0]
+    query = next(module for path, module in block.named_modules() if path.endswith("to_q"))
+    x = torch.randn(1, model.info.space.channels, 4, 6, generator=torch.Generator().manual_seed(0))
+    options = mf.FieldOptions(sigmas=(0.7,), cache=watching)
+    hook = query.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    try:
+        model.field(model.condition(PROMPTS[:1]), options)(x, 0.7)
+    finally:
+        hook.remove()
+    (seen,), (want,) = watching.seen, given
+    image = want[:, : seen.shape[1]] if model.family.image_first else want[:, want.shape[1] - seen.shape[1] :]
+    assert seen.std() > 0.1 and relative(seen, image) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["dev", "qwen", "sd3", "klein base", "z-image", "krea2"])
+def test_what_is_computed_beside_a_cached_picture_is_its_own(name: str, pipes: Pipes) -> None:
+    """The first picture is left out, the second computed: with its own text, mask and modulations."""
+    model = mf.from_diffusers(pipes(name))
+    cond, sigmas = model.condition(PROMPTS), (0.9, 0.4)
+    x = torch.randn(2, model.info.space.channels, 4, 6, generator=torch.Generator().manual_seed(0))
+    plain, cached = (model.field(cond, mf.FieldOptions(sigmas=sigmas, cache=c)) for c in (None, Watching()))
+    (_, want), (_, got) = ([field(x, sigma) for sigma in sigmas] for field in (plain, cached))
+    assert relative(got[1], want[1]) < 1e-5 < 1e-4 < relative(got[0], want[0])
 
 
 @pytest.mark.parametrize(

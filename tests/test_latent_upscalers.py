@@ -21,12 +21,18 @@ WIDTHS, UPS = (8, 12, 12), (True, False, True)
 PROMPT = "a red circle"
 
 
-def weights(channels: int = 16, *, ups: tuple[bool, ...] = UPS, prefix: str = "upsampler.") -> dict[str, Tensor]:
+def weights(
+    channels: int = 16,
+    *,
+    widths: tuple[int, ...] = WIDTHS,
+    ups: tuple[bool, ...] = UPS,
+    prefix: str = "upsampler.",
+) -> dict[str, Tensor]:
     """The tensors of such a network, by the names that LSSGen gives them."""
     g = torch.Generator().manual_seed(0)
-    sizes: dict[str, tuple[int, ...]] = {"conv_in": (WIDTHS[0], channels, 3, 3)}
-    before = WIDTHS[0]
-    for i, (width, up) in enumerate(zip(WIDTHS, ups, strict=True)):
+    sizes: dict[str, tuple[int, ...]] = {"conv_in": (widths[0], channels, 3, 3)}
+    before = widths[0]
+    for i, (width, up) in enumerate(zip(widths, ups, strict=True)):
         at = f"up_blocks.{i}."
         sizes |= {f"{at}norm1": (before,), f"{at}norm2": (width,), f"{at}conv2": (width, width, 3, 3)}
         sizes[f"{at}conv1"] = (before, width, 4, 4) if up else (width, before, 3, 3)
@@ -90,6 +96,27 @@ def test_a_file_is_the_network_written_by_hand(tmp_path: Path, skip: str) -> Non
     assert counted.get_total_flops() == net.flops_per_cell * x[:, 0].numel()
 
 
+def test_norms_of_small_values_are_those_written_by_hand(tmp_path: Path) -> None:
+    """The last norm has another epsilon than the blocks', which only values about as small can show."""
+    state = weights()
+    for name in ("up_blocks.1.skip_proj", "up_blocks.1.conv2", "up_blocks.2.conv2"):
+        for leaf in ("weight", "bias"):
+            state[f"upsampler.{name}.{leaf}"] *= 1e-3
+    save_file(state, tmp_path / "small.safetensors")
+    x = torch.randn(1, 16, 5, 7, generator=torch.Generator().manual_seed(1))
+    got = mf.LatentCheckpoint(str(tmp_path / "small.safetensors"), "pocket", groups=4)(x)
+    torch.testing.assert_close(got, by_hand(state, x, groups=4, skip="bilinear"), rtol=1e-4, atol=1e-5)
+
+
+def test_settings_that_nobody_gives_are_the_published_ones(tmp_path: Path) -> None:
+    save_file(weights(4, widths=(32, 32, 32)), tmp_path / "alone.safetensors")
+    alone = mf.LatentCheckpoint(str(tmp_path / "alone.safetensors"))
+    assert (alone.skip, alone.groups) == ("bilinear", 32)
+    (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 16}))
+    beside = mf.LatentCheckpoint(str(tmp_path / "alone.safetensors"))
+    assert (beside.skip, beside.groups) == ("nearest", 16)
+
+
 def test_pickles_of_tensors_are_read_and_code_is_not(tmp_path: Path) -> None:
     want = mf.LatentCheckpoint(str(folder(tmp_path / "f")), "pocket")
     x = torch.randn(1, 16, 4, 4)
@@ -111,6 +138,7 @@ def test_what_is_no_such_file_says_so(tmp_path: Path) -> None:
 
     refused(lambda s: None, "divisible", groups=5)
     refused(lambda s: None, "skip must be one of", skip="lanczos")
+    refused(lambda s: None, "(?i)sha-?256", sha256="0" * 64)
     refused(lambda s: s.pop("upsampler.norm_out.bias"), "norm_out.bias")
     refused(lambda s: s.update(more=torch.zeros(1)), "more")
     refused(lambda s: s["upsampler.conv_in.bias"].fill_(torch.nan), "not finite")

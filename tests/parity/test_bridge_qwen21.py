@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 import mrflow as mf
@@ -92,7 +93,23 @@ def test_chains_run_and_what_cannot_be_is_refused(pipe: Any) -> None:
         mf.plan(mf.Sample(64, 96, cache=mf.caches.TaylorSeer(2)) >> mf.Decode(), model.info)
     with pytest.raises(PlanError, match="even grids"):
         model.field(model.condition(["a"]))(torch.zeros(1, 8, 3, 6), 0.5)
+    cond = model.condition(["a"])
+    with pytest.raises(PlanError, match="no guidance embedding"):
+        model.field(cond, mf.FieldOptions(guidance=3.0))
+    with pytest.raises(PlanError, match="marks no text"):
+        model.field(mf.Condition({**cond.tensors, "mask": torch.zeros_like(cond["mask"])}))
     with pytest.raises(PlanError, match="no official MrFlow preset for qwen-image-2.1"):
         mf.bridge.official(model.info, mf.Lanczos(2))
     with pytest.raises(PlanError, match="no guidance into its attention"):
         mf.plan(mf.Sample(64, 96, guidance=mf.NAG(2.0)) >> mf.Decode(), model.info)
+
+
+def test_facts_are_those_of_its_parts(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many steps as its configuration lists sigmas, else the published 40; another autoencoder is refused."""
+    steps = [from_diffusers(pipe).info.native_steps]
+    monkeypatch.setattr(pipe, "_internal_dict", FrozenDict({**pipe.config, "sample_sigmas": [1.0, 0.6, 0.3]}))
+    steps.append(from_diffusers(pipe).info.native_steps)
+    assert steps == [40, 3]
+    monkeypatch.setattr(pipe.vae, "_internal_dict", FrozenDict({**pipe.vae.config, "z_dim": 9}))
+    with pytest.raises(PlanError, match="takes 8 channels a token and gives 8, its autoencoder has 9"):
+        from_diffusers(pipe)
