@@ -334,6 +334,7 @@ def facts(header: Header) -> ModelInfo:
         footprint=replace(known.footprint, text=known.footprint.text + more),
         size=(large, large) if large else known.size,
         low=(small, small) if small else known.low,
+        sides=tuple(map(int, trained.split())) if (trained := header.metadata.get("sides", "")) else known.sides,
     )
 
 
