@@ -30,7 +30,7 @@ from mrflow.models.pocket.model import (
 from mrflow.scenes.grammar import held_out
 from mrflow.scenes.hard import HARD, KINDS, parse
 
-LITTLE = replace(recipe.LESSON, autoencoder=2, sr=2, scenes=6, shards={128: 2, 256: 1}, batch={128: 4, 256: 2})
+LITTLE = replace(recipe.BROAD, autoencoder=2, sr=2, scenes=6, shards={128: 2, 256: 1}, batch={128: 4, 256: 2})
 WHOLE = ["--steps", "3", "--batch", "0.03", "--shards", "0.003", "--every", "0"]
 
 
@@ -42,7 +42,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 @pytest.mark.slow
 def test_pieces_end_where_one_run_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "LESSON", LITTLE)
+    monkeypatch.setitem(recipe.LESSONS, "broad", LITTLE)
     monkeypatch.setattr(recipe, "SHOWN", recipe.SHOWN[:1])
     run_main(monkeypatch, *WHOLE, "--out", str(tmp_path / "whole"))
     file = tmp_path / "cut" / "pocket-4.safetensors"
@@ -63,7 +63,7 @@ def test_pieces_end_where_one_run_would_have(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_the_last_checkpoint_can_be_written_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "LESSON", LITTLE)
+    monkeypatch.setitem(recipe.LESSONS, "broad", LITTLE)
     for _ in range(3):
         run_main(monkeypatch, *WHOLE, "--out", str(tmp_path), "--minutes", "1e-9")
     run_main(monkeypatch, *WHOLE, "--out", str(tmp_path), "--finish")
@@ -72,6 +72,33 @@ def test_the_last_checkpoint_can_be_written_at_any_time(tmp_path: Path, monkeypa
     assert torch.equal(written["text.places"], average["text.places"].half())
     auto = finished(Run(tmp_path), "autoencoder")
     assert auto is not None and torch.equal(written["autoencoder.std"], auto["std"].half())
+
+
+@pytest.mark.slow
+def test_another_lesson_goes_on_from_a_run_which_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(recipe.LESSONS, "broad", LITTLE)
+    small = {"scenes": 6, "sr": 2, "shards": {64: 1, 128: 1}, "batch": {64: 2, 128: 2}, "share": {64: 0.5, 128: 0.5}}
+    monkeypatch.setitem(recipe.LESSONS, "readable", replace(recipe.READABLE, **small))
+    monkeypatch.setattr(recipe, "SHOWN", recipe.SHOWN[:1])
+    run_main(monkeypatch, *WHOLE, "--out", str(tmp_path / "first"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir() if path.is_file()}
+    more = ["--steps", "5", "--batch", "0.5", "--shards", "0.5", "--every", "0", "--start", str(tmp_path / "first")]
+    for _ in range(3):  # a step, another, and the end
+        run_main(monkeypatch, *more, "--lesson", "readable", "--out", str(tmp_path / "second"), "--minutes", "1e-9")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir() if path.is_file()}
+    model = load_pocket(tmp_path / "second" / "pocket-4.safetensors")
+    assert model.info.size == (128, 128) and model.info.low == (64, 64)
+    assert torch.load(tmp_path / "second" / "flow.pt", weights_only=True)["step"] == 5
+
+
+def test_the_readable_lesson_shows_only_sizes_that_the_autoencoder_keeps() -> None:
+    worlds = recipe.READABLE.worlds
+    captions = [scene.caption for scene in recipe.scenes(worlds[128], 300, 1)]
+    named = {word for caption in captions for word in caption.split() if "%" in word or "x" in word or "1/" in word}
+    assert {"13%", "20%", "4x4", "5x5", "6x6", "1/16"} == {word for word in named if word[0].isdigit()}
+    assert sum("sign" in caption for caption in captions) > 90
 
 
 def test_it_begins_with_what_the_older_version_knows() -> None:
@@ -102,14 +129,15 @@ def test_shards_hold_no_caption_that_is_held_out_and_differ() -> None:
         (["--minutes", "0"], "--minutes 0.0 is out of range"),
         (["--workers", "-1"], "--workers -1 is out of range"),
         (["--name", "a/b"], "--name must be letters"),
+        (["--start", "nowhere"], "--start nowhere: there is no flow.pt in it"),
         (["--rate", "1e-3"], "was begun with another scale, batch or recipe"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
     words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keep_settings(Run(tmp_path), repr(replace(recipe.LESSON, shards={})))
-    keep_settings(Run(tmp_path), repr(replace(recipe.LESSON, shards={})))  # the same again is fine
+    keep_settings(Run(tmp_path), repr(replace(recipe.BROAD, shards={})))
+    keep_settings(Run(tmp_path), repr(replace(recipe.BROAD, shards={})))  # the same again is fine
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "--out", str(tmp_path), *words)
     assert said in capsys.readouterr().err
