@@ -3,7 +3,8 @@
 Held-out captions, the same number of each kind and size of detail. Rows that draw nothing: the truth (rendered), the
 truth through the autoencoder, the truth through the staged path (rendered at half the side, autoencoder,
 super-resolution, autoencoder), the mean of many renderings of a caption through the autoencoder (what one forward can
-know), and the truth held against another caption of its kind. Rows that sample: one unguided forward, native, staged.
+know), and the truth held against another caption of its kind. The last line counts only the sizes that the autoencoder
+keeps. Rows that sample: one unguided forward, native, staged.
 Each picture has a seed of its own, the same in all rows. Intervals are 95 % bootstrap over captions. With --out, an
 interrupted run goes on after the last size of detail that was done.
 
@@ -26,7 +27,8 @@ import mrflow as mf
 from experiments.failures.details import DETAILS
 from experiments.pocket_scores import interval, pictures, seeds_of
 from experiments.train_pocket.data import rendered, unit
-from mrflow.models.pocket.model import SHIPPED, Pocket, load_pocket
+from mrflow.errors import MrflowError
+from mrflow.models.pocket.model import SHIPPED, Pocket, facts, load_pocket, open_pocket
 from mrflow.records.pictures import check_writable, write_bytes
 from mrflow.scenes.hard import HARD, fill_hard, held_out_hard_captions, parse
 from mrflow.scenes.legible import READ_BY, hard_score
@@ -37,6 +39,7 @@ DOSES = {
     **{f"{name} {size}": (d.kind, world) for name, d in DETAILS.items() for size, world in d.worlds.items()},
     "objects": ("objects", HARD),
 }
+SHOWN = 0.8  # of the truth through the autoencoder: sizes of detail that a picture of this size can show at all
 PATHS = ("truth", "autoencoder", "staged path", "mean", "other")
 
 
@@ -96,13 +99,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=next(iter(SHIPPED.values())), help="a file of pocket's weights")
     parser.add_argument("--captions", type=int, default=20, help="of each size of detail")
-    parser.add_argument("--size", type=int, default=256, help="of the side; the low stage's is half")
+    parser.add_argument("--size", type=int, help="of the side (default: the model's); the low stage's is half")
     parser.add_argument("--steps", type=int, nargs="+", default=[12], help="of native and staged sampling")
     parser.add_argument("--rows", nargs="+", help="(default: all)")
     parser.add_argument("--doses", nargs="+", help="sizes of detail, such as 'letters 8%%' (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="a JSON file of all scores")
     args = parser.parse_args()
+    try:
+        args.size = args.size or facts(open_pocket(args.model)).size[0]
+    except MrflowError as error:
+        parser.error(str(error))
     rows, doses = [*PATHS, *chains(args.size, args.steps)], list(DOSES)
     for given, known in ((args.rows, rows), (args.doses, doses)):
         if unknown := set(given or ()) - set(known):
@@ -128,8 +135,9 @@ def main() -> None:
         print("\n".join(_lines(dose, captions, mine, rng)), flush=True)
         if args.out is not None:
             write_bytes(args.out, json.dumps({"settings": settings, "scores": kept}).encode())
-    means = [np.mean([s["overall"] for dose in doses for s in kept[dose][row]]) for row in rows]
-    print(f"| all | overall | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+    print(_mean("all", {row: [kept[dose][row] for dose in doses] for row in rows}))
+    if "autoencoder" in rows and (some := [d for d in doses if _overall(kept[d]["autoencoder"]) >= SHOWN]):
+        print(_mean(f"shown: {', '.join(some)}", {row: [kept[dose][row] for dose in some] for row in rows}))
 
 
 Scores = dict[str, dict[str, list[dict[str, float]]]]  # by size of detail and row, of each picture
@@ -141,6 +149,15 @@ def _resumed(path: Path | None, settings: list[object]) -> Scores:
         return {}
     found = json.loads(path.read_text())
     return found["scores"] if found["settings"] == settings else {}
+
+
+def _overall(scores: list[dict[str, float]]) -> float:
+    return float(np.mean([each["overall"] for each in scores]))
+
+
+def _mean(name: str, scores: dict[str, list[list[dict[str, float]]]]) -> str:
+    """A line of means over sizes of detail."""
+    return f"| {name} | overall | {' | '.join(f'{np.mean([*map(_overall, of)]):.2f}' for of in scores.values())} |"
 
 
 def _lines(

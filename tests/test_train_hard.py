@@ -89,13 +89,12 @@ def test_another_lesson_goes_on_from_a_run_which_stays_as_it_is(
         run_main(monkeypatch, *more, "--lesson", "readable", "--out", str(tmp_path / "second"), "--minutes", "1e-9")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir() if path.is_file()}
     model = load_pocket(tmp_path / "second" / "pocket-4.safetensors")
-    assert model.info.size == (128, 128) and model.info.low == (64, 64)
+    assert model.info.size == (128, 128) and model.info.low == (64, 64) and model.info.sides == (64, 128)
     assert torch.load(tmp_path / "second" / "flow.pt", weights_only=True)["step"] == 5
 
 
 def test_the_readable_lesson_shows_only_sizes_that_the_autoencoder_keeps() -> None:
-    worlds = recipe.READABLE.worlds
-    captions = [scene.caption for scene in recipe.scenes(worlds[128], 300, 1)]
+    captions = [scene.caption for scene in recipe.scenes(recipe.READABLE.worlds[128], 300, 1)]
     named = {word for caption in captions for word in caption.split() if "%" in word or "x" in word or "1/" in word}
     assert {"13%", "20%", "4x4", "5x5", "6x6", "1/16"} == {word for word in named if word[0].isdigit()}
     assert sum("sign" in caption for caption in captions) > 90
@@ -181,7 +180,7 @@ def test_scores_by_size_of_detail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The truth reads, the mean of a caption's pictures does not, and neither does another caption."""
-    words = ["--captions", "2", "--doses", "letters 8%", "objects", "--out", str(tmp_path / "a.json")]
+    words = ["--captions", "2", "--size", "256", "--doses", "letters 8%", "objects", "--out", str(tmp_path / "a.json")]
     monkeypatch.setattr(hard_scores, "DRAWS", 12)
     monkeypatch.setattr(
         "sys.argv", ["hard_scores", *words, "--rows", "truth", "autoencoder", "staged path", "mean", "other"]
@@ -193,6 +192,7 @@ def test_scores_by_size_of_detail(
         hard_scores.main()
     assert capsys.readouterr().out == said
     lines = [line for line in said.splitlines() if line.startswith("| ")]
+    assert lines[-1].startswith("| shown: letters 8%, objects | overall | 1.00 | ")
     values = {line.split(" | ")[0]: [float(cell.split()[0]) for cell in line.split(" | ")[2:]] for line in lines[1:3]}
     for truth, autoencoder, _, mean, other in values.values():
         assert truth == 1 and autoencoder > 0.9 and mean < 0.3 and other < 0.2

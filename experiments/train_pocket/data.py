@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,16 @@ from mrflow.scenes.hard import HARD, HardWorld, sample
 from mrflow.scenes.render import render
 
 WORLDS = {"pocket-1": POCKET_1, "full": FULL}
-HARD_WORLDS: dict[str, World | HardWorld] = {**WORLDS, "hard": HARD}
+KEPT = replace(  # what of the hard world the autoencoder keeps at 128 px; of letters only those of 13 %
+    HARD,
+    kinds={"objects": 1.5, "sign": 3.5, "faces": 0.7, "grid": 1.5, "texture": 0.6},
+    letters={"13%": 1.0},
+    faces={"20%": 1.0},
+    grids={"4x4": 1.0, "5x5": 1.0, "6x6": 1.0},
+    periods={"1/16": 1.0},
+    plain=0.1,
+)
+HARD_WORLDS: dict[str, World | HardWorld] = {**WORLDS, "hard": HARD, "kept": KEPT}
 
 
 def rendered(scenes: Sequence[Scene], size: int, pool: Executor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import mrflow as mf
 from experiments.train_pocket.autoencoder import State
-from experiments.train_pocket.data import grid, rendered, start_log, unit
+from experiments.train_pocket.data import KEPT, grid, rendered, start_log, unit
 from experiments.train_pocket.flow import Trainee, losses_at
 from experiments.train_pocket.loop import (
     Loop,
@@ -36,18 +36,17 @@ from experiments.train_pocket.loop import (
 from experiments.train_pocket.student import export, graft
 from mrflow.errors import MrflowError, WeightsError
 from mrflow.models import choose_device
-from mrflow.models.pocket.model import HEAD, WORDS, Pocket, load_pocket, open_pocket, text_sizes
+from mrflow.models.pocket.model import HEAD, WORDS, Pocket, facts, load_pocket, open_pocket, text_sizes
 from mrflow.models.pocket.networks import tokenise
 from mrflow.records.pictures import check_writable
 from mrflow.scenes.grammar import Scene, held_out
-from mrflow.scenes.hard import HARD, HardWorld, sample
+from mrflow.scenes.hard import HardWorld, sample
 from mrflow.scenes.looks import LOOKS, seen
 
-SIGNS = {"13%": 1.0, "8%": 1.0}
 WORLDS: Mapping[str, HardWorld] = {  # what each look changes
-    "dusk": replace(HARD, plain=0.0),
-    "shapes": replace(HARD, plain=0.0, kinds={"objects": 2.0, "grid": 1.0, "texture": 1.0}),
-    "runes": replace(HARD, plain=0.0, kinds={"sign": 1.0}, letters=SIGNS),
+    "dusk": replace(KEPT, plain=0.0),
+    "shapes": replace(KEPT, plain=0.0, kinds={"objects": 2.0, "grid": 1.0, "texture": 1.0}),
+    "runes": replace(KEPT, plain=0.0, kinds={"sign": 1.0}),
 }
 SHOWN = {
     "dusk": (
@@ -58,17 +57,20 @@ SHOWN = {
         "a red star at the top left, a blue ring at the middle right",
         "a 5x5 grid of green circles with a red star in row 2 column 4",
     ),
-    "runes": ("a green sign in 13% letters, CAT and DOG and SUN", "a blue sign in 8% letters, RED and FOX and HAT"),
+    "runes": ("a green sign in 13% letters, CAT and DOG and SUN", "a blue sign in 13% letters, RED and FOX and HAT"),
 }
 RATE = 1e-3
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """How many scenes there are at each size, how many make a batch there, and the steps, shared evenly by sizes."""
+    """How many scenes there are at each size, how many make a batch there, and the steps, shared evenly by sizes.
 
-    scenes: Mapping[int, int] = field(default_factory=lambda: {128: 1500, 256: 750})
-    batch: Mapping[int, int] = field(default_factory=lambda: {128: 32, 256: 10})
+    Of these sizes those are taught that the model was trained at, up to the one it is used at.
+    """
+
+    scenes: Mapping[int, int] = field(default_factory=lambda: {64: 2000, 128: 1500, 256: 750})
+    batch: Mapping[int, int] = field(default_factory=lambda: {64: 64, 128: 32, 256: 10})
     steps: int = 1500
 
 
@@ -174,7 +176,10 @@ def main() -> None:
             bf16=args.bf16,
             grid=500,
         )
-        header, lessons = open_pocket(args.model), replace(LESSONS, steps=args.steps)
+        header = open_pocket(args.model)
+        info = facts(header)
+        sizes = {side: n for side, n in LESSONS.scenes.items() if side in info.sides and side <= max(info.size)}
+        lessons = replace(LESSONS, steps=args.steps, scenes=sizes)
         words, _ = text_sizes(header)
         if words < len(WORDS):
             raise WeightsError(

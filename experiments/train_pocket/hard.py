@@ -27,7 +27,7 @@ from torch import Tensor
 
 from experiments.train_pocket import autoencoder, sr
 from experiments.train_pocket.autoencoder import State, loaded
-from experiments.train_pocket.data import rendered, start_log, unit
+from experiments.train_pocket.data import KEPT, rendered, start_log, unit
 from experiments.train_pocket.export import export
 from experiments.train_pocket.flow import RATE, Trainee, drawn, losses_at, optimisers, plain_attention, prepare
 from experiments.train_pocket.loop import Loop, PieceOver, Run, finished, flat_then_linear, keep_settings, save_whole
@@ -91,18 +91,9 @@ class Lesson:
 
 
 BROAD = Lesson(HARD, 300, 600, 2000, {128: 12, 256: 8}, {128: 128, 256: 40}, {128: 0.45, 256: 0.55})
-# What the autoencoder keeps at 128 px: of letters only those of 13 %. In BROAD 6 % of the pictures are such signs, of
-# 1,500 different ones at 128 px; after 7,400 steps a quarter of their letters was right.
-KEPT = replace(
-    HARD,
-    kinds={"objects": 1.5, "sign": 3.5, "faces": 0.7, "grid": 1.5, "texture": 0.6},
-    letters={"13%": 1.0},
-    faces={"20%": 1.0},
-    grids={"4x4": 1.0, "5x5": 1.0, "6x6": 1.0},
-    periods={"1/16": 1.0},
-    plain=0.1,
-)
-KEPT_256 = replace(
+# In BROAD 6 % of the pictures at 128 px are signs that are kept there, of 1,500 different ones; after 7,400 steps a
+# quarter of their letters was right.
+READABLE_256 = replace(
     KEPT, letters={"13%": 3.0, "8%": 2.0}, faces={"20%": 1.0, "12%": 1.0}, periods={"1/16": 1.0, "1/32": 1.0}
 )
 READABLE = replace(
@@ -110,7 +101,7 @@ READABLE = replace(
     shards={64: 4, 128: 14, 256: 2},
     batch={64: 192, 128: 128, 256: 40},
     share={64: 0.16, 128: 0.74, 256: 0.1},
-    worlds={64: KEPT, 128: KEPT, 256: KEPT_256},
+    worlds={64: KEPT, 128: KEPT, 256: READABLE_256},
     high=128,
 )
 LESSONS = {"broad": BROAD, "readable": READABLE}
@@ -254,7 +245,13 @@ def write(run: Run, name: str, lesson: Lesson, loop: Loop, auto: State, larger: 
     path = run.folder / f"{name}.safetensors"
     flow = {key: value.float().cpu() for key, value in loop.average.items()}
     used = {key: f"{side}" for key, (side, _) in lesson.used.items()}
-    facts = {"cfg": "2", **used, "steps": f"{loop.step}", "seen": str(loop.seen)}
+    facts = {
+        "cfg": "2",
+        **used,
+        "sides": " ".join(map(str, lesson.share)),
+        "steps": f"{loop.step}",
+        "seen": str(loop.seen),
+    }
     export(name, flow, auto, larger, path, facts)
     return path
 
