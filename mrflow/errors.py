@@ -53,15 +53,19 @@ class RecordError(MrflowError, ValueError):
     """A picture carries no record, or one that cannot be replayed."""
 
 
+MOST = 2000
+
+
 def words_of(error: BaseException) -> str:
-    """An exception's text; empty where it has none, or where making it fails."""
+    """An exception's text, of at most `MOST` characters; empty where it has none, or where making it fails."""
     try:
-        return str(error).strip()
+        text = str(error).strip()
     except Exception:
         return ""
+    return text if len(text) <= MOST else f"{text[:MOST]}..."
 
 
-def named(error: Exception, where: str) -> MrflowError:
+def named(error: BaseException, where: str) -> MrflowError:
     """What a stage raised as an error that begins with the stage's name: of its own class where that is mrflow's.
 
     Memory that ran out becomes a ResourceError, whatever else a PromiseError.

@@ -498,8 +498,15 @@ def keep_promise(stage: AnyStage, state: State[Spec], out: Spec, ctx: Context, w
         data = stage.apply(state, out, ctx)
     except Exception as error:
         raise named(error, where) from error
+    except SystemExit as error:
+        if error.code in (130, 143):  # signals
+            raise
+        raise named(error, where) from error
     if not isinstance(data, Tensor):
         raise PromiseError(f"{where}: apply must give a tensor, got {type(data).__name__}")
+    data = data.detach()
+    if data.layout != torch.strided:
+        raise PromiseError(f"{where}: apply made a tensor of layout {data.layout}; give an ordinary one (.to_dense())")
     if tuple(data.shape) != out.shape:
         raise PromiseError(f"{where} promised {out} {out.shape} but made a tensor of shape {tuple(data.shape)}")
     if not torch.equal(state.data, given):

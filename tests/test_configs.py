@@ -40,6 +40,11 @@ def test_what_no_setting_holds_is_refused(text: str, words: str, tmp_path: Path)
         read_config(tmp_path / "config.json")
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": "é"}).encode())
+    assert dict(read_config(tmp_path / "c.json")) == {"a": "é"}
+
+
 def test_size_and_count_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "MAX_VALUES", 100)
     parse_config(json.dumps({"a": [1] * 99}), "x")

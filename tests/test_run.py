@@ -302,16 +302,20 @@ class Wild(mf.Stage[mf.Pixels, mf.Pixels]):
             def __str__(self) -> str:
                 raise ValueError
 
-        raised: dict[str, Exception] = {
+        raised: dict[str, BaseException] = {
             "memory": MemoryError(),
             "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
             "key": KeyError("gone"),
             "own": OwnError(1, 2),
             "deep": RecursionError("too deep"),
             "wordless": WordlessError(),
+            "exit": SystemExit(0),
+            "long": ValueError("x" * 10**6),
         }
         if self.kind in raised:
             raise raised[self.kind]
+        if self.kind == "sparse":
+            return state.data.to_sparse()
         if self.kind == "flip":  # the same numbers, and the same sum
             return state.data.copy_(state.data.flip(-1)).clone()
         return state.data.mul_(0.5)
@@ -325,6 +329,9 @@ class Wild(mf.Stage[mf.Pixels, mf.Pixels]):
         ("key", mf.PromiseError, "failed with KeyError: 'gone'"),
         ("deep", mf.PromiseError, "failed with RecursionError: too deep"),
         ("wordless", mf.PromiseError, "failed with WordlessError: "),
+        ("exit", mf.PromiseError, "failed with SystemExit: 0"),
+        ("long", mf.PromiseError, r"failed with ValueError: x{2000}\.\.\.$"),
+        ("sparse", mf.PromiseError, r"apply made a tensor of layout torch\.sparse_coo; give an ordinary one"),
         ("own", mf.PlanError, "1 and 2"),
         ("plan", mf.PlanError, "its plan failed with MemoryError: in the plan"),
         ("check", mf.PromiseError, "failed with KeyError: 'in the check'"),
@@ -341,6 +348,29 @@ def test_whatever_a_stage_does_is_an_error_with_its_name_and_number(
         error, match=rf"^stage 3 of 3, Wild\(\.\.\.\):? {words}|^stage 3 of 3, Wild\(\.\.\.\): apply {words}"
     ):
         mf.run(chain, mf.toy(), "a", keep=keep)
+
+
+@dataclass(frozen=True)
+class Ends(mf.Stage[mf.Pixels, mf.Pixels]):
+    """Gives a parameter, or is ended by a signal."""
+
+    code: int = 0
+
+    def plan(self, spec: mf.Pixels, model: mf.ModelInfo) -> mf.Pixels:
+        return spec
+
+    def apply(self, state: mf.State[mf.Pixels], out: mf.Pixels, ctx: mf.Context) -> torch.Tensor:
+        if self.code:
+            raise SystemExit(self.code)
+        return torch.nn.Parameter(state.data.clone())
+
+
+def test_what_is_given_needs_no_gradients_and_signals_go_through() -> None:
+    chain = mf.recipes.native(size=(32, 32), steps=1)
+    made = mf.run(chain >> Ends(), mf.toy(), "a").pixels
+    assert type(made) is torch.Tensor and not made.requires_grad
+    with pytest.raises(SystemExit):
+        mf.run(chain >> Ends(143), mf.toy(), "a")
 
 
 @dataclass(frozen=True)

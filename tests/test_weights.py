@@ -428,6 +428,10 @@ def test_shards_without_an_index_and_half_an_autoencoder_are_named(tmp_path: Pat
         save_file({f"a{n}": torch.zeros(1)}, tmp_path / f"model-0000{n}-of-00002.safetensors")
     with pytest.raises(WeightsError, match=r"shards \(model-00001-of-00002.*\) without their index: put its"):
         open_checkpoint(tmp_path)
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles" / "model.bin").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"it holds pickles alone \(model.bin\), which are never read"):
+        open_checkpoint(tmp_path / "pickles")
     save_vae_flux(VaeFlux(VaeParams((4, 8), groups=2)), tmp_path / "vae.safetensors")
     half = {name: x for name, x in load_file(tmp_path / "vae.safetensors").items() if name.startswith("decoder")}
     save_file(half, tmp_path / "half.safetensors")

@@ -312,10 +312,16 @@ def fuzz(kind: str, count: int, seed: int = 0, first: int = 0, *, show: bool = T
     bad: dict[int, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(kind, Path(folder), seed)
-        for number, wrong in watched(inputs.attempt, range(first, first + count), hang=HANG + PATIENCE, growth=GROWTH):
-            bad[number] = wrong
-            if show:
-                print(f"{kind} {number}: {wrong}", flush=True)
+        number = first - 1
+        numbers = range(first, first + count)
+        try:
+            for number, wrong in watched(inputs.attempt, numbers, hang=HANG + PATIENCE, growth=GROWTH):
+                if wrong is not None:
+                    bad[number] = wrong
+                if show and (wrong is not None or (number - first + 1) % 500 == 0):
+                    print(f"{kind} {number}: {wrong or f'{len(bad)} bad so far'}", flush=True)
+        except KeyboardInterrupt:
+            sys.exit(f"{number - first + 1} {kind} before it was stopped: {len(bad)} bad")
     return bad
 
 

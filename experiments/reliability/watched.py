@@ -19,8 +19,8 @@ Attempt = Callable[[int], str | None]
 LOOK = 0.1  # seconds between looks at a process
 
 
-def watched(attempt: Attempt, numbers: range, *, hang: float, growth: int) -> Iterator[tuple[int, str]]:
-    """Call `attempt` with each number, and give the numbers at which something was wrong, with what it was.
+def watched(attempt: Attempt, numbers: range, *, hang: float, growth: int) -> Iterator[tuple[int, str | None]]:
+    """Call `attempt` with each number, and give each with what was wrong, or None.
 
     Args:
         attempt: gives what is wrong, or None.
@@ -38,8 +38,7 @@ def watched(attempt: Attempt, numbers: range, *, hang: float, growth: int) -> It
         try:
             for number, wrong in _reports(pid, read, at, hang, growth):
                 at = number + 1
-                if wrong is not None:
-                    yield number, wrong
+                yield number, wrong
         finally:
             os.close(read)
             _end(pid)

@@ -203,6 +203,9 @@ def _chosen(folder: Path) -> Path:
         bases.setdefault(base, []).append((variant, path))
     if len(bases) != 1:
         what = f"several, name one: {some([p.name for p in found])}" if found else "none"
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if not found and pickles:
+            what = f"pickles alone ({some(pickles)}), which are never read: take the safetensors files of that model"
         if found and all(SHARD.search(p.name) for p in found):
             what = (
                 f"shards ({some([p.name for p in found])}) without their index: put its .safetensors.index.json there"
@@ -245,7 +248,9 @@ def readable(paths: Sequence[Path]) -> dict[Path, Header]:
 def _weight_map(index: Path) -> dict[str, Any]:
     weight_map = read_config(index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise WeightsError(f"{index} has no weight_map")
+        raise WeightsError(
+            f"{index} has no weight_map, so it is no index of shards; name the model's folder or its file"
+        )
     return cast("dict[str, Any]", weight_map)
 
 

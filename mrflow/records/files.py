@@ -69,13 +69,13 @@ _json = json.JSONDecoder(parse_float=_finite, parse_constant=_constant)
 
 
 def parse_table(data: bytes) -> dict[str, Any]:
-    """The JSON object that `data` is, of finite numbers.
+    """The JSON object that `data` is, of finite numbers; a byte order mark before it is passed over.
 
     Raises:
         ValueError: it is anything else, or nested too deeply.
     """
     try:
-        value: object = _json.decode(data.decode("utf-8"))
+        value: object = _json.decode(data.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
