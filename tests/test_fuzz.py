@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mrflow as mf
-from experiments.reliability import fuzz, mutations
+from experiments.reliability import fuzz, mutations, watched
 from experiments.reliability.kills import same
 
 COUNTS = {
@@ -75,6 +75,17 @@ def test_the_harness_sees_what_it_is_there_for_and_goes_on(fault: str, monkeypat
     monkeypatch.setattr(fuzz.Inputs, "try_images", lambda self, rng: act() if rng.random() == third else None)
     bad = fuzz.fuzz("images", 5, first=5, show=False)
     assert list(bad) == [7] and re.fullmatch(said, bad[7]), bad
+
+
+def test_time_without_a_processor_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process says that it waited for a processor for as long as it took."""
+    began = time.monotonic()
+    for module in (fuzz, watched):
+        monkeypatch.setattr(module, "waited", lambda *_: time.monotonic() - began)
+    monkeypatch.setattr(fuzz, "HANG", 0.2)
+    monkeypatch.setattr(fuzz, "PATIENCE", 0.2)
+    monkeypatch.setattr(fuzz.Inputs, "try_images", lambda self, rng: time.sleep(1.0))
+    assert fuzz.fuzz("images", 1, show=False) == {}
 
 
 def test_an_input_is_made_again_by_its_number_in_a_folder_as_it_was(

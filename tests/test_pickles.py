@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from mrflow.checkpoints.pickles import check_pickles
 from mrflow.errors import WeightsError
@@ -142,6 +143,9 @@ STATES: dict[str, tuple[dict[Any, Any], str]] = {
     ),
     "a gap": ({k.replace("body.1.", "body.7."): v for k, v in GOOD.items()}, r"body.1.rdb1.conv1.weight is missing"),
     "NaN": (GOOD | {"conv_hr.weight": GOOD["conv_hr.weight"] * float("nan")}, "conv_hr.weight holds NaN or infinity"),
+    "NaN in the other network": ({k: v * float("nan") for k, v in compact().items()}, "holds NaN or infinity"),
+    "complex numbers": ({k: v.to(torch.complex64) for k, v in compact().items()}, "is complex64, no real numbers"),
+    "quantised": ({k: (9 * v).to(torch.int8) for k, v in compact().items()}, "is int8, no real numbers"),
     "names that are numbers": (GOOD | {5: torch.zeros(1)}, "5 is not expected"),
     "names that are neither": ({(1, 2): torch.zeros(1)}, "names tensors by tuple"),
     "nothing": ({}, "holds no network"),
@@ -153,6 +157,20 @@ def test_a_state_that_is_no_network_is_refused(what: str, tmp_path: Path) -> Non
     state, words = STATES[what]
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=words):
+        load_upscaler(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer, not the file itself"),
+        (b"\n<!DOCTYPE html><html>404</html>", "a web page, not the file itself"),
+        (save({"a": torch.zeros(3)}), r"a safetensors file; let its name end in \.safetensors"),
+    ],
+)
+def test_what_is_something_else_is_named(data: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(WeightsError, match=f"x.pth is {words}"):
         load_upscaler(tmp_path / "x.pth")
 
 

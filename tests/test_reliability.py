@@ -263,6 +263,46 @@ def test_a_metric_that_fails_costs_its_own_number_only(tmp_path: Path) -> None:
     assert all(set(r.metrics) == {"sharpness", "picky"} and not r.unmeasured for r in read(tmp_path))
 
 
+@dataclass(frozen=True)
+class Endless(Metric):
+    """Gives numbers that no row holds, or more than a row holds."""
+
+    count: int
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        return {f"m{n}": 1.0 if n else 1e200 for n in range(self.count)}
+
+
+def test_numbers_that_no_row_holds_are_left_out_and_rows_are_read_again(tmp_path: Path) -> None:
+    done = run_sweep(one(metrics=[Endless(2), Sharpness()]), mf.toy(), tmp_path / "a")
+    assert (done.made, done.unmeasured) == (2, 0)
+    assert all(set(r.metrics) == {"m1", "sharpness"} for r in read(tmp_path / "a"))
+    done = run_sweep(one(metrics=[Endless(300), Sharpness()]), mf.toy(), tmp_path / "b")
+    assert (done.made, done.unmeasured) == (2, 2) and "299 numbers a picture, 256 at most" in done.errors[0]
+    assert all(set(r.metrics) == {"sharpness"} for r in read(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("what", ["metrics", "tags"])
+def test_rows_with_endless_tables_are_no_rows(tmp_path: Path, what: str) -> None:
+    run_sweep(one(), mf.toy(), tmp_path)
+    path = min(tmp_path.glob("rows/??/*.json"))
+    table = {f"m{n}": 1.0 if what == "metrics" else "x" for n in range(20_000)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {what: table}))
+    assert read_row(path) is None and page(tmp_path)
+
+
+@pytest.mark.parametrize("room", ["rows", "pictures", "leases"])
+def test_nothing_is_written_through_a_link_out_of_the_folder(tmp_path: Path, room: str) -> None:
+    run_sweep(one(), mf.toy(), tmp_path / "s")
+    (tmp_path / "s" / room).rename(tmp_path / "elsewhere")
+    (tmp_path / "s" / room).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(mf.PlanError, match=f"{room} is a link that leads out of the folder"):
+        run_sweep(one(), mf.toy(), tmp_path / "s")
+    (tmp_path / "whole").symlink_to(tmp_path / "t")
+    (tmp_path / "t").mkdir()
+    assert run_sweep(one(), mf.toy(), tmp_path / "whole").made == 2
+
+
 def test_a_picture_that_is_too_large_costs_its_own_numbers_only(tmp_path: Path) -> None:
     """Of a folder that somebody sent: a picture of 400 million pixels in a file of 50 KB."""
     run_sweep(one(), mf.toy(), tmp_path)

@@ -24,7 +24,7 @@ def watched(attempt: Attempt, numbers: range, *, hang: float, growth: int) -> It
 
     Args:
         attempt: gives what is wrong, or None.
-        hang: seconds on the clock after which an attempt is killed.
+        hang: seconds on the clock after which an attempt is killed, without those it waited for a processor.
         growth: bytes of memory that an attempt may use beyond what the process held before it.
     """
     at = numbers.start
@@ -61,7 +61,7 @@ def _child(attempt: Attempt, numbers: range, write: int) -> NoReturn:
 
 def _reports(pid: int, read: int, at: int, hang: float, growth: int) -> Iterator[tuple[int, str | None]]:
     """What a process says of each attempt from number `at` on, the last being what ended it, if anything did."""
-    began, base, rest = time.monotonic(), _held(pid), b""
+    began, late, base, rest = time.monotonic(), waited(pid), _held(pid), b""
     while True:
         ready, _, _ = select.select([read], [], [], LOOK)
         if ready:
@@ -76,11 +76,11 @@ def _reports(pid: int, read: int, at: int, hang: float, growth: int) -> Iterator
                 number, wrong, grown = json.loads(line)
                 yield number, wrong or (_grew(grown) if grown > growth else None)
                 at = number + 1
-            began, base = time.monotonic(), _held(pid)
+            began, late, base = time.monotonic(), waited(pid), _held(pid)
         elif (grown := _held(pid) - base) > growth:
             yield at, _grew(grown)
             return
-        elif time.monotonic() - began > hang:
+        elif time.monotonic() - began - (waited(pid) - late) > hang:
             yield at, f"hung for {hang:g} s and was killed"
             return
 
@@ -94,6 +94,14 @@ def _end(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def waited(pid: int | str = "self") -> float:
+    """Seconds that a process was ready and had no processor, because others had it; 0 where the system does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _held(pid: int) -> int:

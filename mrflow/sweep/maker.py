@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, Wrapper
-from mrflow.errors import DeviceLostError, MrflowError, ResourceError, is_out_of_memory, words_of
+from mrflow.errors import DeviceLostError, MrflowError, PlanError, ResourceError, is_out_of_memory, words_of
 from mrflow.forks import check_process
 from mrflow.images import read_image
 from mrflow.machine import machine
@@ -31,7 +31,7 @@ from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, ver
 from mrflow.sweep.leases import Claim, LeaseLostError
 from mrflow.sweep.limits import RowTimeoutError, time_limit
 from mrflow.sweep.metrics import Measured, Metric, needs_of
-from mrflow.sweep.rows import Cause, Row, sha256_of
+from mrflow.sweep.rows import LARGEST, MOST, Cause, Row, sha256_of
 from mrflow.sweep.store import MAX_TRIES, Store
 
 if TYPE_CHECKING:
@@ -188,7 +188,10 @@ class Maker:
                 continue
             try:
                 found = metric(measured)
-                out |= {name: float(value) for name, value in found.items() if np.isfinite(value)}
+                new = {name: float(value) for name, value in found.items() if abs(value) <= LARGEST}
+                if len(out | new) > MOST:
+                    raise PlanError(f"with it the metrics give {len(out | new)} numbers a picture, {MOST} at most")
+                out |= new
                 names.add(repr(metric))
             except Exception as error:
                 if is_device_lost(error):

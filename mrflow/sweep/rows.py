@@ -18,6 +18,7 @@ from mrflow.seeds import check_seed
 FORMAT = 1
 MAX_BYTES = 16 << 20  # of a row's file, and of sweep.json without its chains
 LARGEST = 1e100  # of any number, so that sums and squares stay finite
+MOST = 256  # metrics, tags and the like of one row: every metric has a table of its own
 
 Cause = Literal["", "error", "death", "timeout"]
 
@@ -141,8 +142,8 @@ def _amount(value: object) -> bool:
 
 
 def _each(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    """Holds for a table by text whose values all pass."""
-    return lambda value: isinstance(value, dict) and all(check(v) for v in value.values())  # pyright: ignore
+    """Holds for a table by text, of at most `MOST` values, which all pass."""
+    return lambda value: isinstance(value, dict) and len(value) <= MOST and all(check(v) for v in value.values())  # pyright: ignore
 
 
 _PICTURE = re.compile(r"pictures/(?!\.)[^/\\\0]{1,100}/(?!\.)[^/\\\0]{1,250}")

@@ -60,6 +60,10 @@ class Store:
             write_bytes(self.folder / "sweep.json", json.dumps({"format": FORMAT, **new}, indent=1).encode())
             for name in ROOMS:
                 (self.folder / name).mkdir(exist_ok=True)
+                if not (self.folder / name).resolve().is_relative_to(self.folder.resolve()):
+                    raise PlanError(
+                        f"{self.folder / name} is a link that leads out of the folder; link the whole folder"
+                    )
         except (FileExistsError, NotADirectoryError) as error:
             raise PlanError(f"{error.filename or self.folder} is not a folder; choose another with --out") from None
         except OSError as error:

@@ -50,6 +50,11 @@ def read_state(path: Path, *, first: str | None = None) -> State:
     else:
         state = _unwrapped(_unpickled(path), path, first)
         _check_tensors(state, path)
+    for name, x in state.items():
+        if x.is_complex() or (str(name).endswith(".weight") and not x.is_floating_point()):
+            raise WeightsError(f"{path}: {name} is {str(x.dtype).removeprefix('torch.')}, no real numbers")
+        if x.is_floating_point() and not bool(x.float().isfinite().all()):
+            raise WeightsError(f"{path}: {name} holds NaN or infinity")
     try:
         state = without_wrappers(plain(state))
     except ValueError as error:
@@ -78,6 +83,14 @@ def _check_tensors(state: State, path: Path) -> None:
 def _unpickled(path: Path) -> object:
     try:
         size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            raise WeightsError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
+            raise WeightsError(f"{path} is a safetensors file; let its name end in .safetensors")
+        if start.lstrip()[:1] == b"<":
+            raise WeightsError(f"{path} is a web page, not the file itself: download it again")
         archive = zipfile.is_zipfile(path)
         if archive:
             with zipfile.ZipFile(path) as z:
