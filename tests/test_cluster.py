@@ -139,14 +139,16 @@ sweep = mf.Sweep({"tinted": chain}, ["a big red circle", "the word CAT"], seeds=
 def test_stages_of_the_sweeps_own_file_reach_the_workers(tmp_path: Path) -> None:
     """A stage and a metric of the sweep's file, which imports its neighbour: rows as of one process, with its keys."""
     pytest.importorskip("ray")
-    (tmp_path / "s.py").write_text(STAGES)
-    (tmp_path / "beside.py").write_text("def tinted(pixels, amount):\n    return pixels * amount\n")
+    mine = tmp_path / "mine"  # no worker finds it by itself
+    mine.mkdir()
+    (mine / "s.py").write_text(STAGES)
+    (mine / "beside.py").write_text("def tinted(pixels, amount):\n    return pixels * amount\n")
     root = str(Path(__file__).parents[1])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "RAY_USAGE_STATS_ENABLED": "0"}
     summaries: list[dict[str, object]] = []
     for how in (["--engine", "ray", "--workers", "1"], []):
         out = ["--out", "ray" if how else "local", "--batch", "2", "--json"]
-        words = [sys.executable, "-W", "ignore", "-m", "mrflow", "sweep", "s.py", *out, *how]
+        words = [sys.executable, "-W", "ignore", "-m", "mrflow", "sweep", "mine/s.py", *out, *how]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=1200, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         summaries.append(json.loads(done.stdout))
