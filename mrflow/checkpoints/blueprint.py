@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+FILLED = (torch.ones, torch.zeros)
+
 
 class _Uninitialised(TorchFunctionMode):
-    """Inside, the functions of `torch.nn.init` give back the tensor as it is."""
+    """Inside, the functions of `torch.nn.init` give back the tensor as it is, and no tensor is made with values."""
 
     def __torch_function__(
         self,
@@ -22,7 +24,7 @@ class _Uninitialised(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        return (torch.empty if func in FILLED else func)(*args, **kwargs)
 
 
 @contextmanager

@@ -337,11 +337,12 @@ def fill_module(
     read when it is used; the rest is copied tensor by tensor. `dtype=None` keeps the file's.
     """
     files: dict[Path, torch.UntypedStorage] = {}
+    modules = dict(module.named_modules(remove_duplicate=False))
     for name, target in module.state_dict().items():
         if name in skip:
             continue
         owner, _, leaf = name.rpartition(".")
-        parent = module.get_submodule(owner)
+        parent = modules[owner]
         take = getattr(parent, "take", None)
         if take is not None and leaf == "weight":
             take([valued(header.tensors[part], files) for part in layout[name].names], device)
@@ -424,9 +425,12 @@ def mapped(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> Tensor:
         raise WeightsError(
             f"{entry.file} was cut after its header was read: {files[entry.file].nbytes()} bytes are left"
         )
-    raw = torch.empty(0, dtype=torch.uint8).set_(files[entry.file], entry.start, (nbytes,), (1,))
-    # A tensor must begin at a multiple of its item size; a header of odd length shifts all of them.
-    return (raw.clone() if entry.start % entry.dtype.itemsize else raw).view(entry.dtype).view(entry.shape)
+    first, beyond = divmod(entry.start, entry.dtype.itemsize)
+    if beyond:  # a tensor must begin at a multiple of its item size; a header of odd length shifts all of them
+        raw = torch.empty(0, dtype=torch.uint8).set_(files[entry.file], entry.start, (nbytes,), (1,))
+        return raw.clone().view(entry.dtype).view(entry.shape)
+    strides = [math.prod(entry.shape[axis + 1 :]) for axis in range(len(entry.shape))]
+    return torch.empty(0, dtype=entry.dtype).set_(files[entry.file], first, entry.shape, strides)
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:

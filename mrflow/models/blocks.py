@@ -173,13 +173,19 @@ class Transformer(nn.Module, ABC):
     params: TransformerParams
     attention: Attention
     ops: Ops = PLAIN
+    wide: bool = False
     img_in: nn.Linear
     final_layer: FinalLayer
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """What its weights are kept in, and products are made in."""
         return self.img_in.weight.dtype
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """What streams and modulations are kept in between the products: `dtype`, or float32 where it is `wide`."""
+        return torch.float32 if self.wide else self.dtype
 
     @abstractmethod
     def stack(self) -> list[nn.Module]:
@@ -191,7 +197,7 @@ class Transformer(nn.Module, ABC):
 
     def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
         """The image stream of packed latents, of any floating dtype."""
-        image: Tensor = self.img_in(tokens.to(self.dtype))
+        image: Tensor = self.img_in(tokens.to(self.stream_dtype))
         return image
 
     def modulated_input(self, img: Tensor, modulation: Tensor) -> Tensor:

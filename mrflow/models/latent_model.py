@@ -182,6 +182,8 @@ class LatentModel(TransformerModel):
 
     def _variant(self: "Model", net: Transformer, mark: str) -> "Model":
         """This model with another network, which shares its weights; `mark` is added to the version."""
+        if self._device.type == "cpu":
+            widened(net)
         other = copy.copy(self)
         other._net = net
         other._info = replace(self._info, version=self._info.version + mark)

@@ -205,7 +205,7 @@ def gelu_beside(out: Float[Tensor, "b n d"], inner: Float[Tensor, "b n m"]) -> F
 
 def rms(x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*b d"]:
     """x / sqrt(mean x^2 + eps) times the weight, rounded to its dtype once."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def rms_late(x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*b d"]:

@@ -115,10 +115,10 @@ class Adapted(nn.Module):
         """base(x) + up (down x) + the rest."""
         out: Tensor = self.base(x)
         if len(self.down):
-            out = out + F.linear(F.linear(x, self.down), self.up)
+            out = out + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         if self.bias_change is not None:
             out = out + self.bias_change
-        return out if self.diff is None else out + F.linear(x, self.diff)
+        return out if self.diff is None else out + F.linear(x, self.diff.to(x.dtype))
 
 
 def _held(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""bfloat16 weights on processors that have no bfloat16 instructions: products are made in float32."""
+"""bfloat16 weights on processors that have no bfloat16 instructions: everything between them is float32."""
 
 from typing import cast
 
@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from mrflow.models.blocks import Transformer
 
 ROWS = 2048  # of a matrix that are float32 at a time
 
@@ -18,9 +20,11 @@ class WideLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """As `nn.Linear`."""
-        x = input.float()
-        parts = self.weight.split(ROWS), self.bias.split(ROWS)
-        blocks = [F.linear(x, w.float(), b.float()).to(input.dtype) for w, b in zip(*parts, strict=True)]
+        x, bias, blocks = input.float(), cast("Tensor | None", self.bias), list[Tensor]()
+        for at in range(0, self.out_features, ROWS):
+            some = slice(at, at + ROWS)
+            added = None if bias is None else bias[some].float()
+            blocks.append(F.linear(x, self.weight[some].float(), added).to(input.dtype))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
 
 
@@ -29,14 +33,11 @@ def has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def widened(net: nn.Module) -> None:
-    """Have a network's bfloat16 linears on a CPU work in float32 where its processor needs that; weights stay."""
+def widened(net: Transformer) -> None:
+    """Have a bfloat16 network on a CPU work in float32 where its processor needs that; weights stay as they lie."""
     if has_bfloat16():
         return
     for module in net.modules():
-        if (
-            type(module) is nn.Linear
-            and cast(object, module.bias) is not None
-            and module.weight.dtype == torch.bfloat16
-        ):
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
             module.__class__ = WideLinear
+            net.wide = True

@@ -177,7 +177,8 @@ class Flux(Transformer):
     ) -> list[Float[Tensor, "b m d"]]:
         """`modulate` at several levels: modulations depend on nothing else, so a chain can have them made before."""
         vectors = [self.conditioning_vector(sigma, guidance, pooled) for sigma in sigmas]
-        return tables(self.modulators(), vectors, self.params.hidden, scale_first=self.final_layer.scale_first)
+        made = tables(self.modulators(), vectors, self.params.hidden, scale_first=self.final_layer.scale_first)
+        return [table.to(self.stream_dtype) for table in made]
 
     def stack(self) -> list[nn.Module]:
         """All blocks in the order they run."""
@@ -212,7 +213,7 @@ class Flux(Transformer):
 
     def embed_text(self, context: Float[Tensor, "b t c"]) -> Float[Tensor, "b t d"]:
         """The text stream; it does not depend on the level."""
-        text: Tensor = self.txt_in(context.to(self.dtype))
+        text: Tensor = self.txt_in(context.to(self.stream_dtype))
         return text
 
     def some_blocks(

@@ -37,7 +37,9 @@ class Qwen(LanguageConditioned):
 
     def __init__(self, *, tables: Mapping[float, Tensor] | None = None, **parts: Any) -> None:  # noqa: ANN401
         super().__init__(**parts)
-        self._folded = None if tables is None else {k: t.to(self._device) for k, t in tables.items()}
+        self._folded = (
+            None if tables is None else {k: t.to(self._device, self._flow.stream_dtype) for k, t in tables.items()}
+        )
         self._kept: OrderedDict[float, Tensor] = OrderedDict()
         self._keeping = threading.Lock()
 

@@ -148,7 +148,8 @@ class QwenImage(Transformer):
     def tables(self, sigmas: Sequence[Float[Tensor, " b"]]) -> list[Float[Tensor, "b m d"]]:
         """Every modulation vector at several levels; they depend on nothing else, so all prompts share them."""
         vectors = [self.conditioning_vector(sigma) for sigma in sigmas]
-        return tables(self.modulators(), vectors, self.params.hidden, scale_first=self.final_layer.scale_first)
+        made = tables(self.modulators(), vectors, self.params.hidden, scale_first=self.final_layer.scale_first)
+        return [table.to(self.stream_dtype) for table in made]
 
     def stack(self) -> list[nn.Module]:
         """All blocks in the order they run."""
@@ -175,7 +176,7 @@ class QwenImage(Transformer):
 
     def embed_text(self, context: Float[Tensor, "b t c"]) -> Float[Tensor, "b t d"]:
         """The text stream; it does not depend on the level."""
-        text: Tensor = self.txt_in(self.txt_norm(context.to(self.dtype)))
+        text: Tensor = self.txt_in(self.txt_norm(context.to(self.stream_dtype)))
         return text
 
     def blocks(

@@ -198,7 +198,8 @@ class ZImage(Transformer):
         vectors = [self.conditioning_vector(sigma) for sigma in sigmas]
         rows = [[linear(vector) for vector in vectors] for linear in blocks]  # each serves all levels, then the next
         rows.append([last(F.silu(vector)) for vector in vectors])
-        out = [torch.cat(row, -1).unflatten(-1, (-1, self.params.hidden)) for row in zip(*rows, strict=True)]
+        joined = (torch.cat(row, -1).to(self.stream_dtype) for row in zip(*rows, strict=True))
+        out = [row.unflatten(-1, (-1, self.params.hidden)) for row in joined]
         for table in out:
             table[:, 1::2] = table[:, 1::2].tanh()
             table[:, ::2] += 1
@@ -221,12 +222,12 @@ class ZImage(Transformer):
 
     def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
         """The image stream, from tokens of any floating dtype."""
-        image: Tensor = self.x_embedder(tokens.to(self.dtype))
+        image: Tensor = self.x_embedder(tokens.to(self.stream_dtype))
         return image
 
     def embed_text(self, context: Sequence[Float[Tensor, "_ c"]]) -> Float[Tensor, "b n d"]:
         """The refined text of each item, filled up to a multiple of 32, alike for all; no level changes it."""
-        own = [self.cap_embedder(states.to(self.dtype)) for states in context]
+        own = [self.cap_embedder(states.to(self.stream_dtype)) for states in context]
         rows = [torch.cat((states, self.cap_pad_token.expand(missing_tokens(len(states)), -1))) for states in own]
         text = torch.stack(rows)
         rope = self.rope(positions_zimage(0, 0, text.shape[1], device=text.device))
