@@ -58,7 +58,10 @@ def test_what_adapters_add_to_it_is_float32_too() -> None:
     base = nn.Linear(16, 12, bias=False).bfloat16()
     base.__class__ = WideLinear
     change = Change(torch.randn(4, 16), torch.randn(12, 4), torch.randn(12), torch.randn(12, 16))
-    x, kept = torch.randn(3, 16), [t.bfloat16().float() for t in (change.down, change.up, change.bias, change.diff)]
+    x, kept = (
+        torch.randn(3, 16),
+        [t.bfloat16().float() for t in (change.down, change.up, change.bias, change.diff) if t is not None],
+    )
     got = Adapted(base, change, dtype=torch.bfloat16, device="cpu")(x)
     want = x @ base.weight.float().T + x @ kept[0].T @ kept[1].T + kept[2] + x @ kept[3].T
     assert got.dtype == torch.float32 and relative(got, want) < 1e-5
