@@ -55,7 +55,7 @@ def test_a_model_is_widened_where_the_processor_needs_it(tmp_path: Path, monkeyp
 
 def test_what_adapters_add_to_it_is_float32_too() -> None:
     torch.manual_seed(0)
-    base = nn.Linear(16, 12, bias=False).bfloat16()
+    base = nn.Linear(16, 12, bias=False).bfloat16().requires_grad_(False)
     base.__class__ = WideLinear
     change = Change(torch.randn(4, 16), torch.randn(12, 4), torch.randn(12), torch.randn(12, 16))
     x, kept = (
