@@ -13,7 +13,8 @@ from torch import Tensor
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
 from mrflow.devices import Stopwatch
-from mrflow.errors import PlanError, PromptError, named
+from mrflow.error_context import named
+from mrflow.errors import PlanError, PromptError
 from mrflow.flow import finite
 from mrflow.forks import check_process
 from mrflow.model_info import ModelInfo

@@ -19,7 +19,8 @@ from mrflow._checks import check_whole
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.devices import to_device
-from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, named, words_of
+from mrflow.error_context import named
+from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, words_of
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
 from mrflow.model_info import ModelInfo

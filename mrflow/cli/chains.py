@@ -12,7 +12,8 @@ from mrflow.caches import Cache
 from mrflow.cli.options import RECIPE_WORDS, RECIPES
 from mrflow.cli.parsing import LATENT, LATENT_FILE, load_file, parse_size, parse_tiles, upscaler
 from mrflow.cost import half
-from mrflow.errors import PlanError, named
+from mrflow.error_context import named
+from mrflow.errors import PlanError
 from mrflow.guidance import CFG, Distilled, Guidance
 from mrflow.model_info import ModelInfo
 from mrflow.records.expressions import parse

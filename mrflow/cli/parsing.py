@@ -16,7 +16,8 @@ from mrflow import models
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.cli.options import SR_WORDS, DrawOptions, ModelOptions
-from mrflow.errors import MrflowError, PlanError, named, words_of
+from mrflow.error_context import named
+from mrflow.errors import MrflowError, PlanError, words_of
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.offload import check_offload
 from mrflow.models.pocket.model import shipped

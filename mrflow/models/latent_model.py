@@ -18,7 +18,8 @@ from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition
 from mrflow.checkpoints.hub import located_folder
 from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
-from mrflow.errors import PlanError, is_out_of_memory
+from mrflow.error_context import is_out_of_memory
+from mrflow.errors import PlanError
 from mrflow.model_info import Footprint, ModelInfo
 from mrflow.models import lora, piflow
 from mrflow.models.block_runner import BlockRunner

@@ -12,7 +12,8 @@ from difflib import get_close_matches
 from typing import TypeVar, cast, get_type_hints
 
 import mrflow
-from mrflow.errors import MrflowError, PlanError, named
+from mrflow.error_context import named
+from mrflow.errors import MrflowError, PlanError
 from mrflow.records.chains import ROOMS, name_of, public
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, Wrapper
-from mrflow.errors import DeviceLostError, MrflowError, PlanError, ResourceError, is_out_of_memory, words_of
+from mrflow.error_context import is_out_of_memory
+from mrflow.errors import DeviceLostError, MrflowError, PlanError, ResourceError, words_of
 from mrflow.forks import check_process
 from mrflow.images import read_image
 from mrflow.machine import machine

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrflow._checks import is_whole, require
-from mrflow.errors import NonFiniteError, PlanError, ResourceError, WeightsError, is_out_of_memory
+from mrflow.error_context import is_out_of_memory
+from mrflow.errors import NonFiniteError, PlanError, ResourceError, WeightsError
 from mrflow.notes import note
 from mrflow.records.files import located
 from mrflow.tiling import tiled

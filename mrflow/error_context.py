@@ -1,0 +1,26 @@
+"""What others raise as errors of mrflow: named by where it was raised, and told apart where memory ran out."""
+
+import torch
+
+from mrflow.errors import MrflowError, PromiseError, ResourceError, words_of
+
+
+def named(error: BaseException, where: str) -> MrflowError:
+    """What a stage raised as an error that begins with the stage's name: of its own class where that is mrflow's.
+
+    Memory that ran out becomes a ResourceError, whatever else a PromiseError.
+    """
+    if isinstance(error, MrflowError):
+        kind: type[MrflowError] = next(k for k in type(error).__mro__ if k.__module__ == MrflowError.__module__)
+        return kind(f"{where}: {error}")
+    if is_out_of_memory(error):
+        return ResourceError(
+            f"{where}: out of memory; try a smaller size or batch ({words_of(error) or 'MemoryError'})"
+        )
+    return PromiseError(f"{where}: failed with {type(error).__name__}: {words_of(error)}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any kind says that memory ran out, on a GPU or a CPU."""
+    said = any(each in words_of(error) for each in ("not enough memory", "can't allocate memory"))
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
