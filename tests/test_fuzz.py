@@ -54,7 +54,7 @@ def hold() -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[], object], str]] = {
-    "a raw error": (lambda: {}["raw"], "KeyError: 'raw'"),
+    "a raw error": (lambda: dict[str, int]()["raw"], "KeyError: 'raw'"),
     "a hang that code takes for an error": (swallow, "took more than 10 s of the processor, or 0.5 s on the clock"),
     "a hang that no signal ends": (ignore, "hung for 1 s and was killed"),
     "memory that is held": (hold, r"grew by [1-3]\d\d MiB"),
