@@ -22,6 +22,7 @@ def compiled(backend: Any) -> Ops:  # noqa: ANN401
 
     def own(f: Any) -> Any:  # noqa: ANN401
         copy = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+        copy.__kwdefaults__ = f.__kwdefaults__
         return torch.compile(copy, backend=backend, dynamic=True, fullgraph=True)
 
     return Ops(*map(own, PLAIN))
