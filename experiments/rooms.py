@@ -68,8 +68,9 @@ def inner_imports() -> list[tuple[str, int]]:
     for path, tree in SOURCES.items():
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-                found |= {(str(path.relative_to(PACKAGE)), node.lineno) for node in ast.walk(function)
-                          if any(name.split(".")[0] == "mrflow" for name in _imported(node))}  # fmt: skip
+                nodes = (node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom))
+                own = (node for node in nodes if any(name.split(".")[0] == "mrflow" for name in _imported(node)))
+                found |= {(str(path.relative_to(PACKAGE)), node.lineno) for node in own}
     return sorted(found)
 
 

@@ -136,9 +136,12 @@ class _Guided:
         mix = self.guidance.token_mix(self.model.info, tokens)
         if mix is None:
             return None
-        return replace(
-            tokens, ask=self._with(mix, lambda field: on_tokens(field, height, width) or tokens.around(field))
-        )
+
+        def asked(field: Velocity) -> Velocity:
+            found = on_tokens(field, height, width)
+            return tokens.around(field) if found is None else found.ask
+
+        return replace(tokens, ask=self._with(mix, asked))
 
     def _with(self, mix: Mix, view: Callable[[Velocity], Velocity]) -> Velocity:
         """`mix` of both velocities, `view` being how a field is asked."""

@@ -85,9 +85,9 @@ class Shift:
             self.low_tokens,
         )
         require(self.kind in ("exponential", "linear"), "a shift's kind", "exponential or linear", self.kind)
-        for name, value in (("terminal", self.terminal), ("last", self.last)):
-            inside = value is None or (is_number(value) and 0 < value < 1)
-            require(inside, f"a shift's {name}", "above 0 and below 1", value)
+        for name, end in (("terminal", self.terminal), ("last", self.last)):
+            inside = end is None or (is_number(end) and 0 < end < 1)
+            require(inside, f"a shift's {name}", "above 0 and below 1", end)
 
     def mu(self, tokens: int, *, steps: int | None = None) -> float:
         """The shift at this many image tokens, and steps where it depends on them (None: many)."""

@@ -410,7 +410,7 @@ class Context:
         field = guidance.field(self.model, self.cond, self.negative, options)
         shape, tokens = tuple(x.shape), x.shape[-2] * x.shape[-1] // info.space.patch**2
         packed = on_tokens(field, *x.shape[-2:]) if solver.pointwise else None
-        velocity = field if packed is None else packed
+        velocity = field if packed is None else packed.ask
 
         def there(latents: Tensor) -> Tensor:
             return latents if packed is None else packed.pack(latents)

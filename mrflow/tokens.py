@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class PackedField(ABC):
     def on_tokens(self, height: int, width: int) -> TokenVelocity:
         """As `TokenField`."""
         h, w = height // self.patch, width // self.patch
-        return TokenVelocity(lambda x, sigma: self.velocity(x, sigma, h, w), h, w, self.patch, self.channels_last)
+        return TokenVelocity(partial(self.velocity, h=h, w=w), h, w, self.patch, self.channels_last)
 
 
 class PackedCall(PackedField):
@@ -124,4 +125,6 @@ class Combined:
     def on_tokens(self, height: int, width: int) -> TokenVelocity | None:
         """As `TokenField`."""
         inner = [found for field in self.fields if (found := on_tokens(field, height, width)) is not None]
-        return replace(inner[0], ask=self.combine(*inner)) if len(inner) == len(self.fields) else None
+        if len(inner) < len(self.fields):
+            return None
+        return replace(inner[0], ask=self.combine(*(each.ask for each in inner)))

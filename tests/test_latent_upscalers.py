@@ -141,7 +141,7 @@ def test_what_is_no_such_file_says_so(tmp_path: Path) -> None:
     refused(lambda s: None, "(?i)sha-?256", sha256="0" * 64)
     refused(lambda s: s.pop("upsampler.norm_out.bias"), "norm_out.bias")
     refused(lambda s: s.update(more=torch.zeros(1)), "more")
-    refused(lambda s: s["upsampler.conv_in.bias"].fill_(torch.nan), "not finite")
+    refused(lambda s: s["upsampler.conv_in.bias"].fill_(torch.nan), "holds NaN or infinity")
     refused(lambda s: s.pop("upsampler.conv_in.weight"), "no latent upsampler of LSSGen")
     refused(lambda s: s.update({"upsampler.conv_out.weight": torch.zeros(4, 12, 3, 3)}), "conv_out")
     with pytest.raises(WeightsError):

@@ -85,9 +85,9 @@ class Lesson:
     high: int = 256
 
     @property
-    def used(self) -> dict[str, tuple[int, int]]:
-        """Size of the picture and of the low stage, as `ModelInfo` has them."""
-        return {"size": (self.high, self.high), "low": (self.high // 2, self.high // 2)}
+    def low(self) -> int:
+        """Pixels of the low stage."""
+        return self.high // 2
 
 
 BROAD = Lesson(HARD, 300, 600, 2000, {128: 12, 256: 8}, {128: 128, 256: 40}, {128: 0.45, 256: 0.55})
@@ -188,7 +188,7 @@ def enlarger(run: Run, lesson: Lesson, auto: State, start: State) -> State:
 
 def loop_of(run: Run, lesson: Lesson, net: Trainee, auto: State, steps: int) -> Loop:
     """The steps of the flow, at the checkpoint if there is one."""
-    sizes, info = tuple(lesson.share), replace(POCKET, **lesson.used)
+    sizes, info = tuple(lesson.share), replace(POCKET, size=(lesson.high,) * 2, low=(lesson.low,) * 2)
     return Loop(
         "flow",
         run,
@@ -244,10 +244,10 @@ def write(run: Run, name: str, lesson: Lesson, loop: Loop, auto: State, larger: 
     """The model's file, of the averaged weights."""
     path = run.folder / f"{name}.safetensors"
     flow = {key: value.float().cpu() for key, value in loop.average.items()}
-    used = {key: f"{side}" for key, (side, _) in lesson.used.items()}
     facts = {
         "cfg": "2",
-        **used,
+        "size": f"{lesson.high}",
+        "low": f"{lesson.low}",
         "sides": " ".join(map(str, lesson.share)),
         "steps": f"{loop.step}",
         "seen": str(loop.seen),

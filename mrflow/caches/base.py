@@ -169,7 +169,8 @@ class CachedField:
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Velocities of latents (b, c, height, width)."""
-        self._tell(sigma, *x.shape[2:], lambda: x)
+        height, width = x.shape[2:]
+        self._tell(sigma, height, width, lambda: x)
         return self.inner(x, sigma)
 
     def on_tokens(self, height: int, width: int) -> TokenVelocity | None:
@@ -179,7 +180,7 @@ class CachedField:
 
         def ask(tokens: Tensor, sigma: float) -> Tensor:
             self._tell(sigma, height, width, lambda: inner.unpack(tokens))
-            return inner(tokens, sigma)
+            return inner.ask(tokens, sigma)
 
         return replace(inner, ask=ask)
 

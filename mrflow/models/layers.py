@@ -66,12 +66,11 @@ def apply_rope(x: Float[Tensor, "*b n d"], rope: Rope) -> Float[Tensor, "*b n d"
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # The same products as one complex multiplication: 3 to 6 times as fast on a CPU, but opaque to the compiler.
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(rope.cos, rope.sin))
-    else:
-        first, second = pairs.unbind(-1)
-        even = torch.addcmul(first * rope.cos, second, rope.sin, value=-1)
-        odd = torch.addcmul(second * rope.cos, first, rope.sin)
-        return torch.stack((even.to(x.dtype), odd.to(x.dtype)), -1).flatten(-2)  # rounded first: half the bytes
-    return turned.flatten(-2).to(x.dtype)
+        return turned.flatten(-2).to(x.dtype)
+    first, second = pairs.unbind(-1)
+    even = torch.addcmul(first * rope.cos, second, rope.sin, value=-1)
+    odd = torch.addcmul(second * rope.cos, first, rope.sin)
+    return torch.stack((even.to(x.dtype), odd.to(x.dtype)), -1).flatten(-2)  # rounded first: half the bytes
 
 
 def frequencies(half: int, device: torch.device) -> Float[Tensor, " half"]:
@@ -134,9 +133,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """The same shape."""
-        if self.late:
-            return rms_late(x, self.scale, self.eps)
-        return rms(x, self.scale, self.eps)
+        return (rms_late if self.late else rms)(x, self.scale, self.eps)
 
 
 class QKNorm(nn.Module):

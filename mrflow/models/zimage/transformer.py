@@ -101,10 +101,8 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(p.head, late=True, eps=EPS) for _ in range(2))
         self.out = nn.Linear(p.hidden, p.hidden, bias=False)
 
-    def forward(
-        self, x: Float[Tensor, "b n d"], rope: Rope, attend: Attention, ops: Ops = PLAIN
-    ) -> Float[Tensor, "b n d"]:
-        """Every token attends to all."""
+    def forward(self, x: Float[Tensor, "b n d"], rope: Rope, attend: Attention, ops: Ops = PLAIN) -> Tensor:
+        """Every token attends to all; (b, n, d)."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in project(self.qkv, x, self.rows))
         stream = QKV(q, k, v, self.q_norm.scale, self.k_norm.scale)
         out: Tensor = self.out(attended(attend, *ops.joint_heads((stream,), rope, EPS, late=True)))
