@@ -120,7 +120,7 @@ class _Guided:
         self.guidance, self.model, self.conds, self.options = guidance, model, (cond, other), options
         packed = guidance.packed and model.info.capabilities.together and options.cache is None
         self.joint = model.field(cond, replace(options, beside=(other,))) if packed else None
-        self.apart = () if packed else self._apart()
+        self.apart: tuple[Velocity, ...] = () if packed else self._apart()
         self.mixed = self._with(guidance.mix(model.info), lambda field: field)
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
@@ -129,7 +129,8 @@ class _Guided:
 
     def on_tokens(self, height: int, width: int) -> TokenVelocity | None:
         """As `TokenField`."""
-        first, *rest = self.apart if self.joint is None else (self.joint,)
+        fields: tuple[Velocity, ...] = self.apart if self.joint is None else (self.joint,)
+        first, rest = fields[0], fields[1:]
         tokens = on_tokens(first, height, width)
         if tokens is None or any(on_tokens(field, height, width) is None for field in rest):
             return None
@@ -375,7 +376,12 @@ class NAG(Guidance):
         if self.scale == 1.0:
             return model.field(cond, options)
         both = model.field(cond, replace(options, beside=(_other(cond, negative, self),), attention=self.mix))
-        return Combined(lambda inner: lambda x, sigma: inner(x, sigma)[: len(x)], (both,))
+        return Combined(_first_half, (both,))
+
+
+def _first_half(both: Velocity) -> Velocity:
+    """A field over twice the batch as one of its first half."""
+    return lambda x, sigma: both(x, sigma)[: len(x)]
 
 
 def _length(z: Tensor) -> Tensor:

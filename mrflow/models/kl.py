@@ -1,7 +1,7 @@
 """What autoencoders with a Gaussian posterior share (Kingma & Welling 2014, arXiv 1312.6114): both ends, and blocks."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,16 @@ class VaeSizes(Protocol):
     @property
     def downscale(self) -> int:
         """Pixels per latent cell, per side."""
+        ...
 
 
-class KLAutoencoder(nn.Module, ABC):
+P = TypeVar("P", bound=VaeSizes)
+
+
+class KLAutoencoder(nn.Module, ABC, Generic[P]):
     """Pictures in [0, 1] to normalised latents and back; both ends are float32."""
 
-    params: VaeSizes
+    params: P
 
     @property
     @abstractmethod

@@ -39,12 +39,12 @@ class VaeParams:
         return 1 << (len(self.channels) - 1)
 
 
-class VaeFlux(KLAutoencoder):
+class VaeFlux(KLAutoencoder[VaeParams]):
     """Pictures in [0, 1] to normalised latents, (z - shift) * scale, and back."""
 
     def __init__(self, params: VaeParams) -> None:
         super().__init__()
-        self.params: VaeParams = params
+        self.params = params
         self.encoder, self.decoder = _Encoder(params), _Decoder(params)
 
     @property

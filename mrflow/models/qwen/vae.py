@@ -43,12 +43,12 @@ class QwenVaeParams:
         return 1 << (len(self.channels) - 1)
 
 
-class VaeQwen(KLAutoencoder):
+class VaeQwen(KLAutoencoder[QwenVaeParams]):
     """Pictures in [0, 1] to latents normalised per channel, (z - mean) / std, and back."""
 
     def __init__(self, params: QwenVaeParams) -> None:
         super().__init__()
-        self.params: QwenVaeParams = params
+        self.params = params
         self.encoder, self.decoder = _Encoder(params), _Decoder(params)
         self.quant_conv = nn.Conv2d(2 * params.latent, 2 * params.latent, 1)
         self.post_quant_conv = nn.Conv2d(params.latent, params.latent, 1)
