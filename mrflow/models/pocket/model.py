@@ -330,7 +330,6 @@ def facts(header: Header) -> ModelInfo:
     return replace(
         known,
         cfg=float(header.metadata.get("cfg", known.cfg)),
-        shift=Shift.fixed(float(factor)) if (factor := header.metadata.get("shift", "")) else known.shift,
         architecture=replace(known.architecture, text_tokens=length),
         footprint=replace(known.footprint, text=known.footprint.text + more),
         size=(large, large) if large else known.size,
