@@ -15,6 +15,7 @@ from experiments.train_pocket.data import pictures
 from experiments.train_pocket.flow import Trainee, losses_at
 from experiments.train_pocket.loop import Loop, PieceOver, Run, cosine, finished, keep_settings
 from experiments.train_pocket.muon import orthogonalised
+from experiments.train_pocket.student import in_use
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.pocket.model import (
     LONG_TEXT,
@@ -180,7 +181,18 @@ def test_scores_by_size_of_detail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The truth reads, the mean of a caption's pictures does not, and neither does another caption."""
-    words = ["--captions", "2", "--size", "256", "--doses", "letters 8%", "objects", "--out", str(tmp_path / "a.json")]
+    words = [
+        "--captions",
+        "2",
+        "--size",
+        "256",
+        "--doses",
+        "letters 8%",
+        "objects",
+        "letters 4%",
+        "--out",
+        str(tmp_path / "a.json"),
+    ]
     monkeypatch.setattr(hard_scores, "DRAWS", 12)
     monkeypatch.setattr(
         "sys.argv", ["hard_scores", *words, "--rows", "truth", "autoencoder", "staged path", "mean", "other"]
@@ -194,6 +206,7 @@ def test_scores_by_size_of_detail(
     lines = [line for line in said.splitlines() if line.startswith("| ")]
     assert lines[-1].startswith("| shown: letters 8%, objects | overall | 1.00 | ")
     values = {line.split(" | ")[0]: [float(cell.split()[0]) for cell in line.split(" | ")[2:]] for line in lines[1:3]}
+    assert float(lines[3].split(" | ")[3].split()[0]) < hard_scores.SHOWN  # letters of 4 %, which `shown` leaves out
     for truth, autoencoder, _, mean, other in values.values():
         assert truth == 1 and autoencoder > 0.9 and mean < 0.3 and other < 0.2
     assert values["| letters 8%"][2] < 0.7 < values["| objects"][2]
@@ -201,6 +214,11 @@ def test_scores_by_size_of_detail(
     with pytest.raises(SystemExit):
         hard_scores.main()
     assert "no row or size is called dreams; there are truth" in capsys.readouterr().err
+
+
+def test_networks_are_taught_further_at_sizes_that_are_in_use() -> None:
+    info = replace(mf.POCKET, sides=(64, 128, 256), size=(128, 128))
+    assert in_use({64: 1, 96: 2, 128: 3, 256: 4}, info) == {64: 1, 128: 3}
 
 
 def test_noise_levels_take_the_shifts_in_turn() -> None:

@@ -33,7 +33,7 @@ from experiments.train_pocket.loop import (
     log,
     save_whole,
 )
-from experiments.train_pocket.student import export, graft
+from experiments.train_pocket.student import export, graft, in_use
 from mrflow.errors import MrflowError, WeightsError
 from mrflow.models import choose_device
 from mrflow.models.pocket.model import HEAD, WORDS, Pocket, facts, load_pocket, open_pocket, text_sizes
@@ -177,9 +177,7 @@ def main() -> None:
             grid=500,
         )
         header = open_pocket(args.model)
-        info = facts(header)
-        sizes = {side: n for side, n in LESSONS.scenes.items() if side in info.sides and side <= max(info.size)}
-        lessons = replace(LESSONS, steps=args.steps, scenes=sizes)
+        lessons = replace(LESSONS, steps=args.steps, scenes=in_use(LESSONS.scenes, facts(header)))
         words, _ = text_sizes(header)
         if words < len(WORDS):
             raise WeightsError(

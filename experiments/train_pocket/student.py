@@ -31,7 +31,7 @@ from experiments.train_pocket.hard import SHOWN as HARD_SHOWN
 from experiments.train_pocket.loop import Loop, Run, finished, flat_then_linear, keep_settings, log, save_whole
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError
-from mrflow.model_info import Shift
+from mrflow.model_info import ModelInfo, Shift
 from mrflow.models import choose_device
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.lora import Adapted, Change, grafted, targets
@@ -59,7 +59,12 @@ class Lessons:
     shift: Shift | None = None
 
 
-LESSONS = Lessons({128: 1500, 256: 600, 512: 200}, {128: 24, 256: 6, 512: 2}, 2400)  # an hour on two cores
+LESSONS = Lessons({64: 2000, 128: 1500, 256: 600, 512: 200}, {64: 64, 128: 24, 256: 6, 512: 2}, 2400)
+
+
+def in_use(counts: Mapping[int, int], info: ModelInfo) -> dict[int, int]:
+    """Of counts by size those of the sizes that a model was trained at, up to the one it is used at."""
+    return {size: count for size, count in counts.items() if size in info.sides and size <= max(info.size)}
 
 
 def window_levels(model: Pocket, size: int, shift: Shift | None) -> tuple[float, ...]:
@@ -225,9 +230,8 @@ def main() -> None:
         if args.export.exists():
             read_header(args.export)  # it is replaced, or stays where it is the same; no other file is
         header = read_header(args.teacher)
-        teacher, largest = header.metadata.get("version", ""), max(facts(header).size)
-        known = {size: count for size, count in LESSONS.captions.items() if size <= largest}
-        lessons = replace(LESSONS, steps=args.steps, captions=known, shift=shift)
+        teacher = header.metadata.get("version", "")
+        lessons = replace(LESSONS, steps=args.steps, captions=in_use(LESSONS.captions, facts(header)), shift=shift)
         keep_settings(run, repr((teacher, args.world, lessons, WINDOWS, RANK, RATE)))
     except MrflowError as error:
         parser.error(str(error))
