@@ -11,7 +11,7 @@ import select
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,12 +36,13 @@ def watched(attempt: Attempt, numbers: range, *, hang: float, growth: int) -> It
             _child(attempt, range(at, numbers.stop), write)
         os.close(write)
         try:
-            for number, wrong in _reports(pid, read, at, hang, growth):
-                at = number + 1
-                yield number, wrong
+            at, ended = yield from _reports(pid, read, at, hang, growth)
         finally:
             os.close(read)
             _end(pid)
+        if at < numbers.stop:
+            yield at, ended
+            at += 1
 
 
 def _child(attempt: Attempt, numbers: range, write: int) -> NoReturn:
@@ -59,8 +60,10 @@ def _child(attempt: Attempt, numbers: range, write: int) -> NoReturn:
     os._exit(0)
 
 
-def _reports(pid: int, read: int, at: int, hang: float, growth: int) -> Iterator[tuple[int, str | None]]:
-    """What a process says of each attempt from number `at` on, the last being what ended it, if anything did."""
+def _reports(
+    pid: int, read: int, at: int, hang: float, growth: int
+) -> Generator[tuple[int, str | None], None, tuple[int, str]]:
+    """What a process says of each attempt from number `at` on; returns the number of which it says nothing, and why."""
     began, late, base, rest = time.monotonic(), waited(pid), _held(pid), b""
     while True:
         ready, _, _ = select.select([read], [], [], LOOK)
@@ -68,9 +71,7 @@ def _reports(pid: int, read: int, at: int, hang: float, growth: int) -> Iterator
             data = os.read(read, 1 << 16)
             if not data:
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                if code:
-                    yield at, f"the process ended by {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
-                return
+                return at, f"the process ended by {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 number, wrong, grown = json.loads(line)
@@ -78,11 +79,9 @@ def _reports(pid: int, read: int, at: int, hang: float, growth: int) -> Iterator
                 at = number + 1
             began, late, base = time.monotonic(), waited(pid), _held(pid)
         elif (grown := _held(pid) - base) > growth:
-            yield at, _grew(grown)
-            return
+            return at, _grew(grown)
         elif time.monotonic() - began - (waited(pid) - late) > hang:
-            yield at, f"hung for {hang:g} s and was killed"
-            return
+            return at, f"hung for {hang:g} s and was killed"
 
 
 def _grew(grown: int) -> str:
