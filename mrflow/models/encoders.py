@@ -113,19 +113,26 @@ def built(kind: Any, config: Any, header: Header) -> nn.Module:  # noqa: ANN401
         raise WeightsError(f"{header.path}: its config.json makes no network: {why}") from None
 
 
-def tokenizer_of(kind: str, folder: Path) -> Tokenizer:
-    """A tokenizer of transformers, by its class, from local files only.
+def tokenizer_of(kind: str, folder: Path, rows: int) -> Tokenizer:
+    """A tokenizer of transformers, by its class, from local files only, for an encoder that embeds `rows` tokens.
 
     Raises:
-        WeightsError: the folder does not hold one.
+        WeightsError: the folder does not hold one, or it knows no words, or tokens that the encoder does not embed.
     """
     import transformers
 
     try:
-        return cast("Tokenizer", getattr(transformers, kind).from_pretrained(folder, local_files_only=True))
+        found = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+        last = max(found.get_vocab().values(), default=-1)
+        known = [i for i in found("a picture", add_special_tokens=False).input_ids if i != found.unk_token_id]
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{folder} holds no tokenizer that can be read: {why}") from error
+    if last >= rows:
+        raise WeightsError(f"{folder} holds a tokenizer of {last + 1} tokens, but the text encoder embeds {rows}")
+    if not known:
+        raise WeightsError(f"{folder} holds a tokenizer that knows no words: it reads nothing in 'a picture'")
+    return cast("Tokenizer", found)
 
 
 def shortened(text: str, most: int = 120) -> str:

@@ -69,23 +69,24 @@ def prepare_language(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> Callable[[], tuple[nn.Module, Tokenizer]]:
-    """Check names and shapes of the encoder; what is given back then reads it. `dtype=None` is the file's own.
+    """Check names and shapes of the encoder, and read its tokenizer; what is given back then reads the weights.
 
-    `model` and `rotary` are transformers' classes of the network and of its positions, whose tables are in no file.
+    `dtype=None` is the file's own. `model` and `rotary` are transformers' classes of the network and of its positions, whose tables are in no file.
 
     Raises:
-        WeightsError: the config or a tensor does not fit.
+        WeightsError: the config, a tensor or the tokenizer does not fit.
     """
     agree(files.encoder, config.to_dict(), language_sizes(files.encoder))
     net = built(model, config, files.encoder)
     layout = text_layout(net, files.encoder)
     kind = dtype or compute_dtype(files.encoder)
     check_layout(net, files.encoder, layout, dtype=kind)
+    tokenizer = tokenizer_of("Qwen2Tokenizer", files.tokenizer, language_sizes(files.encoder)["vocab_size"])
 
     def read() -> tuple[nn.Module, Tokenizer]:
         fill_module(net, files.encoder, layout, dtype=kind, device=device)
         net.register_module("rotary_emb", rotary(config).to(device))
-        return net, tokenizer_of("Qwen2Tokenizer", files.tokenizer)
+        return net, tokenizer
 
     return read
 

@@ -77,7 +77,10 @@ class TransformerFamily(Family):
         prepared = self.prepare(files.transformer)
         vae = self.prepare_autoencoder(files.vae, dtype=prepared.dtype).net.to(prepared.dtype)
         net = prepared.net.to(prepared.dtype)
-        words = None if files.text is None else text_bytes(self.text_headers(files.text), self.text_layer)
+        words = None
+        if files.text is not None:
+            self.prepare_text(files.text, dtype=None, device=torch.device("cpu"))  # what load refuses is refused here
+            words = text_bytes(self.text_headers(files.text), self.text_layer)
         return self.info(net, vae, words, files, count_parameters(net))
 
     def load(self, loading: Loading) -> Backbone:

@@ -121,7 +121,7 @@ def find_text(where: Path) -> TextFiles:
 def prepare_text(
     files: TextFiles, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Callable[[], "ClipT5"]:
-    """Check names and shapes of both encoders; what is given back then reads them. `dtype=None` is the files' own."""
+    """Check names and shapes of both encoders, and read their tokenizers; what is given back then reads them. `dtype=None` is the files' own."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     clip_config = configured(CLIPTextConfig, files.clip, files.clip_config, clip_sizes(files.clip), free=FREE)
@@ -131,6 +131,10 @@ def prepare_text(
     kinds = [dtype or compute_dtype(header) for header in (files.clip, files.t5)]
     for module, header, layout, kind in zip((clip, t5), (files.clip, files.t5), layouts, kinds, strict=True):
         check_layout(module, header, layout, dtype=kind)
+    words = (
+        tokenizer_of("CLIPTokenizer", files.tokenizer, clip_config.vocab_size),
+        tokenizer_of("T5TokenizerFast", files.tokenizer_2, t5_config.vocab_size),
+    )
 
     def read() -> ClipT5:
         for module, header, layout, kind in zip((clip, t5), (files.clip, files.t5), layouts, kinds, strict=True):
@@ -145,7 +149,6 @@ def prepare_text(
                     source = layouts[1][f"{name}.weight"]
                     wide = assembled(files.t5, source, {}, dtype=torch.float32, device=device)
                     module.register_parameter("weight", nn.Parameter(wide, requires_grad=False))
-        words = tokenizer_of("CLIPTokenizer", files.tokenizer), tokenizer_of("T5TokenizerFast", files.tokenizer_2)
         return ClipT5(clip, t5, *words)
 
     return read
