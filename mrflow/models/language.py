@@ -71,7 +71,8 @@ def prepare_language(
 ) -> Callable[[], tuple[nn.Module, Tokenizer]]:
     """Check names and shapes of the encoder, and read its tokenizer; what is given back then reads the weights.
 
-    `dtype=None` is the file's own. `model` and `rotary` are transformers' classes of the network and of its positions, whose tables are in no file.
+    `dtype=None` is the file's own. `model` and `rotary` are transformers' classes of the network and of its positions,
+    whose tables are in no file.
 
     Raises:
         WeightsError: the config, a tensor or the tokenizer does not fit.

@@ -121,7 +121,13 @@ def find_text(where: Path) -> TextFiles:
 def prepare_text(
     files: TextFiles, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Callable[[], "ClipT5"]:
-    """Check names and shapes of both encoders, and read their tokenizers; what is given back then reads them. `dtype=None` is the files' own."""
+    """Check names and shapes of both encoders, and read their tokenizers; what is given back then reads the weights.
+
+    `dtype=None` is the files' own.
+
+    Raises:
+        WeightsError: a config, a tensor or a tokenizer does not fit.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     clip_config = configured(CLIPTextConfig, files.clip, files.clip_config, clip_sizes(files.clip), free=FREE)
