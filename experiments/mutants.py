@@ -60,7 +60,7 @@ PARTS: Mapping[str, Part] = {
         ("mrflow/caches/*",),
         _tests("caches", "cache_rules", "cache_forecasts", "extrapolate", "toma", "laws", "ground_truths"),
     ),
-    "cost": Part(("mrflow/cost.py",), _tests("memory", "transitions", "caches", "pocket", "qwen")),
+    "cost": Part(("mrflow/cost.py",), _tests("cost", "transitions")),
     "statistics": Part(
         ("mrflow/sweep/statistics.py", "mrflow/sweep/significance.py"), _tests("statistics", "statistics_laws")
     ),
