@@ -70,7 +70,7 @@ PARTS: Mapping[str, Part] = {
             "scenes", "hard_scenes", "readable", "fidelity", "legibility", "expressions", "ceilings", "ground_truths"
         ),
     ),
-    "testing": Part(("mrflow/testing/*",), _tests("testing", "laws", "strategies", "pytest_plugin")),
+    "testing": Part(("mrflow/testing/*",), _tests("testing", "laws", "law_words", "strategies", "pytest_plugin")),
 }
 EQUIVALENT: Mapping[tuple[str, str], str] = {
     (

@@ -7,17 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mrflow as mf
-from mrflow.cost import H200, decode_flops, encode_flops, floor_seconds, forward_flops, half, levels, memory
+from mrflow.cost import (
+    H200,
+    decode_flops,
+    encode_flops,
+    floor_seconds,
+    forward_flops,
+    half,
+    levels,
+    memory,
+    sampling_work,
+)
 from mrflow.errors import PlanError
 from mrflow.model_info import Architecture, Capabilities, Footprint, Forecast, LatentSpace, ModelInfo, Shift
 from mrflow.stage import Plan, PlannedStage, Work
+from tests.strategies import FEW
 
 SPACE = LatentSpace("test", channels=3, downscale=4, patch=2)
 ARCHITECTURE = Architecture(8, 2, 3, context=5, text_tokens=7, parameters=10_000, mlp_ratio=2.0)
@@ -52,22 +62,20 @@ MODEL = ModelInfo(
 
 
 def counted(a: Architecture, space: LatentSpace, tokens: int) -> int:
-    """Operations of a transformer of these sizes that is built and run on no device."""
-    d, wide, s = a.hidden, int(a.mlp_ratio * a.hidden), tokens + a.text_tokens
-    cells = space.channels * space.patch**2
+    """Operations of a transformer of these sizes, whose products are counted on no device."""
+    d, wide, cells = a.hidden, int(a.mlp_ratio * a.hidden), space.channels * space.patch**2
+
+    def linear(x: torch.Tensor, out: int) -> torch.Tensor:
+        return x @ torch.empty(x.shape[1], out)
+
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        x = torch.cat(
-            [
-                nn.Linear(cells, d)(torch.empty(tokens, cells)),
-                nn.Linear(a.context, d)(torch.empty(a.text_tokens, a.context)),
-            ]
-        )
+        image, text = torch.empty(tokens, cells), torch.empty(a.text_tokens, a.context)
+        x = torch.cat([linear(image, d), linear(text, d)])
         for _ in range(a.double_blocks + a.single_blocks):
-            q, k, v = (nn.Linear(d, d)(x) for _ in range(3))
-            x = nn.Linear(d, d)(torch.mm(torch.mm(q, k.T), v))
-            x = nn.Linear(wide, d)(nn.Linear(d, wide)(x))
-        nn.Linear(d, cells)(x[:tokens])
-    assert s == len(x)
+            q, k, v = (linear(x, d) for _ in range(3))
+            x = linear(q @ k.T @ v, d)
+            x = linear(linear(x, wide), d)
+        linear(x[:tokens], cells)
     return counter.get_total_flops()
 
 
@@ -83,6 +91,7 @@ SIZES = st.builds(
 )
 
 
+@settings(FEW, max_examples=8)  # a polynomial
 @given(SIZES, st.integers(1, 9), st.integers(1, 4), st.integers(1, 60))
 def test_a_forward_costs_what_a_transformer_of_its_sizes_is_counted_to(
     sizes: Architecture, channels: int, patch: int, tokens: int
@@ -121,7 +130,8 @@ def test_a_sampling_costs_its_forwards(batch: int) -> None:
     assert plain == Work(nfe=4, flops=4 * batch * ONE)
     assert sampled(batch=batch, guidance=mf.CFG(4.0)) == Work(nfe=8, flops=8 * batch * ONE, negative=True)
     assert sampled(batch=batch, solver=mf.Heun()).nfe == 7  # the last step ends at 0, where nothing is asked
-    assert sampled(replace(MODEL, cfg=4.0)) == sampled(guidance=mf.CFG(4.0))  # the model's own guidance
+    own, out = replace(MODEL, cfg=4.0), mf.Latents(batch, 8, 12, SPACE)
+    assert sampling_work(own, out, (1.0, 0.5, 0.0), mf.Euler(), None).nfe == sampled(own, steps=2).nfe == 4
     assert sampled(solver=mf.BogackiShampine()).estimated
 
 
@@ -151,6 +161,7 @@ class Told(mf.caches.Cache):
         return self.part
 
     def forecast(self, info: ModelInfo, sigmas: object, branch: object) -> Forecast:
+        assert len(sigmas) == 4 and {*branch} <= {*sigmas}  # type: ignore[arg-type, misc]
         return Forecast(len(branch), min(self.computed, len(branch)), 0.25, self.exact)  # type: ignore[arg-type]
 
 
@@ -232,6 +243,9 @@ def test_the_least_time_is_bound_by_arithmetic_or_by_reading_the_weights_stage_b
     assert floor_seconds(Plan(replace(MODEL, architecture=None), (heavy, light)), flops=1e3, bandwidth=1e5) == (
         pytest.approx(1000.01)
     )
+    assert (
+        floor_seconds(Plan(replace(MODEL, architecture=None), (replace(light, work=Work(nfe=5)),)), bandwidth=1.0) == 0
+    )
     assert H200[1] == 790e12 and H200[2] == 4.3e12
 
 
@@ -276,6 +290,7 @@ def test_memory_holds_what_lies_on_the_device_at_each_moment(
     want = {"encoding the prompt": prompt} | ({"folding modulations": folding} if folding else {})
     want |= {f"{r.name} {r.out}": steady + 2 * VALUES[r.name] for r in planned.rows}
     assert found is not None and found.moments == want
+    assert all(type(size) is int for size in found.moments.values())
     assert found.peak == max(want.values()) and want[found.worst] == found.peak
 
 
@@ -293,9 +308,9 @@ def test_a_model_that_is_loaded_is_counted_as_it_is() -> None:
     assert other is not None and other.peak == 21_060_211
 
 
-def values(*rows: PlannedStage, value_bytes: int = 4) -> list[int]:
+def values(*rows: PlannedStage, value_bytes: int = 4, model: ModelInfo = MODEL) -> list[int]:
     """Bytes of values at the moments of these rows."""
-    found = memory(Plan(MODEL, rows), offload="phase", fold=False, value_bytes=value_bytes)
+    found = memory(Plan(model, rows), offload="phase", fold=False, value_bytes=value_bytes)
     assert found is not None
     return [size - 60_211 for name, size in found.moments.items() if name != "encoding the prompt"]
 
@@ -322,5 +337,7 @@ def test_tiles_add_three_rows_of_them_in_float32() -> None:
     for size in (2, 4):
         (found,), (plain,) = values(tiled, value_bytes=size), values(whole, value_bytes=size)
         assert found - plain == 3 * 40 * 12 * 2 * 4
+    wide = replace(MODEL, space=replace(SPACE, patch=4))
+    assert values(tiled, model=wide)[0] - values(whole, model=wide)[0] == 3 * 40 * 48 * 2 * 4
     both = replace(tiled, work=replace(tiled.work, negative=True))
     assert values(both) == [2 * value for value in values(tiled)]

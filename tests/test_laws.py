@@ -1,4 +1,4 @@
-"""Every law catches its counterexample and lets through what is right."""
+"""Every law lets through what is right; `test_law_words` holds what each catches."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,6 @@ import pytest
 import mrflow as mf
 from mrflow.testing import (
     LAWS,
-    Law,
     LawBroken,
     check_backbone,
     check_cache,
@@ -32,12 +31,6 @@ from mrflow.testing.of_slots import SpoiledGuidance, SpoiledModel, SpoiledNoise,
 from mrflow.testing.of_solvers import SpoiledEuler as Step
 from mrflow.testing.of_stages import SpoiledGrowth
 from mrflow.testing.of_stages import SpoiledReinjection as Reinjection
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: f"{law.kind}: {law.name}")
-def test_a_law_catches_its_counterexample(law: Law) -> None:
-    with pytest.raises(LawBroken, match=f"breaks the law of {law.kind}s '{law.name}'"):
-        law.hold(law.counterexample, **law.under)
 
 
 def test_laws_have_names_sentences_formulas_and_sources() -> None:
@@ -108,3 +101,7 @@ def test_a_transition_that_keeps_the_mean_alone_is_caught() -> None:
 def test_a_stochastic_solver_is_held_to_its_marginal() -> None:
     check_solver(mf.StochasticEuler(), order=1)
     check_solver(mf.StochasticEuler(3.0), order=1)
+
+
+def test_a_solver_that_chooses_its_steps_is_held_to_its_tolerance() -> None:
+    check_solver(mf.BogackiShampine(), order=3)

@@ -1,8 +1,6 @@
 """`pytest --mrflow-laws` on modules of others: the tutorial's, and one whose plug-ins are broken."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -67,32 +65,37 @@ EXAMPLES
 """
 
 
+class Watched:
+    """A plugin that keeps each item's outcome by its name, and what failures print."""
+
+    def __init__(self) -> None:
+        self.outcomes = dict[str, str]()
+        self.printed = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Every phase: the last one that is not passed counts."""
+        name = report.nodeid.partition("::")[2]
+        if report.when == "call" or not report.passed:
+            self.outcomes[name] = report.outcome
+            self.printed += report.longreprtext
+
+
 def laws(folder: Path, text: str) -> tuple[int, dict[str, str], str]:
-    """The exit code, each item's outcome by its name, and everything printed."""
+    """The exit code of `pytest --mrflow-laws mine.py` in this process, each item's outcome, and what failures print."""
     (folder / "mine.py").write_text(text)
     (folder / "pytest.ini").write_text("[pytest]\n")
-    line = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "mrflow.pytest_plugin",
-        "-p",
-        "no:cacheprovider",
-        "-v",
-        "--mrflow-laws",
-    ]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
-    done = subprocess.run([*line, "mine.py"], cwd=folder, env=env, capture_output=True, text=True, check=False)
-    found = re.findall(r"^mine\.py::(.+?) (PASSED|FAILED|ERROR)", done.stdout, re.M)
-    return done.returncode, dict(found), done.stdout + done.stderr
+    watched, where = Watched(), ["-c", str(folder / "pytest.ini"), "--rootdir", str(folder)]
+    line = ["-p", "mrflow.pytest_plugin", "-p", "no:cacheprovider", "--import-mode", "importlib", "--mrflow-laws"]
+    sys.modules.pop("mine", None)
+    code = pytest.main([*line, *where, str(folder / "mine.py")], plugins=[watched])
+    return int(code), watched.outcomes, watched.printed
 
 
 def test_right_plug_ins_pass_one_test_for_each_law(tmp_path: Path) -> None:
     text = MODULE.replace(" BENT", "").replace("FLIP", "").replace("EXAMPLES", "kept = [Power(3), Strong(2.0)]")
     code, found, out = laws(tmp_path, text)
     assert code == 0, out
-    assert set(found.values()) == {"PASSED"}
+    assert set(found.values()) == {"passed"}
     for name in (
         "Power: schedule: scales",
         "Ralston: solver: order on uneven levels",
@@ -107,7 +110,7 @@ def test_broken_plug_ins_fail_by_law_and_say_what_to_do(tmp_path: Path) -> None:
     text = MODULE.replace(" BENT", " ** 2").replace("FLIP", ".flip(-2)").replace("EXAMPLES", "")
     code, found, out = laws(tmp_path, text)
     assert code == 1
-    failed = {name for name, outcome in found.items() if outcome != "PASSED"}
+    failed = {name for name, outcome in found.items() if outcome != "passed"}
     assert failed == {
         "Power: schedule: start",
         "Power: schedule: scales",

@@ -252,7 +252,7 @@ class SpoiledReinjection(Stage[Latents, Latents]):
     def plan(self, spec: Latents, model: ModelInfo) -> Latents:
         if self.how == "plan":
             _calls.append(1)
-            return replace(spec, sigma=min(0.9, 0.1 * len(_calls)))
+            return replace(spec, sigma=0.1 + 0.1 * (len(_calls) % 8))
         return replace(spec, sigma=0.5)
 
     def work(self, spec: Latents, out: Latents, model: ModelInfo) -> Work:
