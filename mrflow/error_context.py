@@ -2,7 +2,7 @@
 
 import torch
 
-from mrflow.errors import MrflowError, PromiseError, ResourceError, words_of
+from mrflow.errors import Interruption, MrflowError, PromiseError, ResourceError, words_of
 
 
 def named(error: BaseException, where: str) -> MrflowError:
@@ -18,6 +18,12 @@ def named(error: BaseException, where: str) -> MrflowError:
             f"{where}: out of memory; try a smaller size or batch ({words_of(error) or 'MemoryError'})"
         )
     return PromiseError(f"{where}: failed with {type(error).__name__}: {words_of(error)}")
+
+
+def passes(error: BaseException) -> bool:
+    """Whether what came out of code of users is no error of it: Ctrl-C, the exit after a signal, an `Interruption`."""
+    ended = isinstance(error, SystemExit) and error.code in (130, 143)
+    return ended or isinstance(error, KeyboardInterrupt | Interruption)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -53,6 +53,10 @@ class RecordError(MrflowError, ValueError):
     """A picture carries no record, or one that cannot be replayed."""
 
 
+class Interruption(BaseException):
+    """What passes through stages, metrics and other code of users, and is no error of theirs."""
+
+
 MOST = 2000
 
 

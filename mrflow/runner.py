@@ -13,8 +13,8 @@ from torch import Tensor
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
 from mrflow.devices import Stopwatch
-from mrflow.error_context import named
-from mrflow.errors import PlanError, PromptError
+from mrflow.error_context import named, passes
+from mrflow.errors import Interruption, PlanError, PromptError
 from mrflow.flow import finite
 from mrflow.forks import check_process
 from mrflow.model_info import ModelInfo
@@ -116,7 +116,9 @@ def run(
     for number, stage in enumerate(stages, 1):
         try:
             stage.check(model)
-        except Exception as error:
+        except BaseException as error:
+            if passes(error):
+                raise
             raise named(error, f"stage {number} of {len(stages)}, {short(stage)}") from error
     negative = model.info.negative if negative is None else negative
     if not isinstance(negative, str):
@@ -253,10 +255,10 @@ def _first(start: Tensor | State[Spec] | None, batch: int, model: Backbone) -> S
     return State(spec, data)
 
 
-class _ListenerError(BaseException):
+class _ListenerError(Interruption):
     """Carries what a listener raised past the stage, whose error it is not."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
@@ -279,7 +281,7 @@ def _relay(listener: Listener | None, index: int, path: list[PathStep] | None) -
             path.append(PathStep(index, step.to, step.denoised.detach().float().cpu().clone()))
         try:
             _emit(listener, Stepped(index, step))
-        except Exception as error:
+        except BaseException as error:
             raise _ListenerError(error) from None
 
     return tell

@@ -19,7 +19,7 @@ from mrflow._checks import check_whole
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.devices import to_device
-from mrflow.error_context import named
+from mrflow.error_context import named, passes
 from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, words_of
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
@@ -351,7 +351,9 @@ def plan(
             rows.append(stage.plan_row(spec, model))  # type: ignore[arg-type]  # pyright: ignore
         except MrflowError as error:
             raise named(error, where) from error
-        except Exception as error:
+        except BaseException as error:
+            if passes(error):
+                raise
             raise PlanError(f"{where}: its plan failed with {type(error).__name__}: {words_of(error)}") from error
         spec = rows[-1].out
     return Plan(model, tuple(rows), stages)
@@ -497,10 +499,8 @@ def keep_promise(stage: AnyStage, state: State[Spec], out: Spec, ctx: Context, w
     given = state.data.clone()
     try:
         data = stage.apply(state, out, ctx)
-    except Exception as error:
-        raise named(error, where) from error
-    except SystemExit as error:
-        if error.code in (130, 143):  # signals
+    except BaseException as error:
+        if passes(error):
             raise
         raise named(error, where) from error
     if not isinstance(data, Tensor):

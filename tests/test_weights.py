@@ -83,6 +83,11 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "deep nesting": (struct.pack("<Q", 200_000) + b"[" * 200_000, "broken header"),
     "pickle": (pickle.dumps({"a": 1}), "pickle"),
     "zip": (b"PK\x03\x04" + bytes(100), "pickle"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "is a picture; mrflow reads safetensors"),
+    "a photograph": (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(100), "is a picture; mrflow reads safetensors"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+    "gzip": (b"\x1f\x8b\x08\x00abcdefgh" + bytes(100), "gzip"),
+    "a web page": (b"<!DOCTYPE html><html><title>Log in</title>", "is a web page, not the file itself: fetch it again"),
     "gguf": (b"GGUF" + bytes(100), "GGUF"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
 }

@@ -46,7 +46,7 @@ from experiments.reliability.mutations import (
     pickles,
 )
 from experiments.reliability.watched import waited, watched
-from mrflow.errors import MrflowError
+from mrflow.errors import Interruption, MrflowError
 from mrflow.models import info
 from mrflow.models.describe import describe
 from mrflow.models.pocket.model import Pocket
@@ -287,7 +287,7 @@ class Inputs:
         return wrong or (f"took {took:.0f} s" if took > LIMIT else None)
 
 
-class LateError(BaseException):
+class LateError(Interruption):
     """Time is up; nothing that handles errors takes it for one."""
 
 

@@ -41,6 +41,13 @@ OTHER_FORMATS = (
     (b"GGUF", "a GGUF file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
 )
+# Told apart only where no header of tensors can begin so.
+NO_TENSORS = (
+    *((magic, "a picture") for magic in (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"BM")),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x1f\x8b", "a gzip archive"),
+    *((magic, "a web page, not the file itself: fetch it again") for magic in (b"<!DOCTYPE", b"<!doctype", b"<html")),
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,9 @@ def read_header(path: Path) -> Header:
             beyond = length > MAX_HEADER or 8 + length > size
             if beyond and first[0] == 0x80 and 2 <= first[1] <= 5:
                 raise WeightsError(f"{path} is a Python pickle; mrflow reads safetensors")
+            for magic, what in NO_TENSORS if beyond else ():
+                if first.startswith(magic):
+                    raise WeightsError(f"{path} is {what}; mrflow reads safetensors")
             if length > MAX_HEADER:
                 raise WeightsError(f"{path} is not safetensors: a header of {length} bytes, {MAX_HEADER} at most")
             if 8 + length > size:

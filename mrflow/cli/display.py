@@ -89,7 +89,7 @@ def console() -> Generator[Console]:
         if asked and end.code != 128 + asked[0]:
             raise SystemExit(_ended(err, end, asked)) from None
         raise
-    except (KeyboardInterrupt, Exception) as error:
+    except BaseException as error:
         raise SystemExit(_ended(err, error, asked)) from None
     finally:
         over.set()

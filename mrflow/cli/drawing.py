@@ -19,8 +19,18 @@ from mrflow import sheet
 from mrflow.backbone import Backbone
 from mrflow.cli.chains import build
 from mrflow.cli.display import duration, width
-from mrflow.cli.options import SR_WORDS, ChainOptions, DrawOptions, refuse
-from mrflow.cli.parsing import embedded, free_path, load_chain, load_model, pairs_of, save_free, upscaler
+from mrflow.cli.options import ChainOptions, DrawOptions, refuse
+from mrflow.cli.parsing import (
+    embedded,
+    free_path,
+    load_chain,
+    load_model,
+    pairs_of,
+    save_free,
+    staying,
+    upscaler,
+    without_upscaler,
+)
 from mrflow.cli.verbs import GenerateOptions, RunOptions
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
@@ -55,7 +65,7 @@ def generate(err: Console, asked: GenerateOptions) -> None:
     if compare not in (None, "native"):
         raise PlanError(f"--compare takes native, got {compare!r}")
     if chain.sr in (None, "own") and chain.name in ("paper", "official") and not embedded(model):
-        raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
+        raise without_upscaler(model)
     pairs, net = pairs_of(asked.prompts, asked.drawing), upscaler(chain.sr) or chain.sr
     last = chain.ladder.split(",")[-1] if chain.ladder else chain.size
     native = ChainOptions(recipe="native", size=last)
@@ -130,11 +140,12 @@ def draw(
         with progress(err, planned[len(groups[0])], [len(group) for group in groups]) as listen:
             for number, group in enumerate(groups):
                 first = None if start is None else start.expand(len(group), -1, -1, -1)
-                result = execute(
-                    one, backbone, [text for text, _ in group], seed=[seed for _, seed in group], start=first,
-                    negative=options.negative, keep=options.stages and one is ready.chain, on_event=listen,
-                    planned=planned[len(group)],
-                )  # fmt: skip
+                with staying():
+                    result = execute(
+                        one, backbone, [text for text, _ in group], seed=[seed for _, seed in group], start=first,
+                        negative=options.negative, keep=options.stages and one is ready.chain, on_event=listen,
+                        planned=planned[len(group)],
+                    )  # fmt: skip
                 made.append(result)
                 if keep is not None:
                     keep(result, number)

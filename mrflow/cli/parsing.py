@@ -2,9 +2,11 @@
 
 import ast
 import importlib.util
+import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from fractions import Fraction
 from math import gcd
@@ -16,7 +18,7 @@ from mrflow import models
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.cli.options import SR_WORDS, DrawOptions, ModelOptions
-from mrflow.error_context import named
+from mrflow.error_context import named, passes
 from mrflow.errors import MrflowError, PlanError, words_of
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.offload import check_offload
@@ -37,6 +39,17 @@ MOST = 1024  # pictures of one command
 def embedded(where: str) -> bool:
     """Whether a model is one that comes with everything."""
     return bool(shipped(where)) or models.is_pocket(Path(where)) or not (Path(where).exists() or "/" in where)
+
+
+def without_upscaler(where: str) -> MrflowError:
+    """Why a model that does not come with everything cannot draw without --sr: what is wrong with its file goes first.
+
+    Raises:
+        MrflowError: what lies there is no model.
+    """
+    if Path(where).exists():
+        models.info(where)
+    return PlanError(f"{where} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
 
 
 def load_model(where: str, options: ModelOptions, on_facts: Callable[[ModelInfo], object] | None = None) -> Backbone:
@@ -336,6 +349,21 @@ def module_name(file: Path) -> str:
     return f"file_{stem}" if taken or stem in sys.stdlib_module_names else stem
 
 
+@contextmanager
+def staying() -> Generator[None]:
+    """Code of users runs inside: whatever folder it changes to, relative names keep the meaning they had before."""
+    try:
+        before = os.getcwd()
+    except OSError:  # the folder is gone
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.chdir(before)
+
+
 OURS = "__mrflow_loaded__"
 
 
@@ -356,9 +384,10 @@ def load_file(file: Path) -> dict[str, object]:
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # last: a neighbour hides no module that is installed
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code in (130, 143):
+        with staying():
+            spec.loader.exec_module(module)
+    except BaseException as error:
+        if passes(error):
             raise
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
         number = error.lineno if isinstance(error, SyntaxError) and not lines else lines[-1] if lines else None

@@ -1,30 +1,41 @@
 """The verbs for what is there already: inspect, replay."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import typer
 from rich.console import Console
 from torch import Tensor
 
+from mrflow._checks import is_whole
 from mrflow.cli.display import width, wrapped
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import free_path, load_model, own_types, save_free
 from mrflow.cli.verbs import InspectOptions, ReplayOptions
+from mrflow.errors import PlanError
 from mrflow.models.digests import verify
 from mrflow.notes import printable
 from mrflow.records.files import cache_folder
 from mrflow.records.pictures import read_image, read_record, to_images
 from mrflow.records.replay import inspect_file, is_checkpoint, recorded_model, replay
 from mrflow.result import result_files
+from mrflow.sweep.rows import Row
+from mrflow.sweep.store import Store
+from mrflow.sweep.summary import load_rows
 
 DIFFERENT = 4
+MOST_CHAINS = 20  # that are listed
 
 
 def inspect(err: Console, asked: InspectOptions) -> None:
     """Read a file's record, or its headers, or all of it."""
     file = asked.file
-    if asked.verify:
+    folder = swept(file)
+    refuse(asked.verify and folder is not None, "--verify", "with a sweep: it looks at its pictures when it goes on")
+    if folder is not None:
+        lines = sweep_lines(folder)
+    elif asked.verify:
         lines = list(verify(file, cache_folder()))
     elif asked.as_json and not is_checkpoint(file):
         typer.echo(json.dumps(read_record(file), indent=2))
@@ -35,6 +46,39 @@ def inspect(err: Console, asked: InspectOptions) -> None:
         typer.echo(json.dumps({"path": str(file), "lines": lines}, indent=2))
     else:
         typer.echo("\n".join(wrapped(map(printable, lines), width())))
+
+
+def swept(file: Path) -> Path | None:
+    """The folder of the sweep that a folder or a JSON file is, or belongs to; None where there is none."""
+    if not file.is_dir() and file.suffix != ".json":
+        return None
+    return next((each for each in (file, *file.absolute().parents[:3]) if (each / "sweep.json").is_file()), None)
+
+
+def sweep_lines(folder: Path) -> list[str]:
+    """What a sweep's folder holds: its chains and how many of their rows are there, what failed, what to run next."""
+    said, rows = Store(folder).manifest(), list[Row]()
+    why = None
+    try:
+        rows, _ = load_rows(folder)
+    except PlanError as error:
+        why = str(error)
+    chains = dict.fromkeys([*said.get("chains", {}), *(row.chain for row in rows)])
+    failed = [row for row in rows if not row.done]
+    whole = said.get("rows")
+    left = f", {max(0, whole - len(rows))} to make" if is_whole(whole, 0) else ""
+    count = f"{len(rows) - len(failed)} rows done, {len(failed)} failed{left}"
+    by = f" by {said['model']}" if "model" in said else ""
+    lines = [f"{folder.resolve().name}: a sweep of {len(chains)} chains{by}; {count}"]
+    for label in list(chains)[:MOST_CHAINS]:
+        mine = [row for row in rows if row.chain == label]
+        bad = sum(not row.done for row in mine)
+        lines.append(f"chain     {label}: {len(mine) - bad} rows done" + (f", {bad} failed" if bad else ""))
+    lines += [f"          ... and {len(chains) - MOST_CHAINS} more"] if len(chains) > MOST_CHAINS else []
+    lines += [f"error     {failed[0].chain}, {failed[0].prompt[:60]!r}: {failed[0].error}"] if failed else []
+    if why is not None:
+        return [*lines, f"problem   {why}"]
+    return [*lines, f"next      mrflow report {folder} (a page), mrflow sweep export {folder} --to csv (a table)"]
 
 
 def replay_picture(err: Console, asked: ReplayOptions) -> None:

@@ -20,6 +20,7 @@ from mrflow.cli.parsing import (
     refinement,
     save_free,
     upscaler,
+    without_upscaler,
 )
 from mrflow.cli.verbs import RefineOptions
 from mrflow.errors import PlanError
@@ -51,7 +52,7 @@ def refine(err: Console, asked: RefineOptions) -> None:
     if embedded(model):
         err.print(PHOTOGRAPHS)
     if sr in (None, "own") and not embedded(model):
-        raise PlanError(f"{model} comes without a super-resolution net; choose one: --sr {SR_WORDS}")
+        raise without_upscaler(model)
     if asked.refine_steps is not None:
         check_whole("--refine-steps", asked.refine_steps, 1, 1000)
     net = upscaler(sr)

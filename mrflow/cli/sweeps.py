@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def sweep(err: Console, asked: SweepOptions) -> None:
     found = load_sweep(asked.file)
     name = asked.model or found.model
     folder = asked.out or Path(f"{asked.file.stem.partition(':')[0]}-sweep")
+    whole = folder.absolute()  # stages may change to another folder
     part = parse_shard(asked.shard)
     planned = plan_sweep(found, name)
     if asked.dry:
@@ -62,16 +64,17 @@ def sweep(err: Console, asked: SweepOptions) -> None:
             for _, own in own_files(sys.modules[module_name(_file_of(asked.file)[0])]):
                 package().cloudpickle.register_pickle_by_value(own)  # workers have no such file
             pool = Pool(2 if asked.workers is None else asked.workers, gpus=asked.gpus or 0.0, address=asked.address)
-            done = run_on_ray(found, load, folder, pool, **how)
+            done = run_on_ray(found, load, whole, pool, **how)
         else:
-            done = run_sweep(found, backbone, folder, **how, log=logs)
+            done = run_sweep(found, backbone, whole, **how, log=logs)
+    done = replace(done, folder=str(folder))
     stay = f", {done.stayed} failed before and stay failed" if done.stayed else ""
     counts = f"{done.made} rows made, {done.before} were there, {done.failed} failed{stay}, {done.left} left"
     err.print(f"{counts}: {folder}")
     for text in done.errors:
         err.print(f"  {text}")
     if not asked.as_json and done.made + done.before > done.stayed:
-        err.print(str(table(folder)))
+        err.print(str(table(whole)))
     if asked.as_json:
         typer.echo(json.dumps(done.__dict__))
     else:

@@ -38,7 +38,7 @@ def tune_chains(err: Console, asked: TuneOptions) -> None:
     if asked.floor is not None:
         wanted = replace(wanted, floor=asked.floor)
     backbone = load_model(asked.model or wanted.model, asked.loading)
-    counted = [0]
+    counted, out = [0], out.absolute()  # metrics may change to another folder
     with status(err) as drawing:
 
         def drawn(label: str, done: int, total: int) -> None:
@@ -57,7 +57,7 @@ def tune_chains(err: Console, asked: TuneOptions) -> None:
     write_front(result, wanted, out / "front.py")
     write_report(out, out / "report.html", title=f"tuned for {wanted.metric} {wanted.bound} {wanted.floor:g}")
     err.print("\n".join(lines(result, wanted)))
-    made = [out / "front.py", out / "report.html"]
+    made = [asked.out / "front.py", asked.out / "report.html"]
     if asked.as_json:
         typer.echo(json.dumps({"paths": [str(path) for path in made], **outcome(result, wanted)}))
     else:

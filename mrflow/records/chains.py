@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import cast
 
 import mrflow
+from mrflow.error_context import passes
 from mrflow.errors import ChainError, RecordError, WeightsError
 from mrflow.records import sources
 from mrflow.records.files import known_file
@@ -115,7 +116,9 @@ def _decode(data: object, allowed: Mapping[str, type], depth: int = 0) -> object
         return cls(**values)
     except WeightsError:
         raise  # a file that was given is another one, or broken
-    except Exception as error:  # the values are from outside, and the class may be anyone's
+    except BaseException as error:  # the values are from outside, and the class may be anyone's
+        if passes(error):
+            raise
         raise RecordError(f"the record's {name} cannot be made: {error or type(error).__name__}") from None
 
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import TypeVar, cast, get_type_hints
 
 import mrflow
-from mrflow.error_context import named
+from mrflow.error_context import named, passes
 from mrflow.errors import MrflowError, PlanError
 from mrflow.records.chains import ROOMS, name_of, public
 
@@ -141,7 +141,9 @@ class _Reader:
             return cast("type", make)(*args, **given)
         except MrflowError as error:
             raise named(error, getattr(make, "__qualname__", "")) from None
-        except Exception as error:  # a type of the user's, or arguments that its checks did not foresee
+        except BaseException as error:  # a type of the user's, or arguments that its checks did not foresee
+            if passes(error):
+                raise
             raise PlanError(f"{_written(make, form)}: {type(error).__name__}: {error}") from None
 
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from mrflow.errors import Interruption
+
 RETRY = 75  # the exit code that says "run the same command again"
 GRACE = 30.0  # seconds for what was interrupted to end; at most as long as it was given
 
 
-class RowTimeoutError(BaseException):
+class RowTimeoutError(Interruption):
     """It took too long. No Exception, so that nothing on the way takes it for an error of its own."""
 
 

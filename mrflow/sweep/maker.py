@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, Wrapper
-from mrflow.error_context import is_out_of_memory
+from mrflow.error_context import is_out_of_memory, passes
 from mrflow.errors import DeviceLostError, MrflowError, PlanError, ResourceError, words_of
 from mrflow.forks import check_process
 from mrflow.images import read_image
@@ -194,8 +194,8 @@ class Maker:
                     raise PlanError(f"with it the metrics give {len(out | new)} numbers a picture, {MOST} at most")
                 out |= new
                 names.add(repr(metric))
-            except Exception as error:
-                if is_device_lost(error):
+            except BaseException as error:
+                if passes(error) or is_device_lost(error):
                     raise
                 errors[repr(metric)] = _say(error)
         return out, names, errors

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from mrflow.error_context import passes
 from mrflow.errors import PlanError, ResourceError
 from mrflow.records.files import check_writable
 from mrflow.records.readable import stage_text
@@ -161,7 +162,9 @@ class Logs:
         for each in list(self._trackers):
             try:
                 tell(each)
-            except Exception as error:
+            except BaseException as error:
+                if passes(error):
+                    raise
                 log.warning("--log %s is left out: %s: %s", type(each).__name__, type(error).__name__, error)
                 self._trackers.remove(each)
 
