@@ -31,8 +31,9 @@ $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 
 demo: $(VENV)/.installed ## Draw pictures with the embedded model, staged beside native
 	@mkdir -p $(OUT)
-	$(BIN)/mrflow generate "five green triangles on coarse dots" "a big happy face at the centre" \
-	  "the medium red word HAPPY" --compare native --out $(OUT)/demo.png --force
+	$(BIN)/mrflow generate "a big happy face at the centre" "the medium red word HAPPY" \
+	  "a red star at the top left, a blue ring at the middle right, a green heart at the bottom left, a purple square at the bottom right" \
+	  "a 5x5 grid of green circles with a red star in row 2 column 4" --compare native --out $(OUT)/demo.png --force
 
 test: $(VENV)/.installed-dev ## Run all tests, a process for each core
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -44,8 +45,8 @@ figure: $(VENV)/.installed-dev ## Every method at equal speeds (MODEL=FILE; resu
 	$(BIN)/python -m experiments.failures frontier --model $(or $(MODEL),pocket) --steps 50 --figure docs/images/studies/frontier.svg \
 		$(if $(filter pocket%,$(or $(MODEL),pocket)),,--page docs/how-to/rivals.md) # the page is for a model of the hard world
 
-pocket: $(VENV)/.installed-dev ## Train the embedded model again, into runs/pocket-3 (ten minutes on an H200, days without; goes on where it stopped)
-	$(BIN)/python -m experiments.train_pocket --device auto --workers $$($(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 2) - 2))')
+pocket: $(VENV)/.installed-dev ## Train the embedded model on, into runs/pocket-4 (eight hours on two cores; goes on where it stopped)
+	$(BIN)/python -m experiments.train_pocket.hard --device auto --bf16
 
 evidence: $(VENV)/.installed-dev ## All questions asked of MODEL=file (and its STUDENT=file): an hour and a half on two cores; goes on where it stopped
 	$(BIN)/python -m experiments.evidence --model $(MODEL) $(if $(STUDENT),--student $(STUDENT))

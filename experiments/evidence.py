@@ -82,7 +82,7 @@ def pieces(
         failures("map", "map", captions, 37.0, *native_staged, *figure, *one),
         failures("map", "settings", captions, 14.0, "--methods", "staged", *SETTINGS, *two),
         failures("budget", "budget", captions, 33.0, *one),
-        failures("mends", "mends", many, 12.7, "--details", "letters", "--sizes", "8%"),
+        failures("mends", "mends", many, 12.7, "--details", "letters", "--sizes", "13%"),
         failures("frontier", "frontier", captions, 16.6, *two),
         *(
             Piece(

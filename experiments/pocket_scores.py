@@ -8,7 +8,7 @@ after a warm-up, the methods taking turns; the range of the ratio is over repeat
 
     python -m experiments.pocket_scores --keep runs/scores      # native 50 at 512 px: hours on a processor; goes on
     python -m experiments.pocket_scores --size 256
-    python -m experiments.pocket_scores --model pocket-3
+    python -m experiments.pocket_scores --model pocket-4
 """
 
 import argparse
@@ -35,6 +35,7 @@ from mrflow.sweep import interval as mean_of
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
 Row = dict[str, float]  # a picture's scores by category
+BLOCK = 8  # pixels of a side of what the golden averages
 STAGED, NATIVE = "staged 12 + 1", "native 50"
 
 
@@ -107,7 +108,7 @@ def interval(
 def main() -> None:
     """Print a Markdown table, and what the timing found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="pocket", help="or a version, pocket-3")
+    parser.add_argument("--model", default="pocket", help="or a version, pocket-4")
     parser.add_argument("--world", choices=list(WORLDS), default="full", help="of the captions")
     parser.add_argument("--captions", type=int, default=200, help="0: only the speeds")
     parser.add_argument("--batch", type=int, default=20)
@@ -214,9 +215,9 @@ def scored(
 def golden(chain: Chain, model: mf.Backbone) -> None:
     """Write the golden of the end-to-end test: block means of one picture."""
     prompt, seed = "a green triangle left of a blue square", 7
-    means = torch.nn.functional.avg_pool2d(mf.run(chain, model, prompt, seed=seed).pixels[0], 32)
+    means = torch.nn.functional.avg_pool2d(mf.run(chain, model, prompt, seed=seed).pixels[0], BLOCK)
     data = {
-        "how": "python -m experiments.pocket_scores --golden: means over 32 x 32 pixels of the default staged picture",
+        "how": f"python -m experiments.pocket_scores --golden: means over {BLOCK} x {BLOCK} px of the staged picture",
         "version": model.info.version,
         "prompt": prompt,
         "seed": seed,

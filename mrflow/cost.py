@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 
 def forward_flops(model: ModelInfo, tokens: int) -> float:
-    """Operations of one forward of one item at this many image tokens; 0 where the architecture is not known."""
+    """Operations of one forward of one item at this many image tokens; 0 where the architecture is not known.
+
+    Text counts in every block. What a last block leaves out of it is not taken off (2.5 % of pocket at 128 px, 0.1 % of
+    FLUX.1-dev at 1024 px), nor are the modulations added.
+    """
     a = model.architecture
     if a is None:
         return 0.0

@@ -44,11 +44,10 @@ LIGHTNING_8 = Student(8, Lora(_LIGHTNING.format(8)), _LIGHTNING_SHIFT, Distilled
 SCHNELL = Student(4)
 """FLUX.1-schnell is a checkpoint of its own, whose scheduler does not shift: load it and draw in 1 to 4 steps."""
 _INSIDE = Path(__file__).parent / "models" / "pocket"
-POCKET_3 = Student(2, Lora(str(_INSIDE / "pocket-3-student.safetensors")), Shift.fixed(2.0), Distilled())
-"""The student of `mrflow.load("pocket-3")`, for 2 to 4 unguided steps (`experiments/train_pocket/student.py`).
+POCKET_4 = Student(2, Lora(str(_INSIDE / "pocket-4-student.safetensors")), Shift.fixed(2.0), Distilled())
+"""The student of `mrflow.load("pocket-4")`, for 1 to 4 unguided steps (`experiments/train_pocket/student.py`).
 
-At every size it takes the levels that it was taught with at 256 pixels: from the model's own at 512, the first of two
-steps ends at 0.80, and the second draws flecks.
+At every size it takes the levels that it was taught with.
 """
-POCKET = POCKET_3
+POCKET = POCKET_4
 """The student of the newest embedded model, `mrflow.load("pocket")`; it belongs to no model of another width."""

@@ -99,7 +99,7 @@ def test_slots_of_ones_own(here: Path) -> None:  # noqa: F811
         ("--schedule Karras(4) --steps 2", "--schedule Karras(4) has steps of its own; leave out --steps 2"),
         (
             "--low 512",
-            "--low 512 must be smaller, on both sides, than 512x512, pocket's own size (--size takes another)",
+            "--low 512 must be smaller, on both sides, than 128x128, pocket's own size (--size takes another)",
         ),
         ("--size 64 --low 64x32", "--low 64x32 must be smaller, on both sides, than --size 64"),
         ("--ladder 128,64", "--ladder 128,64: sizes must rise, 128x128 is followed by 64x64"),
@@ -414,9 +414,9 @@ def test_pocket_says_what_it_was_not_trained_on(caplog: pytest.LogCaptureFixture
     def odd(*sizes: Any) -> tuple[str, ...]:
         return mf.plan(mf.recipes.paper(low=sizes[0], size=sizes[1], upscaler=mf.Lanczos(2)), mf.POCKET).notes
 
-    assert odd(256, 512) == odd(128, 256) == ()
+    assert odd(128, 256) == odd(64, 128) == ()
     assert odd((160, 320), (320, 640)) == (
-        "pocket was trained on squares of 128, 256, 512 pixels; it draws worse at 160x320, 320x640",
+        "pocket was trained on squares of 64, 128, 256 pixels; it draws worse at 160x320, 320x640",
     )
     assert mf.plan(mf.recipes.native(size=(64, 64)), mf.FLUX).notes == ()
     assert "it draws worse at 96x96" in call("plan", "--recipe", "native", "--size", "96")[2]

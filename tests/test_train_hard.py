@@ -148,7 +148,7 @@ def test_a_file_of_more_words_than_there_are_is_refused(tmp_path: Path) -> None:
     tensors = tensors_of(open_pocket(WEIGHTS))
     tensors["text.tokens.weight"] = torch.zeros(len(WORDS) + 1, 192)
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match=rf"a text encoder of {len(WORDS) + 1} words and 12 tokens; pocket has at m"):
+    with pytest.raises(WeightsError, match=rf"a text encoder of {len(WORDS) + 1} words and 40 tokens; pocket has at m"):
         load_pocket(tmp_path / "a.safetensors")
 
 

@@ -91,8 +91,8 @@ def test_what_cannot_be_is_said_before_any_work(
 ) -> None:
     run = Run(tmp_path, scale=1.0)
     for _ in range(2):  # the same again is fine
-        keep_settings(run, repr(recipe.RECIPES["pocket-3"]))
-    monkeypatch.setitem(recipe.RECIPES, "other", replace(recipe.RECIPES["pocket-3"], start=""))
+        keep_settings(run, repr(recipe.RECIPES["full"]))
+    monkeypatch.setitem(recipe.RECIPES, "other", replace(recipe.RECIPES["full"], phases=()))
     monkeypatch.setattr("sys.argv", ["train_pocket", "--out", str(tmp_path), *words])
     with pytest.raises(SystemExit):
         recipe.main()

@@ -169,7 +169,7 @@ def _families(s: Setting) -> dict[str, Chains]:
         "ToMA": cached(lambda v: c.ToMA(v, every=1, skip=1), (0.25, 0.5, 0.75)),
     }
     if s.students:
-        student = mf.students.POCKET_3
+        student = mf.students.POCKET_4
         out["student"] = {str(n): mf.recipes.few(student, size=s.whole, steps=n) for n in (8, 6, 4, 3, 2, 1)}
         out["student, then staged"] = {
             str(n): mf.recipes.stacked(student, low=s.small, size=s.whole, steps=n) for n in (8, 6, 4, 3, 2, 1)

@@ -1,11 +1,11 @@
-"""Trains everything that is embedded in mrflow, and writes the files that it ships.
+"""Trains a model of the older world from nothing: the recipe of pocket-3, which began with pocket-2's weights.
 
 A recipe has one world or two: an easy one first, then the full one, which begins with the first's weights. In each:
 autoencoder, flow with text encoder, super-resolution net. Then all parts go into NAME.safetensors, and a few-step
 student is taught by it. Everything is under --out; what is there is not made again, and a part that was interrupted
 goes on where it stopped. train.log keeps what was printed, grids/ what was drawn.
 
-    python -m experiments.train_pocket --device cuda --workers 15     # pocket-3: eight minutes on an H200
+    python -m experiments.train_pocket --device cuda --workers 15     # eight minutes on an H200
     python -m experiments.train_pocket --scale 0.001 --out runs/trial
 """
 
@@ -29,7 +29,7 @@ from experiments.train_pocket.student import LESSONS, Lessons
 from mrflow.errors import MrflowError
 from mrflow.model_info import ModelInfo
 from mrflow.models import choose_device
-from mrflow.models.pocket.model import HEAD, NEWEST, POCKET, SHIPPED, WIDTH, open_pocket, tensors_of
+from mrflow.models.pocket.model import BASE, HEAD, WIDTH
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All of one version. `start` is an older one, whose autoencoder and super-resolution net are trained on."""
+    """All of one version."""
 
     phases: tuple[Phase, ...]
     lessons: Lessons
     info: ModelInfo
     width: int
     head: int
-    start: str = ""
 
 
 def two_sizes(low: int, both: int, share: float) -> Course:
@@ -66,7 +65,7 @@ def two_sizes(low: int, both: int, share: float) -> Course:
 
 
 RECIPES = {
-    "pocket-3": Recipe(
+    "full": Recipe(
         phases=(
             Phase(
                 "full",
@@ -89,10 +88,9 @@ RECIPES = {
             ),
         ),
         lessons=LESSONS,
-        info=POCKET,
+        info=BASE,
         width=WIDTH,
         head=HEAD,
-        start=NEWEST,
     ),
 }
 
@@ -167,7 +165,7 @@ def phase_parts(run: Run, recipe: Recipe, phase: Phase, start: Parts | None) -> 
         info=recipe.info,
         width=recipe.width,
         head=recipe.head,
-        start=(start.flow or None) if start else None,
+        start=start.flow if start else None,
         images=images,
     )
     larger = sr.train(
@@ -184,19 +182,9 @@ def phase_parts(run: Run, recipe: Recipe, phase: Phase, start: Parts | None) -> 
     return Parts(auto, moved, larger)
 
 
-def parts_of(name: str) -> Parts:
-    """The autoencoder and the super-resolution net of a version that is shipped; no flow, which fits no other width."""
-    tensors = tensors_of(open_pocket(SHIPPED[name]))
-
-    def part(prefix: str) -> State:
-        return {key.removeprefix(prefix): t.float() for key, t in tensors.items() if key.startswith(prefix)}
-
-    return Parts(part("autoencoder."), {}, part("sr."))
-
-
 def train(run: Run, recipe: Recipe, name: str) -> tuple[Path, Path]:
     """Follow a recipe; gives the files of the model and of its student."""
-    parts = parts_of(recipe.start) if recipe.start else None
+    parts: Parts | None = None
     for phase in recipe.phases:
         parts = phase_parts(run, recipe, phase, parts)
     assert parts is not None
@@ -210,7 +198,7 @@ def train(run: Run, recipe: Recipe, name: str) -> tuple[Path, Path]:
     version = export(name, parts.flow, parts.autoencoder, parts.sr, model, facts)
     taught = student.train(run, "student", WORLDS[recipe.phases[-1].world], recipe.lessons, model)
     student.export(taught, student.said(version, recipe.lessons, run.count(recipe.lessons.steps)), adapter)
-    log.info("made %s and %s; mrflow ships them from mrflow/models/pocket", model, adapter)
+    log.info("made %s and %s", model, adapter)
     return model, adapter
 
 

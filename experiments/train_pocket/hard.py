@@ -35,10 +35,10 @@ from mrflow.errors import MrflowError
 from mrflow.model_info import Shift
 from mrflow.models import choose_device
 from mrflow.models.pocket.model import (
+    BASE,
     HEAD,
     LONG_TEXT,
     NEWEST,
-    POCKET,
     SHIPPED,
     WIDTH,
     WORDS,
@@ -107,7 +107,7 @@ READABLE = replace(
 LESSONS = {"broad": BROAD, "readable": READABLE}
 # Which letters a sign of 13 % has is decided above sigma 0.9 at 256 px, where the sampling schedule shifts by a factor
 # of 2 and puts 7 % of the levels. Every other item is drawn with a factor of 7 (4 at 128 px).
-SHIFTS = POCKET.shift, Shift(math.log(4), math.log(7), 64, 256)
+SHIFTS = BASE.shift, Shift(math.log(4), math.log(7), 64, 256)
 Shard = tuple[Tensor, Tensor, Tensor]
 
 
@@ -188,7 +188,7 @@ def enlarger(run: Run, lesson: Lesson, auto: State, start: State) -> State:
 
 def loop_of(run: Run, lesson: Lesson, net: Trainee, auto: State, steps: int) -> Loop:
     """The steps of the flow, at the checkpoint if there is one."""
-    sizes, info = tuple(lesson.share), replace(POCKET, size=(lesson.high,) * 2, low=(lesson.low,) * 2)
+    sizes, info = tuple(lesson.share), replace(BASE, size=(lesson.high,) * 2, low=(lesson.low,) * 2)
     return Loop(
         "flow",
         run,

@@ -6,7 +6,7 @@ straight line between the window's ends. One Euler step a window is then exact w
 which doubles the teacher's cost, is in its weights. Text encoder and autoencoder stay the teacher's.
 
     python -m experiments.train_pocket.student --device cuda --out runs/student --export mine.safetensors
-    python -m experiments.train_pocket.student --teacher FILE --world hard --shift 2 --export student.safetensors
+    python -m experiments.train_pocket.student --teacher FILE --world kept --shift 2 --export student.safetensors
 """
 
 import argparse

@@ -193,7 +193,7 @@ N = TypeVar("N")
 
 
 def measured(table: Mapping[str, N], info: ModelInfo) -> N | None:
-    """What a table of measured numbers has for a model: for this version of it ("pocket-3"), or for its name."""
+    """What a table of measured numbers has for a model: for this version of it ("pocket-4"), or for its name."""
     return table.get(info.version.partition("+")[0], table.get(info.name))
 
 

@@ -97,7 +97,7 @@ class ChainOptions(SlotOptions):
         str | None, typer.Option("--low", help="HEIGHTxWIDTH of the low-resolution stage (default: half of --size).")
     ] = None
     ladder: Annotated[
-        str | None, typer.Option("--ladder", help="Sizes to climb, such as 128,256,512, instead of --size and --low.")
+        str | None, typer.Option("--ladder", help="Sizes to climb, such as 64,128,256, instead of --size and --low.")
     ] = None
     steps: Annotated[
         str | None,

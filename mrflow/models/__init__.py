@@ -50,7 +50,7 @@ def load(
 ) -> Backbone:
     """A model ready to run: "pocket", a hub id (`owner/name`, `owner/name@revision`), a folder or a file.
 
-    "pocket" is the newest embedded model; a certain one is loaded by its version, "pocket-3". A folder is a repository
+    "pocket" is the newest embedded model; a certain one is loaded by its version, "pocket-4". A folder is a repository
     as diffusers saves it, or one that holds single files; a file is a transformer, whose autoencoder and text encoders
     are beside it or where `vae` and `text` say. Only a hub id touches the network.
 

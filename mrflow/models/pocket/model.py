@@ -73,7 +73,7 @@ FOOTPRINT = Footprint(
     encode_values=21.0,
     decode_values=12.75,
 )
-POCKET = ModelInfo(
+BASE = ModelInfo(
     "pocket",
     LatentSpace("pocket"),
     Shift(0.7, 1.4, 256, 1024),
@@ -89,8 +89,9 @@ POCKET = ModelInfo(
     capabilities=replace(EVERYTHING, policy=False),
     sides=(128, 256, 512),
 )
+"""The facts of a file of this width that says nothing else of itself and knows `VOCABULARY` alone."""
 SMALL = replace(
-    POCKET,
+    BASE,
     sides=(64, 128, 256),
     shift=Shift(0.0, 0.7, 64, 256),
     size=(256, 256),
@@ -107,7 +108,28 @@ SMALL = replace(
     ),
 )
 """The facts of a narrower model of half the sizes; none such is embedded, but it trains in minutes."""
-BY_WIDTH = {128: SMALL, WIDTH: POCKET}
+BY_WIDTH = {128: SMALL, WIDTH: BASE}
+
+
+def described(known: ModelInfo, said: Mapping[str, str], words: int, length: int) -> ModelInfo:
+    """Facts with what a file's metadata say, and a text encoder of so many words and tokens."""
+    assert known.architecture is not None and known.footprint is not None
+    more = (words - len(VOCABULARY) + length - TEXT_LENGTH) * known.architecture.context * 4
+    large, small = (int(said.get(name, 0)) for name in ("size", "low"))
+    return replace(
+        known,
+        cfg=float(said.get("cfg", known.cfg)),
+        architecture=replace(known.architecture, text_tokens=length),
+        footprint=replace(known.footprint, text=known.footprint.text + more),
+        size=(large, large) if large else known.size,
+        low=(small, small) if small else known.low,
+        sides=tuple(map(int, said["sides"].split())) if "sides" in said else known.sides,
+    )
+
+
+SAID = {"cfg": "2", "size": "128", "low": "64", "sides": "64 128 256"}
+POCKET = described(BASE, SAID, len(WORDS), LONG_TEXT)
+"""The facts of the newest version, as its file says them."""
 
 
 def pocket_params(width: int = WIDTH, head: int = HEAD) -> FluxParams:
@@ -284,7 +306,7 @@ def _outside(prompt: str, read: Callable[[str], object]) -> str:
 ADVICE = "it draws captions such as 'a big red circle at the left on coarse dots' or 'the big blue word CAT'"
 
 
-VERSIONS = ("pocket-3",)
+VERSIONS = ("pocket-4",)
 SHIPPED: dict[str, Path] = {name: Path(__file__).parent / f"{name}.safetensors" for name in VERSIONS}
 """The versions that come with mrflow, newest first: `mrflow.load` takes their names; "pocket" is the newest."""
 NEWEST, WEIGHTS = next(iter(SHIPPED.items()))
@@ -322,20 +344,7 @@ def facts(header: Header) -> ModelInfo:
     Raises:
         WeightsError: as `params_of`.
     """
-    known = BY_WIDTH[params_of(header).hidden]
-    large, small = (int(header.metadata.get(name, 0)) for name in ("size", "low"))
-    words, length = text_sizes(header)
-    assert known.architecture is not None and known.footprint is not None
-    more = (words - len(VOCABULARY) + length - TEXT_LENGTH) * known.architecture.context * 4
-    return replace(
-        known,
-        cfg=float(header.metadata.get("cfg", known.cfg)),
-        architecture=replace(known.architecture, text_tokens=length),
-        footprint=replace(known.footprint, text=known.footprint.text + more),
-        size=(large, large) if large else known.size,
-        low=(small, small) if small else known.low,
-        sides=tuple(map(int, trained.split())) if (trained := header.metadata.get("sides", "")) else known.sides,
-    )
+    return described(BY_WIDTH[params_of(header).hidden], header.metadata, *text_sizes(header))
 
 
 def text_sizes(header: Header) -> tuple[int, int]:
