@@ -43,10 +43,10 @@ SHOWN = 0.8  # of the truth through the autoencoder: sizes of detail that a pict
 PATHS = ("truth", "autoencoder", "staged path", "mean", "other")
 
 
-def captions_of(dose: str, count: int) -> list[str]:
+def captions_of(dose: str, count: int, *, seed: int = 0) -> list[str]:
     """Held-out captions of one kind and size of detail."""
     kind, world = DOSES[dose]
-    return held_out_hard_captions(world, count, kind=kind)
+    return held_out_hard_captions(world, count, kind=kind, seed=seed)
 
 
 def others_of(dose: str, count: int) -> list[str]:

@@ -97,12 +97,12 @@ def test_rows_of_the_truth_are_no_methods() -> None:
     stages = [{"name": "Truth", "seconds": 0.1}]
     made = [row(f"{i}", 0, 0.0, chain=chain) for chain in ("base", "fast", "truth") for i in range(24)]
     made = [
-        replace(r, metrics={"score": float(r.chain != "fast")}, stages=stages if r.chain == "truth" else ())
+        replace(r, metrics={"legible": float(r.chain != "fast")}, stages=stages if r.chain == "truth" else ())
         for r in made
     ]
     chains = {c["label"]: c for c in summarise(made, "base")["chains"]}
     assert chains["truth"]["speedup"] is None and chains["truth"]["compare"] == {}
-    assert chains["fast"]["speedup"] and chains["fast"]["compare"]["score"]["verdict"] == "lower"
+    assert chains["fast"]["speedup"] and chains["fast"]["compare"]["legible"]["verdict"] == "lower"
     assert summarise(made, "base")["families"][""] == 1
     lines = studies.table(made, "base")
     assert "sign-flip tests, 1 in this table" in lines[1]

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 import mrflow as mf
-from experiments.studies.common import LOW, SIGNS, SIZE
+from experiments.studies.common import LOW, SCORE, SIGNS, SIZE
 from mrflow.models import info
 from mrflow.sweep import Comparison, Interval, Row, Sweep, compare, controls, family, interval, run_sweep, values
 from mrflow.sweep.local import Progress
@@ -26,7 +26,7 @@ from mrflow.sweep.statistics import MIN_PROMPTS, grouped
 from mrflow.sweep.summary import load_rows, summarise
 from mrflow.sweep.timing import speedup
 
-NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "nested_noise", "failures", "rivals")
+NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "nested_noise", "failures", "rivals", "students")
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--by", help="a tag to split by, instead of the scorer's categories")
     args = parser.parse_args()
     study = import_module(f"experiments.studies.{args.name}")
-    sweep = with_controls(study.sweep, *getattr(study, "SIZES", (LOW, SIZE)))
+    sweep = with_controls(study.sweep, LOW, SIZE)
     tags = sorted({tag for prompt in sweep.prompts for tag in prompt.tags})
     if args.by is not None and args.by not in tags:
         parser.error(f"no caption has the tag {args.by!r}; there are {', '.join(tags)}")
@@ -82,13 +82,11 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
     base = chains[reference]
     yardsticks = {label for label, mine in chains.items() if any(r.rendered for r in mine)}
     apart = {reference, *yardsticks}
-    names = [] if by else sorted({m for r in rows for m in r.metrics if m.startswith("score.")})
+    names = [] if by else sorted({m for r in rows for m in r.metrics if m.startswith(f"{SCORE}.")})
     groups = sorted({r.tags[by] for r in rows if by in r.tags}) if by else []
     extra = [m for m in ("psnr", "ssim") if any(m in r.metrics for r in rows)]
-    shares = [m for m in ("stray",) if any(m in r.metrics for r in rows)]
-    columns: list[tuple[str, str | None]] = [(n, None) for n in names] + [("score", g) for g in groups]
-    columns += [(m, None) for m in shares]
-    heads = [*(groups or [n.removeprefix("score.") for n in names]), *(f"{m} %" for m in shares)]
+    columns: list[tuple[str, str | None]] = [(n, None) for n in names] + [(SCORE, g) for g in groups]
+    heads = groups or [n.removeprefix(f"{SCORE}.") for n in names]
     found = _family({label: mine for label, mine in chains.items() if label not in apart}, base, by, columns)
     tests = next((c.family for c in found.values()), 0)
     counts = f"{len({r.prompt for r in base})} captions, {len({r.draw for r in base})} draws of each"
@@ -99,14 +97,14 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
         "",
     ]
     lines.append(
-        "| method | speed-up [95 %] | forwards | score [95 %] | minus reference [95 %] | "
+        "| method | speed-up [95 %] | forwards | legible [95 %] | minus reference [95 %] | "
         + " | ".join(heads + extra)
         + " |"
     )
     lines.append("|---" * (5 + len(heads) + len(extra)) + "|")
     for label, mine in chains.items():
         fast = None if label in yardsticks else speedup(base, mine)
-        good = interval(values(mine, "score"), draws=4000, share=True)
+        good = interval(values(mine, SCORE), draws=4000, share=True)
         cells = [
             label,
             "1" if label == reference else _speed(fast),
@@ -114,13 +112,13 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
             str(good),
         ]
         cells.append("")
-        if whole := found.get((label, "score", None)):
+        if whole := found.get((label, SCORE, None)):
             d = whole.difference
             cells[-1] = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{SIGNS[whole.verdict]}"
         for metric, group in columns:
             part = values(_part(mine, by, group), metric)
             one = found.get((label, metric, group))
-            mean = f"{interval(part, draws=1).mean:.{3 if metric in shares else 2}f}" if part else ""
+            mean = f"{interval(part, draws=1).mean:.2f}" if part else ""
             cells.append(mean + (SIGNS[one.verdict] if one and part else ""))
         for name in extra:
             part = values(mine, name)
@@ -135,7 +133,7 @@ def _family(
     """Every chain against the reference in every column, judged together."""
     out: dict[tuple[str, str, str | None], Comparison] = {}
     for label, mine in chains.items():
-        for metric, group in [("score", None), *columns]:
+        for metric, group in [(SCORE, None), *columns]:
             with suppress(mf.PlanError):  # nothing in common
                 out[label, metric, group] = compare(_part(mine, by, group), _part(base, by, group), metric, draws=4000)
     return family(out)

@@ -1,33 +1,22 @@
 """What the studies share: the captions with their tags, the sizes, the metrics."""
 
 import mrflow as mf
+from experiments.hard_scores import captions_of
+from mrflow.models import info
 from mrflow.models.pocket.model import NEWEST
-from mrflow.scenes import FULL, held_out_captions, parse
-from mrflow.sweep import Metric, Prompt, SceneScore, Sharpness, Stray
+from mrflow.sweep import Legible, Metric, Prompt, Sharpness
 
 MODEL = NEWEST
-SIZE, LOW = (256, 256), (128, 128)  # half of what it is used at: the same methods, at a fifth of the time
+SIZE, LOW = info(MODEL).size, info(MODEL).low
+DOSES = ("letters 13%", "grid 5x5", "objects")  # of each kind the size of detail that the autoencoder keeps
 SIGNS = {"higher": " ▲", "lower": " ▼", "no difference shown": "", "too few prompts": " †"}  # of verdicts, in tables
-METRICS: tuple[Metric, ...] = (SceneScore(), Stray(), Sharpness())
+SCORE = "legible"
+METRICS: tuple[Metric, ...] = (Legible(), Sharpness())
 
 
-def captions(count: int = 48) -> list[Prompt]:
-    """Different held-out captions, tagged by what they show and what is behind it."""
-    texts = list(dict.fromkeys(held_out_captions(FULL, 4 * count)))[:count]
-    return [Prompt(text, tags(text)) for text in texts]
-
-
-def tags(caption: str) -> dict[str, str]:
-    """The kind of scene, its size, its count, and the texture behind it."""
-    scene = parse(caption)
-    density = next((d for d in ("coarse", "medium", "fine") if f"on {d}" in caption), "plain")
-    size = "big" if "big" in caption.split() else "small" if "small" in caption.split() else "unsaid"
-    out = {"kind": scene.kind, "texture": density, "size": size}
-    if scene.kind == "count":
-        out["count"] = str(len(scene.objects))
-    if scene.words:
-        out["letters"] = str(len(scene.words[0].text))
-    return out
+def captions(count: int = 24, *, seed: int = 0) -> list[Prompt]:
+    """Different held-out captions of the hard world, so many of each size of detail, tagged by it."""
+    return [Prompt(text, {"detail": dose}) for dose in DOSES for text in captions_of(dose, count, seed=seed)]
 
 
 def native(steps: int) -> mf.Chain[mf.Start, mf.Pixels]:

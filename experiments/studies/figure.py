@@ -1,15 +1,15 @@
-"""A figure of a study: score and stray paint against speed, a line for each method."""
+"""A figure of a study: what can be read, of all and of letters, against speed, a line for each method."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from experiments.studies.common import SCORE
 from mrflow.sweep import Row, interval, values
 from mrflow.sweep.aims import BUILT_IN
 from mrflow.sweep.plots import axis_label
 from mrflow.sweep.statistics import grouped, is_share
 from mrflow.sweep.timing import speedup
 
-FLOOR, CLEAN = 0.8, 0.02  # of the plots; what lies below is marked at their lower edges
 FAMILIES = {"plain": "o", "staged": "s", "latent": "D", "caches": "^", "growth": "v", "students": "P"}  # markers
 METHODS = {  # the same colour and family in every figure; a rival's staged sampling is the same method
     "native": ("#1c1d21", "plain"),
@@ -41,10 +41,10 @@ METHODS = {  # the same colour and family in every figure; a rival's staged samp
 def speed_figure(
     rows: list[Row], reference: str, path: Path, method: Callable[[str], str], strong: Collection[str]
 ) -> None:
-    """Score and stray paint, with intervals, against measured speed-up: a line a method, a mark an operating point.
+    """Both shares, with intervals, against measured speed-up: a line a method, a mark an operating point.
 
     `method` is a label without its operating point, one of `METHODS`; `strong` are those that are drawn with heavy
-    lines. A point below an axis is an arrow at its edge, with its value.
+    lines.
     """
     import matplotlib
 
@@ -55,7 +55,7 @@ def speed_figure(
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(9, 8), layout="constrained", sharex=True)
     by_chain = grouped(rows, lambda r: r.chain)
     fast = {label: speedup(by_chain[reference], mine) for label, mine in by_chain.items()}
-    for axes, metric, floor in ((upper, "score", FLOOR), (lower, "stray", CLEAN)):
+    for axes, metric in ((upper, SCORE), (lower, f"{SCORE}.letters")):
         lines: dict[str, list[tuple[float, float, float, float]]] = {}
         for label, mine in by_chain.items():
             sooner, found = fast[label], interval(values(mine, metric), draws=4000, share=is_share(metric))
@@ -64,26 +64,16 @@ def speed_figure(
         for name, points in lines.items():
             points.sort()
             colour, family = METHODS[name]
-            x, y = [p[0] for p in points], [max(p[1], floor) for p in points]
-            below = [v - min(v, max(p[2], floor)) for v, p in zip(y, points, strict=True)]
-            above = [max(v, p[3]) - v for v, p in zip(y, points, strict=True)]
+            x, y, low, high = zip(*points, strict=True)
+            below = [v - to for v, to in zip(y, low, strict=True)]
+            above = [to - v for v, to in zip(y, high, strict=True)]
             heavy = name in strong
             axes.errorbar(
                 x, y, (below, above), label=name, color=colour, marker=FAMILIES[family], markersize=6 if heavy else 5,
                 linewidth=2 if heavy else 1, elinewidth=0.6, alpha=1.0 if heavy else 0.75,
             )  # fmt: skip
-            for at, v, low, _ in points:
-                if v < floor:
-                    axes.annotate(
-                        f"{v:.2f}", (at, floor), (0, 8), textcoords="offset points", ha="center", color=colour
-                    )
-                if min(v, low) < floor:
-                    axes.plot(at, floor, "v", color=colour, markersize=7, clip_on=False)
         axes.grid(alpha=0.25)
-    upper.set(ylabel=f"{axis_label('score', BUILT_IN['score'])} [95 %]", ylim=(FLOOR, 1.01))
-    lower.set(ylabel="stray paint, % of a picture: lower is better ↓ [95 %]", yscale="log", ylim=(CLEAN, 8))
-    shares = (CLEAN, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-    lower.set_yticks(shares, [f"{t:g}" for t in shares])
+        axes.set(ylabel=f"{axis_label(metric, BUILT_IN[SCORE])} [95 %]", ylim=(-0.01, 1.01))
     lower.set(xscale="log", xlabel=f"speed-up over {reference}, measured: faster is better →")
     ticks = (1, 2, 3, 5, 8, 12, 20, 40)
     lower.set_xticks(ticks, [f"{t}x" for t in ticks])

@@ -1,7 +1,7 @@
 """Which method gives which quality for which speed: MrFlow, its rivals, distillation, and both at once?
 
 Three operating points of each method. Caches and token merging are beside native sampling of 50 steps; transitions go
-from 128 to 256 pixels; the student is the embedded model's own LoRA for few unguided steps.
+from 64 to 128 pixels; the student is the embedded model's own LoRA for few unguided steps.
 """
 
 from pathlib import Path
