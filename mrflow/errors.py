@@ -57,13 +57,10 @@ class Interruption(BaseException):
     """What passes through stages, metrics and other code of users, and is no error of theirs."""
 
 
-MOST = 2000
-
-
-def words_of(error: BaseException) -> str:
-    """An exception's text, of at most `MOST` characters; empty where it has none, or where making it fails."""
+def words_of(error: BaseException, most: int = 2000) -> str:
+    """An exception's text, of at most so many characters; empty where it has none, or where making it fails."""
     try:
         text = str(error).strip()
     except Exception:
         return ""
-    return text if len(text) <= MOST else f"{text[:MOST]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
