@@ -1,10 +1,13 @@
 """The upscaler slots: pixels to `scale` times the pixels, latents to `scale` times the latents."""
 
 from abc import ABC, abstractmethod
+from math import isfinite
+from operator import index
+from typing import SupportsIndex, cast
 
-from torch import Tensor
+from torch import Tensor, float32, strided
 
-from mrflow.errors import PlanError, PromiseError
+from mrflow.errors import NonFiniteError, PlanError, PromiseError
 
 
 class Upscaler(ABC):
@@ -67,17 +70,54 @@ def passes_to(size: tuple[int, int], height: int, width: int, scale: int) -> int
     return passes
 
 
-def enlarged(upscaler: Upscaler | LatentUpscaler, x: Tensor) -> Tensor:
-    """What an upscaler makes of pixels or latents (b, c, h, w), held against its scale.
+MOST = 64  # times the side, in one pass
+BEYOND = 4.0  # what networks overshoot is far less; what counts to 255 is far more
+
+
+def scale_of(upscaler: object, kind: "type[Upscaler | LatentUpscaler]" = Upscaler) -> int:
+    """The scale that an upscaler of this kind says.
 
     Raises:
-        PromiseError: it made another shape than (b, c, scale h, scale w).
+        PlanError: it is none, or says no whole number from 1 to 64.
     """
+    if not isinstance(upscaler, kind):
+        name = upscaler.__name__ if isinstance(upscaler, type) else type(upscaler).__name__
+        raise PlanError(f"an upscaler must be an instance of a subclass of mrflow.{kind.__name__}, got {name}")
+    said: object = upscaler.scale
+    try:
+        scale = 0 if isinstance(said, bool) else index(cast("SupportsIndex", said))
+    except TypeError:
+        scale = 0
+    if not 1 <= scale <= MOST:
+        raise PlanError(f"{type(upscaler).__name__} says scale {said!r}; it must be a whole number from 1 to {MOST}")
+    return scale
+
+
+def enlarged(upscaler: Upscaler | LatentUpscaler, x: Tensor) -> Tensor:
+    """What an upscaler makes of pixels or latents (b, c, h, w), held against what it promises; without gradients.
+
+    Raises:
+        PromiseError: it made another shape than (b, c, scale h, scale w), something else than an ordinary float32
+            tensor on the device of `x`, or pixels that count to 255. NonFiniteError: pixels that are NaN or infinite.
+    """
+    pixels, name = isinstance(upscaler, Upscaler), type(upscaler).__name__
     b, c, h, w = x.shape
-    want, made = (b, c, upscaler.scale * h, upscaler.scale * w), upscaler(x)
+    scale = scale_of(upscaler, Upscaler if pixels else LatentUpscaler)
+    want, made = (b, c, scale * h, scale * w), cast("object", upscaler(x))
+    if not isinstance(made, Tensor) or made.layout != strided:
+        what = f"but one of layout {made.layout}" if isinstance(made, Tensor) else f"but {type(made).__name__}"
+        raise PromiseError(f"{name} made no ordinary tensor {what}")
     if tuple(made.shape) != want:
         raise PromiseError(
-            f"{type(upscaler).__name__} says scale {upscaler.scale}, so it must make {want} of {tuple(x.shape)}, "
-            f"but made {tuple(made.shape)}"
+            f"{name} says scale {scale}, so it must make {want} of {tuple(x.shape)}, but made {tuple(made.shape)}"
         )
+    if made.dtype != float32 or made.device.type != x.device.type:
+        raise PromiseError(f"{name} must make float32 on {x.device}, but made {made.dtype} on {made.device}")
+    made = made.detach()
+    if pixels:
+        low, high = (float(end) for end in made.aminmax())
+        if not (isfinite(low) and isfinite(high)):
+            raise NonFiniteError(f"{name} made NaN or infinity")
+        if low < -BEYOND or high > 1 + BEYOND:
+            raise PromiseError(f"{name} made values from {low:g} to {high:g}; pixels lie in [0, 1]")
     return made

@@ -1,11 +1,16 @@
 """Upscalers: scale, range, exactness on what interpolation must keep."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mrflow as mf
+from mrflow.upscaler import enlarged
 
 FACTORS = st.integers(1, 4)
 ALL = [
@@ -54,3 +59,64 @@ def test_a_size_between_the_scales_is_reached_by_passes_and_a_resize() -> None:
     out = mf.run(stage, mf.toy(), start=torch.rand(1, 3, 32, 32)).pixels
     assert out.shape == (1, 3, 96, 96)
     mf.testing.check_stage(stage)
+
+
+class Lies(mf.Upscaler):
+    """An upscaler that says one scale, and makes whatever it is told to."""
+
+    scale: Any = 2
+
+    def __init__(self, scale: object, make: Callable[[torch.Tensor], object]) -> None:
+        self.scale, self.make = scale, make
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.make(pixels)  # type: ignore[return-value]
+
+
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.interpolate(x, scale_factor=2.0)
+
+
+NO_SCALE = r"Lies says scale .*; it must be a whole number from 1 to 64"
+NO_TENSOR = "Lies made no ordinary tensor but "
+LIES: dict[str, tuple[object, Callable[[torch.Tensor], object], type[mf.MrflowError], str]] = {
+    **{
+        f"scale {scale!r}": (scale, twice, mf.PlanError, NO_SCALE)
+        for scale in (0, -2, 2.5, "2", None, True, float("nan"), 10**9)
+    },
+    "a list": (2, lambda x: [twice(x)], mf.PromiseError, f"{NO_TENSOR}list"),
+    "an array": (2, lambda x: twice(x).numpy(), mf.PromiseError, f"{NO_TENSOR}ndarray"),
+    "nothing": (2, lambda x: None, mf.PromiseError, f"{NO_TENSOR}NoneType"),
+    "sparse": (2, lambda x: twice(x).to_sparse(), mf.PromiseError, f"{NO_TENSOR}one of layout torch.sparse_coo"),
+    "another shape": (2, lambda x: twice(x)[0], mf.PromiseError, r"must make \(1, 3, 64, 64\) .* made \(3, 64, 64\)"),
+    "half": (2, lambda x: twice(x).half(), mf.PromiseError, "must make float32 on cpu, but made torch.float16"),
+    "bytes": (2, lambda x: (255 * twice(x)).byte(), mf.PromiseError, "must make float32 on cpu, but made torch.uint8"),
+    "complex": (2, lambda x: twice(x) + 0j, mf.PromiseError, "must make float32 on cpu, but made torch.complex64"),
+    "elsewhere": (2, lambda x: twice(x).to("meta"), mf.PromiseError, "must make float32 on cpu, but made .* on meta"),
+    "NaN": (2, lambda x: twice(x) * float("nan"), mf.NonFiniteError, "Lies made NaN or infinity"),
+    "infinity": (2, lambda x: twice(x) / 0, mf.NonFiniteError, "Lies made NaN or infinity"),
+    "far below": (2, lambda x: -255 * twice(x), mf.PromiseError, r"made values from .* to .*; pixels lie in \[0, 1\]"),
+    "255 levels": (2, lambda x: 255 * twice(x), mf.PromiseError, r"made values from .* to .*; pixels lie in \[0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_an_upscaler_that_lies_is_named(what: str) -> None:
+    scale, make, error, words = LIES[what]
+    chain = mf.recipes.paper(Lies(scale, make), low=(32, 32), size=(64, 64), steps=1)
+    with pytest.raises(error, match=rf"^stage 3 of 7, Upscale\(\.\.\.\): .*{words}"):
+        mf.run(chain, mf.toy(), "a")
+    with pytest.raises(error, match=words):
+        enlarged(Lies(scale, make), torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("given", [Lies, "lanczos", twice, mf.toy()])
+def test_what_is_no_upscaler_is_refused_before_work(given: Any) -> None:
+    chain = mf.recipes.paper(given, low=(32, 32), size=(64, 64), steps=1)
+    with pytest.raises(mf.PlanError, match=r"an upscaler must be an instance of a subclass of mrflow\.Upscaler, got "):
+        mf.plan(chain, mf.toy().info)
+
+
+def test_whole_numbers_of_numpy_and_overshoot_are_fine() -> None:
+    made = enlarged(Lies(np.int64(2), lambda x: twice(x) * 3 - 1), torch.rand(1, 3, 8, 8))
+    assert made.shape == (1, 3, 16, 16) and not made.requires_grad

@@ -148,3 +148,36 @@ def test_what_is_no_model_is_said_before_an_upscaler_is_asked_for(name: str, wor
     for verb in (["generate", "a"], ["refine", "x.png"]):
         code, _, err = call(*verb, "--model", name)
         assert code and err.splitlines()[-1].startswith(f"error: {words}"), err
+
+
+@pytest.mark.parametrize("what", RAISED)
+@pytest.mark.parametrize("place", ["scale", "call"])
+def test_an_upscaler_that_raises_without_a_model_is_named(what: str, place: str, here: Path) -> None:  # noqa: F811
+    statement, words = RAISED[what]
+    body = {"scale": "pass", "call": "pass", place: statement}
+    Path("up.py").write_text(UPSCALER.format(**body))
+    Image.new("RGB", (16, 16)).save("x.png")
+    code, out, err = call("refine", "x.png", "--sr-only", "--sr", "up.py:net")
+    assert code not in (0, 75, 130, 143) and not out
+    assert err.strip().startswith(f"error: Own: failed with {words}") and err.count("\n") == 1, err
+
+
+UPSCALER = """
+import sys
+import mrflow as mf
+
+class Stop(BaseException):
+    pass
+
+class Own(mf.Upscaler):
+    @property
+    def scale(self):
+        {scale}
+        return 2
+
+    def __call__(self, pixels):
+        {call}
+        return mf.Lanczos(2)(pixels)
+
+net = Own()
+"""

@@ -364,6 +364,18 @@ def staying() -> Generator[None]:
             os.chdir(before)
 
 
+@contextmanager
+def blaming(name: str) -> Generator[None]:
+    """Code of users runs inside, in no stage: what it raises is an error that begins with a name."""
+    try:
+        with staying():
+            yield
+    except BaseException as error:
+        if passes(error):
+            raise
+        raise named(error, name) from error
+
+
 OURS = "__mrflow_loaded__"
 
 

@@ -12,6 +12,7 @@ from mrflow.cli.chains import enlargement
 from mrflow.cli.drawing import draw
 from mrflow.cli.options import SR_WORDS, option_of, refuse
 from mrflow.cli.parsing import (
+    blaming,
     check_scale,
     embedded,
     free_path,
@@ -30,7 +31,7 @@ from mrflow.spec import MAX_SIDE
 from mrflow.stage import AnyChain
 from mrflow.stages import Crop
 from mrflow.stages.upscale import resize
-from mrflow.upscaler import enlarged, passes_to
+from mrflow.upscaler import enlarged, passes_to, scale_of
 
 PHOTOGRAPHS = (
     "pocket knows only its own world of shapes, faces and words; it makes mud of a photograph. "
@@ -81,11 +82,12 @@ def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force
     height, width = (round(side * scale) for side in pixels.shape[-2:])
     if max(height, width) > MAX_SIDE:
         raise PlanError(f"{height}x{width} is beyond {MAX_SIDE} pixels a side; take a smaller --scale")
-    # Once at least: a network of scale 1 may restore.
-    passes = max(1, passes_to((height, width), pixels.shape[-2], pixels.shape[-1], net.scale))
+    with blaming(type(net).__name__):  # once at least: a network of scale 1 may restore
+        passes = max(1, passes_to((height, width), pixels.shape[-2], pixels.shape[-1], scale_of(net)))
     default = Path(f"{photo.stem}-enlarged.png")
     target = free_path(out, default, 1, force)
-    for _ in range(passes):
-        pixels = enlarged(net, pixels)
+    with blaming(type(net).__name__):
+        for _ in range(passes):
+            pixels = enlarged(net, pixels)
     image = png(to_images(resize(pixels, height, width).clamp(0, 1))[0])
     return save_free(lambda path: {path: image}, target, out, default, 1, force)

@@ -11,7 +11,7 @@ from mrflow.model_info import ModelInfo
 from mrflow.spec import Latents, State, check_size
 from mrflow.stage import Stage, Work
 from mrflow.stages.decode import check_known
-from mrflow.upscaler import LatentUpscaler, enlarged, passes_to
+from mrflow.upscaler import LatentUpscaler, enlarged, passes_to, scale_of
 from mrflow.upscalers.interpolate import Filter, check_filter
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Lift(Stage[Latents, Latents]):
             )
         if self.upscaler is None:
             return risen(spec, self.size, model)
+        scale = scale_of(self.upscaler, LatentUpscaler)
         check_known(self.upscaler.space, spec, type(self.upscaler).__name__)
         channels = self.upscaler.channels
         if channels not in (None, spec.space.channels):
@@ -55,9 +56,9 @@ class Lift(Stage[Latents, Latents]):
                 f"{type(self.upscaler).__name__} enlarges latents of {channels} channels; {model.name}'s have "
                 f"{spec.space.channels}"
             )
-        per = model.space.downscale * self.upscaler.scale
+        per = model.space.downscale * scale
         out = risen(spec, self.size or (per * spec.height, per * spec.width), model)
-        passes_to((out.height, out.width), spec.height, spec.width, self.upscaler.scale)
+        passes_to((out.height, out.width), spec.height, spec.width, scale)
         return out
 
     def work(self, spec: Latents, out: Latents, model: ModelInfo) -> Work:

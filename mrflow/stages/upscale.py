@@ -10,7 +10,7 @@ from mrflow.model_info import ModelInfo
 from mrflow.spec import MAX_SIDE, Pixels, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.lift import check_rise
-from mrflow.upscaler import Upscaler, enlarged, passes_to
+from mrflow.upscaler import Upscaler, enlarged, passes_to, scale_of
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -31,7 +31,7 @@ class Upscale(Stage[Pixels, Pixels]):
 
     def scale(self, model: ModelInfo) -> int:
         """What one pass of the upscaler multiplies the sides by."""
-        scale = self.upscaler.scale if self.upscaler is not None else model.upscale
+        scale = scale_of(self.upscaler) if self.upscaler is not None else model.upscale
         if scale is None:
             raise PlanError(
                 f"{model.name} has no super-resolution net of its own; name one, such as Upscale(Lanczos(2))"
