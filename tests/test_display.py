@@ -4,6 +4,7 @@ import errno
 import io as streams
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import mrflow as mf
 from mrflow.cli import drawing
 from mrflow.cli import parsing as words
 from mrflow.cli.app import app
@@ -145,6 +147,15 @@ def test_streams_that_take_nothing(tmp_path: Path) -> None:
     done = mrflow("plan", cwd=tmp_path, stdout=write)
     os.close(write)
     assert done.returncode == 141 and done.stderr == ""
+
+
+@pytest.mark.parametrize(("closed", "words"), [(">&-", ["inspect", "x.png"]), ("<&- >&- 2>&-", ["plan"])])
+@pytest.mark.skipif(os.name == "nt", reason="needs sh")
+def test_streams_that_a_shell_closed_take_everything(closed: str, words: list[str], tmp_path: Path) -> None:
+    mf.run(mf.recipes.native(size=(32, 32), steps=1), mf.toy(), "a").save(tmp_path / "x.png")
+    line = shlex.join([sys.executable, "-m", "mrflow", *words])
+    done = subprocess.run(["sh", "-c", f"exec {line} {closed}"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_whatever_is_thrown_ends_in_one_line_with_its_traceback_in_a_file(

@@ -1,5 +1,6 @@
 """The command line: one file a group of verbs, parsing, and what is shown."""
 
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,9 @@ def main() -> None:
         sys.stderr.write("stopped\n")
         end_at_once(number)
 
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # a shell closed it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for number in SIGNALS:
         signal.signal(number, ended)
     from mrflow.cli.app import run_app as run  # here, so that Ctrl-C is heard while it loads
