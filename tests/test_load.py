@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -329,6 +330,13 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change_index(f, _class_name="QwenImagePipeline"),
         "says it holds a QwenImagePipeline, but its transformer is a FLUX transformer",
     ),
+    **{
+        f"a pipeline named {name!r}": (
+            lambda f, name=name: change_index(f, _class_name=name),
+            f"model_index.json names no pipeline of diffusers: its _class_name is {re.escape(repr(name))}",
+        )
+        for name in (5, ["FluxPipeline"], "", "\x1b[31m", {})
+    },
     "FLUX.2": (lambda f: change_index(f, _class_name="Flux2KleinPipeline"), "holds a Flux2KleinPipeline"),
     "an autoencoder as transformer": (
         spoil_names,

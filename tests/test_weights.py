@@ -485,6 +485,9 @@ def test_layouts_name_every_published_tensor() -> None:
     ("mark", "what"),
     [
         ("distilled_guidance_layer.in_proj.weight", "a Chroma transformer"),
+        ("distilled_guidance_layer.layers.0.in_layer.weight", "a Chroma transformer"),
+        ("double_stream_modulation_txt.lin.weight", r"a FLUX\.2 transformer"),
+        ("single_stream_modulation.linear.weight", r"a FLUX\.2 transformer"),
         ("double_stream_modulation_img.lin.weight", r"a FLUX\.2 transformer"),
         ("controlnet_x_embedder.weight", "a ControlNet"),
     ],

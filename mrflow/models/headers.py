@@ -38,6 +38,13 @@ RELATIVES = {
     "distilled_guidance_layer.in_proj.weight": "a Chroma transformer",
     "double_stream_modulation_img.lin.weight": "a FLUX.2 transformer",
     "double_stream_modulation_img.linear.weight": "a FLUX.2 transformer",
+    # A shard need not hold the first of them.
+    "distilled_guidance_layer.layers.0.in_layer.weight": "a Chroma transformer",
+    "distilled_guidance_layer.layers.0.linear_1.weight": "a Chroma transformer",
+    "double_stream_modulation_txt.lin.weight": "a FLUX.2 transformer",
+    "double_stream_modulation_txt.linear.weight": "a FLUX.2 transformer",
+    "single_stream_modulation.lin.weight": "a FLUX.2 transformer",
+    "single_stream_modulation.linear.weight": "a FLUX.2 transformer",
     "controlnet_x_embedder.weight": "a ControlNet",
     "controlnet_blocks.0.weight": "a ControlNet",
     "redux_up.weight": "FLUX.1 Redux's image encoder",

@@ -79,7 +79,9 @@ def fetch(repository: str) -> Path:
 def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -> Files:
     """A folder as diffusers saves a pipeline."""
     index = folder / "model_index.json"
-    name = str(read_config(index).get("_class_name")) if index.is_file() else None
+    name = read_config(index).get("_class_name", "") if index.is_file() else None
+    if name is not None and not (isinstance(name, str) and name.isidentifier()):
+        raise WeightsError(f"{index} names no pipeline of diffusers: its _class_name is {name!r}")
     known = [family.pipelines for family in families() if family.pipelines]
     if name is not None and all(name not in pipelines for pipelines in known):
         raise WeightsError(
