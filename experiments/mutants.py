@@ -53,7 +53,18 @@ PARTS: Mapping[str, Part] = {
     "noise": Part(("mrflow/noise.py", "mrflow/seeds.py"), _tests("noise", "flow", "stage", "run")),
     "stages": Part(
         ("mrflow/stages/*",),
-        _tests("stage", "run", "controls", "tiles", "transitions", "testing", "laws", "ground_truths"),
+        _tests(
+            "small_stages",
+            "stage",
+            "run",
+            "controls",
+            "tiles",
+            "transitions",
+            "testing",
+            "laws",
+            "law_words",
+            "ground_truths",
+        ),
     ),
     "rivals": Part(("mrflow/rivals/*",), _tests("transitions", "ladders", "rivals", "ground_truths")),
     "caches": Part(

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from mrflow.sweep.local import Progress
 
 CHAIN = """
 from dataclasses import dataclass
-from mine import SIZE
+from sizes_beside import SIZE
 import mrflow as mf
 
 @dataclass(frozen=True)
@@ -101,17 +102,35 @@ def test_a_name_that_is_taken_meanwhile_is_not_lost(tmp_path: Path, monkeypatch:
     assert Path("x-seed0.png").read_bytes() == b"another's"
 
 
-@pytest.mark.parametrize("name", ["ablate", "random", "statistics", "torch"])
-def test_a_chain_file_may_import_neighbours_and_be_named_like_a_module(tmp_path: Path, name: str) -> None:
-    (tmp_path / "mine.py").write_text("SIZE = (32, 32)\n")
-    (tmp_path / f"{name}.py").write_text(CHAIN)
-    done = mrflow("run", f"{name}.py:chain", "a red circle", "--out", "x.png", cwd=tmp_path)
+NAMES = ("ablate", "random", "statistics", "torch")
+
+
+@pytest.fixture
+def neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in with chain files that are named like modules, and the file beside them that they import."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "sizes_beside.py").write_text("SIZE = (32, 32)\n")
+    for name in NAMES:
+        (tmp_path / f"{name}.py").write_text(CHAIN)
+    yield tmp_path
+    sys.modules.pop("sizes_beside", None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chain_file_may_import_neighbours_and_be_named_like_a_module(neighbours: Path, name: str) -> None:
+    before = sys.modules.get(name)
+    for line in (["run", f"{name}.py:chain", "a red circle", "--out", "x.png"],
+                  ["replay", "x.png", "--with", f"{name}.py"]):  # fmt: skip
+        done = CliRunner().invoke(app, line)
+        assert done.exit_code == 0, done.stderr
+    assert name == "ablate" or sys.modules.get(name) is before
+
+
+def test_files_that_are_named_like_modules_are_in_nobodys_way_where_it_starts(neighbours: Path) -> None:
+    """Python itself puts the folder first where it looks for modules."""
+    done = mrflow("sweep", "random.py", cwd=neighbours)
     assert done.returncode == 0, done.stderr
-    done = mrflow("replay", "x.png", "--with", f"{name}.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    if name == "random":
-        done = mrflow("sweep", "random.py", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
 
 
 def test_errors_of_a_file_name_its_line_and_variable(tmp_path: Path) -> None:
