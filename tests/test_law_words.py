@@ -457,7 +457,7 @@ def say(name: str, subject: object) -> tuple[str, ast.Call]:
     while trace:
         frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
         trace = trace.tb_next  # type: ignore[assignment]
-    file, line = next((file, line) for file, line in reversed(frames) if not file.endswith("laws.py"))
+    file, line = next((file, line) for file, line in reversed(frames) if Path(file).name.startswith("of_"))
     site = min((d for d in demands(file) if d.lineno <= line <= (d.end_lineno or 0)), key=lambda d: -d.lineno)
     return str(caught.value).removeprefix(start), site
 
