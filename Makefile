@@ -42,8 +42,8 @@ nightly: $(VENV)/.installed-dev ## All tests, the property tests on a thousand n
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto --dist worksteal
 
 figure: $(VENV)/.installed-dev ## Every method at equal speeds (MODEL=FILE; resumes): docs/images/studies/frontier.svg, rivals.md
-	$(BIN)/python -m experiments.failures frontier --model $(or $(MODEL),pocket) --steps 50 --figure docs/images/studies/frontier.svg \
-		$(if $(filter pocket%,$(or $(MODEL),pocket)),,--page docs/how-to/rivals.md) # the page is for a model of the hard world
+	$(BIN)/python -m experiments.failures frontier --model $(or $(MODEL),pocket) --steps 50 --details letters grid \
+		--sizes 13% 4x4 5x5 6x6 --figure docs/images/studies/frontier.svg --page docs/how-to/rivals.md # what pocket can show
 
 pocket: $(VENV)/.installed-dev ## Train the embedded model on, into runs/pocket-4 (eight hours on two cores; goes on where it stopped)
 	$(BIN)/python -m experiments.train_pocket.hard --device auto --bf16
