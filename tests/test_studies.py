@@ -4,15 +4,14 @@ from collections import Counter
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import mrflow as mf
 from experiments.studies import __main__ as studies
-from experiments.studies import rivals, trade_off
+from experiments.studies import trade_off
 from experiments.studies.common import LOW, SIZE
-from experiments.studies.figure import FAMILIES, METHODS
+from experiments.studies.figure import METHODS
 from mrflow.models import info
 from mrflow.sweep import Row
 from tests.test_statistics import row
@@ -80,18 +79,12 @@ def test_an_unknown_tag_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_operating_points_of_a_method_are_one_line_of_the_figure() -> None:
-    points = Counter(map(rivals.method, rivals.chains))
-    assert points.pop("native") == 6 and set(points.values()) == {3}
-    assert {"student", "student, then MrFlow", "RALU"} < set(points)
-    found = {trade_off.method(label) for label in trade_off.chains}
-    assert found == {"native", "staged", "staged, more refining steps", "latent nearest", "latent bicubic"}
-    assert found | set(points) <= METHODS.keys()  # each with a colour of its own, but for the two names of one method
-    assert len({colour for colour, _ in METHODS.values()}) == len(METHODS) - 1
-    assert METHODS["staged"] == METHODS["MrFlow"] and {family for _, family in METHODS.values()} == FAMILIES.keys()
+    found = Counter(map(trade_off.method, trade_off.chains))
+    assert found.keys() == METHODS.keys() and found["native"] == 7 and found["staged"] == 4
+    assert len({colour for colour, _ in METHODS.values()}) == len(METHODS)
 
 
-@pytest.mark.parametrize("study", [rivals, trade_off])
-def test_the_figure_shows_every_operating_point(study: Any, tmp_path: Path) -> None:
+def test_the_figure_shows_every_operating_point(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     metrics = {"native 50": (1.0, 0.1), "native 2": (0.5, 0.0), "native 4": (0.9, 0.0)}
     made = [
@@ -99,11 +92,11 @@ def test_the_figure_shows_every_operating_point(study: Any, tmp_path: Path) -> N
         for i in range(3)
         for chain, (share, letters) in metrics.items()
     ]
-    study.draw(made, "native 50", tmp_path / "a.svg")
-    study.draw(made, "native 50", tmp_path / "b.svg")
+    trade_off.draw(made, "native 50", tmp_path / "a.svg")
+    trade_off.draw(made, "native 50", tmp_path / "b.svg")
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
     assert "legible: higher is better ↑ [95 %]" in text and "faster is better →" in text
     assert "<!-- legible.letters: higher is better ↑ [95 %] -->" in text and "<!-- native -->" in text
-    study.draw([r for r in made if r.chain != "native 4"], "native 50", tmp_path / "less.svg")
+    trade_off.draw([r for r in made if r.chain != "native 4"], "native 50", tmp_path / "less.svg")
     assert (tmp_path / "less.svg").read_text().count("<use ") < text.count("<use ")

@@ -10,31 +10,12 @@ from mrflow.sweep.plots import axis_label
 from mrflow.sweep.statistics import grouped, is_share
 from mrflow.sweep.timing import speedup
 
-FAMILIES = {"plain": "o", "staged": "s", "latent": "D", "caches": "^", "growth": "v", "students": "P"}  # markers
-METHODS = {  # the same colour and family in every figure; a rival's staged sampling is the same method
-    "native": ("#1c1d21", "plain"),
-    "staged": ("#2458c5", "staged"),
-    "MrFlow": ("#2458c5", "staged"),
-    "staged, more refining steps": ("#3aa0d8", "staged"),
-    "latent nearest": ("#8a6d00", "latent"),
-    "latent bicubic": ("#d0a400", "latent"),
-    "TeaCache": ("#1d7a4c", "caches"),
-    "MagCache": ("#5fae3c", "caches"),
-    "DBCache": ("#00798c", "caches"),
-    "DBTaylor": ("#39b3a6", "caches"),
-    "TaylorSeer": ("#7c8a2c", "caches"),
-    "SeaCache": ("#0f5b66", "caches"),
-    "Spectrum": ("#a3b84a", "caches"),
-    "DMD": ("#4d8f6d", "caches"),
-    "ToMA": ("#5b616e", "caches"),
-    "lift": ("#b4500a", "growth"),
-    "SelfLift": ("#e58a3c", "growth"),
-    "SPEED": ("#c23a2b", "growth"),
-    "RALU": ("#8c3a1e", "growth"),
-    "JiT": ("#d9694f", "growth"),
-    "Fresco": ("#6b4a2b", "growth"),
-    "student": ("#7a3fc2", "students"),
-    "student, then MrFlow": ("#b8216b", "students"),
+METHODS = {  # colour and marker, the same in every figure
+    "native": ("#1c1d21", "o"),
+    "staged": ("#2458c5", "s"),
+    "staged, more refining steps": ("#3aa0d8", "s"),
+    "latent nearest": ("#8a6d00", "D"),
+    "latent bicubic": ("#d0a400", "D"),
 }
 
 
@@ -63,13 +44,13 @@ def speed_figure(
                 lines.setdefault(method(label), []).append((sooner.mean, found.mean, found.low, found.high))
         for name, points in lines.items():
             points.sort()
-            colour, family = METHODS[name]
+            colour, marker = METHODS[name]
             x, y, low, high = zip(*points, strict=True)
             below = [v - to for v, to in zip(y, low, strict=True)]
             above = [to - v for v, to in zip(y, high, strict=True)]
             heavy = name in strong
             axes.errorbar(
-                x, y, (below, above), label=name, color=colour, marker=FAMILIES[family], markersize=6 if heavy else 5,
+                x, y, (below, above), label=name, color=colour, marker=marker, markersize=6 if heavy else 5,
                 linewidth=2 if heavy else 1, elinewidth=0.6, alpha=1.0 if heavy else 0.75,
             )  # fmt: skip
         axes.grid(alpha=0.25)
@@ -79,5 +60,5 @@ def speed_figure(
     lower.set_xticks(ticks, [f"{t}x" for t in ticks])
     for axes in (upper, lower):
         axes.minorticks_off()
-    upper.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, title="marker: family")
+    upper.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     figure.savefig(path, metadata={"Date": None})
