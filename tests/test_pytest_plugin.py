@@ -3,8 +3,13 @@
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import mrflow as mf
+from mrflow.errors import PlanError
+from mrflow.testing.items import _classes, _instances, _kinds, _make
 
 ROOT = Path(__file__).parents[1]
 MODULE = """
@@ -119,6 +124,83 @@ def test_broken_plug_ins_fail_by_law_and_say_what_to_do(tmp_path: Path) -> None:
     }
     assert "sigma_0 = start" in out and "the law: The first level is the start." in out
     assert "give the module one: example = Strong(...)" in out
+
+
+DEFINES = """
+from abc import abstractmethod
+from dataclasses import dataclass
+import mrflow as mf
+from mrflow import Linear
+
+
+@dataclass(frozen=True)
+class First(mf.Schedule):
+    steps: int = 3
+
+    def __call__(self, start, tokens, model):
+        return Linear(self.steps)(start, tokens, model)
+
+
+class _Hidden(First):
+    pass
+
+
+class Open(mf.Schedule):
+    @abstractmethod
+    def more(self): ...
+
+
+class Other:
+    pass
+
+
+@dataclass(frozen=True)
+class Last(mf.Euler):
+    strength: float
+
+
+Again = First
+chain = mf.Chain([mf.Sample(32, 32, First(5), solver=Last(2.0)), mf.Decode()])
+kept = [First(5), (Last(3.0),), Linear(4), 7]
+"""
+
+
+def test_what_a_module_defines_is_found_once_each_and_inside_its_chains() -> None:
+    module = ModuleType("defines")
+    sys.modules["defines"] = module  # where dataclasses look
+    exec(DEFINES, vars(module))
+    del sys.modules["defines"]
+    names = vars(module)
+    assert _classes(module) == [names["First"], names["Last"]]  # no private, abstract, imported or other ones
+    found = [one for one in _instances(names.values()) if type(one) in (names["First"], names["Last"])]
+    assert {repr(one) for one in found} == {"First(steps=5)", "Last(strength=2.0)", "Last(strength=3.0)"}
+    assert len(found) == 3
+    assert _make(names["First"]) == names["First"](3) and _make(mf.Shifted) == mf.Shifted(8)
+    refused = _make(names["Last"])
+    words = "Last needs settings to be made; give the module one: example = Last(...)"
+    assert isinstance(refused, PlanError) and str(refused) == words
+
+
+@pytest.mark.parametrize(
+    ("subject", "kinds"),
+    [
+        (mf.Heun(), {"solver": {"order": None}}),
+        (mf.Linear(4), {"schedule": {}}),
+        (mf.CFG(2.0), {"guidance": {"model": None}}),
+        (mf.Lanczos(2), {"upscaler": {}}),
+        (mf.Decode(), {"stage": {"spec": None, "model": None}}),
+        (mf.Reinject(0.3), {"stage": {"spec": None, "model": None}}),  # refuses noise
+        (mf.Refine(), {"stage": {"spec": None, "model": None}}),  # no larger
+        (
+            mf.Grow(),
+            {"stage": {"spec": None, "model": None}, "transition": {"sigma": 0.6, "size": (8, 8)}},
+        ),
+        (PlanError("none was made"), {}),
+    ],
+    ids=repr,
+)
+def test_each_plug_in_is_held_to_the_laws_of_its_kinds(subject: object, kinds: dict[str, object]) -> None:
+    assert _kinds(type(subject), subject) == kinds
 
 
 @pytest.mark.slow
