@@ -149,6 +149,18 @@ def spoil(path: Path, change: str) -> None:
             del data[f"{layer}.weight"]
         case "a scale of three":
             data[f"{layer}.weight_scale"] = torch.ones(3)
+        case "a scale of NaN":
+            data[f"{layer}.weight_scale"] = torch.full((1,), float("nan"))
+        case "an infinite scale":
+            data[f"{layer}.weight_scale"] = torch.full((1,), float("inf"))
+        case "a scale too large":
+            data[f"{layer}.weight_scale"] = torch.full((1,), 1e37)
+        case "a scale of bool":
+            data[f"{layer}.weight_scale"] = torch.ones(1, dtype=torch.bool)
+        case "a scale in 8 bits":
+            data[f"{layer}.weight_scale"] = torch.ones(1).to(F8)
+        case "two scales":
+            data[f"{layer}.scale_weight"] = torch.ones(())
         case "another format":
             metadata["_quantization_metadata"] = json.dumps({"layers": {layer: {"format": "nvfp4"}}})
         case "broken metadata":
@@ -168,6 +180,12 @@ def spoil(path: Path, change: str) -> None:
         ("a scale is missing", "1 of its weights have no scale: double_blocks.0.img_mlp.0.weight"),
         ("a weight is missing", "scales of 1 weights that it does not have"),
         ("a scale of three", r"has shape \(3,\), expected one value"),
+        ("a scale of NaN", "the scale of double_blocks.0.img_mlp.0.weight is NaN, infinite or beyond"),
+        ("an infinite scale", "the scale of double_blocks.0.img_mlp.0.weight is NaN, infinite or beyond"),
+        ("a scale too large", "the scale of double_blocks.0.img_mlp.0.weight is NaN, infinite or beyond"),
+        ("a scale of bool", "the scale of double_blocks.0.img_mlp.0.weight is torch.bool, expected float32"),
+        ("a scale in 8 bits", "the scale of double_blocks.0.img_mlp.0.weight is torch.float8_e4m3fn, expected"),
+        ("two scales", "double_blocks.0.img_mlp.0.weight has two scales, one of them"),
         ("another format", "quantised as 'nvfp4'"),
         ("broken metadata", "cannot be read"),
         ("bitsandbytes", "bitsandbytes"),

@@ -9,6 +9,7 @@ older convention marks itself with a tensor `scaled_fp8` and names scales `<laye
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -56,7 +57,10 @@ def with_scales(header: Header) -> Header:
     scales: dict[str, Entry] = {}
     for name, entry in header.tensors.items():
         if name.endswith(SCALES):
-            scales[name.rpartition(".")[0] + ".weight"] = tensors.pop(name)
+            weight = name.rpartition(".")[0] + ".weight"
+            if weight in scales:
+                raise WeightsError(f"{header.path}: {weight} has two scales, one of them {name}")
+            scales[weight] = tensors.pop(name)
         elif name.endswith((*ACTIVATIONS, *MARKS)):
             marked |= name.endswith(MARKS)
             del tensors[name]
@@ -72,9 +76,14 @@ def with_scales(header: Header) -> Header:
             f"{header.path} is scaled fp8, but {len(bare)} of its weights have no scale: {some(bare)}; the file is "
             "incomplete"
         )
+    files: dict[Path, Any] = {}
     for name, scale in scales.items():
         if scale.shape not in ((), (1,), tensors[name].shape[:1], (*tensors[name].shape[:1], 1)):
             raise WeightsError(f"{header.path}: the scale of {name} has shape {scale.shape}, expected one value")
+        if not scale.dtype.is_floating_point or scale.dtype.itemsize == 1:
+            raise WeightsError(f"{header.path}: the scale of {name} is {scale.dtype}, expected float32")
+        if not bool((mapped(scale, files).float().abs() < torch.finfo(torch.float32).max / FP8_MAX).all()):
+            raise WeightsError(f"{header.path}: the scale of {name} is NaN, infinite or beyond what numbers hold")
         tensors[name] = replace(tensors[name], scale=scale)
     return replace(header, tensors=tensors)
 
