@@ -33,7 +33,7 @@ demo: $(VENV)/.installed ## Draw pictures with the embedded model, staged beside
 	@mkdir -p $(OUT)
 	$(BIN)/mrflow generate "a big happy face at the centre" "the medium red word HAPPY" \
 	  "a red star at the top left, a blue ring at the middle right, a green heart at the bottom left, a purple square at the bottom right" \
-	  "a 5x5 grid of green circles with a red star in row 2 column 4" --compare native --out $(OUT)/demo.png --force
+	  "a 5x5 grid of green circles with a red star in row 2 column 4" --low 128 --size 256 --compare native --out $(OUT)/demo.png --force
 
 test: $(VENV)/.installed-dev ## Run all tests, a process for each core
 	$(BIN)/python -m pytest -n auto --dist worksteal
