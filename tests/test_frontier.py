@@ -77,6 +77,12 @@ def test_the_section_says_what_the_table_says(tmp_path: Path) -> None:
         assert low < mean < high and f"{mean:.2f} [{low:.2f}, {high:.2f}]" in text
 
 
+def test_nothing_is_tried_first_where_nothing_is_legible() -> None:
+    made = [replace(r, metrics={"legible": 0.0}) if r.chain == "bad, 8x" else r for r in rows()]
+    text = "\n".join(first.section(first.table_of(made, "native", size=256, low=128)))
+    assert "- **8x**: nothing is legible by any method." in text and "try bad" not in text and "try good first" in text
+
+
 def test_few_captions_give_no_verdict(tmp_path: Path) -> None:
     table = first.table_of(rows(4), "native", size=256, low=128)
     text = "\n".join(first.section(table))

@@ -95,6 +95,9 @@ def section(table: Table) -> list[str]:
             first, rest = mine[0], mine[1:]
             alike = [e["method"] for e in rest if e["behind the best"] == "no difference shown"]
             worse = [e["method"] for e in rest if e["behind the best"] == "lower"]
+            if first["reads"][1] <= 0.0:
+                lines.append(f"- **{speed}x**: nothing is legible by any method.")
+                continue
             lines.append(
                 f"- **{speed}x**: try {first['method']} first, which reads {_text(first['reads'])}. Not told apart "
                 f"from it: {', '.join(alike) or 'none'}. Below it: {', '.join(worse) or 'none'}."
