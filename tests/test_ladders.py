@@ -220,7 +220,10 @@ def test_refine_a_photo_from_the_command_line(here: Path) -> None:  # noqa: F811
     code, _, err = call("refine", "photo.jpg")
     assert code == 2 and "50x60 times 2 is not whole tokens of 16 pixels: --crop takes the middle 48x56" in err
     code, out, err = call("refine", "photo.jpg", "--crop", "--prompt", "a big red circle", "--sigma", "0.2")
-    assert code == 0 and out.strip() == "photo-refined.png" and "Upscale" in err
+    assert code == 0 and out.strip() == "photo-refined.png" and "Upscale" in err and "makes mud of a photograph" in err
+    own = mf.run(mf.recipes.native(size=(64, 64), steps=2), mf.load("pocket"), "a big red circle").save("own.png")
+    code, _, err = call("refine", *map(str, own))
+    assert code == 0 and "mud" not in err  # its own drawing is none
     assert mf.read_image("photo-refined.png").shape == (1, 3, 96, 112)
     code, again, _ = call("replay", "photo-refined.png", "--start", "photo.jpg")
     assert code == 0 and torch.equal(mf.read_image(again.strip()), mf.read_image("photo-refined.png"))

@@ -24,9 +24,10 @@ from mrflow.cli.parsing import (
     without_upscaler,
 )
 from mrflow.cli.verbs import RefineOptions
-from mrflow.errors import PlanError
+from mrflow.errors import PlanError, RecordError, ResourceError
 from mrflow.model_info import ModelInfo
-from mrflow.records.pictures import png, read_image, to_images
+from mrflow.models.pocket.model import shipped
+from mrflow.records.pictures import png, read_image, read_record, to_images
 from mrflow.spec import MAX_SIDE
 from mrflow.stage import AnyChain
 from mrflow.stages import Crop
@@ -50,7 +51,7 @@ def refine(err: Console, asked: RefineOptions) -> None:
         for path in _enlarged(asked.photo, asked.scale, sr, drawing.out, drawing.force):
             typer.echo(json.dumps({"paths": [str(path)]}) if drawing.as_json else path)
         return
-    if embedded(model):
+    if embedded(model) and not _own(asked.photo):
         err.print(PHOTOGRAPHS)
     if sr in (None, "own") and not embedded(model):
         raise without_upscaler(model)
@@ -70,6 +71,14 @@ def refine(err: Console, asked: RefineOptions) -> None:
 
     name = Path(f"{asked.photo.stem}-refined.png")
     draw(err, make, partial(load_model, model, asked.loading), pairs, drawing, start=pixels, name=name)
+
+
+def _own(photo: Path) -> bool:
+    """Whether an embedded model drew a picture, as its record says."""
+    try:
+        return bool(shipped(str(read_record(photo).get("model", ""))))
+    except (RecordError, ResourceError):
+        return False
 
 
 def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force: bool) -> list[Path]:
