@@ -240,7 +240,9 @@ def test_a_plan_costs_adapters_and_needs_no_file(tmp_path: Path) -> None:
     extra = (
         mf.plan(chain, model).work.flops - mf.plan(mf.Sample(128, 128, mf.Shifted(2)) >> mf.Decode(), model).work.flops
     )
-    assert extra == 2 * 2 * 2 * (3 * (768 + 192) + 3 * (384 + 192)) * (64 + 12)
+    assert model.architecture is not None
+    tokens = 64 + model.architecture.text_tokens
+    assert extra == 2 * 2 * 2 * (3 * (768 + 192) + 3 * (384 + 192)) * tokens
 
 
 BAD: dict[str, tuple[dict[str, Tensor], str]] = {

@@ -433,14 +433,14 @@ def test_a_solver_is_told_that_there_is_no_field_at_zero() -> None:
 
 def test_a_negative_prompt_that_nothing_reads_is_said_and_not_recorded() -> None:
     model = mf.load("pocket", device="cpu")
-    chain = mf.Sample(64, 64, mf.Shifted(2), guidance=mf.CFG(1.0)) >> mf.Decode()
+    chain = mf.Sample(48, 48, mf.Shifted(2), guidance=mf.CFG(1.0)) >> mf.Decode()
     plain = mf.run(chain, model, "a red circle")
     unread = mf.run(chain, model, "a red circle", negative="a blue square")
     assert torch.equal(plain.pixels, unread.pixels)
     assert any("no stage reads the negative prompt 'a blue square'" in note for note in unread.notes)
     assert (unread.negative, plain.negative) == (model.info.negative, model.info.negative)
-    assert plain.notes == ("pocket was trained on squares of 128, 256, 512 pixels; it draws worse at 64x64",)
-    read = mf.run(mf.Sample(64, 64, mf.Shifted(2), guidance=mf.CFG(3.0)) >> mf.Decode(), model, "a red circle",
+    assert plain.notes == ("pocket was trained on squares of 64, 128, 256 pixels; it draws worse at 48x48",)
+    read = mf.run(mf.Sample(48, 48, mf.Shifted(2), guidance=mf.CFG(3.0)) >> mf.Decode(), model, "a red circle",
                   negative="a blue square")  # fmt: skip
     assert read.negative == "a blue square"
     assert not any("no stage reads" in note for note in read.notes)
