@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,24 @@ def test_models_of_another_kind_are_refused(pipes: Pipes) -> None:
     ):
         with pytest.raises(PlanError, match=words):
             from_diffusers(pipe)
+
+
+LENT = "lends parts that are not its family's .*"
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("transformer", LENT + "transformer Identity"),
+        ("vae", LENT + "vae Identity"),
+        ("scheduler", "the pipeline's scheduler is Identity"),
+    ],
+)
+def test_parts_of_another_class_are_named(part: str, said: str, pipes: Pipes) -> None:
+    pipe = copy(pipes(next(iter(MAKERS))))
+    setattr(pipe, part, torch.nn.Identity())
+    with pytest.raises(PlanError, match=said):
+        from_diffusers(pipe)
 
 
 def test_wrong_arguments_are_refused(pipes: Pipes) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.bridge.blocks import BlockNames, opened_forward
 from mrflow.bridge.version import Watch, version_of
-from mrflow.errors import PlanError
+from mrflow.errors import MrflowError, PlanError, words_of
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.models.latent_model import encoded_once
@@ -69,8 +69,17 @@ class Bridged(ABC):
         for name, what in (("transformer", "a transformer"), ("vae", "a VAE"), ("scheduler", "a scheduler")):
             if getattr(pipe, name, None) is None:
                 raise PlanError(f"{type(pipe).__name__} was made without {what}; load it whole, or set pipe.{name}")
-        self.check_parts()
-        self.facts()
+        try:
+            self.check_parts()
+            self.facts()
+        except MrflowError:
+            raise
+        except Exception as error:  # parts may be of any class
+            lent = ", ".join(
+                f"{name} {type(getattr(pipe, name)).__name__}" for name in ("transformer", "vae", "scheduler")
+            )
+            why = f"{type(error).__name__}: {words_of(error)}"
+            raise PlanError(f"{type(pipe).__name__} lends parts that are not its family's ({lent}): {why}") from error
 
     @abstractmethod
     def check_parts(self) -> None:
