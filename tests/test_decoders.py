@@ -15,13 +15,15 @@ from mrflow.checkpoints.safetensors import save_file
 from mrflow.decoders import linear_decoder
 from mrflow.errors import PlanError, PromiseError, WeightsError
 from mrflow.scenes import FULL, render, sample_scene
+from mrflow.scenes.hard import HARD, sample
 from tests.parity.test_flux import relative, scatter
 
 
 def pictures(count: int, seed: int) -> Tensor:
-    """Scenes of pocket's world, 128 pixels a side, in [0, 1]."""
+    """Scenes of pocket's two worlds in turn, 128 pixels a side, in [0, 1]."""
     rng = random.Random(seed)
-    drawn = [render(sample_scene(FULL, rng), 128, oversample=2).transpose(2, 0, 1) for _ in range(count)]
+    scenes = [sample(HARD, rng) if i % 2 else sample_scene(FULL, rng) for i in range(count)]
+    drawn = [render(scene, 128, oversample=2).transpose(2, 0, 1) for scene in scenes]
     return torch.stack([torch.from_numpy(each.copy()).float() / 255 for each in drawn])
 
 
