@@ -16,8 +16,9 @@ from experiments.train_pocket import finetune, student
 from experiments.train_pocket.export import export
 from experiments.train_pocket.hard import start_from
 from mrflow.adapters import check_loras
+from mrflow.checkpoints.safetensors import save_file
 from mrflow.models import info
-from mrflow.models.pocket.model import NEWEST, VOCABULARY, WEIGHTS, WORDS
+from mrflow.models.pocket.model import NEWEST, VOCABULARY, WEIGHTS, WORDS, open_pocket, tensors_of
 from mrflow.scenes.grammar import held_out
 from mrflow.scenes.hard import parse
 from mrflow.scenes.looks import LOOKS
@@ -76,7 +77,7 @@ def test_a_look_is_taught_its_own_scenes_and_none_that_is_held_out() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["runes", "--model", str(WEIGHTS)], f"knows {len(VOCABULARY)} of the hard world's {len(WORDS)}"),
+        (["runes", "--model", "OLDER"], f"knows {len(VOCABULARY)} of the hard world's {len(WORDS)}"),
         (["runes", "--model", "no.safetensors"], "no.safetensors"),
         (["runes", "--model", str(WEIGHTS), "--steps", "0"], "--steps 0 is out of range"),
         (["runes", "--model", str(WEIGHTS), "--scale", "0"], "--scale 0.0 is out of range"),
@@ -85,6 +86,10 @@ def test_a_look_is_taught_its_own_scenes_and_none_that_is_held_out() -> None:
 def test_what_cannot_be_taught_is_said_first(
     words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    older = tensors_of(open_pocket(WEIGHTS))
+    older["text.tokens.weight"] = older["text.tokens.weight"][: len(VOCABULARY)].clone()
+    save_file(older, tmp_path / "older.safetensors")
+    words = [str(tmp_path / "older.safetensors") if word == "OLDER" else word for word in words]
     monkeypatch.setattr("sys.argv", ["finetune", *words, "--out", str(tmp_path / "a")])
     with pytest.raises(SystemExit):
         finetune.main()
