@@ -19,9 +19,9 @@ def captions(count: int = 24, *, seed: int = 0) -> list[Prompt]:
     return [Prompt(text, {"detail": dose}) for dose in DOSES for text in captions_of(dose, count, seed=seed)]
 
 
-def native(steps: int) -> mf.Chain[mf.Start, mf.Pixels]:
+def native(steps: int, **settings: object) -> mf.Chain[mf.Start, mf.Pixels]:
     """Plain sampling."""
-    return mf.recipes.native(size=SIZE, steps=steps)
+    return mf.recipes.native(size=SIZE, steps=steps, **settings)  # type: ignore[arg-type]
 
 
 def paper(steps: int = 12, **settings: object) -> mf.Chain[mf.Start, mf.Pixels]:

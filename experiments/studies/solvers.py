@@ -5,30 +5,26 @@ PSNR is to its picture of the same caption and noise. Numbers are evaluations (o
 """
 
 import mrflow as mf
-from experiments.studies.common import METRICS, MODEL, SIZE, captions, native
+from experiments.studies.common import METRICS, MODEL, captions, native
 from mrflow.sweep import Psnr, Sweep
-
-
-def solved(steps: int, solver: mf.Solver, schedule: mf.Schedule | None = None) -> mf.Chain[mf.Start, mf.Pixels]:
-    """Native sampling with it."""
-    return mf.recipes.native(size=SIZE, schedule=schedule or mf.Shifted(steps), solver=solver)
-
 
 BUDGETS = (12, 8, 4)
 chains = {
-    "tolerance 1e-4": solved(12, mf.DormandPrince(1e-4)),
-    "tolerance 1e-3": solved(12, mf.DormandPrince(1e-3)),
+    "tolerance 1e-4": native(12, solver=mf.DormandPrince(1e-4)),
+    "tolerance 1e-3": native(12, solver=mf.DormandPrince(1e-3)),
     **{f"Euler {n}": native(n) for n in (50, 24, *BUDGETS)},
     **{
-        f"{type(solver).__name__} {n}": solved(n, solver)
+        f"{type(solver).__name__} {n}": native(n, solver=solver)
         for solver in (mf.AB2(), mf.DPMpp2M(), mf.UniPC(), mf.DEIS())
         for n in BUDGETS
     },
     **{
-        f"{type(solver).__name__} {n}": solved(n // 2, solver) for solver in (mf.Heun(), mf.Midpoint()) for n in BUDGETS
+        f"{type(solver).__name__} {n}": native(n // 2, solver=solver)
+        for solver in (mf.Heun(), mf.Midpoint())
+        for n in BUDGETS
     },
     **{
-        f"{kind.__name__} {n}": solved(n, mf.Euler(), kind(n))
+        f"{kind.__name__} {n}": native(n, schedule=kind(n))
         for kind in (mf.Linear, mf.Cosine, mf.Beta, mf.Karras)
         for n in BUDGETS
     },
