@@ -164,6 +164,10 @@ def test_any_size_and_a_ladder(model: mf.Backbone) -> None:
     assert mf.run(three, model, "x").pixels.shape == (1, 3, 256, 256)
 
 
+def test_the_facts_without_weights_are_those_that_the_file_says(model: mf.Backbone) -> None:
+    assert replace(model.info, version="") == mf.POCKET
+
+
 def test_golden(model: mf.Backbone) -> None:
     """A picture made on another day: means of 8 x 8 pixels, to 2 levels of 255 (tests/golden/pocket.json says how)."""
     golden = json.loads(GOLDEN.read_text())
