@@ -153,19 +153,14 @@ def cached(run: Run, lesson: Lesson, auto: State) -> dict[int, Shard]:
 
 
 def start_from(name: str) -> tuple[Trainee, State, State]:
-    """A pocket-4 with an older version's weights; that version's autoencoder and super-resolution net.
-
-    Rows of the text encoder for new words and later tokens are random, as large as the trained ones.
-    """
+    """A pocket-4 with a shipped version's weights; that version's autoencoder and super-resolution net."""
     tensors = {key: t.float() for key, t in tensors_of(open_pocket(SHIPPED[name])).items()}
     torch.manual_seed(0)
     net = Trainee(WIDTH, HEAD, words=len(WORDS), length=LONG_TEXT)
     own = net.state_dict()
     for key, value in tensors.items():
         if key.startswith(("text.", "flow.")):
-            rows = len(own[key]) - len(value)  # more words and tokens than it had
-            more = value.std() * torch.randn(rows, *value.shape[1:]) if rows else value[:0]
-            own[key].copy_(torch.cat((value, more)))
+            own[key].copy_(value)
 
     def part(prefix: str) -> State:
         return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
