@@ -291,7 +291,8 @@ def in_8_bits(width: int, out: int, *, seed: int = 0, bias: bool = True) -> nn.M
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_in_8_bits_are_what_arithmetic_gives(bias: bool) -> None:
     net = in_8_bits(32, 16, bias=bias)
-    x = (torch.randn(3, 32) * torch.tensor([[1e-3], [1.0], [300.0]])).bfloat16()
+    rows = torch.randn(16, 3, 32, generator=torch.Generator().manual_seed(0))
+    x = (rows * torch.tensor([[1e-3], [1.0], [300.0]])).flatten(0, 1).bfloat16()
     x[0, 3] = 0.0
     want, stored = slow_product(x, net[0]), net(x)
     multiply_fp8(net, ())
@@ -299,7 +300,7 @@ def test_products_in_8_bits_are_what_arithmetic_gives(bias: bool) -> None:
     assert got.dtype == torch.bfloat16 and got.shape == want.shape
     each = (got.double() - want).norm(dim=0) / want.norm(dim=0)
     assert float(each.max()) < 4e-3  # bfloat16, once
-    assert 5e-3 < relative(got, stored) < 0.1  # the control: it is lossy, and not another product
+    assert 0.015 < relative(got, stored) < 0.04  # the control: it is lossy, and not another product
     assert not net(torch.zeros(1, 32).bfloat16()).isnan().any()
 
 
