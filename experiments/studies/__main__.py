@@ -26,7 +26,7 @@ from mrflow.sweep.statistics import MIN_PROMPTS, grouped
 from mrflow.sweep.summary import load_rows, summarise
 from mrflow.sweep.timing import speedup
 
-NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "nested_noise", "failures", "students")
+NAMES = ("trade_off", "sigma", "solvers", "ladders", "guidance", "caches", "nested_noise", "failures", "students")
 
 
 def main() -> None:

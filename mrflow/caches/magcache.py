@@ -23,7 +23,7 @@ RATIOS: dict[str, tuple[float, ...]] = {
     # Zehong-Ma/MagCache, 28 steps
     "flux1-dev": _FLUX,
     "flux1-schnell": _FLUX,
-    # measured here, 12 steps at the size of the low stage: python -m experiments.caches --calibrate
+    # measured here, 12 steps at the size of the low stage: python -m experiments.caches
     "pocket": (1.0, 0.9819, 0.9572, 0.9571, 0.9532, 0.9497, 0.9421, 0.934, 0.9205, 0.9031, 0.885, 0.8937),
 }
 """Known ratios by model, one a step."""

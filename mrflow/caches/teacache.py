@@ -20,7 +20,7 @@ COEFFICIENTS: dict[str, tuple[float, ...]] = {
     "flux1-dev": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
     # of the community (vLLM-Omni, VideoX-Fun); negative at both ends, hence |P|
     "qwen-image": (-450.0, 280.0, -45.0, 3.2, -0.02),
-    # fitted here, 12 steps at the size of the low stage: python -m experiments.caches --calibrate
+    # fitted here, 12 steps at the size of the low stage: python -m experiments.caches
     "pocket": (61.56, -12.54, 0.7153),
 }
 """Known polynomials by model, highest power first."""
