@@ -11,7 +11,7 @@ import torch
 
 import mrflow as mf
 from mrflow.bridge import Control, from_diffusers
-from mrflow.errors import PlanError
+from mrflow.errors import MrflowError, PlanError
 from tests import tiny_bridge
 from tests.parity.test_bridge import CALLS, FAMILIES, MAKERS, PROMPTS, UP, native, pipes
 from tests.parity.test_flux import relative
@@ -255,6 +255,39 @@ def test_parts_of_another_class_are_named(part: str, said: str, pipes: Pipes) ->
     setattr(pipe, part, torch.nn.Identity())
     with pytest.raises(PlanError, match=said):
         from_diffusers(pipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("dev", {"text_encoder": "text_encoder_2", "text_encoder_2": "text_encoder"}, "were exchanged"),
+        ("dev", {"tokenizer": "tokenizer_2", "tokenizer_2": "tokenizer"}, r"tokenizer_2 .CLIPTokenizer. knows \d+ tokens, text_enc"),
+        ("sd3", {"text_encoder_3": "text_encoder"}, "the transformer takes"),
+        ("sd3", {"text_encoder": "wider"}, "CLIP-L comes before the wider CLIP-G"),
+    ],
+)
+def test_text_encoders_that_were_exchanged_are_refused(
+    name: str, given: dict[str, str], said: str, pipes: Pipes
+) -> None:
+    pipe = copy(pipes(name))
+    pipe.wider = deepcopy(pipe.text_encoder)
+    pipe.wider.config.projection_dim += 8
+    for part, other in {k: getattr(pipe, v) for k, v in given.items()}.items():
+        setattr(pipe, part, other)
+    with pytest.raises(PlanError, match=said):
+        from_diffusers(pipe)
+
+
+def test_a_text_encoder_that_fails_is_named(pipes: Pipes) -> None:
+    pipe = copy(pipes("dev"))
+    model = from_diffusers(pipe)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise IndexError("index out of range")
+
+    pipe.encode_prompt = broken
+    with pytest.raises(MrflowError, match="FluxPipeline's text_encoder CLIPTextModel.*IndexError: index out of range"):
+        model.condition(["a cat"])
 
 
 def test_wrong_arguments_are_refused(pipes: Pipes) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.bridge.blocks import BlockNames, opened_forward
+from mrflow.bridge.facts import check_encoders
 from mrflow.bridge.version import Watch, version_of
+from mrflow.error_context import named, passes
 from mrflow.errors import MrflowError, PlanError, words_of
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, ModelInfo
@@ -50,6 +52,7 @@ class Bridged(ABC):
 
     accepts: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    more_words: ClassVar[tuple[str, ...]] = ()  # a pipeline may lack these
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
     family: ClassVar[BlockNames]
     can: ClassVar[Capabilities] = BRIDGED
@@ -71,19 +74,26 @@ class Bridged(ABC):
                 raise PlanError(f"{type(pipe).__name__} was made without {what}; load it whole, or set pipe.{name}")
         try:
             self.check_parts()
+            check_encoders(pipe, self.words + self.more_words, self.widths())
             self.facts()
         except MrflowError:
             raise
         except Exception as error:  # parts may be of any class
-            lent = ", ".join(
-                f"{name} {type(getattr(pipe, name)).__name__}" for name in ("transformer", "vae", "scheduler")
-            )
+            lent = self.lent("transformer", "vae", "scheduler")
             why = f"{type(error).__name__}: {words_of(error)}"
             raise PlanError(f"{type(pipe).__name__} lends parts that are not its family's ({lent}): {why}") from error
 
     @abstractmethod
     def check_parts(self) -> None:
         """Raise PlanError for a transformer or autoencoder that is not of this family."""
+
+    def widths(self) -> dict[str, int]:
+        """How wide the transformer needs the states of each text encoder, where that is one number."""
+        return {}
+
+    def lent(self, *names: str) -> str:
+        """Parts by name and class, in words."""
+        return ", ".join(f"{name} {type(getattr(self.pipe, name)).__name__}" for name in names)
 
     @abstractmethod
     def facts(self) -> ModelInfo:
@@ -193,6 +203,7 @@ class Bridged(ABC):
 
         Raises:
             PlanError: the pipeline has no text encoder or tokenizer.
+            MrflowError: they cannot encode; it names them and what they raised.
         """
         for name in self.words:
             if getattr(self.pipe, name, None) is None:
@@ -204,7 +215,12 @@ class Bridged(ABC):
         def encode(different: list[str]) -> dict[str, Tensor]:
             with _TURN, outside_inference():
                 self.rest()
-                return self.encode_words(different)
+                try:
+                    return self.encode_words(different)
+                except Exception as error:  # parts may be of any class
+                    if isinstance(error, MrflowError) or passes(error):
+                        raise
+                    raise named(error, f"{type(self.pipe).__name__}'s {self.lent(*self.words)}") from error
 
         return Condition(encoded_once(prompts, encode))
 

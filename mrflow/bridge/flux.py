@@ -99,6 +99,11 @@ class BridgedFlux(KLBridged):
         if self._guidance is not None and not config.guidance_embeds:
             raise PlanError("this FLUX has no guidance embedding; leave guidance out, or use CFG(scale) in the chain")
 
+    def widths(self) -> dict[str, int]:
+        """CLIP's pooled vector and T5's states."""
+        config = self.pipe.transformer.config
+        return {"text_encoder": config.pooled_projection_dim, "text_encoder_2": config.joint_attention_dim}
+
     def facts(self) -> ModelInfo:
         """FLUX.1-dev's or -schnell's facts, told apart by the guidance embedding, with the pipeline's own sizes."""
         encode, decode = vae_flops(self.pipe.vae)

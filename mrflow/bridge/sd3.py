@@ -24,6 +24,7 @@ class BridgedSD3(KLBridged):
     family = SD3
     can = replace(BRIDGED, together=True)
     words = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    more_words = ("text_encoder_3", "tokenizer_3")
     networks = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
     def check_parts(self) -> None:
@@ -34,6 +35,17 @@ class BridgedSD3(KLBridged):
                 f"this transformer takes {config.in_channels} channels and gives {config.out_channels}, its "
                 f"autoencoder has {latent}: not a text-to-image model"
             )
+        clips = [getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+        sizes = [clip.config.projection_dim for clip in clips if clip is not None]
+        if sizes != sorted(sizes):
+            raise PlanError(
+                f"{type(self.pipe).__name__}: text_encoder gives vectors of {sizes[0]}, text_encoder_2 of {sizes[1]}; "
+                "CLIP-L comes before the wider CLIP-G: exchange the two folders"
+            )
+
+    def widths(self) -> dict[str, int]:
+        """T5's states."""
+        return {"text_encoder_3": self.pipe.transformer.config.joint_attention_dim}
 
     def facts(self) -> ModelInfo:
         """The pipeline's own sizes. The even grid is the scheduler's, whose end is shifted twice."""
