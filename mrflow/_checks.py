@@ -1,7 +1,10 @@
 """Argument checks, once: a value is what it should be, or PlanError says what that is and what was given."""
 
+import errno
 import math
+import os
 import sys
+from pathlib import Path
 from typing import TypeGuard
 
 from mrflow.errors import PlanError
@@ -51,3 +54,23 @@ def check_number(name: str, value: object, low: float | None = None, high: float
     require(
         is_number(value, -math.inf if low is None else low, math.inf if high is None else high), name, wanted, value
     )
+
+
+def check_path(name: str, value: object) -> Path:
+    """The path that `value` is, if a file system can hold it; nothing need be there.
+
+    Raises:
+        PlanError: it is no text or Path, empty, too long, or holds what no name of a file can.
+    """
+    require(isinstance(value, str | Path) and value != "", name, "a path, as text or pathlib.Path", value)
+    path, shown = Path(str(value)), ascii(str(value)[:60])
+    try:
+        path.lstat()
+    except ValueError:  # NUL, and characters that are no text
+        raise PlanError(f"{name} holds characters that no name of a file can: {shown}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise PlanError(
+                f"{name} is longer than the file system takes ({len(os.fsencode(path))} bytes): {shown}..."
+            ) from None
+    return path

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mrflow._checks import check_path
 from mrflow.adapters import Lora, PiFlow
 from mrflow.checkpoints.safetensors import mapped, read_header, save_file
 from mrflow.errors import PlanError, WeightsError
@@ -58,7 +59,7 @@ class Condition:
         Raises:
             ResourceError: the file cannot be written.
         """
-        save_file(self.tensors, Path(path), metadata={"mrflow": "condition"})
+        save_file(self.tensors, check_path("the file", path), metadata={"mrflow": "condition"})
 
     @staticmethod
     def load(path: str | Path) -> "Condition":
@@ -67,7 +68,7 @@ class Condition:
         Raises:
             WeightsError: the file is missing, broken, or holds something else.
         """
-        header = read_header(Path(path))
+        header = read_header(check_path("the file", path))
         if header.metadata.get("mrflow") != "condition":
             raise WeightsError(f"{path} holds no encoded prompts; make one with model.condition([...]).save(path)")
         return Condition({name: mapped(entry, {}).clone() for name, entry in header.tensors.items()})

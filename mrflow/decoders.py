@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mrflow._checks import check_path
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Entry, Header, Source, load_into, open_checkpoint
 from mrflow.decoder import Decoder
@@ -113,7 +114,7 @@ class TinyDecoder(Decoder):
     sha256: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
-        where = Path(self.path)
+        where = check_path("the file", self.path)
         if where.is_dir():
             where = next(iter(sorted(where.glob("*.safetensors"))), where / "diffusion_pytorch_model.safetensors")
         where, found = located(str(where), self.sha256)

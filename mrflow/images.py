@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
+from mrflow._checks import check_path
 from mrflow.errors import PlanError, ResourceError
 from mrflow.notes import note
 from mrflow.records.files import read_regular
@@ -57,10 +58,10 @@ def read_image(path: str | Path) -> Tensor:
 
 def _bytes(path: str | Path) -> bytes:
     try:
-        return read_regular(Path(path).resolve(), most=MAX_FILE)
+        return read_regular(check_path("the picture", path).resolve(), most=MAX_FILE)
     except OSError as error:
         raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RuntimeError) as error:  # too large, a NUL in the name, a circle of links
+    except (ValueError, RuntimeError) as error:  # too large, a circle of links
         raise PlanError(f"{path} cannot be read: {error}") from None
 
 

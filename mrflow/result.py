@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mrflow._checks import check_path
 from mrflow import __version__, html
 from mrflow.errors import PlanError, RecordError
 from mrflow.guidance import CFG, Distilled, own_guidance
@@ -141,7 +142,7 @@ class Result:
         Raises:
             PlanError: as `frames`; the ending is another. ResourceError: it cannot be written.
         """
-        write_animation(Path(path), self.frames(item), milliseconds=milliseconds)
+        write_animation(check_path("the file", path), self.frames(item), milliseconds=milliseconds)
         return Path(path)
 
     def record(self, item: int = 0) -> dict[str, object]:
@@ -150,7 +151,7 @@ class Result:
 
     def save(self, path: str | Path) -> list[Path]:
         """Write PNGs with their records: `path`, or `path` with -0, -1, ... before its ending for a batch."""
-        return save_result(self, Path(path))
+        return save_result(self, check_path("the file", path))
 
 
 def save_result(result: Result, path: Path) -> list[Path]:

@@ -271,7 +271,7 @@ def test_text_encoders_that_were_exchanged_are_refused(
 ) -> None:
     pipe = copy(pipes(name))
     pipe.wider = deepcopy(pipe.text_encoder)
-    pipe.wider.config.projection_dim += 8
+    pipe.wider.config.projection_dim += 80
     for part, other in {k: getattr(pipe, v) for k, v in given.items()}.items():
         setattr(pipe, part, other)
     with pytest.raises(PlanError, match=said):

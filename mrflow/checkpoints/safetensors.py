@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file as write_safetensors  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
+from mrflow._checks import check_path
 from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.names import plain
 from mrflow.errors import ResourceError, WeightsError
@@ -237,7 +238,7 @@ def open_checkpoint(where: str | Path) -> Header:
     Raises:
         WeightsError: nothing is there, several are, shards are missing, or the index and its shards disagree.
     """
-    where = Path(where)
+    where = check_path("the checkpoint", where)
     where = _chosen(where) if where.is_dir() else where
     header = _shards(where) if where.suffix == ".json" else read_header(where)
     try:

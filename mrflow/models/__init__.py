@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from mrflow._checks import check_whole, is_number
+from mrflow._checks import check_path, check_whole, is_number
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.checkpoints.blueprint import collection_paused
@@ -96,7 +96,7 @@ def load(
     storage = storage or compute
     runtime = RuntimeOptions(check_offload(offload), bool(fold), compile, graphs, tile, kernels, compute)
     inside = shipped(str(where))
-    path = Path(where) if inside is None else inside
+    path = check_path("the model", where) if inside is None else inside
     if inside is not None or is_pocket(path):
         given = {
             "offload": offload != "none",
@@ -171,16 +171,16 @@ def info(name: str, *, shift: Shift | float | None = None, text_tokens: int | No
         PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known, or one that
             `load` would refuse.
     """
-    path = shipped(name)
-    if path is not None or is_pocket(Path(name)):
+    path = shipped(str(name))
+    where = path or check_path("the model", name)
+    if path is not None or is_pocket(where):
         if odd := [what for what, value in (("shift", shift), ("text_tokens", text_tokens)) if value is not None]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
-        return facts(read_header(path or Path(name)))
+        return facts(read_header(where))
     known = published()
     by_name = known | {facts.name: facts for facts in known.values()}
-    path = Path(name)
-    if name not in by_name and path.exists():
-        files = find(path)
+    if name not in by_name and where.exists():
+        files = find(where)
         curve = _curve(shift, text_tokens, files.family)
         return files.family.facts(replace(files, curve=curve or files.curve, text_tokens=text_tokens))
     if name not in by_name:

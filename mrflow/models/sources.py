@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mrflow._checks import check_path
 from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.hub import first_line
 from mrflow.checkpoints.safetensors import Header, checkpoints_in, open_checkpoint, readable
@@ -38,7 +39,7 @@ def find(where: str | Path, *, vae: str | Path | None = None, text: str | Path |
         WeightsError: a part is missing, there are several, or it is not what it should be.
         ResourceError: a hub repository cannot be had.
     """
-    path = Path(where)
+    path = check_path("the model", where)
     if not path.exists():
         if not HUB_ID.fullmatch(str(where)) or path.suffix == ".safetensors":
             raise WeightsError(f"there is no file or folder {where}")
@@ -204,7 +205,7 @@ def find_words(where: str | Path | None, family: Family) -> object:
     """The text encoders and tokenizers in a folder or hub repository."""
     if where is None:
         return None
-    path = Path(where)
+    path = check_path("text", where)
     if not path.exists() and HUB_ID.fullmatch(str(where)):
         path = fetch(str(where))
     return family.find_text(path)

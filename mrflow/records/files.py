@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
+from mrflow._checks import check_path
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.interrupts import held
 
@@ -92,15 +93,30 @@ def beneath(folder: Path, name: str) -> Path | None:
         return None
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuse to write a file under the name of a device, a pipe or a socket, or of a link to one: it would be gone.
+
+    Raises:
+        ResourceError: it is one.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ResourceError(f"{path} is a device, a pipe or a socket, which a file would replace; name a file")
+
+
 def check_writable(path: Path) -> None:
     """Refuse an output file that could not be written, before any work: no folder is made, nothing is left behind.
 
     Raises:
-        ResourceError: the folder is missing, is a file, or does not take files.
+        ResourceError: the folder is missing, is a file, or does not take files. PlanError: it cannot be a path.
     """
-    folder = path.parent
+    folder = check_path("the output", path).parent
     if path.is_dir():
         raise ResourceError(f"{path} is a folder; name a file in it, such as {path / 'picture.png'}")
+    check_replaceable(path)
     if not folder.is_dir():
         raise ResourceError(f"the folder {folder} does not exist; make it, or choose another with --out")
     try:
@@ -136,7 +152,12 @@ def writing(path: Path) -> Generator[IO[bytes]]:
 
 @contextmanager
 def drafting(path: Path) -> Generator[Path]:
-    """An unused name beside `path`: what is written there is flushed to disk and renamed to `path`, or removed."""
+    """An unused name beside `path`: what is written there is flushed to disk and renamed to `path`, or removed.
+
+    Raises:
+        ResourceError: `path` is a device, a pipe or a socket.
+    """
+    check_replaceable(path)
     temporary = temporary_beside(path)
     try:
         yield temporary
@@ -171,7 +192,7 @@ def filling(folder: Path) -> Generator[Path]:
 @contextmanager
 def known_files(paths: Iterable[str | Path]) -> Generator[None]:
     """Inside, a file that is not where its name says is taken from `paths`, where one has that name."""
-    token = _known.set((*_known.get(), *(Path(p) for p in paths)))
+    token = _known.set((*_known.get(), *(check_path("files", p) for p in paths)))
     try:
         yield
     finally:
@@ -275,6 +296,6 @@ def user_folder(variable: str, usual: str) -> Path:
 def expanded(path: str | Path) -> Path:
     """The path with `~` and `~user` as homes; one whose home is not known stays as it is."""
     try:
-        return Path(path).expanduser()
+        return check_path("the file", path).expanduser()
     except RuntimeError:
         return Path(path)

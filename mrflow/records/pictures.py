@@ -16,7 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from mrflow._checks import check_whole, is_whole
+from mrflow._checks import check_path, check_whole, is_whole
 from mrflow.errors import PlanError, RecordError, ResourceError
 from mrflow.images import MAX_FILE, MAX_TEXT, SIGNATURE, chunks, png_text
 from mrflow.images import read_image as read_image
@@ -129,7 +129,7 @@ def read_record(path: str | Path) -> dict[str, object]:
         ResourceError: the file cannot be read. RecordError: it carries no record, a broken one, or several.
     """
     try:
-        data = read_regular(Path(path).resolve(), most=MAX_FILE)
+        data = read_regular(check_path("the picture", path).resolve(), most=MAX_FILE)
     except OSError as error:
         raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RuntimeError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mrflow.errors import PlanError, ResourceError
 from mrflow.interrupts import held
-from mrflow.records.files import temporary_beside
+from mrflow.records.files import check_replaceable, temporary_beside
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
 
@@ -24,6 +24,8 @@ def publish(files: Mapping[Path, bytes], *, force: bool = False) -> None:
         TakenError: a name is taken, also by another process since it was chosen; then none of the files is there.
         ResourceError: the disk is full, or a folder takes no file.
     """
+    for path in files if force else ():
+        check_replaceable(path)
     with held():
         _publish(files, force=force)
 

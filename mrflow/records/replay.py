@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mrflow._checks import check_path
 from mrflow.backbone import Backbone
 from mrflow.errors import RecordError
 from mrflow.models import load
@@ -78,7 +79,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def inspect_file(path: str | Path) -> list[str]:
     """What a file or folder is, in lines: how a PNG was made, or what a checkpoint holds."""
-    where = Path(path)
+    where = check_path("the file", path)
     if is_checkpoint(where):
         return describe(where)
     return describe_record(read_record(where))

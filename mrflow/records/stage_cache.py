@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mrflow._checks import check_whole
+from mrflow._checks import check_path, check_whole
 from mrflow.flow import finite
 from mrflow.notes import note
 from mrflow.records.chains import fingerprint
@@ -38,12 +38,12 @@ class StageCache:
     takes no files is left out with a note.
 
     Raises:
-        PlanError: `max_bytes` is no whole number above 0.
+        PlanError: `max_bytes` is no whole number above 0, or `folder` is no path.
     """
 
     def __init__(self, folder: str | Path | None = None, *, max_bytes: int = 1 << 30) -> None:
         check_whole("max_bytes", max_bytes, 1, wanted="a whole number above 0")
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else check_path("the cache's folder", folder)
         self.max_bytes = max_bytes
         self.hits = 0
         self._memory: OrderedDict[str, Tensor] = OrderedDict()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from mrflow._checks import check_path
 from mrflow import metrics as numbers
 from mrflow.errors import PlanError, WeightsError
 from mrflow.scenes.fidelity import fidelity
@@ -228,7 +229,7 @@ class ClipScore(Metric):
     def _parts(self) -> tuple[Any, Any]:
         from transformers import AutoTokenizer, CLIPModel
 
-        if not Path(self.folder).is_dir():
+        if not check_path("the folder", self.folder).is_dir():
             raise WeightsError(
                 f"there is no CLIP model in {self.folder}: give the folder that transformers saved it in"
             )
@@ -303,7 +304,7 @@ class Lpips(Metric):
 
     @cached_property
     def _weights(self) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        net, heads = read_state(Path(self.alexnet)), read_state(Path(self.linear))
+        net, heads = (read_state(check_path("the file", name)) for name in (self.alexnet, self.linear))
         try:
             convs = [(net[f"features.{i}.weight"], net[f"features.{i}.bias"]) for i in (0, 3, 6, 8, 10)]
             lins = [heads[f"lin{i}.model.1.weight"] for i in range(5)]

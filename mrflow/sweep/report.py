@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mrflow._checks import check_path
 from mrflow.errors import PlanError
 from mrflow.records.files import read_regular, write_bytes
 from mrflow.sweep.aims import Scale
@@ -47,7 +48,7 @@ def page(
     Raises:
         PlanError: there are no rows, or the pictures would make the file too large to embed.
     """
-    where = Path(folder)
+    where = check_path("the folder", folder)
     rows, reference = loaded or load_rows(where)
     said = Store(where).manifest()
     data = summarise(rows, reference, said)

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from mrflow._checks import check_path
 from mrflow.errors import PlanError, ResourceError
 from mrflow.records.files import TEMPORARY, parse_table, read_regular, temporary_beside, write_bytes
 from mrflow.records.publish import place
@@ -36,7 +37,7 @@ class Store:
     """The folder of a sweep. Several processes may hold one each."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = check_path("the folder", folder)
         self.leases = Leases(self.folder / "leases")
         self._rows = str(self.folder / "rows")
         self._index: dict[str, State] | None = None
@@ -247,7 +248,7 @@ def read(folder: str | Path) -> list[Row]:
     Raises:
         PlanError: there is no such folder, or it is no sweep's.
     """
-    rows = Path(folder) / "rows"
+    rows = check_path("the folder", folder) / "rows"
     try:
         inner = sorted(entry.path for entry in os.scandir(rows) if len(entry.name) == 2 and entry.is_dir())
         paths = [e.path for each in inner for e in sorted(os.scandir(each), key=lambda e: e.name)]

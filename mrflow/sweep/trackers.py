@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from mrflow._checks import check_path
 from mrflow.error_context import passes
 from mrflow.errors import PlanError, ResourceError
 from mrflow.records.files import check_writable
@@ -46,7 +47,7 @@ def tracker(word: str) -> Tracker:
     """
     kind, _, place = word.partition(":")
     if kind == "tensorboard" and place:
-        return TensorBoard(Path(place))
+        return TensorBoard(check_path("the folder of --log", place))
     if kind in ("wandb", "trackio"):
         return Hosted(kind, place or "mrflow")
     raise PlanError(f"--log takes {WORDS}, got {word!r}")

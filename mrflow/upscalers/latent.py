@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mrflow._checks import check_path
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import read_config
 from mrflow.errors import PlanError, WeightsError
@@ -41,7 +42,7 @@ class LatentCheckpoint(LatentUpscaler):
     groups: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        where = Path(self.path)
+        where = check_path("the file", self.path)
         if where.is_dir():
             where = next(iter(sorted(where.glob("*.safetensors"))), where / "diffusion_pytorch_model.safetensors")
         where, found = located(str(where), self.sha256)
