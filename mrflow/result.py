@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrflow._checks import check_path
 from mrflow import __version__, html
+from mrflow._checks import check_path
 from mrflow.errors import PlanError, RecordError
 from mrflow.guidance import CFG, Distilled, own_guidance
 from mrflow.machine import machine

@@ -7,14 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mrflow._checks import check_path
 from mrflow import metrics as numbers
+from mrflow._checks import check_path
 from mrflow.errors import PlanError, WeightsError
 from mrflow.scenes.fidelity import fidelity
 from mrflow.scenes.grammar import CaptionError
