@@ -7,9 +7,9 @@ from typing import Literal, cast
 
 from mrflow._checks import check_whole, is_number, require
 from mrflow.checkpoints.hub import located_folder
-from mrflow.checkpoints.lora import opened
+from mrflow.checkpoints.lora import read_adapter
 from mrflow.errors import MrflowError, PlanError
-from mrflow.records.files import expanded
+from mrflow.records.files import expand_home
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Lora:
 
     def recorded(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
-        digest = self.sha256 or opened(self.path)[1]
+        digest = self.sha256 or read_adapter(self.path)[1]
         return {
             "path": Path(self.path).name,
             "strength": float(self.strength),
@@ -90,8 +90,8 @@ def flops_per_token(loras: Sequence[Lora]) -> float:
     total = 0.0
     for lora in loras:
         try:
-            if expanded(lora.path).is_file():
-                total += 2.0 * opened(lora.path, lora.sha256)[0].parameters
+            if expand_home(lora.path).is_file():
+                total += 2.0 * read_adapter(lora.path, lora.sha256)[0].parameters
         except MrflowError:
             continue
     return total

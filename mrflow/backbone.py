@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mrflow._checks import check_path
 from mrflow.adapters import Lora, PiFlow
-from mrflow.checkpoints.safetensors import mapped, read_header, save_file
+from mrflow.checkpoints.safetensors import map_tensor, read_header, save_file
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.model_info import CacheLike, Capabilities, ModelInfo
@@ -71,7 +71,7 @@ class Condition:
         header = read_header(check_path("the file", path))
         if header.metadata.get("mrflow") != "condition":
             raise WeightsError(f"{path} holds no encoded prompts; make one with model.condition([...]).save(path)")
-        return Condition({name: mapped(entry, {}).clone() for name, entry in header.tensors.items()})
+        return Condition({name: map_tensor(entry, {}).clone() for name, entry in header.tensors.items()})
 
     def check_finite(self, what: str) -> None:
         """Raise PlanError where a tensor holds NaN or infinity: it would give a black picture minutes later."""

@@ -18,7 +18,7 @@ from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Entry, Header, Source, load_into, open_checkpoint
 from mrflow.decoder import Decoder
 from mrflow.errors import PlanError, WeightsError
-from mrflow.records.files import located
+from mrflow.records.files import locate
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -117,7 +117,7 @@ class TinyDecoder(Decoder):
         where = check_path("the file", self.path)
         if where.is_dir():
             where = next(iter(sorted(where.glob("*.safetensors"))), where / "diffusion_pytorch_model.safetensors")
-        where, found = located(str(where), self.sha256)
+        where, found = locate(str(where), self.sha256)
         object.__setattr__(self, "path", str(where))
         object.__setattr__(self, "sha256", found)
         _ = self.net

@@ -5,7 +5,7 @@ import torch
 from mrflow.errors import Interruption, MrflowError, PromiseError, ResourceError, words_of
 
 
-def named(error: BaseException, where: str) -> MrflowError:
+def name_stage(error: BaseException, where: str) -> MrflowError:
     """What a stage raised as an error that begins with the stage's name: of its own class where that is mrflow's.
 
     Memory that ran out becomes a ResourceError, whatever else a PromiseError.

@@ -19,7 +19,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.notes import note
-from mrflow.tokens import Combined, TokenVelocity, on_tokens
+from mrflow.tokens import CombinedField, TokenVelocity, on_tokens
 
 
 class Guidance(ABC):
@@ -108,10 +108,10 @@ class TwoBranches(Guidance):
     ) -> Velocity:
         if self.scale == 1.0:
             return model.field(cond, options)
-        return _Guided(self, model, cond, _other(cond, negative, self), options)
+        return _TwoBranchField(self, model, cond, _other(cond, negative, self), options)
 
 
-class _Guided:
+class _TwoBranchField:
     """The mixture of both velocities: from one pass where the model can and memory allows, else from a field each."""
 
     def __init__(
@@ -376,7 +376,7 @@ class NAG(Guidance):
         if self.scale == 1.0:
             return model.field(cond, options)
         both = model.field(cond, replace(options, beside=(_other(cond, negative, self),), attention=self.mix))
-        return Combined(_first_half, (both,))
+        return CombinedField(_first_half, (both,))
 
 
 def _first_half(both: Velocity) -> Velocity:
@@ -419,7 +419,7 @@ class Interval(Guidance):
         def combine(inside: Velocity, outside: Velocity) -> Velocity:
             return lambda x, sigma: inside(x, sigma) if self._holds(sigma) else outside(x, sigma)
 
-        return Combined(combine, (inside, outside))
+        return CombinedField(combine, (inside, outside))
 
     def evals(self, points: Sequence[float]) -> int:
         inside = [sigma for sigma in points if self._holds(sigma)]

@@ -47,7 +47,7 @@ def read_image(path: str | Path) -> Tensor:
     data = _bytes(path)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        pixels = _decoded(data, str(path))
+        pixels = _decode(data, str(path))
     for text in dict.fromkeys(str(each.message).strip() for each in said):
         if "EXIF" in text:
             note(f"{path}: its EXIF is broken and was ignored ({text})")
@@ -65,7 +65,7 @@ def _bytes(path: str | Path) -> bytes:
         raise PlanError(f"{path} cannot be read: {error}") from None
 
 
-def _decoded(data: bytes, path: str) -> Tensor:
+def _decode(data: bytes, path: str) -> Tensor:
     """The pixels of a file's bytes."""
     try:
         profile = None
@@ -220,7 +220,7 @@ def chunks(data: bytes) -> Iterator[Chunk]:
     raise ValueError("it is not a whole PNG")
 
 
-def unpacked(data: bytes, most: int) -> bytes:
+def decompress(data: bytes, most: int) -> bytes:
     """What zlib packed.
 
     Raises:
@@ -252,7 +252,7 @@ def png_text(chunk: Chunk) -> tuple[str, bytes] | None:
         packed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
     elif packed:
         rest = rest[1:]
-    return word.decode("latin-1"), unpacked(rest, MAX_TEXT) if packed else rest
+    return word.decode("latin-1"), decompress(rest, MAX_TEXT) if packed else rest
 
 
 def _bare(data: bytes, path: str) -> tuple[bytes, bytes | None]:
@@ -263,7 +263,7 @@ def _bare(data: bytes, path: str) -> tuple[bytes, bytes | None]:
             coded[chunk.kind] = chunk.data
             if chunk.kind == b"iCCP":
                 try:
-                    profile = unpacked(chunk.data.partition(b"\0")[2][1:], MAX_PROFILE)
+                    profile = decompress(chunk.data.partition(b"\0")[2][1:], MAX_PROFILE)
                 except ValueError as error:
                     note(f"{path}: its colour profile is broken and was ignored ({error})")
             elif chunk.kind in PIXELS or _orients(chunk):

@@ -18,7 +18,7 @@ _ears: list[threading.Thread] = []
 
 
 @contextmanager
-def held() -> Generator[None]:
+def hold_signals() -> Generator[None]:
     """Inside, SIGINT and SIGTERM wait, so that what is begun is finished; their handlers are called at the end.
 
     Only the main thread is ever interrupted: in another one nothing changes.

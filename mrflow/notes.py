@@ -49,7 +49,7 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def collected() -> Generator[list[str]]:
+def collect_notes() -> Generator[list[str]]:
     """The notes that are made inside, in this thread or task."""
     notes: list[str] = []
     token = _notes.set(notes)
@@ -75,7 +75,7 @@ def add_forwards(cache: str | None, asked: int, computed: int, forwards: float, 
 
 
 @contextmanager
-def tallied() -> Generator[Tally]:
+def tally_work() -> Generator[Tally]:
     """What is counted inside, in this thread or task."""
     tally = Tally()
     token = _tally.set(tally)

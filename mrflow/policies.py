@@ -72,7 +72,7 @@ class GM:
     x_s: Float[Tensor, "b c h w"]
     sigma_s: float
 
-    def tempered(self, temperature: float) -> "GM":
+    def with_temperature(self, temperature: float) -> "GM":
         """A narrower mixture: weights to the power 1 / T, renormalised, and variance times T."""
         if temperature == 1.0:
             return self

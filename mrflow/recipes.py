@@ -15,7 +15,7 @@ from mrflow.noise import Noise, PerItem, Stream
 from mrflow.rivals import Grow, SampleAnchors, SampleConverged, SampleRegions, SelfLift
 from mrflow.rivals.growth import PowerSpectrum
 from mrflow.rivals.jit import JIT_4X, JIT_7X
-from mrflow.rivals.ralu import RALU_4X, RALU_7X, fitted
+from mrflow.rivals.ralu import RALU_4X, RALU_7X, fit_shifts
 from mrflow.schedules import DirectSigma, FlowMap, Schedule, Shifted
 from mrflow.schedules.partial import Level, Part
 from mrflow.solvers import Euler, Solver
@@ -412,7 +412,7 @@ def ralu(
     """RALU (arXiv 2507.08422): coarse, then finer where edges are, then fine.
 
     With `steps` None a published `preset`; else shifts and z are fitted to these steps, `ends` and the model's own
-    static `shift` (`mrflow.rivals.ralu.fitted`).
+    static `shift` (`mrflow.rivals.ralu.fit_shifts`).
     """
     if steps is None:
         if preset not in ("4x", "7x"):
@@ -420,7 +420,7 @@ def ralu(
         given, between, shifts, z, some = RALU_4X if preset == "4x" else RALU_7X
         return SampleRegions(*size, given, between, shifts, z, some, guidance=guidance) >> Decode()
     one, two, three = counts("steps", steps, 3)
-    shifts, z = fitted((one, two, three), ends, shift=shift)
+    shifts, z = fit_shifts((one, two, three), ends, shift=shift)
     return SampleRegions(*size, (one, two, three), ends, shifts, z, share, guidance=guidance) >> Decode()
 
 

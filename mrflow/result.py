@@ -204,12 +204,12 @@ def infotext(result: Result, item: int = 0) -> str:
     if strengths:
         told["Denoising strength"] = f"{strengths[0]:g}"
     told["Version"] = f"mrflow {__version__}"
-    settings = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in told.items())
+    settings = ", ".join(f"{key}: {_quote(str(value))}" for key, value in told.items())
     negative = [f"Negative prompt: {result.negative}"] if result.negative and result.plan.work.negative else []
     return "\n".join([result.prompts[item], *negative, settings])
 
 
-def _quoted(value: str) -> str:
+def _quote(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
 
 

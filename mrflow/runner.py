@@ -13,13 +13,13 @@ from torch import Tensor
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
 from mrflow.devices import Stopwatch
-from mrflow.error_context import named, passes
+from mrflow.error_context import name_stage, passes
 from mrflow.errors import Interruption, PlanError, PromptError
 from mrflow.flow import finite
 from mrflow.forks import check_process
 from mrflow.model_info import ModelInfo
 from mrflow.noise import check_seed
-from mrflow.notes import collected, note, tallied
+from mrflow.notes import collect_notes, note, tally_work
 from mrflow.records.stage_cache import StageCache
 from mrflow.result import PathStep, Result, StageRecord
 from mrflow.solvers import Step
@@ -119,7 +119,7 @@ def run(
         except BaseException as error:
             if passes(error):
                 raise
-            raise named(error, f"stage {number} of {len(stages)}, {short(stage)}") from error
+            raise name_stage(error, f"stage {number} of {len(stages)}, {short(stage)}") from error
     negative = model.info.negative if negative is None else negative
     if not isinstance(negative, str):
         raise PlanError(f"the negative prompt must be text, got {negative!r}")
@@ -129,7 +129,7 @@ def run(
     _reset_peak(model.device)
     with torch.inference_mode():
         watch = Stopwatch(model.device)
-        with collected() as lost:
+        with collect_notes() as lost:
             for text in planned.notes:
                 note(text)
             if unread:
@@ -158,7 +158,7 @@ def run(
             if not cached:
                 inner = replace(context, scope=scope, on_step=_relay(on_event, index, path), sigmas=row.sigmas)
                 where = f"stage {index + 1} of {len(stages)}, {short(stage)}"
-                with collected() as notes, tallied() as tally, _heard():
+                with collect_notes() as notes, tally_work() as tally, _heard():
                     data = keep_promise(stage, State(row.spec, data), row.out, inner, where)
                 if tally.caches or (tally.computed and row.work.estimated):
                     flops = sum(forwards * forward_flops(model.info, tokens) for forwards, tokens in tally.forwards)

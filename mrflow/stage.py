@@ -19,7 +19,7 @@ from mrflow._checks import check_whole
 from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.devices import to_device
-from mrflow.error_context import named, passes
+from mrflow.error_context import name_stage, passes
 from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, words_of
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
@@ -27,7 +27,7 @@ from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.notes import add_forwards
 from mrflow.policies import GM, PolicyField, automatic, follow
-from mrflow.records.readable import described
+from mrflow.records.readable import describe
 from mrflow.schedules import Sigmas
 from mrflow.solvers import FiniteCheck, Solver, Step, integrate
 from mrflow.spec import Latents, Pixels, Spec, Start, State
@@ -183,7 +183,7 @@ class Chain(Generic[A, B]):
 
     def _repr_html_(self) -> str:
         """For notebooks: every stage with its settings."""
-        lines = [(number, *described(stage)) for number, stage in enumerate(self.stages, 1)]
+        lines = [(number, *describe(stage)) for number, stage in enumerate(self.stages, 1)]
         return html.html_table(("", "stage", "settings"), lines)
 
 
@@ -350,7 +350,7 @@ def plan(
         try:
             rows.append(stage.plan_row(spec, model))  # type: ignore[arg-type]  # pyright: ignore
         except MrflowError as error:
-            raise named(error, where) from error
+            raise name_stage(error, where) from error
         except BaseException as error:
             if passes(error):
                 raise
@@ -464,7 +464,7 @@ class Context:
         for index, (sigma, to) in enumerate(pairwise(sigmas), 1):
             policy = field.policy(x, sigma)
             if heat is not None and index < steps and isinstance(policy, GM):
-                policy = policy.tempered(heat)
+                policy = policy.with_temperature(heat)
             x = follow(policy, x, sigma, to, shift=field.shift, total=adapter.substeps)
             check.step(x, f"after step {index} of {steps} ({self.model.info.name})")
             if self.on_step is not None:
@@ -502,7 +502,7 @@ def keep_promise(stage: AnyStage, state: State[Spec], out: Spec, ctx: Context, w
     except BaseException as error:
         if passes(error):
             raise
-        raise named(error, where) from error
+        raise name_stage(error, where) from error
     if not isinstance(data, Tensor):
         raise PromiseError(f"{where}: apply must give a tensor, got {type(data).__name__}")
     data = data.detach()

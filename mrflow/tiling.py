@@ -8,7 +8,7 @@ from torch import Tensor
 from mrflow.errors import PlanError
 
 
-def tiled(
+def in_tiles(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
     *,
@@ -34,7 +34,7 @@ def tiled(
     h, w = x.shape[-2:]
     begins = windows(h, w, tile, tile, overlap, down)
     edge = overlap * up // down
-    return blended(
+    return blend(
         (f(x[..., top : top + tile, left : left + tile]) for top, left in begins),
         [(top * up // down, left * up // down) for top, left in begins],
         (h * up // down, w * up // down),
@@ -43,7 +43,7 @@ def tiled(
     )
 
 
-def blended(
+def blend(
     parts: Iterable[Tensor], begins: Sequence[tuple[int, int]], size: tuple[int, int], *, edge: int, unused: int
 ) -> Tensor:
     """Tiles (b, c, h, w) that begin at `begins` (row, column) as one tensor of `size`, each weighted by its `ramp`.

@@ -108,7 +108,7 @@ class PackedCall(PackedField):
 
 
 @dataclass(frozen=True)
-class Combined:
+class CombinedField:
     """A field made of others by `combine`, in latents or, where all of them can, in tokens alike.
 
     `combine` is given the fields' velocities and gives its own. It treats every picture as a whole, or each of its

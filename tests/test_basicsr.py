@@ -13,7 +13,7 @@ from torch import nn
 import mrflow as mf
 from mrflow.upscalers import basicsr_package
 from mrflow.upscalers.nets import RRDBParams
-from mrflow.upscalers.torchvision_shim import LOST, shimmed
+from mrflow.upscalers.torchvision_shim import LOST, use_shim
 from tests.sr_files import rrdb
 
 real = pytest.mark.skipif(
@@ -73,7 +73,7 @@ def test_the_shim_gives_the_lost_module_back(here: Path) -> None:
     try:
         with pytest.raises(ImportError, match="functional_tensor"):
             importlib.import_module("old_library")
-        with shimmed():
+        with use_shim():
             library = importlib.import_module("old_library")
         assert library.rgb_to_grayscale(3) == ("grey", 3)
         assert LOST not in sys.modules and "torchvision" in sys.modules
@@ -92,7 +92,7 @@ def test_the_shim_stands_in_for_a_torchvision_that_is_not_there(here: Path, *, b
         )
         importlib.invalidate_caches()
     _forget()
-    with shimmed():
+    with use_shim():
         library = importlib.import_module("old_library")
     assert not [n for n in sys.modules if n.split(".")[0] == "torchvision"]
     for use in (library.normalize, library.vgg.vgg19, library.rgb_to_grayscale):

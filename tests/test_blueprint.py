@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mrflow.checkpoints.blueprint import blueprint, collection_paused
+from mrflow.checkpoints.blueprint import blueprint, pause_collection
 
 
 def test_nothing_is_initialised_and_nothing_collected() -> None:
@@ -44,7 +44,7 @@ def test_initialisation_leaves_values_alone_inside_and_works_again_outside() -> 
 def test_collection_is_left_as_it_was(was: bool) -> None:
     (gc.enable if was else gc.disable)()
     try:
-        with pytest.raises(KeyError), collection_paused():
+        with pytest.raises(KeyError), pause_collection():
             assert not gc.isenabled()
             raise KeyError
         assert gc.isenabled() is was

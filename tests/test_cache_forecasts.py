@@ -18,7 +18,7 @@ from mrflow.caches import DMD, L2P, Cache, Evaluation, Extrapolation, SeaCache, 
 from mrflow.caches.dmd import Modes
 from mrflow.caches.l2p import fit_weights
 from mrflow.caches.memory import products
-from mrflow.caches.seacache import filtered
+from mrflow.caches.seacache import wiener
 from mrflow.caches.spectrum import Chebyshev
 from mrflow.model_info import FLUX
 from tests.test_cache_rules import Numbers, drive
@@ -221,7 +221,7 @@ def test_l2p_computes_what_its_rows_cannot_stand_in_for() -> None:
         True,
         True,
     ]
-    with pytest.raises(mf.PlanError, match=r"fitted to 7 evaluations, and the stage has 9; .* L2P\.calibrated"):
+    with pytest.raises(mf.PlanError, match=r"fitted to 7 evaluations, and the stage has 9; .* L2P\.calibrate"):
         mf.plan(mf.Sample(64, 64, mf.Shifted(9), cache=cache), mf.FLUX)
 
 
@@ -247,16 +247,16 @@ def test_seacache_filters_as_its_formula_says(sigma: float, power: float, h: int
                 signal = 1 / (min(k, n - k) / n) ** power if k else 1e16
                 gain[i, j] *= (1 - s) * signal / ((1 - s) ** 2 * signal + s**2)
     want = np.fft.ifft2(np.fft.fft2(x) * gain / gain.mean()).real
-    got = filtered(torch.tensor(x, dtype=torch.float32), sigma, power)
+    got = wiener(torch.tensor(x, dtype=torch.float32), sigma, power)
     assert got.numpy() == pytest.approx(want, abs=2e-4 * abs(want).max())
 
 
 def test_seacache_sees_the_signal_and_not_the_noise() -> None:
     """Near pure noise only the mean passes, near none everything does."""
     x = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
-    flat = filtered(x, 1 - 1e-7, 2.0)
+    flat = wiener(x, 1 - 1e-7, 2.0)
     assert float((flat - flat.mean((1, 2), keepdim=True)).abs().max()) < 1e-3 * float(flat.abs().max())
-    torch.testing.assert_close(filtered(x, 1e-7, 2.0), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(wiener(x, 1e-7, 2.0), x, atol=1e-4, rtol=1e-4)
 
 
 @given(st.floats(0.01, 2), st.floats(0.02, 0.5), st.integers(2, 30), st.none() | st.integers(1, 4), st.integers(0, 4))
@@ -266,7 +266,7 @@ def test_seacache_counts_as_its_arithmetic_says(
     """Flat latents that grow by a constant ratio: the filter multiplies them by what it does to a flat one."""
     cache = SeaCache(threshold, of="latents", limit=limit, first=end, last=end)
     pictures = [torch.full((1, 4, 4), (1 + change) ** t) for t in range(count)]
-    sizes = [float(filtered(x, 1 - i / count, 2.0).mean()) for i, x in enumerate(pictures)]
+    sizes = [float(wiener(x, 1 - i / count, 2.0).mean()) for i, x in enumerate(pictures)]
     want, total, row = list[int](), 0.0, 0
     margin = 1.0
     for i in range(count):

@@ -13,14 +13,14 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.caches import Cache, DBCache, Evaluation, MagCache, TaylorSeer, TeaCache
-from mrflow.caches.base import between, difference
+from mrflow.caches.base import difference, interpolate
 from mrflow.caches.calibrate import fit_polynomial
 from mrflow.caches.clock import Clock
 from mrflow.caches.extrapolate import Series
 from mrflow.caches.memory import CachedStep
 from mrflow.caches.teacache import COEFFICIENTS, polynomial
 from mrflow.model_info import FLUX, QWEN
-from mrflow.notes import tallied
+from mrflow.notes import tally_work
 
 
 class Numbers:
@@ -61,7 +61,7 @@ def drive(
     for call, sigma in enumerate(levels):
         clock.tick(sigma)
         table = torch.ones(1, 1, 1) if inputs is None else inputs(call)
-        with tallied() as tally:
+        with tally_work() as tally:
             outs.append(step(torch.ones(batch, 4, 1), torch.zeros(batch, 2, 1), table, table, table))
         computed.append(tally.computed)
         assert tally.asked == batch
@@ -332,7 +332,7 @@ def test_settings_that_cannot_work(make: Any, text: str) -> None:
 
 
 def test_small_helpers() -> None:
-    assert [between(((0, 1.0), (2, 5.0)), x) for x in (-1, 0, 1, 2, 3)] == [1, 1, 3, 5, 5]
+    assert [interpolate(((0, 1.0), (2, 5.0)), x) for x in (-1, 0, 1, 2, 3)] == [1, 1, 3, 5, 5]
     one, three = torch.ones(2), torch.tensor([1.0, 3.0])
     assert difference(three, one) == 1.0
     assert difference(one, three) == 0.5

@@ -365,7 +365,7 @@ def test_what_cannot_be_cached_is_refused_before_any_work(models: Callable[[str]
     with pytest.raises(mf.PlanError, match="toy cannot be cached"):
         TaylorSeer()(toy)
     with pytest.raises(mf.PlanError, match="toy cannot be cached"):
-        TeaCache.calibrated(0.1, toy, ["a"])
+        TeaCache.calibrate(0.1, toy, ["a"])
     with pytest.raises(
         mf.PlanError, match=r"cache must be a Cache such as TeaCache\(0.25\), got .*make one: TeaCache\("
     ):
@@ -408,20 +408,20 @@ def test_pictures_get_worse_with_the_threshold(models: Callable[[str], mf.Backbo
 def test_calibrated(models: Callable[[str], mf.Backbone]) -> None:
     model = models("pocket")
     settings: dict[str, Any] = dict(size=(64, 64), schedule=mf.Shifted(8), seed=3)
-    tea = TeaCache.calibrated(0.2, model, PROMPTS["pocket"], degree=2, **settings)
+    tea = TeaCache.calibrate(0.2, model, PROMPTS["pocket"], degree=2, **settings)
     assert tea.coefficients is not None and len(tea.coefficients) == 3
-    mag = MagCache.calibrated(0.2, model, PROMPTS["pocket"], limit=2, **settings)
+    mag = MagCache.calibrate(0.2, model, PROMPTS["pocket"], limit=2, **settings)
     assert mag.ratios is not None and len(mag.ratios) == 8 and mag.ratios[0] == 1.0
     assert (mag.limit, mag.retention) == (2, 0.2)
     assert all(0.5 < r < 1.5 for r in mag.ratios)
-    line = L2P.calibrated(3, model, PROMPTS["pocket"], warmup=2, history=2, **settings)
+    line = L2P.calibrate(3, model, PROMPTS["pocket"], warmup=2, history=2, **settings)
     assert [len(row) for row in line.rows] == [0, 0, 2, 2, 0, 2, 2, 0]
     for cache in (tea, mag, line):
         result = made(mf.Sample(64, 64, mf.Shifted(8), cache=cache), model)
         assert result.nfe < 16
         assert decode_chain(encode_chain(mf.Chain((sample(cache),)))) == mf.Chain((sample(cache),))
     with pytest.raises(mf.PlanError, match="at least one prompt"):
-        MagCache.calibrated(0.2, model, [], **settings)
+        MagCache.calibrate(0.2, model, [], **settings)
 
 
 @pytest.mark.parametrize("of", ["output", "velocity"])
@@ -448,7 +448,7 @@ def test_l2p_is_nearer_than_the_curve_that_it_replaces(models: Callable[[str], m
     """On prompts and a seed that it was not fitted to, at the same evaluations: least squares against a line."""
     model = models("pocket")
     settings: dict[str, Any] = dict(size=(64, 64), schedule=mf.Shifted(12))
-    line = L2P.calibrated(3, model, PROMPTS["pocket"], **settings)
+    line = L2P.calibrate(3, model, PROMPTS["pocket"], **settings)
     prompts = ["a small green square", "the big white word DOG"]
 
     def drawn(cache: Cache | None) -> mf.Result:

@@ -18,7 +18,7 @@ import mrflow as mf
 from mrflow.cli import drawing
 from mrflow.cli.app import app
 from mrflow.cli.chains import build, enlargement
-from mrflow.cli.display import WORDS, in_options, wrapped
+from mrflow.cli.display import WORDS, in_options, wrap
 from mrflow.cli.options import RECIPE_WORDS, DrawOptions, ModelOptions, SlotOptions
 from mrflow.cli.parsing import load_model, pairs_of, parse_seeds, parse_shift, read_prompts
 from mrflow.cli.plan import plan_text
@@ -369,7 +369,7 @@ def test_tables_fit_names_and_terminals() -> None:
         lines = stage_table(result, columns).splitlines()
         assert max(map(len, lines)) <= columns
     assert len({line.index(" s ") for line in stage_table(result).splitlines()[:-1]}) == 1
-    assert wrapped(["prompt    one two three"], 20) == ["prompt    one two", "      three"]
+    assert wrap(["prompt    one two three"], 20) == ["prompt    one two", "      three"]
 
 
 def test_progress_says_steps_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,9 +450,9 @@ def test_sweeps_as_json_and_options_of_other_engines(here: Path) -> None:  # noq
 
 
 def test_lines_hang_below_what_they_explain() -> None:
-    assert wrapped(["made on   one two three"], 20) == ["made on   one two", "      three"]
-    assert wrapped(["     Sample(64, 64, Shifted(2))"], 20) == ["     Sample(64, 64,", "     Shifted(2))"]
-    assert wrapped(["made on   one two three"], None) == ["made on   one two three"]
+    assert wrap(["made on   one two three"], 20) == ["made on   one two", "      three"]
+    assert wrap(["     Sample(64, 64, Shifted(2))"], 20) == ["     Sample(64, 64,", "     Shifted(2))"]
+    assert wrap(["made on   one two three"], None) == ["made on   one two three"]
 
 
 @pytest.mark.parametrize(

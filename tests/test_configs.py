@@ -13,7 +13,7 @@ from mrflow.checkpoints import configs
 from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.safetensors import Header, read_header, save_file
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.models.encoders import configured
+from mrflow.models.encoders import make_config
 from mrflow.models.fp8 import with_scales
 from mrflow.models.scheduler import shift_of
 
@@ -146,11 +146,11 @@ def test_a_text_encoders_configuration_fetches_nothing_and_makes_nothing_large()
         "num_labels": 9,
     }
     inside = {"vision_config": {"num_labels": 10**9, "depth": 32}}
-    made = configured(Spy, HEADER, said | inside, {})
+    made = make_config(Spy, HEADER, said | inside, {})
     assert made.given == {"hidden_act": "gelu", "vision_config": {"depth": 32}}
     for name, value in (("num_hidden_layers", 1001), ("depth", 10**6), ("max_position_embeddings", 1 << 25)):
         with pytest.raises(WeightsError, match=rf"has {name} {value}, (1000|16777216) at most"):
-            configured(Spy, HEADER, {"text_config": {name: value}}, {})
+            make_config(Spy, HEADER, {"text_config": {name: value}}, {})
 
 
 def test_a_large_tensor_is_no_text(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from experiments.failures.figure import draw
 from experiments.failures.questions import LOSSES, QUESTIONS, Setting
 from mrflow.models import info
 from mrflow.scenes import render
-from mrflow.scenes.hard import drawn
+from mrflow.scenes.hard import draw_scene
 from mrflow.sweep import Legible, Row, Sweep
 from mrflow.sweep.metrics import Measured
 from tests.test_statistics import row
@@ -141,7 +141,7 @@ def test_the_cheapest_keeps_what_is_read() -> None:
 
 def test_letters_are_read_by_a_sweep() -> None:
     caption = "a blue sign in 13% letters, RED and FOX and HAT"
-    picture = torch.tensor(render(drawn(caption, random.Random(0)), 256)).permute(2, 0, 1).float() / 255
+    picture = torch.tensor(render(draw_scene(caption, random.Random(0)), 256)).permute(2, 0, 1).float() / 255
 
     def read(prompt: str) -> dict[str, float]:
         return dict(Legible()(Measured(picture, prompt, 0, {}, mf.toy())))

@@ -306,10 +306,10 @@ class Disc:
     def ranks(self) -> dict[str, float]:
         return {}
 
-    def moved(self, values: Values) -> "Disc":
+    def with_values(self, values: Values) -> "Disc":
         return replace(self, ground_=values[0], place=values[1][:2], colour=values[1][2:])
 
-    def spelled(self, alphabet: str, symbol: str) -> "Disc":
+    def with_symbol(self, alphabet: str, symbol: str) -> "Disc":
         raise AssertionError((alphabet, symbol))
 
     def ground(self) -> "Disc":

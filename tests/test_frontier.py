@@ -110,7 +110,7 @@ def test_what_must_see_the_model_is_found_once(tmp_path: Path, monkeypatch: pyte
     for label, chain in found.items():
         cost = sum(stage.flops for stage in mf.run(chain, model, captions).stages)
         assert 0.95 <= sum(stage.flops for stage in whole) / cost / 4 <= 1.25, label
-    monkeypatch.setattr(mf.caches.L2P, "calibrated", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(mf.caches.L2P, "calibrate", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(mf, "run", lambda *_, **__: 1 / 0)
     assert fitted(setting, model, [], tmp_path / "fitted.json") == found
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mrflow as mf
-from mrflow.models.cuda_graphs import Graphed
+from mrflow.models.cuda_graphs import CudaGraph
 from tests.tiny import write_flux_repo, write_qwen_repo
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +56,7 @@ def test_steps_are_replayed_as_graphs(repo: Path) -> None:
     for _ in range(3):
         assert float((mf.run(CHAIN, model, "a cat", seed=3).pixels.cpu() - plain).abs().max()) < 2e-3
     step = model._step  # type: ignore[attr-defined]
-    assert isinstance(step, Graphed) and len(step.recorded) == 2
+    assert isinstance(step, CudaGraph) and len(step.recorded) == 2
     assert all(recorded is not None for recorded in step.recorded.values())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.backbone import Wrapper
 from mrflow.noise import Noise
-from mrflow.rivals.selflift import mixed
+from mrflow.rivals.selflift import mix
 from mrflow.solvers import SASolver, StochasticEuler
 from tests.strategies import LAW
 
@@ -63,7 +63,7 @@ def slowly_mixed(lat: Tensor, pix: Tensor, share: float, low: float, high: float
 def test_selflift_beside_a_slow_one(seed: int, share: float, ends: tuple[float, float]) -> None:
     lat, pix = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     low, high = ends
-    mine = mixed(lat, pix, share=share, low=low, high=high)
+    mine = mix(lat, pix, share=share, low=low, high=high)
     torch.testing.assert_close(mine, slowly_mixed(lat, pix, share, low, high))
 
 

@@ -15,7 +15,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import CFG, Distilled, Guidance, Interval, own_guidance, token_norm
 from mrflow.model_info import FLUX, QWEN, SCHNELL, ModelInfo
-from mrflow.notes import collected
+from mrflow.notes import collect_notes
 from mrflow.schedules import Linear
 from mrflow.solvers import RK4, Heun, Solver, integrate
 
@@ -266,7 +266,7 @@ def test_branches_that_do_not_fit_take_turns_with_the_same_options() -> None:
     tight, options = Tight(), mf.FieldOptions(sigmas=(1.0, 0.5))
     cond, negative = tight.condition(["a", "b"]), tight.condition(["xyz"])
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    with collected() as notes:
+    with collect_notes() as notes:
         field = CFG(2.0).field(tight, cond, negative, options)
         got = [field(x, sigma) for sigma in options.sigmas]
     mock = Mock()

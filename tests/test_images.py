@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 import mrflow as mf
 from mrflow import images
-from mrflow.notes import collected
+from mrflow.notes import collect_notes
 
 RAMP = np.linspace(0, 1, 24 * 32).reshape(24, 32)
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -149,7 +149,7 @@ def test_cmyk_and_lab_become_rgb(tmp_path: Path) -> None:
 )
 def test_a_broken_profile_is_reported_and_ignored(tmp_path: Path, profile: bytes) -> None:
     Image.fromarray(COLOURS).save(tmp_path / "x.png", icc_profile=profile)
-    with collected() as notes:
+    with collect_notes() as notes:
         got = mf.read_image(tmp_path / "x.png")[0].permute(1, 2, 0) * 255
     assert float((got - torch.from_numpy(COLOURS)).abs().max()) < 0.01
     assert len(notes) == 1 and "x.png: its colour profile is broken and was ignored" in notes[0]
@@ -221,7 +221,7 @@ def test_what_is_ignored_is_said_in_one_line_and_nothing_else_is(
     tmp_path: Path, name: str, data: bytes, words: str | None, recwarn: pytest.WarningsRecorder
 ) -> None:
     (tmp_path / name).write_bytes(data)
-    with collected() as notes:
+    with collect_notes() as notes:
         mf.read_image(tmp_path / name)
     assert not recwarn.list and len(notes) == (words is not None)
     assert words is None or (words in notes[0] and notes[0].startswith(str(tmp_path / name)) and "\n" not in notes[0])

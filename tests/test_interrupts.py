@@ -154,7 +154,7 @@ def test_other_threads_are_not_asked() -> None:
     seen: list[bool] = []
 
     def inside() -> None:
-        with interrupts.held(), interrupts.listening(lambda number, frame: None, lambda number: None):
+        with interrupts.hold_signals(), interrupts.listening(lambda number, frame: None, lambda number: None):
             seen.append(True)
 
     thread = threading.Thread(target=inside)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mrflow import notes
 from mrflow.models import kernels
 from mrflow.models.flux.transformer import Flux, FluxParams
-from mrflow.models.kernels import errors, fused
+from mrflow.models.kernels import errors, fused_kernels
 from mrflow.models.layers import EPS, PLAIN, QKV, Rope, apply_rope, attention
 
 SMALL = FluxParams(hidden=64, heads=2, axes=(8, 12, 12), context=32, pooled=16, double_blocks=1, single_blocks=2)
@@ -154,14 +154,14 @@ def test_a_block_of_z_image_asks_for_its_norms_by_name(dtype: torch.dtype) -> No
 
 
 def test_a_cpu_takes_the_definitions() -> None:
-    assert fused(torch.device("cpu")) is PLAIN
+    assert fused_kernels(torch.device("cpu")) is PLAIN
 
 
 def test_where_kernels_fail_the_definitions_are_taken_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is needed for that: without one the kernels fail."""
     monkeypatch.setattr(kernels, "find_spec", lambda name: name)
-    kernels._tried.cache_clear()
-    with notes.collected() as said:
-        assert fused(torch.device("cuda", 7)) is PLAIN
-    kernels._tried.cache_clear()
+    kernels._try.cache_clear()
+    with notes.collect_notes() as said:
+        assert fused_kernels(torch.device("cuda", 7)) is PLAIN
+    kernels._try.cache_clear()
     assert "without fused kernels" in said[0]

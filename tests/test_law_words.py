@@ -23,7 +23,7 @@ from mrflow.model_info import FLUX, Forecast, ModelInfo
 from mrflow.noise import Noise
 from mrflow.notes import add_forwards
 from mrflow.pieces import Pieces, Step
-from mrflow.rivals.growth import grown
+from mrflow.rivals.growth import grow
 from mrflow.solvers import History
 from mrflow.stage import Work
 from mrflow.testing import (
@@ -223,7 +223,7 @@ class Grows(SpoiledGrowth):
     """Growth whose noise is wrong; where a square is added it is not linear, and known by samples alone."""
 
     def apply(self, state: mf.State[mf.Latents], out: mf.Latents, ctx: mf.Context) -> Tensor:
-        y = grown(state.data, ctx.noise(out.shape), state.spec.sigma)
+        y = grow(state.data, ctx.noise(out.shape), state.spec.sigma)
         if self.how == "pairs":
             y = y.clone()
             y[:, 1, 2, 3] = 0.8 * y[:, 1, 2, 2] + 0.6 * y[:, 1, 2, 3]
@@ -309,8 +309,8 @@ class Caches(SpoiledCache):
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         return super().rule(info, levels)
 
-    def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
-        step = super().opened(pieces, clock, info)
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+        step = super().make_step(pieces, clock, info)
 
         def twice(*args: Tensor, key: object = None) -> Tensor:
             add_forwards(None, 1, 1, 0.0, tokens=0)

@@ -19,14 +19,14 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.bridge.facts import bridged_shift
-from mrflow.checkpoints.safetensors import mapped, open_checkpoint
+from mrflow.checkpoints.safetensors import map_tensor, open_checkpoint
 from mrflow.cost import memory
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.models.describe import describe
 from mrflow.models.flux.backbone import Flux1
 from mrflow.models.flux.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
 from mrflow.models.scheduler import shift_of
-from mrflow.notes import collected
+from mrflow.notes import collect_notes
 from tests.live import LiveBytes
 from tests.parity.test_flux import relative
 from tests.parity.test_official import UP, pipeline, words
@@ -192,11 +192,11 @@ def without_guidance(single: Path, folder: Path) -> Path:
 
 def test_what_is_assumed_of_a_flux_without_guidance_is_said(single: Path, tmp_path: Path) -> None:
     file = without_guidance(single, tmp_path / "x")
-    with collected() as notes:
+    with collect_notes() as notes:
         plain = loaded(file).info
     assert plain.name == "flux1-schnell"
     assert any("taken for FLUX.1-schnell" in n and "shift=mrflow.FLUX.shift, text_tokens=512" in n for n in notes)
-    with collected() as notes:
+    with collect_notes() as notes:
         undone = loaded(file, shift=mf.FLUX.shift).info
         schnell = loaded(file, shift=1.0, text_tokens=128).info
     assert not notes
@@ -365,7 +365,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(
 
     monkeypatch.setattr("mrflow.models.sources.weights_fingerprint", lambda *_: "")
     if what != "an extra key":  # names are compared per network: the autoencoder's come first
-        monkeypatch.setattr("mrflow.checkpoints.safetensors.mapped", never)
+        monkeypatch.setattr("mrflow.checkpoints.safetensors.map_tensor", never)
     with pytest.raises(WeightsError, match=said):
         loaded(folder)
 
@@ -697,4 +697,4 @@ def test_a_file_that_is_cut_after_its_header_was_read_is_refused(repo: Path, tmp
         f.truncate(Path(file).stat().st_size - 8)
     with pytest.raises(WeightsError, match="was cut after its header was read"):
         for entry in header.tensors.values():
-            mapped(entry, {})
+            map_tensor(entry, {})

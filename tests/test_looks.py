@@ -9,8 +9,8 @@ import mrflow as mf
 from mrflow.models import info
 from mrflow.scenes import hard_score, render
 from mrflow.scenes.grammar import LETTERS, SHAPES
-from mrflow.scenes.hard import HARD, drawn, held_out_hard_captions
-from mrflow.scenes.looks import LOOKS, seen
+from mrflow.scenes.hard import HARD, draw_scene, held_out_hard_captions
+from mrflow.scenes.looks import LOOKS, restyle
 from mrflow.sweep import Legible
 from mrflow.sweep.metrics import Measured
 
@@ -21,7 +21,7 @@ REST = "a red sign in 8% letters, " + " and ".join(("QRST", "UVWX", "YZAB", "CDE
 
 def picture(caption: str, look: str, side: int = 256) -> np.ndarray:
     """The truth, (3, side, side) in [0, 1]."""
-    shown = render(seen(drawn(caption, random.Random(1)), look), side)
+    shown = render(restyle(draw_scene(caption, random.Random(1)), look), side)
     return shown.transpose(2, 0, 1).astype(np.float32) / 255
 
 

@@ -18,7 +18,7 @@ from mrflow.errors import PlanError, WeightsError
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.weights import whole_state
 from mrflow.models.layers import SplitLinear
-from mrflow.models.lora import Adapted, Change, changes, key_of, merge, targets
+from mrflow.models.lora import AdaptedLinear, Change, changes, key_of, merge, targets
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from tests.lora_files import LAYOUTS, flux_linears, low_rank, write_lora
 from tests.parity.test_flux import SMALL, relative
@@ -539,7 +539,7 @@ def test_a_change_that_float16_does_not_hold_is_refused(merged: bool) -> None:
         if merged:
             merge(net, {"0": change})
         else:
-            Adapted(net[0], change, dtype=torch.float16, device="cpu")
+            AdaptedLinear(net[0], change, dtype=torch.float16, device="cpu")
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1", True, 101])

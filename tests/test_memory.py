@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.cuda_graphs import Graphed, GraphPool
+from mrflow.models.cuda_graphs import CudaGraph, GraphPool
 from mrflow.models.offload import (
     BlockOffloader,
     Ledger,
@@ -19,8 +19,8 @@ from mrflow.models.offload import (
     WeightGroup,
     check_offload,
 )
-from mrflow.notes import collected
-from mrflow.tiling import ramp, starts, tiled
+from mrflow.notes import collect_notes
+from mrflow.tiling import in_tiles, ramp, starts
 
 CPU = torch.device("cpu")
 
@@ -129,7 +129,7 @@ class Recorder:
 
 def test_a_shape_is_recorded_at_its_second_call_and_replayed_from_then_on() -> None:
     calls, recorder = [], Recorder()
-    step = Graphed(lambda x, y: calls.append(1) or x * 2 + y, GraphPool(capture=recorder))  # type: ignore[func-returns-value]
+    step = CudaGraph(lambda x, y: calls.append(1) or x * 2 + y, GraphPool(capture=recorder))  # type: ignore[func-returns-value]
     for i in range(4):
         x, y = torch.full((2,), float(i)), torch.full((2,), 10.0 * i)
         assert torch.equal(step(x, y), x * 2 + y)
@@ -140,15 +140,15 @@ def test_a_shape_is_recorded_at_its_second_call_and_replayed_from_then_on() -> N
 
 
 def test_what_a_replay_gives_is_not_overwritten_by_the_next() -> None:
-    step = Graphed(lambda x: x + 1, GraphPool(capture=Recorder()))
+    step = CudaGraph(lambda x: x + 1, GraphPool(capture=Recorder()))
     first = [step(torch.full((2,), float(i))) for i in range(4)]
     assert [float(t[0]) for t in first] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("broken", "words"), [("wrong", "did not give"), ("fails", "not permitted when stream")])
 def test_a_graph_that_fails_or_lies_is_not_used(broken: str, words: str) -> None:
-    step = Graphed(lambda x: x * 2, GraphPool(capture=Recorder(wrong=broken == "wrong", fails=broken == "fails")))
-    with collected() as notes:
+    step = CudaGraph(lambda x: x * 2, GraphPool(capture=Recorder(wrong=broken == "wrong", fails=broken == "fails")))
+    with collect_notes() as notes:
         for i in range(4):
             assert torch.equal(step(torch.full((2,), float(i))), torch.full((2,), 2.0 * i))
     assert len(notes) == 1 and words in notes[0]
@@ -158,9 +158,9 @@ def test_the_graph_that_was_longest_unused_is_dropped() -> None:
     """A sweep over lengths of prompts: what comes back is recorded again, what is used stays; a pool is all runs'."""
     recorder = Recorder()
     pool = GraphPool(most=2, capture=recorder)
-    step, other = Graphed(lambda x: x * 3, pool), Graphed(lambda x: x - 1, pool)
+    step, other = CudaGraph(lambda x: x * 3, pool), CudaGraph(lambda x: x - 1, pool)
 
-    def call(which: Graphed, size: int, times: int = 1) -> int:
+    def call(which: CudaGraph, size: int, times: int = 1) -> int:
         for _ in range(times):
             x = torch.arange(float(size))
             assert torch.equal(which(x), which.f(x))
@@ -177,8 +177,8 @@ def test_the_graph_that_was_longest_unused_is_dropped() -> None:
 
 def test_graphs_that_fail_count_for_nothing() -> None:
     pool = GraphPool(most=1, capture=Recorder(fails=True))
-    step = Graphed(lambda x: x * 2, pool)
-    with collected():
+    step = CudaGraph(lambda x: x * 2, pool)
+    with collect_notes():
         for size in (1, 2, 1, 2, 1):
             step(torch.ones(size))
     assert not pool.kept and list(step.recorded.values()) == [None, None]
@@ -206,18 +206,18 @@ def test_tiled_is_whole_where_the_network_reaches_a_third_of_the_overlap(h: int,
         return torch.nn.functional.interpolate(conv(part), scale_factor=2)
 
     with torch.no_grad():
-        assert torch.allclose(tiled(f, x, tile=tile, overlap=over, up=2), f(x), atol=1e-5)
+        assert torch.allclose(in_tiles(f, x, tile=tile, overlap=over, up=2), f(x), atol=1e-5)
         if max(h, w) > tile:  # one cell more, and a tile's own border shows
             wider = nn.Sequential(conv, nn.Conv2d(2, 2, 3, padding=1))
-            assert not torch.allclose(tiled(wider, x, tile=tile, overlap=over), wider(x), atol=1e-5)
+            assert not torch.allclose(in_tiles(wider, x, tile=tile, overlap=over), wider(x), atol=1e-5)
 
 
 def test_tiles_go_down_too() -> None:
     x = torch.randn(1, 1, 40, 24)
     pool = nn.AvgPool2d(4)
-    assert torch.allclose(tiled(pool, x, tile=16, overlap=8, down=4), pool(x), atol=1e-6)
+    assert torch.allclose(in_tiles(pool, x, tile=16, overlap=8, down=4), pool(x), atol=1e-6)
     with pytest.raises(PlanError, match="multiples of 4"):
-        tiled(pool, x, tile=18, overlap=8, down=4)
+        in_tiles(pool, x, tile=18, overlap=8, down=4)
 
 
 def test_a_ramp_is_one_at_a_true_border() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 import mrflow as mf
-from mrflow.checkpoints.names import bare, before, plain, shared
-from mrflow.checkpoints.safetensors import mapped, open_checkpoint
+from mrflow.checkpoints.names import bare, before, common_wrapper, plain
+from mrflow.checkpoints.safetensors import map_tensor, open_checkpoint
 from mrflow.errors import WeightsError
 from mrflow.models.flux.text import find_text
 from mrflow.models.flux.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
@@ -24,7 +24,7 @@ from mrflow.models.lora import changes
 from mrflow.models.qwen.text import find_text_qwen
 from mrflow.models.qwen.weights import prepare_qwen, prepare_vae_qwen, wan
 from mrflow.upscalers import load_upscaler
-from mrflow.upscalers.weights import read_state, renamed
+from mrflow.upscalers.weights import read_state, rename
 from tests.sr_files import as_first_generation, as_trunk, compact, rrdb
 from tests.test_lora import TINY, Flux, lora
 from tests.test_qwen import repo as qwen_repo  # noqa: F401
@@ -71,17 +71,17 @@ def values(net: torch.nn.Module) -> State:
 
 def read_clip(file: Path) -> State:
     files = find_text(file.parent.parent)
-    return {name: mapped(entry, {}) for name, entry in files.clip.tensors.items()}
+    return {name: map_tensor(entry, {}) for name, entry in files.clip.tensors.items()}
 
 
 def read_t5(file: Path) -> State:
     files = find_text(file.parent.parent)
-    return {name: mapped(entry, {}) for name, entry in files.t5.tensors.items()}
+    return {name: map_tensor(entry, {}) for name, entry in files.t5.tensors.items()}
 
 
 def read_qwen_text(file: Path) -> State:
     found = find_text_qwen(file.parent.parent).encoder.tensors
-    return {name: mapped(entry, {}) for name, entry in found.items()}
+    return {name: map_tensor(entry, {}) for name, entry in found.items()}
 
 
 MAIN = "diffusion_pytorch_model.safetensors"
@@ -148,12 +148,12 @@ NETWORKS: dict[str, Callable[[], State]] = {
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_wrapper_of_every_upscaler(network: str, tmp_path: Path) -> None:
     state = NETWORKS[network]()
-    want = renamed(state)
+    want = rename(state)
     for wrapper, wrap in WRAPPERS.items():
         torch.save({"params_ema": wrap(state), "iter": 3}, tmp_path / "x.pth")
         save_file(wrap(state), tmp_path / "x.safetensors")
         for name in ("x.pth", "x.safetensors"):
-            got = renamed(read_state(tmp_path / name))
+            got = rename(read_state(tmp_path / name))
             assert set(got) == set(want), wrapper
             assert all(torch.equal(got[k], want[k]) for k in want), wrapper
 
@@ -224,5 +224,5 @@ def test_names_are_taken_off_no_further_than_they_are_known() -> None:
     assert before("pipe.dit.img_in.weight", "img_in.weight") == "pipe.dit."
     assert before("blocks.img_in.weight", "img_in.weight") is None
     assert before("ximg_in.weight", "img_in.weight") is None
-    assert shared(["module.a", "module.b.c"]) == "module."
-    assert shared(["module.a", "b"]) == "" == shared(["body.a", "body.b"]) == shared([])
+    assert common_wrapper(["module.a", "module.b.c"]) == "module."
+    assert common_wrapper(["module.a", "b"]) == "" == common_wrapper(["body.a", "body.b"]) == common_wrapper([])

@@ -34,27 +34,27 @@ def wrong(schedule: mf.Schedule, std: float = 0.3) -> float:
 
 @pytest.mark.parametrize(("std", "steps"), [(0.3, 4), (0.3, 8), (0.1, 4), (0.1, 8)])
 def test_euler_ends_no_farther_along_them_than_along_the_models_own(std: float, steps: int) -> None:
-    found = mf.schedules.optimised(mf.toy(std=std), steps, PROMPTS, size=SIZE, fine=40, seed=5)
+    found = mf.schedules.optimise(mf.toy(std=std), steps, PROMPTS, size=SIZE, fine=40, seed=5)
     assert len(found.sigmas) == steps + 1
     assert wrong(found, std) < 1.01 * wrong(mf.Shifted(steps), std)
 
 
 def test_what_is_found_is_better_where_the_flow_bends() -> None:
-    found = mf.schedules.optimised(mf.toy(std=0.3), 8, PROMPTS, size=SIZE, fine=40, seed=5)
+    found = mf.schedules.optimise(mf.toy(std=0.3), 8, PROMPTS, size=SIZE, fine=40, seed=5)
     assert wrong(found) < 0.9 * wrong(mf.Shifted(8))
 
 
 def test_they_are_a_schedule_like_any_other_and_come_again() -> None:
     model = mf.toy()
-    found = mf.schedules.optimised(model, 4, PROMPTS, size=SIZE, fine=12, guidance=mf.CFG(2.0))
+    found = mf.schedules.optimise(model, 4, PROMPTS, size=SIZE, fine=12, guidance=mf.CFG(2.0))
     check_schedule(found)
-    assert found == mf.schedules.optimised(model, 4, PROMPTS, size=SIZE, fine=12, guidance=mf.CFG(2.0))
+    assert found == mf.schedules.optimise(model, 4, PROMPTS, size=SIZE, fine=12, guidance=mf.CFG(2.0))
     record = mf.run(mf.Sample(*SIZE, found) >> mf.Decode(), model, "a").record()
     assert str(found.sigmas[1]) in str(record)
 
 
 def test_as_many_steps_as_the_grid_has_are_the_grid() -> None:
-    found = mf.schedules.optimised(mf.toy(), 6, PROMPTS[:1], size=SIZE, fine=6)
+    found = mf.schedules.optimise(mf.toy(), 6, PROMPTS[:1], size=SIZE, fine=6)
     tokens = 16 * 16 // 4
     assert found.sigmas == mf.Shifted(6)(1.0, tokens, mf.toy().info)
 
@@ -62,9 +62,9 @@ def test_as_many_steps_as_the_grid_has_are_the_grid() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     for prompts in ("a red house", []):
         with pytest.raises(PlanError, match="needs a list of prompts to measure on"):
-            mf.schedules.optimised(mf.toy(), 4, prompts, size=SIZE)
+            mf.schedules.optimise(mf.toy(), 4, prompts, size=SIZE)
     with pytest.raises(PlanError, match="fine must be a whole number of at least 4, got 3"):
-        mf.schedules.optimised(mf.toy(), 4, PROMPTS, size=SIZE, fine=3)
+        mf.schedules.optimise(mf.toy(), 4, PROMPTS, size=SIZE, fine=3)
     with pytest.raises(AttributeError, match="no attribute 'optimized'"):
         mf.schedules.optimized  # type: ignore[attr-defined]  # noqa: B018
 
@@ -72,7 +72,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_what_cannot_be_searched_says_which_setting() -> None:
     for name, settings in (("steps", {"steps": 0}), ("fine", {"steps": 2, "fine": 1})):
         with pytest.raises(PlanError, match=f"^{name} "):
-            mf.schedules.optimised(mf.toy(), prompts=PROMPTS[:1], size=SIZE, **settings)  # type: ignore[arg-type]
+            mf.schedules.optimise(mf.toy(), prompts=PROMPTS[:1], size=SIZE, **settings)  # type: ignore[arg-type]
 
 
 def test_each_prompt_is_searched_on_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +83,6 @@ def test_each_prompt_is_searched_on_a_seed_of_its_own(monkeypatch: pytest.Monkey
         return own(self, seeds, shape, scope=scope, draw=draw)
 
     monkeypatch.setattr(mf.PerItem, "__call__", call)
-    mf.schedules.optimised(mf.toy(), 2, PROMPTS[:2], size=SIZE, fine=4, seed=7)
+    mf.schedules.optimise(mf.toy(), 2, PROMPTS[:2], size=SIZE, fine=4, seed=7)
     first = [row for row in seen if row[2] == 0]
     assert first == [((7,), (1, 3, 16, 16), 0), ((8,), (1, 3, 16, 16), 0)]

@@ -16,7 +16,7 @@ import mrflow as mf
 from mrflow.errors import PlanError, ResourceError
 from mrflow.forks import check_process
 from mrflow.models.pocket.model import NEWEST
-from mrflow.records.files import cache_folder, expanded, known_file
+from mrflow.records.files import cache_folder, expand_home, known_file
 from mrflow.records.pictures import read_record
 from mrflow.sweep import Store, read, run_sweep
 from mrflow.upscalers import shelf
@@ -101,7 +101,7 @@ def test_without_a_home_it_draws_and_remembers_nothing(tmp_path: Path, monkeypat
     assert run_sweep(mf.Sweep({"a": chain}, ["a"], model="toy"), mf.toy(), tmp_path / "s").made == 1
     with pytest.raises(ResourceError, match="this user has no home folder; set XDG_DATA_HOME"):
         shelf.folder()
-    assert expanded("~nobody/x") == Path("~nobody/x")
+    assert expand_home("~nobody/x") == Path("~nobody/x")
     with pytest.raises(mf.WeightsError, match="there is no file"):
         mf.load(lora="~nobody/x.safetensors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

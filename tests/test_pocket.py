@@ -17,9 +17,9 @@ from mrflow.models.pocket.model import (
     TEXT_LENGTH,
     VOCABULARY,
     WEIGHTS,
+    embedded_file,
     load_pocket,
     open_pocket,
-    shipped,
     tensors_of,
 )
 from mrflow.models.pocket.networks import CompactSR, tokenise
@@ -81,10 +81,10 @@ def test_every_version_loads_by_name_and_its_pictures_are_made_again(
 def test_a_version_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WeightsError, match=rf"no model or file 'pocket-0'; use 'pocket' \(.*{NEWEST}\)"):
         mf.load("pocket-0")
-    assert shipped("pocket", "pocket-0+1") == shipped("pocket") == WEIGHTS
+    assert embedded_file("pocket", "pocket-0+1") == embedded_file("pocket") == WEIGHTS
     monkeypatch.setitem(SHIPPED, "pocket-0", tmp_path)
-    assert shipped("pocket", "pocket-0+1") == tmp_path and shipped("pocket") == WEIGHTS
-    assert shipped("flux1-dev", f"{NEWEST}+1") is None
+    assert embedded_file("pocket", "pocket-0+1") == tmp_path and embedded_file("pocket") == WEIGHTS
+    assert embedded_file("flux1-dev", f"{NEWEST}+1") is None
 
 
 def test_the_facts_for_planning_are_the_real_ones(model: mf.Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

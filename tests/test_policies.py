@@ -118,8 +118,8 @@ def test_components_may_be_exchanged_and_temperature_one_is_nothing(seed: int) -
     other = GM(policy.means[:, order], policy.logweights[:, order], policy.logstd, policy.x_s, 0.8)
     x = 0.5 * policy.x_s
     torch.testing.assert_close(other(x, 0.3), policy(x, 0.3))
-    assert policy.tempered(1.0) is policy
-    cold = policy.tempered(0.3)
+    assert policy.with_temperature(1.0) is policy
+    cold = policy.with_temperature(0.3)
     torch.testing.assert_close(cold.logweights.exp().sum(1), torch.ones(2, 1, 2, 2, dtype=torch.float64))
     torch.testing.assert_close((2 * cold.logstd).exp(), 0.3 * (2 * policy.logstd).exp())
     assert bool((cold.logweights.max(1).values >= policy.logweights.max(1).values - 1e-9).all())
@@ -329,7 +329,7 @@ def test_a_policy_follows_by_hand(tmp_path: Path, qwen_repo: Path) -> None:  # n
         field = model.field(more["condition"], mf.FieldOptions(policy=pi))
         for i, (sigma, to) in enumerate(pairwise(levels)):
             policy = field.policy(x, sigma)
-            policy = policy.tempered(0.2) if i < 2 else policy
+            policy = policy.with_temperature(0.2) if i < 2 else policy
             x = follow(policy, x, sigma, to, shift=3.2)
     torch.testing.assert_close(got, x)
     plain = mf.Sample(32, 32, mf.FlowMap(3), policy=mf.PiFlow(pi.path, temperature=None))

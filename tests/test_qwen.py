@@ -25,7 +25,7 @@ from mrflow.models.layers import attention
 from mrflow.models.qwen.backbone import Qwen
 from mrflow.models.qwen.transformer import packed_attention, positions_qwen
 from mrflow.models.qwen.weights import prepare_vae_qwen, wan
-from mrflow.notes import collected
+from mrflow.notes import collect_notes
 from tests.parity.test_flux import relative
 from tests.tiny import write_qwen_repo
 
@@ -155,9 +155,9 @@ def test_a_chain_folds_the_modulations_away(repo: Path, tmp_path: Path, monkeypa
     read: list[str] = []
     from mrflow.checkpoints import safetensors as checkpoint
 
-    mapped = checkpoint.mapped
+    mapped = checkpoint.map_tensor
     monkeypatch.setattr(
-        checkpoint, "mapped", lambda entry, files: read.append(str(entry.start)) or mapped(entry, files)
+        checkpoint, "map_tensor", lambda entry, files: read.append(str(entry.start)) or mapped(entry, files)
     )
     model = loaded(repo, fold=CHAIN)
     first = len(read)
@@ -176,7 +176,7 @@ def test_a_chain_folds_the_modulations_away(repo: Path, tmp_path: Path, monkeypa
     assert kept.stat().st_size > 100
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("MRFLOW_CACHE", str(tmp_path / "file" / "below"))
-    with collected() as notes:
+    with collect_notes() as notes:
         assert torch.equal(draw(loaded(repo, fold=CHAIN), batch=2).pixels, want)
     assert len(notes) == 1 and "could not be kept" in notes[0]
     with pytest.raises(PlanError, match=r"loaded with fold=chain, for the levels of that chain; sigma 0\.\d+ is not"):
@@ -248,10 +248,10 @@ def test_an_fp8_file_and_fp8_storage(repo: Path, tmp_path: Path) -> None:
 
 def test_long_prompts_lose_words_and_say_so(repo: Path) -> None:
     model = loaded(repo)
-    with collected() as notes:
+    with collect_notes() as notes:
         assert model.condition(["a" * 400])["context"].shape[1] == 512
     assert len(notes) == 1 and notes[0].startswith("Qwen-Image reads 512 tokens of a prompt and does not see: 'aaa")
-    with collected() as notes:
+    with collect_notes() as notes:
         model.condition(["a" * 300])
     assert notes == []
 

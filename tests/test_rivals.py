@@ -14,8 +14,8 @@ import mrflow as mf
 from mrflow.backbone import Wrapper
 from mrflow.cost import decode_flops, forward_flops
 from mrflow.flow import Velocity
-from mrflow.rivals.fresco import by_parent, four_each, groups, raised, sigma_after_growth, unfolded
-from mrflow.rivals.jit import JIT_4X, JIT_7X, Spread, activated, anchors, joined
+from mrflow.rivals.fresco import add_noise, by_parent, four_each, groups, hadamard, sigma_after_growth
+from mrflow.rivals.jit import JIT_4X, JIT_7X, Spread, activate, add_anchors, anchors
 from mrflow.rivals.ralu import children, places_of
 from mrflow.testing import check_stage, check_transition
 from mrflow.tokens import pack, unpack
@@ -77,7 +77,7 @@ def test_tokens_join_where_the_velocity_varies() -> None:
     spread = Spread(anchors(h, w, 20, order(64)), h, w)
     velocity = torch.zeros(1, 64, 4)
     velocity[:, 8 * 3 : 8 * 4] = torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(2))  # the fourth row
-    more = set(joined(velocity, spread, 32).tolist())
+    more = set(add_anchors(velocity, spread, 32).tolist())
     old = set(spread.at.tolist())
     assert old <= more and len(more) == 32
     assert all(cell // 8 in (2, 3, 4) for cell in more - old)
@@ -91,11 +91,11 @@ def test_a_token_that_joins_has_the_marginal_of_its_level() -> None:
     zero = torch.zeros(1, 24, d)
     unit = torch.eye(24 * d).view(-1, 24, d)
     every = zero.expand_as(unit)
-    response = activated(every, every, unit, old, new, sigma).flatten(1)
+    response = activate(every, every, unit, old, new, sigma).flatten(1)
     covariance = (response.T @ response).view(24, d, 24, d)[fresh][:, :, fresh].reshape(len(fresh) * d, -1)
     torch.testing.assert_close(covariance, sigma**2 * torch.eye(len(fresh) * d))
     y = torch.randn(1, 24, d, generator=torch.Generator().manual_seed(3))
-    out = activated(y, torch.full_like(y, 0.7), torch.zeros_like(y), old, new, sigma)
+    out = activate(y, torch.full_like(y, 0.7), torch.zeros_like(y), old, new, sigma)
     torch.testing.assert_close(out[:, fresh], torch.full((1, len(fresh), d), (1 - sigma) * 0.7))
     rest = [cell for cell in range(24) if cell not in fresh]
     assert torch.equal(out[:, rest], y[:, rest])
@@ -131,24 +131,24 @@ def test_one_field_serves_all_sizes() -> None:
     grown, rest = torch.tensor([[1, 2, 5]]), torch.tensor([[0, 3, 4]])
     unit = torch.eye(4 * h * w * d).view(-1, 4 * h * w, d)
     fours = by_parent(unit, h, w)
-    coarse, some, others = unfolded(fours)[:, :, 0], grown.expand(len(unit), -1), rest.expand(len(unit), -1)
-    torch.testing.assert_close(unfolded(unfolded(fours)), fours)
+    coarse, some, others = hadamard(fours)[:, :, 0], grown.expand(len(unit), -1), rest.expand(len(unit), -1)
+    torch.testing.assert_close(hadamard(hadamard(fours)), fours)
     once = 0.8
     twice, last = sigma_after_growth(once), sigma_after_growth(sigma_after_growth(once))
     four = four_each(once * coarse[:, grown[0]], groups(fours, some), once)
     torch.testing.assert_close(four, twice * groups(fours, some))
-    kept = raised(once * coarse[:, rest[0]], coarse[:, rest[0]], once)
+    kept = add_noise(once * coarse[:, rest[0]], coarse[:, rest[0]], once)
     torch.testing.assert_close(kept, twice * coarse[:, rest[0]])
     state = torch.cat((kept, four.flatten(1, 2)), 1).flatten(1)
     torch.testing.assert_close(state.T @ state, twice**2 * torch.eye(state.shape[1]), atol=1e-6, rtol=0)
     late = four_each(kept, groups(fours, others), twice)
     torch.testing.assert_close(late, last * groups(fours, others))
-    four = raised(four.flatten(1, 2), groups(fours, some).flatten(1, 2), twice)
+    four = add_noise(four.flatten(1, 2), groups(fours, some).flatten(1, 2), twice)
     torch.testing.assert_close(four, last * groups(fours, some).flatten(1, 2))
     one = torch.ones(1, 6, d)
     signal = four_each((1 - once) * one, torch.zeros(1, 6, 4, d), once)
     torch.testing.assert_close(signal, (1 - twice) * torch.ones(1, 6, 4, d))
-    torch.testing.assert_close(raised((1 - once) * one, 0 * one, once), (1 - twice) * one)
+    torch.testing.assert_close(add_noise((1 - once) * one, 0 * one, once), (1 - twice) * one)
 
 
 def test_tokens_grow_first_where_they_changed_least(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,7 +268,7 @@ class BySize(mf.Sample):
 
     scope: ClassVar[str] = "Sample"
 
-    def guided(self, out: mf.Latents, model: ModelInfo) -> Guidance:
+    def guidance_for(self, out: mf.Latents, model: ModelInfo) -> Guidance:
         assert (out.height, out.width, model.name) == (16, 24, "toy")
         return mf.CFG(float(out.height))
 

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mrflow as mf
-from mrflow.notes import collected
+from mrflow.notes import collect_notes
 from mrflow.upscalers import network as module
 from mrflow.upscalers.nets import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
-from mrflow.upscalers.network import Network, NetworkFacts, OpenedNetwork, padded
-from mrflow.upscalers.weights import recognised, renamed
+from mrflow.upscalers.network import Network, NetworkFacts, OpenedNetwork, pad_to_multiple
+from mrflow.upscalers.weights import recognise, rename
 from tests.live import LiveBytes
 from tests.sr_files import State, as_first_generation, as_trunk, compact, published, rrdb
 
@@ -40,9 +40,9 @@ PUBLISHED: dict[str, tuple[RRDBParams | CompactParams, int]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_are_recognised(name: str) -> None:
     """Every name and shape of the published files has its place, and no parameter is left without."""
-    state = renamed(published(name))
+    state = rename(published(name))
     params, scale = PUBLISHED[name]
-    assert recognised(state) == params and params.scale == scale
+    assert recognise(state) == params and params.scale == scale
     with torch.device("meta"):
         net = RRDBNet(params) if isinstance(params, RRDBParams) else SRVGGNetCompact(params)
     assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in state.items()}
@@ -221,11 +221,11 @@ def _nets(factory: Any) -> dict[str, mf.Checkpoint]:
 
 def test_padding_reflects_then_repeats() -> None:
     x = torch.arange(6.0).view(1, 1, 2, 3)
-    assert padded(x, NetworkFacts(2, multiple=4)).tolist() == [
+    assert pad_to_multiple(x, NetworkFacts(2, multiple=4)).tolist() == [
         [[[0, 1, 2, 1], [3, 4, 5, 4], [0, 1, 2, 1], [0, 1, 2, 1]]]
     ]
-    assert padded(x, NetworkFacts(2, minimum=4, square=True)).shape == (1, 1, 4, 4)
-    assert padded(x, NetworkFacts(2)) is x
+    assert pad_to_multiple(x, NetworkFacts(2, minimum=4, square=True)).shape == (1, 1, 4, 4)
+    assert pad_to_multiple(x, NetworkFacts(2)) is x
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ class Made(Network):
 
 def test_out_of_memory_falls_back_to_tiles_with_one_note() -> None:
     up, x = Made(limit=200 * 200), torch.rand(1, 3, 500, 300)
-    with collected() as notes:
+    with collect_notes() as notes:
         y = up(x)
     assert torch.allclose(y, nn.Upsample(scale_factor=2)(x))
     assert len(notes) == 1 and "ran out of memory at 500x300; it works in tiles" in notes[0]
@@ -315,7 +315,7 @@ def test_out_of_memory_falls_back_to_tiles_with_one_note() -> None:
 def test_out_of_memory_that_tiles_cannot_help() -> None:
     with (
         pytest.raises(mf.ResourceError, match="ran out of memory at 300x300, and smaller tiles cannot help"),
-        collected(),
+        collect_notes(),
     ):
         Made(limit=100)(torch.rand(1, 3, 300, 300))
 
@@ -329,14 +329,14 @@ def test_predicted_memory_chooses_tiles(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         monkeypatch.setattr(module, "free_memory", lambda device, free=free: free)
         up = Made()
-        with collected() as notes:
+        with collect_notes() as notes:
             assert torch.allclose(up(x), nn.Upsample(scale_factor=2)(x))
         assert up.sides[0][:3] == first and not notes  # type: ignore[attr-defined]
 
 
 def test_half_precision_that_overflows_is_made_again_in_float32() -> None:
     x = torch.rand(1, 3, 8, 8)
-    with collected() as notes:
+    with collect_notes() as notes:
         up = Made(dtype="float16", overflows=True)
         y, again = up(x), up(x)
     assert torch.equal(y, nn.Upsample(scale_factor=2)(x)) and torch.equal(again, y)

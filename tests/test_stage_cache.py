@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mrflow as mf
-from mrflow.notes import collected
+from mrflow.notes import collect_notes
 from mrflow.records import stage_cache as module
 
 TOY = mf.toy()
@@ -92,7 +92,7 @@ def test_a_folder_that_takes_no_files_is_left_out_with_one_note(tmp_path: Path) 
     (tmp_path / "file").write_text("x")
     want = mf.run(CHAIN, TOY, "a").data
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
-        with collected() as notes:
+        with collect_notes() as notes:
             made = mf.run(CHAIN, TOY, "a", cache=mf.StageCache(folder))
         assert torch.equal(made.data, want)
         assert len(notes) == 1 and f"the stage cache in {folder} takes no files and is left out" in notes[0]

@@ -18,7 +18,7 @@ from mrflow.models import info
 from mrflow.models.encoders import check_prompt
 from mrflow.models.flux.backbone import Flux1
 from mrflow.models.flux.text import find_text, prepare_text
-from mrflow.notes import collected
+from mrflow.notes import collect_notes
 from tests.parity.reenact import official
 from tests.parity.test_flux import relative, scatter
 from tests.tiny import clip_tokenizer, t5_tokenizer, write_flux_repo
@@ -109,15 +109,15 @@ def test_equal_prompts_are_encoded_once(repo: Path, monkeypatch: pytest.MonkeyPa
 
 def test_lost_words_are_told(repo: Path) -> None:
     model, long = loaded(repo), "a" * 74 + "bcdef" + "g" * 440
-    with collected() as notes:
+    with collect_notes() as notes:
         model.condition(["a" * 75])
     assert notes == []
-    with collected() as notes:
+    with collect_notes() as notes:
         model.condition([long])
     assert len(notes) == 2
     assert notes[0].startswith("CLIP reads 77 tokens and does not see (T5 still may): 'cdefggg")
     assert notes[1] == "T5 reads 512 tokens and does not see: 'ggggggggg'"
-    with collected() as notes:  # of several prompts, which one
+    with collect_notes() as notes:  # of several prompts, which one
         model.condition(["a", long])
     assert notes[1] == f"T5 reads 512 tokens of {long[:40]!r} and does not see: 'ggggggggg'"
     result = mf.run(mf.recipes.native(size=(32, 32), steps=1), model, long)

@@ -17,20 +17,20 @@ import mrflow as mf
 from mrflow.backbone import Positions
 from mrflow.errors import PlanError
 from mrflow.recipes import speed_steps
-from mrflow.rivals.growth import PowerSpectrum, dct_matrix, grown
+from mrflow.rivals.growth import PowerSpectrum, dct_matrix, grow
 from mrflow.rivals.ralu import (
     RALU_4X,
     RALU_7X,
-    bent,
     children,
     distance,
     edge_order,
-    fitted,
+    fit_shifts,
     places_of,
-    renewed,
+    renew,
     restart,
+    shift_steps,
 )
-from mrflow.rivals.selflift import mixed
+from mrflow.rivals.selflift import mix
 from mrflow.schedules import shift_static
 from mrflow.tokens import pack, unpack
 from tests.parity.test_flux import relative
@@ -63,20 +63,20 @@ def test_growth_against_scipy(small: int, large: int, sigma: float, seed: int) -
     coefficients = sigma * noise.double().numpy()
     coefficients[..., :small, :small] = dctn(x.double().numpy(), axes=(-2, -1), norm="ortho")
     want = ratio / (1 + (ratio - 1) * sigma) * idctn(coefficients, axes=(-2, -1), norm="ortho")
-    np.testing.assert_allclose(grown(x, noise, sigma).numpy(), want, atol=1e-4)
+    np.testing.assert_allclose(grow(x, noise, sigma).numpy(), want, atol=1e-4)
 
 
 @given(sigma=LEVELS, value=st.floats(-3, 3))
 def test_a_constant_picture_keeps_its_place_on_the_line(sigma: float, value: float) -> None:
     """(1 - sigma) c becomes (1 - sigma') c: the signal factor that belongs to the new level."""
-    out = grown(torch.full((1, 1, 6, 6), (1 - sigma) * value), torch.zeros(1, 1, 12, 12), sigma)
+    out = grow(torch.full((1, 1, 6, 6), (1 - sigma) * value), torch.zeros(1, 1, 12, 12), sigma)
     torch.testing.assert_close(out, torch.full_like(out, (1 - shift_static(sigma, 2.0)) * value), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sigma", [0.2, 0.7, 1.0])
 def test_white_noise_stays_white_at_the_new_level(sigma: float) -> None:
     g = torch.Generator().manual_seed(0)
-    out = grown(sigma * torch.randn(400, 4, 4, 4, generator=g), torch.randn(400, 4, 8, 8, generator=g), sigma)
+    out = grow(sigma * torch.randn(400, 4, 4, 4, generator=g), torch.randn(400, 4, 8, 8, generator=g), sigma)
     flat = out.flatten(0, 1).flatten(1)
     covariance = flat.T @ flat / len(flat)
     want = shift_static(sigma, 2.0) ** 2 * torch.eye(64)
@@ -87,7 +87,7 @@ def test_white_noise_stays_white_at_the_new_level(sigma: float) -> None:
 def test_two_growths_are_one_in_level(sigma: float) -> None:
     assert shift_static(shift_static(sigma, 2.0), 2.0) == pytest.approx(shift_static(sigma, 4.0), abs=1e-12)
     x = torch.randn(1, 1, 4, 4)
-    torch.testing.assert_close(grown(x, torch.randn(1, 1, 4, 4), sigma), x)  # a ratio of 1 changes nothing
+    torch.testing.assert_close(grow(x, torch.randn(1, 1, 4, 4), sigma), x)  # a ratio of 1 changes nothing
 
 
 @pytest.mark.parametrize(
@@ -122,22 +122,22 @@ def test_speeds_steps_are_those_reported_for_flux() -> None:
 
 def test_selflift_mixes_where_the_two_disagree() -> None:
     lat, pix = torch.zeros(1, 2, 2, 2), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]] * 2])
-    out = mixed(lat, pix, share=0.5, low=0.5, high=1.0)
+    out = mix(lat, pix, share=0.5, low=0.5, high=1.0)
     torch.testing.assert_close(out[0, 0], torch.tensor([[0.0, 0.0], [1.5, 4.0]]))
-    torch.testing.assert_close(mixed(lat, pix, share=1.0, low=1.0, high=1.0), pix)
+    torch.testing.assert_close(mix(lat, pix, share=1.0, low=1.0, high=1.0), pix)
     one = torch.arange(16.0).view(1, 1, 4, 4)  # the only chosen cell disagrees most: it is the highest
-    torch.testing.assert_close(mixed(one * 0, one, share=0.01, low=0.5, high=0.9), (one == 15) * 13.5)
+    torch.testing.assert_close(mix(one * 0, one, share=0.01, low=0.5, high=0.9), (one == 15) * 13.5)
     even = torch.ones(1, 1, 2, 2)
-    torch.testing.assert_close(mixed(even * 0, even, share=1.0, low=0.5, high=0.9), 0.9 * even)
-    torch.testing.assert_close(mixed(lat, pix, share=1.0, low=0.0, high=0.0), lat)
-    torch.testing.assert_close(mixed(pix, pix, share=0.4, low=0.5, high=1.0), pix)
+    torch.testing.assert_close(mix(even * 0, even, share=1.0, low=0.5, high=0.9), 0.9 * even)
+    torch.testing.assert_close(mix(lat, pix, share=1.0, low=0.0, high=0.0), lat)
+    torch.testing.assert_close(mix(pix, pix, share=0.4, low=0.5, high=1.0), pix)
 
 
 @given(st.floats(0.05, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
 def test_selflift_stays_between_the_two(share: float, a: float, b: float, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     lat, pix = torch.randn(2, 3, 4, 5, generator=g), torch.randn(2, 3, 4, 5, generator=g)
-    out = mixed(lat, pix, share=share, low=min(a, b), high=max(a, b))
+    out = mix(lat, pix, share=share, low=min(a, b), high=max(a, b))
     weight = (out - lat) / (pix - lat)
     assert float(weight.min()) > -1e-3
     assert float(weight.max()) < 1 + 1e-3
@@ -167,7 +167,7 @@ def test_ralus_levels_are_the_published_ones() -> None:
 
 @given(st.integers(1, 9), st.floats(0, 0.4), st.floats(0.5, 1), st.floats(0.5, 10))
 def test_bent_grids_fall_between_their_ends(steps: int, start: float, end: float, factor: float) -> None:
-    levels = bent(steps, start, end, factor)
+    levels = shift_steps(steps, start, end, factor)
     assert len(levels) == steps + 1
     assert (levels[0], levels[-1]) == (1 - start, 1 - end)
     assert all(a > b for a, b in pairwise(levels))
@@ -180,13 +180,13 @@ def test_ralus_noise_has_the_exact_variance(end: float, z: float) -> None:
     g = torch.Generator().manual_seed(1)
     n = 60000
     kept, copied = ((1 - end) * torch.randn(1, n, 1, generator=g) for _ in range(2))
-    out = renewed(kept, copied, torch.randn(1, 5 * n, 1, generator=g), end, z)[0, :, 0]
+    out = renew(kept, copied, torch.randn(1, 5 * n, 1, generator=g), end, z)[0, :, 0]
     level = 1 - restart(end, z)
     assert float(out[:n].var()) == pytest.approx(level**2, rel=0.02)
     four = out[n:].view(n, 4)
     covariance = four.T @ four / n
     assert float((covariance - level**2 * torch.eye(4)).abs().max()) < 0.02
-    clean = renewed(torch.full((1, 3, 1), end), torch.full((1, 3, 1), end), torch.zeros(1, 15, 1), end, z)
+    clean = renew(torch.full((1, 3, 1), end), torch.full((1, 3, 1), end), torch.zeros(1, 15, 1), end, z)
     torch.testing.assert_close(clean, torch.full_like(clean, restart(end, z)))  # the signal factor is s
 
 
@@ -209,7 +209,7 @@ def test_ralus_distance_and_fit() -> None:
     assert distance(*RALU_4X[:4], shift=3.0) == pytest.approx(0.01746, abs=1e-4)  # type: ignore[call-arg, misc, arg-type]
     assert distance(*RALU_7X[:4], shift=3.0) == pytest.approx(0.02664, abs=3e-4)  # type: ignore[call-arg, misc, arg-type]
     for steps, ends, found in (((5, 6, 7), (0.3, 0.45), 0.01688), ((2, 3, 5), (0.2, 0.3), 0.02635)):
-        assert distance(steps, ends, *fitted(steps, ends), shift=3.0) < found + 4e-4
+        assert distance(steps, ends, *fit_shifts(steps, ends), shift=3.0) < found + 4e-4
 
 
 def test_a_field_over_positions_is_the_field_over_the_grid(tmp_path: Path, qwen_repo: Path) -> None:  # noqa: F811

@@ -8,7 +8,7 @@ import pytest
 
 import mrflow as mf
 from mrflow.sweep import Measured, Psnr, Sharpness, Space, Tune, read
-from mrflow.sweep.tune import Tried, front_file, lines, outcome, tune
+from mrflow.sweep.tune import Trial, front_file, lines, outcome, tune
 from tests.test_cli import call, here  # noqa: F401
 
 pytest.importorskip("optuna")
@@ -78,7 +78,7 @@ def test_the_front_is_a_file_that_runs(tmp_path: Path) -> None:
 
 
 def test_the_reference_and_every_trial_are_told(tmp_path: Path) -> None:
-    told: list[tuple[int, Tried]] = []
+    told: list[tuple[int, Trial]] = []
     drawing: list[tuple[str, int, int]] = []
     narrow = Space(steps=(1, 3), lows=(0.5, 0.4), upscalers={"none": None}, solvers={"euler": mf.Euler()})
     ask = asked(0.97, metrics=[Near()], metric="near", space=narrow)

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mrflow.checkpoints.safetensors import Source, exported, load_into, mapped, open_checkpoint, read_header, save_file
+from mrflow.checkpoints.safetensors import (
+    Source,
+    export,
+    load_into,
+    map_tensor,
+    open_checkpoint,
+    read_header,
+    save_file,
+)
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.flux.initial import reset
 from mrflow.models.flux.transformer import Flux, FluxParams
@@ -59,7 +67,7 @@ def flux_file(path: Path, *, change: Callable[[dict[str, Tensor]], object] | Non
     """A small FLUX in diffusers' layout with its config, after a change to its tensors."""
     net = Flux(PARAMS)
     reset(net, torch.Generator().manual_seed(0))
-    tensors = exported(net.state_dict(), flux_layout(net, flux_diffusers))
+    tensors = export(net.state_dict(), flux_layout(net, flux_diffusers))
     if change:
         change(tensors)
     save_file(tensors, path)
@@ -189,7 +197,7 @@ def test_no_weight_is_read_before_all_shapes_fit(tmp_path: Path, monkeypatch: py
         raise AssertionError("a weight was read")
 
     path = flux_file(tmp_path / "x.safetensors", change=lambda t: t.update(extra=torch.zeros(1)))
-    monkeypatch.setattr("mrflow.checkpoints.safetensors.mapped", never)
+    monkeypatch.setattr("mrflow.checkpoints.safetensors.map_tensor", never)
     with pytest.raises(WeightsError, match="1 problems: extra is not expected"):
         load_flux(path)
 
@@ -321,7 +329,7 @@ def shards(folder: Path, stem: str, index: str, *, fill: float) -> None:
 def test_variants_are_found_and_the_plain_one_is_taken(tmp_path: Path) -> None:
     def first() -> tuple[str, float]:
         header = open_checkpoint(tmp_path)
-        return header.path.name, float(mapped(header.tensors["w"], {})[0, 0])
+        return header.path.name, float(map_tensor(header.tensors["w"], {})[0, 0])
 
     shards(tmp_path, "m.fp16", "m.safetensors.index.fp16.json", fill=16.0)
     assert first() == ("m.safetensors.index.fp16.json", 16.0)
@@ -458,7 +466,7 @@ def test_an_all_in_one_prefix_is_read(tmp_path: Path) -> None:
     path, net = tmp_path / "x.safetensors", Flux(PARAMS)
     layout = flux_layout(net, bfl("model.diffusion_model."))
     config = {"_class_name": "FluxTransformer2DModel", "axes_dims_rope": [2, 2, 4]}
-    save_file(exported(net.state_dict(), layout), path, metadata={"config": json.dumps(config)})
+    save_file(export(net.state_dict(), layout), path, metadata={"config": json.dumps(config)})
     again = load_flux(path)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mrflow as mf
 from mrflow.models import wide
-from mrflow.models.lora import Adapted, Change
+from mrflow.models.lora import AdaptedLinear, Change
 from mrflow.models.wide import WideLinear
 from tests.parity.test_flux import relative
 from tests.tiny import write_flux_repo, write_qwen_repo, write_zimage_repo
@@ -62,7 +62,7 @@ def test_what_adapters_add_to_it_is_float32_too() -> None:
         torch.randn(3, 16),
         [t.bfloat16().float() for t in (change.down, change.up, change.bias, change.diff) if t is not None],
     )
-    got = Adapted(base, change, dtype=torch.bfloat16, device="cpu")(x)
+    got = AdaptedLinear(base, change, dtype=torch.bfloat16, device="cpu")(x)
     want = x @ base.weight.float().T + x @ kept[0].T @ kept[1].T + kept[2] + x @ kept[3].T
     assert got.dtype == torch.float32 and relative(got, want) < 1e-5
 

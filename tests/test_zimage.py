@@ -12,7 +12,7 @@ import mrflow as mf
 from mrflow.cost import memory
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.zimage.backbone import ZImageModel
-from mrflow.notes import collected
+from mrflow.notes import collect_notes
 from tests.parity.test_flux import relative
 from tests.tiny import write_zimage_repo
 
@@ -116,7 +116,7 @@ def test_an_fp8_file_and_fp8_storage(repo: Path, tmp_path: Path) -> None:
 
 def test_long_prompts_lose_words_and_say_so(repo: Path) -> None:
     model = loaded(repo)
-    with collected() as notes:
+    with collect_notes() as notes:
         assert model.condition(["a" * 600])["context"].shape[1] == 512
     assert len(notes) == 1 and notes[0].startswith("Z-Image reads 512 tokens of a prompt and does not see: 'aaa")
 

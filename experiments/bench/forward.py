@@ -25,7 +25,7 @@ from experiments.bench.protocol import FAST, Clock, Row, paired, publish
 from mrflow.models.fields import step
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.flux.weights import load_flux
-from mrflow.models.wide import widened
+from mrflow.models.wide import widen
 
 CHANNELS = 64
 WAYS = ("apart", "fused")
@@ -162,7 +162,7 @@ def compared(
             nets = {way: load_flux(where, dtype=dtype, fuse=way == "fused") for way in ways}
             reference = reference_call(theirs, size, given, dtype)
             for way, net in nets.items():
-                widened(net)  # as a model on a CPU does
+                widen(net)  # as a model on a CPU does
                 runs = paired(
                     reference,
                     our_call(net.eval().requires_grad_(False), size, given),  # noqa: FBT003

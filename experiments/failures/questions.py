@@ -211,7 +211,7 @@ def fitted(
         return None
 
     def weights(interval: int) -> object:
-        return mf.caches.L2P.calibrated(interval, model, captions, size=s.whole, schedule=mf.Shifted(s.steps)).rows
+        return mf.caches.L2P.calibrate(interval, model, captions, size=s.whole, schedule=mf.Shifted(s.steps)).rows
 
     for speed in SPEEDS:
         plain = {n: s.native(s.steps, cache=mf.caches.TaylorSeer(n)) for n in range(2, s.steps)}

@@ -33,7 +33,7 @@ from experiments.train_pocket.loop import (
     log,
     save_whole,
 )
-from experiments.train_pocket.student import export, graft, in_use
+from experiments.train_pocket.student import attach_adapters, export, in_use
 from mrflow.errors import MrflowError, WeightsError
 from mrflow.models import choose_device
 from mrflow.models.pocket.model import HEAD, WORDS, Pocket, facts, load_pocket, open_pocket, text_sizes
@@ -41,7 +41,7 @@ from mrflow.models.pocket.networks import tokenise
 from mrflow.records.pictures import check_writable
 from mrflow.scenes.grammar import Scene, held_out
 from mrflow.scenes.hard import HardWorld, sample
-from mrflow.scenes.looks import LOOKS, seen
+from mrflow.scenes.looks import LOOKS, restyle
 
 WORLDS: Mapping[str, HardWorld] = {  # what each look changes
     "dusk": replace(KEPT, plain=0.0),
@@ -83,7 +83,7 @@ def scenes(look: str, count: int, seed: int) -> list[Scene]:
     while len(out) < count:
         scene = sample(WORLDS[look], rng)
         if not held_out(scene.caption):
-            out.append(seen(scene, look))
+            out.append(restyle(scene, look))
     return out
 
 
@@ -117,7 +117,7 @@ def train(run: Run, look: str, lessons: Lessons, file: Path) -> State:
     model = load_pocket(file, device=run.device)
     words, length = text_sizes(header)
     data = taught(run, model, length, look, lessons)
-    student, weights = graft(model._flow)
+    student, weights = attach_adapters(model._flow)
     net = Trainee(model._flow.params.hidden, HEAD, words=words, length=length)
     net.text, net.flow = model._text.requires_grad_(requires_grad=False), student
     optimiser = torch.optim.AdamW(list(weights.values()), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99))

@@ -34,7 +34,7 @@ from mrflow.errors import MrflowError
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models import choose_device
 from mrflow.models.flux.transformer import Flux, image_ids
-from mrflow.models.lora import Adapted, Change, grafted, targets
+from mrflow.models.lora import AdaptedLinear, Change, graft, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, facts, load_pocket
 from mrflow.records.pictures import check_writable
 from mrflow.scenes.grammar import World, held_out
@@ -128,13 +128,15 @@ def adapters(flow: Flux) -> dict[str, Change]:
     return out
 
 
-def graft(flow: Flux) -> tuple[Flux, dict[str, Tensor]]:
+def attach_adapters(flow: Flux) -> tuple[Flux, dict[str, Tensor]]:
     """The transformer with trainable pairs on top, whose own weights are frozen; and those pairs by PEFT's names."""
     flow.requires_grad_(requires_grad=False)
     changed = adapters(flow)
     dtype, device = flow.dtype, flow.img_in.weight.device
-    grafts = {p: Adapted(flow.get_submodule(p), change, dtype=dtype, device=device) for p, change in changed.items()}
-    student = grafted(flow, grafts)
+    grafts = {
+        p: AdaptedLinear(flow.get_submodule(p), change, dtype=dtype, device=device) for p, change in changed.items()
+    }
+    student = graft(flow, grafts)
     if device.type == "cpu":
         student.attention = plain_attention
     return student, {f"{path}.{key}": getattr(change, part) for path, change in changed.items() for key, part in NAMES}
@@ -167,7 +169,7 @@ def train(run: Run, name: str, world: World | HardWorld, lessons: Lessons, teach
     model = load_pocket(teacher, device=run.device)
     data = cached_pairs(run, name, model, world, lessons)
     levels = {size: window_levels(model, size, lessons.shift) for size in data}
-    student, weights = graft(model._flow)
+    student, weights = attach_adapters(model._flow)
     optimiser = torch.optim.AdamW(list(weights.values()), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99))
 
     def draw() -> Image.Image:

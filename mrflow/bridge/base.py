@@ -47,7 +47,7 @@ class Bridged(ABC):
     """A diffusers pipeline as a backbone. It holds the pipeline, copies nothing, and changes nothing in it.
 
     Parts are called as the pipeline calls them, so that hooks, quantisation, attention processors and adapters work. A
-    subclass adds one family: `condition`, `opened`, `encode`, `decode` and facts.
+    subclass adds one family: `condition`, `make_field`, `encode`, `decode` and facts.
     """
 
     accepts: ClassVar[tuple[str, ...]]
@@ -104,7 +104,7 @@ class Bridged(ABC):
         """Named tensors for prompts, from the pipeline's own text encoders."""
 
     @abstractmethod
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow. `step` is given the blocks and gives the step that is taken in their place."""
 
     def begin(
@@ -122,7 +122,7 @@ class Bridged(ABC):
             PlanError: the condition lacks what it `needs`, or guidance is asked for; `advice` names what to use.
         """
         net = self.network(step)
-        checked(self.info, cond, needs)
+        check_condition(self.info, cond, needs)
         if options.guidance is not None:
             raise PlanError(f"{self.info.name} has no guidance embedding; use {advice}")
         return net, self.branch(), has_hooks(self.pipe.transformer)
@@ -147,8 +147,8 @@ class Bridged(ABC):
         """
         self.check(options)
         if options.cache is not None:
-            return options.cache.field(partial(self.opened, cond, options), options.sigmas, self.info)
-        return self.opened(cond, options, None)
+            return options.cache.field(partial(self.make_field, cond, options), options.sigmas, self.info)
+        return self.make_field(cond, options, None)
 
     @abstractmethod
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -334,7 +334,7 @@ def thousandths(sigma: float, batch: int, device: torch.device) -> Tensor:
     return torch.full((batch,), sigma, dtype=torch.float32, device=device) * 1000
 
 
-def checked(info: ModelInfo, cond: Condition, needs: Mapping[str, int]) -> Condition:
+def check_condition(info: ModelInfo, cond: Condition, needs: Mapping[str, int]) -> Condition:
     """The condition, if it has these tensors; `needs` are their last axes (0: any)."""
     if not set(needs) <= set(cond.tensors):
         raise PlanError(f"{info.name} needs a condition with {', '.join(needs)}, got {sorted(cond.tensors)}")

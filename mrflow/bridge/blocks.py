@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mrflow.bridge.version import unwrapped
+from mrflow.bridge.version import unwrap
 from mrflow.errors import PlanError
-from mrflow.models.lora import grafted
+from mrflow.models.lora import graft
 from mrflow.pieces import Step, StepFactory
 
 Call = Mapping[str, Any]
@@ -67,7 +67,7 @@ class BridgedPieces:
         for name, block in self.blocks[start:stop]:
             given, words = self._rows(name, table), txt.shape[1]
             if self.family.single:
-                img, txt = self.parted(block(self.whole(img, txt), **given))
+                img, txt = self.split(block(self.whole(img, txt), **given))
             elif self.family.joined and name != self.family.lists[0]:
                 whole = block(hidden_states=torch.cat((txt, img), 1), encoder_hidden_states=None, **given)
                 txt, img = whole[:, :words], whole[:, words:]
@@ -80,7 +80,7 @@ class BridgedPieces:
         """The one sequence of both."""
         return torch.cat((img, txt) if self.family.image_first else (txt, img), 1)
 
-    def parted(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, whole: Tensor) -> tuple[Tensor, Tensor]:
         """Image and text of the one sequence."""
         if self.family.image_first:
             return whole[:, : self.image], whole[:, self.image :]
@@ -135,7 +135,7 @@ class Stack(nn.Module):
         table = torch.arange(len(hidden_states), device=hidden_states.device)
         if names := self.pieces.family.single:  # called by position
             self.pieces.given[lists[0]] = dict(zip(names, (encoder_hidden_states, *rest), strict=False))
-            img, txt = self.pieces.parted(hidden_states)
+            img, txt = self.pieces.split(hidden_states)
             # The step gives the image alone, and the rest of the forward wants no more than that.
             return self.pieces.whole(self.step(img, txt, none, none, table), txt)
         if held is not None:
@@ -170,7 +170,7 @@ def opened_forward(net: Any, family: BlockNames, factory: StepFactory) -> Opened
     Raises:
         PlanError: something else has taken over the transformer's forward: group offloading, or diffusers' own cache.
     """
-    inner: Any = unwrapped(net)
+    inner: Any = unwrap(net)
     if hasattr(inner, "_diffusers_hook"):
         raise PlanError(
             "the transformer's forward is in the hands of a diffusers hook (group offloading or its own cache): switch "
@@ -185,7 +185,7 @@ def opened_forward(net: Any, family: BlockNames, factory: StepFactory) -> Opened
     else:
         new = {first: nn.ModuleList([Stack(pieces, step)])}
         new |= {name: nn.ModuleList() for name in later}
-    return OpenedForward(inner, grafted(inner, new), pieces)
+    return OpenedForward(inner, graft(inner, new), pieces)
 
 
 def first_of(block: Any, img: Tensor, given: Call) -> Tensor:  # noqa: ANN401

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from mrflow.bridge.version import unwrapped
+from mrflow.bridge.version import unwrap
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.errors import PlanError
 from mrflow.model_info import FLUX, Shift
@@ -61,7 +61,7 @@ def check_encoders(pipe: Any, words: Sequence[str], widths: Mapping[str, int]) -
 
 def parameters_of(module: nn.Module) -> int:
     """How many parameters a network has; of a quantised one, as many as its config makes."""
-    net: Any = unwrapped(module)
+    net: Any = unwrap(module)
     if all(p.is_floating_point() and type(p) is nn.Parameter for p in net.parameters()):
         return sum(p.numel() for p in net.parameters())
     with blueprint():

@@ -14,7 +14,7 @@ from mrflow.bridge.base import (
     KLBridged,
     Pipeline,
     check_batch,
-    checked,
+    check_condition,
     has_hooks,
     home,
     keepable,
@@ -145,11 +145,11 @@ class BridgedFlux(KLBridged):
         )
         return {"context": context, "pooled": pooled}
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity, with the guidance embedding where the model has one."""
         net, config = self.network(step), self.pipe.transformer.config
         info, device = self.info, self.device
-        checked(info, cond, {"context": config.joint_attention_dim, "pooled": config.pooled_projection_dim})
+        check_condition(info, cond, {"context": config.joint_attention_dim, "pooled": config.pooled_projection_dim})
         if options.guidance is not None and not config.guidance_embeds:
             raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
         if self.control is not None and (step is not None or options.positions is not None):

@@ -12,7 +12,7 @@ from mrflow.bridge.base import (
     BRIDGED,
     Bridged,
     check_batch,
-    checked,
+    check_condition,
     decoded,
     has_hooks,
     keepable,
@@ -94,10 +94,10 @@ class BridgedFlux2(Bridged):
         context, _ = self.pipe.encode_prompt(prompt=prompts, device=self.device, max_sequence_length=limit)
         return {"context": context}
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of one branch."""
         net, info, device = self.network(step), self.info, self.device
-        checked(info, cond, {"context": self.pipe.transformer.config.joint_attention_dim})
+        check_condition(info, cond, {"context": self.pipe.transformer.config.joint_attention_dim})
         strength = self.strength(options.guidance, cond.batch)
         context = keepable(cond["context"]).to(device)
         branch, moved = self.branch(), has_hooks(self.pipe.transformer)
@@ -138,15 +138,15 @@ class BridgedFlux2(Bridged):
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Normalised patches of the posterior's mode, or of a sample of it; `noise` has the latents' shape."""
-        given = None if noise is None else unpatched(noise)
-        z = patched(posterior(self, pixels, given))
+        given = None if noise is None else unpatchify(noise)
+        z = patchify(posterior(self, pixels, given))
         mean, std = self._normal(z)
         return (z - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped."""
         mean, std = self._normal(latents)
-        return decoded(self, unpatched(latents * std + mean))
+        return decoded(self, unpatchify(latents * std + mean))
 
     def _normal(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The batch norm's running mean and deviation, (1, channels, 1, 1)."""
@@ -212,13 +212,13 @@ def positions(rows: int, columns: int, words: int, batch: int, device: torch.dev
     return torch.cartesian_prod(*axes)[None].repeat(batch, 1, 1)
 
 
-def patched(z: Tensor) -> Tensor:
+def patchify(z: Tensor) -> Tensor:
     """2 x 2 cells as one, channel slowest."""
     return rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2)
 
 
-def unpatched(z: Tensor) -> Tensor:
-    """The inverse of `patched`."""
+def unpatchify(z: Tensor) -> Tensor:
+    """The inverse of `patchify`."""
     return rearrange(z, "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
 
 

@@ -77,7 +77,7 @@ class BridgedKrea2(BridgedQwen):
         context, mask = pipe.encode_prompt(prompt=prompts, device=self.device, max_sequence_length=limit)
         return {"context": context, "mask": mask.long()}
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of one branch; padding is masked."""
         device, needs = self.device, {"context": self.pipe.transformer.config.text_hidden_dim, "mask": 0}
         net, branch, moved = self.begin(cond, options, step, needs)

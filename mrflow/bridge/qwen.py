@@ -69,7 +69,7 @@ class BridgedQwen(Bridged):
         whole = context.new_ones(context.shape[:2], dtype=torch.long)
         return {"context": context, "mask": whole if mask is None else mask}
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of one branch; padding is masked where a batch's texts differ in length."""
         device, needs = self.device, {"context": self.pipe.transformer.config.joint_attention_dim}
         net, branch, moved = self.begin(cond, options, step, needs, advice="CFG(scale, rescale=True)")

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import BRIDGED, check_batch, checked, decoded, has_hooks, keepable, posterior, thousandths
+from mrflow.bridge.base import (
+    BRIDGED,
+    check_batch,
+    check_condition,
+    decoded,
+    has_hooks,
+    keepable,
+    posterior,
+    thousandths,
+)
 from mrflow.bridge.facts import bridged_shift, parameters_of
 from mrflow.bridge.qwen import BridgedQwen
 from mrflow.errors import PlanError
@@ -72,10 +81,10 @@ class BridgedQwen21(BridgedQwen):
         whole = context.new_ones(context.shape[:2], dtype=torch.long)
         return {"context": context, "mask": whole if mask is None else mask}
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of one branch; padding is masked where a batch's texts differ in length."""
         info, device, own = self.info, self.device, self.pipe.transformer
-        checked(info, cond, {"context": own.config.context_in_dim})
+        check_condition(info, cond, {"context": own.config.context_in_dim})
         if options.guidance is not None:
             raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
         context = keepable(cond["context"]).to(device)

@@ -13,7 +13,7 @@ from mrflow.bridge.facts import bridged_shift, downscale, parameters_of, vae_flo
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, LatentSpace, ModelInfo
-from mrflow.models.transformer_model import repeated, side_by_side
+from mrflow.models.transformer_model import repeat, side_by_side
 from mrflow.pieces import StepFactory
 
 
@@ -90,15 +90,15 @@ class BridgedSD3(KLBridged):
         )
         return {"context": context, "pooled": pooled}
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity; conditions of equal shapes are a larger batch, as in the pipeline, others take turns."""
         if options.beside:
             conds = (cond, *options.beside)
             if len({str([(name, t.shape) for name, t in sorted(c.tensors.items())]) for c in conds}) > 1:
-                fields = [self.opened(c, replace(options, beside=()), step) for c in conds]
+                fields = [self.make_field(c, replace(options, beside=()), step) for c in conds]
                 return lambda x, sigma: torch.cat([f(x, sigma) for f in fields])
-            joined = self.opened(side_by_side(cond, options.beside), replace(options, beside=()), step)
-            return repeated(joined, len(conds))
+            joined = self.make_field(side_by_side(cond, options.beside), replace(options, beside=()), step)
+            return repeat(joined, len(conds))
         info, device, config = self.info, self.device, self.pipe.transformer.config
         needs = {"context": config.joint_attention_dim, "pooled": config.pooled_projection_dim}
         net, branch, moved = self.begin(cond, options, step, needs)

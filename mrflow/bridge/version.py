@@ -22,7 +22,7 @@ def version_of(parts: Mapping[str, nn.Module], *facts: object) -> str:
     """
     digest, read, lost = hashlib.sha256(repr(facts).encode()), dict[torch.device, list[Tensor]](), 0
     for part, module in parts.items():
-        digest.update(f"{part} {type(unwrapped(module)).__name__} {_config_of(module)}\n".encode())
+        digest.update(f"{part} {type(unwrap(module)).__name__} {_config_of(module)}\n".encode())
         digest.update(repr(adapters(module)).encode())
         for name, whole in _values(module):
             for tensor in _plain(whole):
@@ -30,7 +30,7 @@ def version_of(parts: Mapping[str, nn.Module], *facts: object) -> str:
                 if tensor.device.type == "meta":
                     lost += 1
                 elif tensor.numel():
-                    read.setdefault(tensor.device, []).append(sampled(tensor))
+                    read.setdefault(tensor.device, []).append(sample_bytes(tensor))
     # One transfer a device; what lies on the same device in the same order gives the same bytes.
     order = [t.cpu() for device in sorted(read, key=str) for t in torch.cat(read[device]).split(1 << 20)]
     for piece in order:
@@ -40,7 +40,7 @@ def version_of(parts: Mapping[str, nn.Module], *facts: object) -> str:
     return digest.hexdigest()[:12]
 
 
-def sampled(tensor: Tensor) -> Tensor:
+def sample_bytes(tensor: Tensor) -> Tensor:
     """Some values of a tensor, as bytes."""
     flat = tensor.detach().flatten()
     some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
@@ -59,7 +59,7 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
 
 def _values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name; those that accelerate took away come from where its hook keeps them."""
-    for prefix, inner in unwrapped(module).named_modules():
+    for prefix, inner in unwrap(module).named_modules():
         own = {**inner._parameters, **inner._buffers}
         kept = weights_map(inner)
         for name, tensor in own.items():
@@ -89,7 +89,7 @@ def _holds(held: Any, name: str) -> bool:  # noqa: ANN401
     return True
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
     """The module inside torch.compile's wrapper."""
     inner = getattr(module, "_orig_mod", module)
     return inner if isinstance(inner, nn.Module) else module

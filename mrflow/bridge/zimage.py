@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, checked, keepable, thousandths
+from mrflow.bridge.base import BRIDGED, KLBridged, check_batch, check_condition, keepable, thousandths
 from mrflow.bridge.blocks import Z_IMAGE, OpenedForward
 from mrflow.bridge.facts import bridged_shift, downscale, parameters_of, vae_flops
 from mrflow.bridge.flux2 import chat
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, LatentSpace, ModelInfo
-from mrflow.models.transformer_model import repeated, side_by_side
+from mrflow.models.transformer_model import repeat, side_by_side
 from mrflow.pieces import StepFactory
 
 GATED = 4.0  # its gated MLP of three matrices of 8/3 widths counts as two of four
@@ -75,11 +75,11 @@ class BridgedZImage(KLBridged):
         mask = torch.arange(context.shape[1], device=self.device) < lengths[:, None]
         return {"context": context, "mask": mask.long()}
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity; conditions beside are a larger batch, as in the pipeline."""
         if conds := options.beside:
-            joined = self.opened(self._side_by_side((cond, *conds)), replace(options, beside=()), step)
-            return repeated(joined, 1 + len(conds))
+            joined = self.make_field(self._side_by_side((cond, *conds)), replace(options, beside=()), step)
+            return repeat(joined, 1 + len(conds))
         device, own = self.device, self.pipe.transformer
         net, branch, moved = self.begin(cond, options, step, {"context": own.config.cap_feat_dim, "mask": 0})
         texts = self._texts(cond)
@@ -98,7 +98,7 @@ class BridgedZImage(KLBridged):
 
     def _side_by_side(self, conds: Sequence[Condition]) -> Condition:
         """Conditions as one over a larger batch, as the pipeline has them: texts as wide as the longest."""
-        longest = max(checked(self.info, c, {"context": 0, "mask": 0})["context"].shape[1] for c in conds)
+        longest = max(check_condition(self.info, c, {"context": 0, "mask": 0})["context"].shape[1] for c in conds)
 
         def wide(cond: Condition) -> Condition:
             rest = longest - cond["context"].shape[1]

@@ -63,7 +63,7 @@ class Cache(ABC):
     ) -> Velocity:
         """A model's field with a fresh memory: what `open_field` gives for this cache's step."""
         clock = Clock(sigmas)
-        return CachedField(open_field(partial(self.opened, clock=clock, info=info)), clock, info.space.patch)
+        return CachedField(open_field(partial(self.make_step, clock=clock, info=info)), clock, info.space.patch)
 
     def forecast(self, info: ModelInfo, sigmas: Sequence[float], branch: Sequence[float]) -> Forecast:
         """What it will do with a branch that is asked at the levels `branch` of an integration over `sigmas`.
@@ -84,7 +84,7 @@ class Cache(ABC):
             return Forecast(asked, min(asked, max(1, self.estimate(asked))), kept, exact=False)
         return Forecast(asked, computed, kept, exact=True)
 
-    def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
         """The step that one field takes; what it remembers dies with it."""
         return CachedStep(self, pieces, clock, info)
 
@@ -192,24 +192,24 @@ class CachedField:
 N = TypeVar("N")
 
 
-def measured(table: Mapping[str, N], info: ModelInfo) -> N | None:
+def look_up(table: Mapping[str, N], info: ModelInfo) -> N | None:
     """What a table of measured numbers has for a model: for this version of it ("pocket-4"), or for its name."""
     return table.get(info.version.partition("+")[0], table.get(info.name))
 
 
-def known(own: N | None, table: Mapping[str, N], info: ModelInfo, lacking: str, advice: str) -> N:
+def require_numbers(own: N | None, table: Mapping[str, N], info: ModelInfo, lacking: str, advice: str) -> N:
     """The numbers that a cache works with for a model: its `own`, or those that were measured of it.
 
     Raises:
         PlanError: there are none: "TeaCache knows no coefficients" (`lacking`), and the `advice`.
     """
-    found = own or measured(table, info)
+    found = own or look_up(table, info)
     if found is None:
         raise PlanError(f"{lacking} for {info.name}; {advice}")
     return found
 
 
-def between(points: Sequence[tuple[float, float]], x: float) -> float:
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
     """The value at x of the straight lines through (x, y) `points`, which rise in x; level beyond both ends."""
     at = bisect_right([p[0] for p in points], x)
     if at == 0:

@@ -94,7 +94,7 @@ class Recording(Cache):
         """Everything is computed."""
         return lambda look: True
 
-    def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
         """The step that writes down."""
         return self.step(pieces)
 

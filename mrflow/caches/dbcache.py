@@ -8,7 +8,7 @@ from math import ceil
 from torch import Tensor
 
 from mrflow._checks import check_number, check_whole
-from mrflow.caches.base import Cache, between, difference
+from mrflow.caches.base import Cache, difference, interpolate
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.caches.extrapolate import Extrapolation, Predictor, Series
 from mrflow.model_info import ModelInfo
@@ -58,7 +58,7 @@ class Similar:
         """Warm-up, then a share by threshold, at least what `limit` and `most` force."""
         warm = ceil(min(self.warmup, evaluations) / self.every)
         rest = evaluations - warm
-        share = between(COMPUTED, self.threshold)
+        share = interpolate(COMPUTED, self.threshold)
         if self.limit is not None:
             share = max(share, 1 / (self.limit + 1))
         computed = warm + round(share * rest)

@@ -28,7 +28,7 @@ class L2P(Cache):
     an integration. An empty row is computed; another holds the weights of the newest computed features, the newest
     last, whose sum stands in.
 
-    Rows belong to a model, a schedule and a number of evaluations: `calibrated` fits them. A stage with another number
+    Rows belong to a model, a schedule and a number of evaluations: `calibrate` fits them. A stage with another number
     is refused. Where a guidance asks a branch so seldom that the features of a row were not computed, the evaluation
     is. `of` as for `TaylorSeer`.
     """
@@ -50,7 +50,7 @@ class L2P(Cache):
             raise PlanError("rows must begin with an empty one, the first evaluation, which is computed")
 
     @staticmethod
-    def calibrated(
+    def calibrate(
         interval: int,
         model: Backbone,
         prompts: Sequence[str],
@@ -97,12 +97,12 @@ class L2P(Cache):
         if levels and len(levels) != len(self.rows):
             raise PlanError(
                 f"this L2P was fitted to {len(self.rows)} evaluations, and the stage has {len(levels)}; give it that "
-                "many steps, or fit another: L2P.calibrated(interval, model, prompts, schedule=...)"
+                "many steps, or fit another: L2P.calibrate(interval, model, prompts, schedule=...)"
             )
         table, done = self.extrapolation(), list[int]()
 
         def due(look: Evaluation) -> bool:
-            needed = table.needed(look.place)
+            needed = table.weighed_by(look.place)
             if needed and set(needed) <= set(done[-table.keep :]):
                 return False
             done.append(look.place)
@@ -122,14 +122,14 @@ class _Table:
         """The most that a row asks for."""
         return max(1, *map(len, self.rows))
 
-    def needed(self, at: int) -> tuple[int, ...]:
+    def weighed_by(self, at: int) -> tuple[int, ...]:
         """The evaluations whose features a row weighs; none where the evaluation is computed."""
         row = self.rows[at] if at < len(self.rows) else ()
         return tuple(step for step in range(at) if not self.rows[step])[-len(row) :] if row else ()
 
     def weights(self, steps: Sequence[int], at: int, *, total: int = 0, gram: Gram | None = None) -> tuple[float, ...]:
         """The row, and 0 for features that it does not weigh; the rule has made sure that all others are there."""
-        row = dict(zip(self.needed(at), self.rows[at], strict=True))
+        row = dict(zip(self.weighed_by(at), self.rows[at], strict=True))
         return tuple(row.get(step, 0.0) for step in steps)
 
 

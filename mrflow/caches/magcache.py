@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mrflow._checks import check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, known
+from mrflow.caches.base import Cache, require_numbers
 from mrflow.caches.calibrate import observe
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
@@ -36,7 +36,7 @@ class MagCache(Cache):
     `threshold`, and at most `limit` times in a row. The first `retention` of the steps are computed.
 
     The rule never sees the picture: it is a fixed list of steps. `ratios` belong to a model and a schedule and are
-    stretched to its number of steps by nearest neighbours; None: the known ones of FLUX and pocket. `calibrated`
+    stretched to its number of steps by nearest neighbours; None: the known ones of FLUX and pocket. `calibrate`
     measures them.
     """
 
@@ -53,7 +53,7 @@ class MagCache(Cache):
             raise PlanError(f"ratios must be finite numbers above 0, one a step, got {self.ratios!r}")
 
     @staticmethod
-    def calibrated(
+    def calibrate(
         threshold: float,
         model: Backbone,
         prompts: Sequence[str],
@@ -78,15 +78,15 @@ class MagCache(Cache):
 
     def check(self, info: ModelInfo) -> None:
         """A model without known ratios needs its own."""
-        self._known(info)
+        self._ratios(info)
 
-    def _known(self, info: ModelInfo) -> tuple[float, ...]:
-        advice = f"measure them with MagCache.calibrated({self.threshold:g}, model, prompts) or give ratios="
-        return known(self.ratios, RATIOS, info, "MagCache knows no ratios", advice)
+    def _ratios(self, info: ModelInfo) -> tuple[float, ...]:
+        advice = f"measure them with MagCache.calibrate({self.threshold:g}, model, prompts) or give ratios="
+        return require_numbers(self.ratios, RATIOS, info, "MagCache knows no ratios", advice)
 
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """The accumulated error."""
-        known = self._known(info)
+        known = self._ratios(info)
         ratios = nearest(known, len(levels) or len(known))
         first = int(self.retention * len(ratios) + 0.5)
         ratio, error, row, kept = 1.0, 0.0, 0, False

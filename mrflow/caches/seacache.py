@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrflow._checks import check_number, check_whole, require
-from mrflow.caches.base import Cache, between, difference
+from mrflow.caches.base import Cache, difference, interpolate
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.caches.extrapolate import Extrapolation
 from mrflow.model_info import ModelInfo
@@ -27,7 +27,7 @@ class SeaCache(Cache):
     """SeaCache (Chung et al. 2026, arXiv 2602.18993): reuse what all blocks added while a sum of changes of the
     filtered input is below `threshold`. Nothing is fitted to the model.
 
-    The filter keeps, of each frequency, the share that is signal at this level (`filtered`), under the assumption that
+    The filter keeps, of each frequency, the share that is signal at this level (`wiener`), under the assumption that
     a picture's power falls as 1/|f|^power along each axis. The change is relative L1 since the evaluation before. The
     first `first` and last `last` evaluations are computed, and one after `limit` cached in a row (None: no limit).
 
@@ -66,7 +66,7 @@ class SeaCache(Cache):
             nonlocal total, row
             if self.threshold == 0:
                 return True
-            seen = filtered(self._seen(look), look.sigma, self.power)
+            seen = wiener(self._latents(look), look.sigma, self.power)
             near = bool(before) and look.place >= self.first and not 0 < look.total <= look.place + self.last
             if near and (self.limit is None or row < self.limit):
                 total += difference(seen, before[0])
@@ -79,7 +79,7 @@ class SeaCache(Cache):
 
         return due
 
-    def _seen(self, look: Evaluation) -> Tensor:
+    def _latents(self, look: Evaluation) -> Tensor:
         """What is filtered: (channels, height, width)."""
         if self.of == "latents":
             return look.latents()[0]
@@ -91,10 +91,10 @@ class SeaCache(Cache):
         """From the one published speed-up, no more than `limit` allows; the two ends are always computed."""
         ends = min(evaluations, max(1, self.first) + self.last)
         least = ceil(evaluations / (1 + self.limit)) if self.limit is not None else 0
-        return max(ends, least, round(evaluations / between(CLAIMED, self.threshold)))
+        return max(ends, least, round(evaluations / interpolate(CLAIMED, self.threshold)))
 
 
-def filtered(x: Float[Tensor, "c h w"], sigma: float, power: float) -> Float[Tensor, "c h w"]:
+def wiener(x: Float[Tensor, "c h w"], sigma: float, power: float) -> Float[Tensor, "c h w"]:
     """The signal's estimate by a Wiener filter for x = (1 - sigma) signal + sigma noise, in float32.
 
     Along an axis with frequencies f the signal's power is 1 / |f|^power, so the gain is

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mrflow._checks import check_number
 from mrflow.backbone import Backbone
-from mrflow.caches.base import Cache, between, difference, known
+from mrflow.caches.base import Cache, difference, interpolate, require_numbers
 from mrflow.caches.calibrate import fit_polynomial, observe
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
@@ -35,7 +35,7 @@ class TeaCache(Cache):
     `threshold`; d is the relative change of the modulated input of the first block since the evaluation before.
 
     The first and the last evaluation are computed. `coefficients` of P, highest power first, belong to a model and a
-    schedule; None: the known ones of FLUX.1-dev, Qwen-Image and pocket. `calibrated` fits them for any model.
+    schedule; None: the known ones of FLUX.1-dev, Qwen-Image and pocket. `calibrate` fits them for any model.
     """
 
     threshold: float = 0.25
@@ -47,7 +47,7 @@ class TeaCache(Cache):
             raise PlanError("coefficients must be at least one number, the highest power first")
 
     @staticmethod
-    def calibrated(
+    def calibrate(
         threshold: float,
         model: Backbone,
         prompts: Sequence[str],
@@ -72,15 +72,15 @@ class TeaCache(Cache):
 
     def check(self, info: ModelInfo) -> None:
         """A model without known coefficients needs its own."""
-        self._known(info)
+        self._coefficients(info)
 
-    def _known(self, info: ModelInfo) -> tuple[float, ...]:
-        advice = f"fit them with TeaCache.calibrated({self.threshold:g}, model, prompts) or give coefficients="
-        return known(self.coefficients, COEFFICIENTS, info, "TeaCache knows no coefficients", advice)
+    def _coefficients(self, info: ModelInfo) -> tuple[float, ...]:
+        advice = f"fit them with TeaCache.calibrate({self.threshold:g}, model, prompts) or give coefficients="
+        return require_numbers(self.coefficients, COEFFICIENTS, info, "TeaCache knows no coefficients", advice)
 
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         """The accumulated rule."""
-        coefficients = self._known(info)
+        coefficients = self._coefficients(info)
         total, before = 0.0, list[Tensor]()
 
         def due(look: Evaluation) -> bool:
@@ -102,7 +102,7 @@ class TeaCache(Cache):
 
     def estimate(self, evaluations: int) -> int:
         """From the speed-ups claimed for FLUX.1-dev at this threshold; the two ends are always computed."""
-        return max(2, round(evaluations / between(CLAIMED, self.threshold)))
+        return max(2, round(evaluations / interpolate(CLAIMED, self.threshold)))
 
 
 def polynomial(coefficients: Sequence[float], x: float) -> float:

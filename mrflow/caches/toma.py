@@ -17,7 +17,7 @@ from mrflow.caches.clock import Clock, Evaluation, Rule
 from mrflow.cost import forward_flops
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
-from mrflow.models.layers import Merge, Merged, Rope
+from mrflow.models.layers import Merge, Rope, TokenMerge
 from mrflow.notes import add_forwards
 from mrflow.pieces import Pieces, Step
 
@@ -92,7 +92,7 @@ class ToMA(Cache):
         per_tile = self.tile**2
         return tokens // per_tile * math.floor(per_tile * self.ratio)
 
-    def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
         """The step that merges.
 
         Raises:
@@ -119,7 +119,7 @@ class _Step:
         img, size = p.embed(tokens), tokens.shape[1]
         merging = self.toma.ratio > 0 and self.index % self.toma.every == 0
         if merging:
-            found: dict[str, Merged] = {}
+            found: dict[str, TokenMerge] = {}
             merge = partial(self._merge, found, Rope(cos, sin))
             img, _ = p.merged(img, text, cos, sin, table, merge)
         else:
@@ -128,12 +128,12 @@ class _Step:
         add_forwards("ToMA", len(tokens), len(tokens), len(tokens) * self.toma.share(self.info, size), tokens=size)
         return p.head(img, table)
 
-    def _merge(self, found: dict[str, Merged], rope: Rope, kind: str, number: int) -> Merge | None:
+    def _merge(self, found: dict[str, TokenMerge], rope: Rope, kind: str, number: int) -> Merge | None:
         """How block `number` of a kind merges its image tokens; None where it does not."""
         if number < self.toma.skip:
             return None
 
-        def merge(x: Tensor) -> Merged:
+        def merge(x: Tensor) -> TokenMerge:
             if kind not in found:
                 grid = self.clock.grid
                 assert grid is not None
@@ -143,7 +143,7 @@ class _Step:
         return merge
 
 
-def chosen(x: Float[Tensor, "b l d"], grid: tuple[int, int], rope: Rope, toma: ToMA) -> Merged:
+def chosen(x: Float[Tensor, "b l d"], grid: tuple[int, int], rope: Rope, toma: ToMA) -> TokenMerge:
     """How tokens on a grid are merged and parted."""
     h, w = grid
     th, tw = (max(n for n in range(1, toma.tile + 1) if side % n == 0) for side in (h, w))
@@ -177,7 +177,7 @@ def chosen(x: Float[Tensor, "b l d"], grid: tuple[int, int], rope: Rope, toma: T
         ours = table[text:][spots]
         return torch.cat((table[:text].expand(len(x), -1, -1), ours), 1)
 
-    return Merged(down, up, Rope(turned(rope.cos), turned(rope.sin)), text)
+    return TokenMerge(down, up, Rope(turned(rope.cos), turned(rope.sin)), text)
 
 
 def destinations(likeness: Float[Tensor, "b t n n"], k: int) -> Tensor:

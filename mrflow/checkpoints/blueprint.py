@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 FILLED = (torch.ones, torch.zeros)
 
 
-class _Uninitialised(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     """Inside, the functions of `torch.nn.init` give back the tensor as it is, and no tensor is made with values."""
 
     def __torch_function__(
@@ -28,7 +28,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 @contextmanager
-def collection_paused() -> Generator[None]:
+def pause_collection() -> Generator[None]:
     """Inside, Python's cycles are not collected: a large network is many objects, none of which is garbage."""
     was = gc.isenabled()
     gc.disable()
@@ -42,5 +42,5 @@ def collection_paused() -> Generator[None]:
 @contextmanager
 def blueprint() -> Generator[None]:
     """Inside, modules are built on the meta device: names and shapes alone, which no initialisation could fill."""
-    with collection_paused(), torch.device("meta"), _Uninitialised():
+    with pause_collection(), torch.device("meta"), _SkipInit():
         yield

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mrflow.checkpoints.safetensors import checkpoints_in
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.records.files import expanded, located
+from mrflow.records.files import expand_home, locate
 
 
 def fetch_file(repository: str, name: str) -> Path:
@@ -34,7 +34,7 @@ def located_folder(where: str, sha256: str = "") -> tuple[Path, str]:
     Raises:
         WeightsError: it is not there, or another one than `sha256` says.
     """
-    path = expanded(where)
+    path = expand_home(where)
     parts = where.split("/")
     if path.is_dir():
         found = checkpoints_in(path)
@@ -45,4 +45,4 @@ def located_folder(where: str, sha256: str = "") -> tuple[Path, str]:
         repository = "/".join(parts[:2])
         fetch_file(repository, f"{parts[2]}/config.json")
         path = fetch_file(repository, f"{parts[2]}/diffusion_pytorch_model.safetensors")
-    return located(str(path), sha256)
+    return locate(str(path), sha256)

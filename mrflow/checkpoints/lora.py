@@ -12,9 +12,9 @@ from mrflow._checks import is_number
 from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.hub import fetch_file
 from mrflow.checkpoints.names import bare
-from mrflow.checkpoints.safetensors import Entry, Header, mapped, open_checkpoint, some
+from mrflow.checkpoints.safetensors import Entry, Header, map_tensor, open_checkpoint, some
 from mrflow.errors import WeightsError
-from mrflow.records.files import expanded, located
+from mrflow.records.files import expand_home, locate
 
 INFIX = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[\w-]+))?"  # PEFT names adapters: lora_A.default.weight
 ROLES = (
@@ -102,7 +102,7 @@ def _malformed(group: Mapping[str, Entry]) -> str:
     for role, entry in group.items():
         if not entry.dtype.is_floating_point and role != "alpha":
             return f"has {role} of {entry.dtype}"
-        if role != "alpha" and len(squeezed(entry.shape, AXES[role])) != AXES[role]:
+        if role != "alpha" and len(squeeze(entry.shape, AXES[role])) != AXES[role]:
             return f"has {role} of shape {entry.shape}, expected {AXES[role]} axes"
     down, up, alpha = (group.get(role) for role in ("down", "up", "alpha"))
     if (down is None) != (up is None):
@@ -133,26 +133,26 @@ def _opened(path: Path, sha256: str) -> AdapterFile:
     return AdapterFile(header, groups, extra)
 
 
-def opened(path: str, sha256: str = "") -> tuple[AdapterFile, str]:
+def read_adapter(path: str, sha256: str = "") -> tuple[AdapterFile, str]:
     """What an adapter's file holds, and its SHA-256; a hub file is fetched.
 
     Raises:
         WeightsError: the file is missing or another one than `sha256` says, or holds no LoRA.
     """
-    where, found = located(str(fetched(path)), sha256)
+    where, found = locate(str(fetch(path)), sha256)
     return _opened(where, found), found
 
 
-def fetched(path: str) -> Path:
+def fetch(path: str) -> Path:
     """The local file of `owner/name/file.safetensors` on the hub, where no such path is here; else the path itself."""
-    local = expanded(path)
+    local = expand_home(path)
     parts = path.split("/")
     if local.exists() or local.is_absolute() or len(parts) < 3 or not path.endswith(".safetensors"):
         return local
     return fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
 
 
-def squeezed(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+def squeeze(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     """Without trailing axes of length 1: a linear that was saved as a 1 x 1 convolution."""
     return shape[:rank] if all(n == 1 for n in shape[rank:]) else shape
 
@@ -228,4 +228,4 @@ def _patterns(table: object, kind: str, key: str, path: Path) -> list[tuple[re.P
 
 
 def number_of(entry: Entry) -> float:
-    return float(mapped(entry, {}).float().reshape(-1)[0])
+    return float(map_tensor(entry, {}).float().reshape(-1)[0])

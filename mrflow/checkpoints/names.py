@@ -75,7 +75,7 @@ def bare(name: str, known: Callable[[str], bool], *, also: Iterable[str] = ()) -
     return next((each for each in found if each is not None), None)
 
 
-def shared(names: Iterable[str]) -> str:
+def common_wrapper(names: Iterable[str]) -> str:
     """The wrapper's word, with its dot, that all names begin with; empty where there is none."""
     words = {name.partition(".")[0] if "." in name else "" for name in names}
     word = next(iter(words)) if len(words) == 1 else ""

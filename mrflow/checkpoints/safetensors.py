@@ -356,9 +356,9 @@ def fill_module(
         parent = modules[owner]
         take = getattr(parent, "take", None)
         if take is not None and leaf == "weight":
-            take([valued(header.tensors[part], files) for part in layout[name].names], device)
+            take([value_and_scale(header.tensors[part], files) for part in layout[name].names], device)
             continue
-        tensor = assembled(header, layout[name], files, dtype=dtype, device=device).reshape(target.shape)
+        tensor = assemble(header, layout[name], files, dtype=dtype, device=device).reshape(target.shape)
         old = getattr(parent, leaf)
         setattr(parent, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
     starts = {storage.data_ptr(): path for path, storage in files.items()}
@@ -391,7 +391,7 @@ def check_uncut(files: Mapping[Path, int]) -> None:
             )
 
 
-def assembled(
+def assemble(
     header: Header,
     source: Source,
     files: dict[Path, torch.UntypedStorage],
@@ -400,7 +400,7 @@ def assembled(
     device: torch.device | str,
 ) -> Tensor:
     """One parameter from its parts; `files` keeps the mappings that were made."""
-    pairs = [valued(header.tensors[name], files) for name in source.names]
+    pairs = [value_and_scale(header.tensors[name], files) for name in source.names]
     parts = [v if s is None else (v.to(device).float() * by_row(s.to(device), v)).to(dtype) for v, s in pairs]
     if source.frame:
         parts = [part[:, :, -1].contiguous() for part in parts]
@@ -414,9 +414,9 @@ def assembled(
     return out
 
 
-def valued(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> tuple[Tensor, Tensor | None]:
+def value_and_scale(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> tuple[Tensor, Tensor | None]:
     """A tensor as it lies in the file, and what its values are to be multiplied with."""
-    return mapped(entry, files), None if entry.scale is None else mapped(entry.scale, files)
+    return map_tensor(entry, files), None if entry.scale is None else map_tensor(entry.scale, files)
 
 
 def by_row(scale: Tensor, values: Tensor) -> Tensor:
@@ -424,7 +424,7 @@ def by_row(scale: Tensor, values: Tensor) -> Tensor:
     return scale.float().reshape(-1, *(1,) * (values.ndim - 1))
 
 
-def mapped(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> Tensor:
+def map_tensor(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> Tensor:
     """A tensor that lies in the file; writing to it changes a private copy of the page, never the file."""
     if entry.file not in files:
         size = entry.file.stat().st_size
@@ -455,7 +455,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[st
         raise ResourceError(f"{path} cannot be written: {why or error}") from error
 
 
-def exported(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def export(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Parameters under the names and in the shapes of `layout`: the reverse of loading."""
     out: dict[str, Tensor] = {}
     for name, source in layout.items():
@@ -487,7 +487,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Prepared(Generic[N]):
+class CheckedNetwork(Generic[N]):
     """A network on the meta device whose checkpoint was checked: `read` fills it, `cast=None` as the file has it."""
 
     net: N

@@ -12,7 +12,7 @@ from mrflow.caches import Cache
 from mrflow.cli.options import RECIPE_WORDS, RECIPES
 from mrflow.cli.parsing import LATENT, LATENT_FILE, load_file, parse_size, parse_tiles, upscaler
 from mrflow.cost import half
-from mrflow.error_context import named
+from mrflow.error_context import name_stage
 from mrflow.errors import PlanError
 from mrflow.guidance import CFG, Distilled, Guidance
 from mrflow.model_info import ModelInfo
@@ -141,19 +141,21 @@ def _sizes(two: bool, info: ModelInfo, size: str | None, low: str | None, ladder
         sizes = [parse_size("--ladder", each, info) for each in ladder.split(",")]
         for before, after in pairwise(sizes):
             if not (after[0] > before[0] and after[1] > before[1]):
-                raise PlanError(f"--ladder {ladder}: sizes must rise, {_shown(before)} is followed by {_shown(after)}")
+                raise PlanError(
+                    f"--ladder {ladder}: sizes must rise, {_size_text(before)} is followed by {_size_text(after)}"
+                )
         return {"sizes": sizes}
     full = parse_size("--size", size, info) if size else info.size
     if not two:
         return {"size": full}
     small = parse_size("--low", low, info) if low else (half(full, info) if size else info.low)
     if not (small[0] < full[0] and small[1] < full[1]):
-        whose = f"--size {size}" if size else f"{_shown(full)}, {info.name}'s own size (--size takes another)"
+        whose = f"--size {size}" if size else f"{_size_text(full)}, {info.name}'s own size (--size takes another)"
         raise PlanError(f"--low {low} must be smaller, on both sides, than {whose}")
     return {"low": small, "size": full}
 
 
-def _shown(size: tuple[int, int]) -> str:
+def _size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
@@ -230,4 +232,4 @@ def slot(option: str, word: str, kind: Callable[..., T], **fill: object) -> T:
     try:
         return parse(rest if colon else word, kind, names=names, **fill)
     except PlanError as error:
-        raise named(error, option) from None
+        raise name_stage(error, option) from None

@@ -87,15 +87,15 @@ def console() -> Generator[Console]:
             yield err
     except SystemExit as end:
         if asked and end.code != 128 + asked[0]:
-            raise SystemExit(_ended(err, end, asked)) from None
+            raise SystemExit(_end(err, end, asked)) from None
         raise
     except BaseException as error:
-        raise SystemExit(_ended(err, error, asked)) from None
+        raise SystemExit(_end(err, error, asked)) from None
     finally:
         over.set()
 
 
-def _ended(err: Console, error: BaseException, asked: Sequence[int]) -> int:
+def _end(err: Console, error: BaseException, asked: Sequence[int]) -> int:
     """Say in one text how the program ends; the exit code. What is raised after a signal came of the signal."""
     if asked or isinstance(error, KeyboardInterrupt):
         err.print(STOPPED)
@@ -155,7 +155,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def wrapped(lines: Iterable[str], columns: int | None) -> list[str]:
+def wrap(lines: Iterable[str], columns: int | None) -> list[str]:
     """Lines that are too long for a terminal's columns, if it is one, as several, indented below the first's text."""
     if columns is None:
         return list(lines)

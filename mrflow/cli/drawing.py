@@ -21,8 +21,8 @@ from mrflow.cli.chains import build
 from mrflow.cli.display import duration, width
 from mrflow.cli.options import ChainOptions, DrawOptions, refuse
 from mrflow.cli.parsing import (
-    embedded,
     free_path,
+    is_embedded,
     load_chain,
     load_model,
     pairs_of,
@@ -45,7 +45,7 @@ TOGETHER = 8  # pictures of several prompts that are drawn at once
 
 
 @dataclass(frozen=True)
-class Checked:
+class Drawing:
     """What is known before any weights are read: the chains with a plan for each size of a group, and the file.
 
     `other` is drawn too and compared.
@@ -64,7 +64,7 @@ def generate(err: Console, asked: GenerateOptions) -> None:
     chain, compare, model = asked.chain, asked.compare, asked.model
     if compare not in (None, "native"):
         raise PlanError(f"--compare takes native, got {compare!r}")
-    if chain.sr in (None, "own") and chain.name in ("paper", "official") and not embedded(model):
+    if chain.sr in (None, "own") and chain.name in ("paper", "official") and not is_embedded(model):
         raise without_upscaler(model)
     pairs, net = pairs_of(asked.prompts, asked.drawing), upscaler(chain.sr) or chain.sr
     last = chain.ladder.split(",")[-1] if chain.ladder else chain.size
@@ -109,7 +109,7 @@ def draw(
     size = max(TOGETHER // each, 1) * each
     groups = [pairs[i : i + size] for i in range(0, count, size)]
     default = name or Path(f"{slug(pairs[0][0])}-seed{pairs[0][1]}.png")
-    found: list[Checked] = []
+    found: list[Drawing] = []
 
     def plans(chain: AnyChain | None, info: ModelInfo) -> dict[int, Plan]:
         starts = {len(group): None if start is None else Pixels(len(group), *start.shape[-2:]) for group in groups}
@@ -126,7 +126,7 @@ def draw(
         endings = [f"-{stage}" for stage in sheet.stage_names(chain)] if options.stages else []
         endings += ["-compare"] if other is not None else []
         target = free_path(options.out, default, count, options.force, endings)
-        found.append(Checked(chain, planned, other, plans(other, info), target, endings))
+        found.append(Drawing(chain, planned, other, plans(other, info), target, endings))
 
     backbone = load(check)
     if not found:  # a family of the user's own, which hands on no facts
@@ -149,7 +149,7 @@ def draw(
                 made.append(result)
                 if keep is not None:
                     keep(result, number)
-        return _joined(made)
+        return _join(made)
 
     paths: list[Path] = []
     records: list[dict[str, object]] = []
@@ -186,7 +186,7 @@ def draw(
             typer.echo(path)
 
 
-def _joined(results: Sequence[Result]) -> Result:
+def _join(results: Sequence[Result]) -> Result:
     """Results of one chain and model as one: pictures in their order, seconds and operations added up."""
     first = results[0]
     if len(results) == 1:

@@ -5,7 +5,7 @@ import json
 import typer
 from rich.console import Console
 
-from mrflow.cli.display import width, wrapped
+from mrflow.cli.display import width, wrap
 from mrflow.cli.verbs import AddOptions, ListOptions
 from mrflow.errors import PlanError
 from mrflow.upscalers import shelf
@@ -26,12 +26,12 @@ def list_networks(err: Console, asked: ListOptions) -> None:
     rows: list[dict[str, str | None]] = []
     for word, known in shelf.KNOWN.items():
         try:
-            path: str | None = str(shelf.found(word))
+            path: str | None = str(shelf.find(word))
         except PlanError:
             path = None
         rows.append({"name": word, "title": known.title, "licence": known.licence, "path": path})
         where = path or f"not here: mrflow sr add {known.file} (from {known.source})"
         if not asked.as_json:
-            typer.echo("\n".join(wrapped([f"{word}: {known.title}, {known.licence}; {where}"], width())))
+            typer.echo("\n".join(wrap([f"{word}: {known.title}, {known.licence}; {where}"], width())))
     if asked.as_json:
         typer.echo(json.dumps(rows))

@@ -127,7 +127,7 @@ class ChainOptions(SlotOptions):
         """All but the recipe and --sr, as `mrflow.cli.chains.build` takes them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "sr")}
 
-    def given(self) -> list[str]:
+    def as_options(self) -> list[str]:
         """Those that were said, as options."""
         return [option_of(f.name) for f in fields(self) if getattr(self, f.name) is not None]
 

@@ -18,11 +18,11 @@ from mrflow import models
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
 from mrflow.cli.options import SR_WORDS, DrawOptions, ModelOptions
-from mrflow.error_context import named, passes
+from mrflow.error_context import name_stage, passes
 from mrflow.errors import MrflowError, PlanError, words_of
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.offload import check_offload
-from mrflow.models.pocket.model import shipped
+from mrflow.models.pocket.model import embedded_file
 from mrflow.records.expressions import parse
 from mrflow.records.pictures import batch_paths, check_writable
 from mrflow.records.publish import publish, publish_numbered
@@ -36,9 +36,9 @@ from mrflow.upscalers import BasicSR, Interpolate, Lanczos, load_upscaler, shelf
 MOST = 1024  # pictures of one command
 
 
-def embedded(where: str) -> bool:
+def is_embedded(where: str) -> bool:
     """Whether a model is one that comes with everything."""
-    return bool(shipped(where)) or models.is_pocket(Path(where)) or not (Path(where).exists() or "/" in where)
+    return bool(embedded_file(where)) or models.is_pocket(Path(where)) or not (Path(where).exists() or "/" in where)
 
 
 def without_upscaler(where: str) -> MrflowError:
@@ -94,7 +94,7 @@ def parse_shift(word: str | None) -> Shift | float | None:
     try:
         return float(word)
     except ValueError:
-        known = {facts.name: facts.shift for facts in models.published().values()}
+        known = {facts.name: facts.shift for facts in models.published_models().values()}
     if word in known:
         return known[word]
     try:
@@ -141,7 +141,7 @@ def upscaler(name: str | None) -> Upscaler | str | None:
     if name == "lanczos":
         return Lanczos(2)
     if name in shelf.KNOWN:
-        return load_upscaler(shelf.found(name))
+        return load_upscaler(shelf.find(name))
     if name in FILTERS:
         return Interpolate(2, name)  # type: ignore[arg-type]  # pyright: ignore
     if name.startswith(LATENT) and name.removeprefix(LATENT) in FILTERS:
@@ -252,7 +252,7 @@ def parse_size(option: str, text: str, info: ModelInfo | None = None) -> tuple[i
         try:
             check_size(height, width, info.space)
         except PlanError as error:
-            raise named(error, f"{option} {text}") from None
+            raise name_stage(error, f"{option} {text}") from None
     return height, width
 
 
@@ -373,7 +373,7 @@ def blaming(name: str) -> Generator[None]:
     except BaseException as error:
         if passes(error):
             raise
-        raise named(error, name) from error
+        raise name_stage(error, name) from error
 
 
 OURS = "__mrflow_loaded__"
@@ -405,7 +405,7 @@ def load_file(file: Path) -> dict[str, object]:
         number = error.lineno if isinstance(error, SyntaxError) and not lines else lines[-1] if lines else None
         where = f"{file.name}{'' if number is None else f', line {number}'}{_assigned(file, number)}"
         if isinstance(error, MrflowError):
-            raise named(error, where) from None
+            raise name_stage(error, where) from None
         raise PlanError(f"{where}: {type(error).__name__}: {words_of(error)}") from None
     return vars(module)
 

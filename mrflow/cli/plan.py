@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 
 from mrflow.cli.chains import build
-from mrflow.cli.display import width, wrapped
+from mrflow.cli.display import width, wrap
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import load_chain, parse_shift, upscaler
 from mrflow.cli.verbs import PlanOptions
@@ -24,7 +24,7 @@ def plan_chain(err: Console, asked: PlanOptions) -> None:
     facts = info(asked.model, shift=parse_shift(asked.facts.shift), text_tokens=asked.facts.text_tokens)
     refuse(start is not None and chain is None, "--start", "with a recipe, which begins with noise")
     if chain is not None:
-        refuse(bool(own.given()), ", ".join(own.given()), f"beside {chain}, which says all of it")
+        refuse(bool(own.as_options()), ", ".join(own.as_options()), f"beside {chain}, which says all of it")
         whole: AnyChain = load_chain(chain)
     else:
         whole = build(own.name, facts, sr=upscaler(own.sr) or own.sr, **own.words)
@@ -60,7 +60,7 @@ def model_facts(planned: Plan) -> list[str]:
     return lines
 
 
-def compared(planned: Plan) -> list[str]:
+def comparison(planned: Plan) -> list[str]:
     """Lines on what a plan costs beside native sampling."""
     a, lines = planned.model.architecture, list[str]()
     native = native_plan(planned)
@@ -88,7 +88,7 @@ def compared(planned: Plan) -> list[str]:
 
 def plan_text(planned: Plan, columns: int | None = None) -> str:
     """A plan for people, in a terminal's columns if any: the stages, then what it costs beside native sampling."""
-    return "\n".join([planned.table(columns), "", *wrapped([*model_facts(planned), *compared(planned)], columns)])
+    return "\n".join([planned.table(columns), "", *wrap([*model_facts(planned), *comparison(planned)], columns)])
 
 
 def report(planned: Plan) -> dict[str, object]:

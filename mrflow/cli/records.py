@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mrflow._checks import is_whole
-from mrflow.cli.display import width, wrapped
+from mrflow.cli.display import width, wrap
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import free_path, load_model, own_types, save_free
 from mrflow.cli.verbs import InspectOptions, ReplayOptions
@@ -31,7 +31,7 @@ MOST_CHAINS = 20  # that are listed
 def inspect(err: Console, asked: InspectOptions) -> None:
     """Read a file's record, or its headers, or all of it."""
     file = asked.file
-    folder = swept(file)
+    folder = sweep_folder(file)
     refuse(asked.verify and folder is not None, "--verify", "with a sweep: it looks at its pictures when it goes on")
     if folder is not None:
         lines = sweep_lines(folder)
@@ -45,10 +45,10 @@ def inspect(err: Console, asked: InspectOptions) -> None:
     if asked.as_json:
         typer.echo(json.dumps({"path": str(file), "lines": lines}, indent=2))
     else:
-        typer.echo("\n".join(wrapped(map(printable, lines), width())))
+        typer.echo("\n".join(wrap(map(printable, lines), width())))
 
 
-def swept(file: Path) -> Path | None:
+def sweep_folder(file: Path) -> Path | None:
     """The folder of the sweep that a folder or a JSON file is, or belongs to; None where there is none."""
     if not file.is_dir() and file.suffix != ".json":
         return None

@@ -14,8 +14,8 @@ from mrflow.cli.options import SR_WORDS, option_of, refuse
 from mrflow.cli.parsing import (
     blaming,
     check_scale,
-    embedded,
     free_path,
+    is_embedded,
     load_model,
     pairs_of,
     refinement,
@@ -26,13 +26,13 @@ from mrflow.cli.parsing import (
 from mrflow.cli.verbs import RefineOptions
 from mrflow.errors import PlanError, RecordError, ResourceError
 from mrflow.model_info import ModelInfo
-from mrflow.models.pocket.model import shipped
+from mrflow.models.pocket.model import embedded_file
 from mrflow.records.pictures import png, read_image, read_record, to_images
 from mrflow.spec import MAX_SIDE
 from mrflow.stage import AnyChain
 from mrflow.stages import Crop
 from mrflow.stages.upscale import resize
-from mrflow.upscaler import enlarged, passes_to, scale_of
+from mrflow.upscaler import enlarge, passes_to, scale_of
 
 PHOTOGRAPHS = (
     "pocket knows only its own world of shapes, faces and words; it makes mud of a photograph. "
@@ -48,12 +48,12 @@ def refine(err: Console, asked: RefineOptions) -> None:
         idle = [option_of(name) for name, value in {**said, "negative": drawing.negative}.items() if value is not None]
         idle += [option for option, value in (("--prompt", asked.prompt), ("--crop", asked.crop)) if value]
         refuse(bool(idle), ", ".join(idle), "beside --sr-only, which asks no model")
-        for path in _enlarged(asked.photo, asked.scale, sr, drawing.out, drawing.force):
+        for path in _enlarge(asked.photo, asked.scale, sr, drawing.out, drawing.force):
             typer.echo(json.dumps({"paths": [str(path)]}) if drawing.as_json else path)
         return
-    if embedded(model) and not _own(asked.photo):
+    if is_embedded(model) and not _own(asked.photo):
         err.print(PHOTOGRAPHS)
-    if sr in (None, "own") and not embedded(model):
+    if sr in (None, "own") and not is_embedded(model):
         raise without_upscaler(model)
     if asked.refine_steps is not None:
         check_whole("--refine-steps", asked.refine_steps, 1, 1000)
@@ -76,12 +76,12 @@ def refine(err: Console, asked: RefineOptions) -> None:
 def _own(photo: Path) -> bool:
     """Whether an embedded model drew a picture, as its record says."""
     try:
-        return bool(shipped(str(read_record(photo).get("model", ""))))
+        return bool(embedded_file(str(read_record(photo).get("model", ""))))
     except (RecordError, ResourceError):
         return False
 
 
-def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force: bool) -> list[Path]:
+def _enlarge(photo: Path, scale: float, sr: str | None, out: Path | None, force: bool) -> list[Path]:
     """Enlarge a picture by an upscaler alone, and write it."""
     net = None if sr == "own" else upscaler(sr)
     if net is None or isinstance(net, str):
@@ -97,6 +97,6 @@ def _enlarged(photo: Path, scale: float, sr: str | None, out: Path | None, force
     target = free_path(out, default, 1, force)
     with blaming(type(net).__name__):
         for _ in range(passes):
-            pixels = enlarged(net, pixels)
+            pixels = enlarge(net, pixels)
     image = png(to_images(resize(pixels, height, width).clamp(0, 1))[0])
     return save_free(lambda path: {path: image}, target, out, default, 1, force)

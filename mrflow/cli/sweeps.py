@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Shown
 from rich.table import Column
 
-from mrflow.cli.display import duration, width, wrapped
+from mrflow.cli.display import duration, width, wrap
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import load_file, load_model, module_name
 from mrflow.cli.verbs import SweepOptions
@@ -42,7 +42,7 @@ def sweep(err: Console, asked: SweepOptions) -> None:
     part = parse_shard(asked.shard)
     planned = plan_sweep(found, name)
     if asked.dry:
-        typer.echo(json.dumps(planned) if asked.as_json else "\n".join(wrapped(plan_lines(planned), width())))
+        typer.echo(json.dumps(planned) if asked.as_json else "\n".join(wrap(plan_lines(planned), width())))
         return
     if asked.engine not in ("local", "ray"):
         raise PlanError(f"--engine takes local or ray, got {asked.engine!r}")

@@ -18,7 +18,7 @@ from mrflow.notes import printable
 from mrflow.scenes import FULL, held_out_captions
 from mrflow.sweep import SceneScore
 from mrflow.sweep.report import write_report
-from mrflow.sweep.tune import Tried, Tune, lines, outcome, tune, write_front
+from mrflow.sweep.tune import Trial, Tune, lines, outcome, tune, write_front
 
 
 def tune_chains(err: Console, asked: TuneOptions) -> None:
@@ -44,7 +44,7 @@ def tune_chains(err: Console, asked: TuneOptions) -> None:
         def drawn(label: str, done: int, total: int) -> None:
             drawing(f"{counted[0] + 1} of {trials + 1}: picture {done + 1} of {total}, {label}")
 
-        def show(number: int, one: Tried) -> None:
+        def show(number: int, one: Trial) -> None:
             counted[0] = number
             found = str(one.why if one.quality is None else f"{wanted.metric} {one.quality}")
             early = f", {one.why}" if one.why and one.quality is not None else ""

@@ -11,7 +11,7 @@ import torch
 from mrflow._checks import check_path, check_whole, is_number
 from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
-from mrflow.checkpoints.blueprint import collection_paused
+from mrflow.checkpoints.blueprint import pause_collection
 from mrflow.checkpoints.safetensors import compute_dtype, read_header
 from mrflow.errors import MrflowError, PlanError, WeightsError
 from mrflow.forks import check_process
@@ -20,13 +20,13 @@ from mrflow.models.family import Family, Loading, families
 from mrflow.models.fp8 import check_fp8
 from mrflow.models.lora import as_loras, mark_of
 from mrflow.models.offload import RuntimeOptions, check_offload
-from mrflow.models.pocket.model import SHIPPED, facts, load_pocket, shipped
+from mrflow.models.pocket.model import SHIPPED, embedded_file, facts, load_pocket
 from mrflow.models.sources import find, weights_fingerprint
 from mrflow.stage import Chain
 from mrflow.upscaler import Upscaler
 
 
-@collection_paused()
+@pause_collection()
 def load(
     where: str | Path = "pocket",
     *,
@@ -110,7 +110,7 @@ def load(
         if odd := [name for name, value in given.items() if value]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
         return load_pocket(path, device=chosen, dtype=dtype or torch.float32, loras=loras, on_facts=on_facts)
-    hub = next((hub for hub, facts in published().items() if facts.name == str(where)), None)
+    hub = next((hub for hub, facts in published_models().items() if facts.name == str(where)), None)
     if hub is not None and not path.exists():
         raise WeightsError(
             f"{where} is a name for planning (mrflow plan --model {where}); to load it, say where its files are: a hub "
@@ -149,7 +149,7 @@ def _curve(shift: Shift | float | None, text_tokens: int | None, family: Family)
     return curve
 
 
-def published() -> dict[str, ModelInfo]:
+def published_models() -> dict[str, ModelInfo]:
     """The facts of published models by their hub ids."""
     return {hub: facts for family in families() for hub, facts in family.published.items()}
 

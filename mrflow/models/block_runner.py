@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mrflow.models.blocks import Transformer
-from mrflow.models.cuda_graphs import Graphed, GraphPool
+from mrflow.models.cuda_graphs import CudaGraph, GraphPool
 from mrflow.models.layers import Merge, Rope
 
 
@@ -19,7 +19,7 @@ class BlockRunner:
 
     def __init__(self, net: Transformer, *, graphs: GraphPool | None = None) -> None:
         self.net, self.graphs = net, graphs
-        self.recorded: dict[tuple[int, int], Graphed] = {}
+        self.recorded: dict[tuple[int, int], CudaGraph] = {}
 
     @property
     def count(self) -> int:
@@ -42,7 +42,7 @@ class BlockRunner:
             return img, txt
         if self.graphs is None:
             return self.net.some_blocks(img, txt, Rope(cos, sin), table, start, stop)
-        graph = self.recorded.setdefault((start, stop), Graphed(partial(joint, self.net, start, stop), self.graphs))
+        graph = self.recorded.setdefault((start, stop), CudaGraph(partial(joint, self.net, start, stop), self.graphs))
         both = graph(img, txt, cos, sin, table, key=self.net.attention)
         return both[:, : img.shape[1]], both[:, img.shape[1] :]
 

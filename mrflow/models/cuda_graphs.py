@@ -23,12 +23,12 @@ class GraphPool:
     """
 
     def __init__(self, *, most: int = 16, capture: Capture | None = None) -> None:
-        self.most, self.capture = most, capture or self._captured
+        self.most, self.capture = most, capture or self._capture
         self.lock = threading.RLock()
         self.handle: Any = None  # torch's own kind of number
-        self.kept: OrderedDict[tuple[int, object], Graphed] = OrderedDict()
+        self.kept: OrderedDict[tuple[int, object], CudaGraph] = OrderedDict()
 
-    def use(self, owner: "Graphed", which: object) -> None:
+    def use(self, owner: "CudaGraph", which: object) -> None:
         """A graph of `owner` is the newest now; the oldest goes."""
         self.kept[id(owner), which] = owner
         self.kept.move_to_end((id(owner), which))
@@ -36,7 +36,7 @@ class GraphPool:
             (_, old), other = self.kept.popitem(last=False)
             other.forget(old)
 
-    def _captured(self, f: Function, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
+    def _capture(self, f: Function, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
         """Record f(*inputs) as a CUDA graph; gives what replays it, and the tensor that then holds the output."""
         if self.handle is None:
             self.handle = torch.cuda.graph_pool_handle()
@@ -47,13 +47,13 @@ class GraphPool:
 
 
 @dataclass
-class _Recorded:
+class _Recording:
     inputs: tuple[Tensor, ...]
     replay: Callable[[], None]
     output: Tensor
 
 
-class Graphed:
+class CudaGraph:
     """f, whose calls are replayed from a graph per shapes of its tensors.
 
     A shape's first call runs f itself (a chain's single refinement step is not worth a recording), the second records
@@ -65,7 +65,7 @@ class Graphed:
     def __init__(self, f: Function, pool: GraphPool | None = None) -> None:
         self.f, self.pool = f, pool or GraphPool()
         self.seen: set[object] = set()
-        self.recorded: dict[object, _Recorded | None] = {}
+        self.recorded: dict[object, _Recording | None] = {}
 
     def __call__(self, *inputs: Tensor, key: object = None) -> Tensor:
         """f(*inputs); `key` tells apart what shapes do not."""
@@ -83,26 +83,26 @@ class Graphed:
             if recorded is None:
                 return self.f(*inputs)
             self.pool.use(self, which)
-            return self._replayed(recorded, inputs)
+            return self._replay(recorded, inputs)
 
     def forget(self, which: object) -> None:
         """Drop a shape's graph; when the shape comes back, it is new."""
         del self.recorded[which]
         self.seen.discard(which)
 
-    def _replayed(self, recorded: _Recorded, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _replay(self, recorded: _Recording, inputs: tuple[Tensor, ...]) -> Tensor:
         for own, given in zip(recorded.inputs, inputs, strict=True):
             own.copy_(given)
         recorded.replay()
         return recorded.output.clone()
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> tuple[_Recorded | None, Tensor]:
+    def _record(self, inputs: tuple[Tensor, ...]) -> tuple[_Recording | None, Tensor]:
         """A recording that was held against f, or None; and f's own output."""
         want = self.f(*inputs)
         try:
             own = tuple(t.clone() for t in inputs)
-            recorded = _Recorded(own, *self.pool.capture(self.f, own))
-            got = self._replayed(recorded, inputs)
+            recorded = _Recording(own, *self.pool.capture(self.f, own))
+            got = self._replay(recorded, inputs)
         except RuntimeError as error:
             note(f"steps run one kernel at a time: recording a CUDA graph failed ({str(error).splitlines()[0]})")
             return None, want

@@ -30,12 +30,12 @@ class Tokenizer(Protocol):
         ...
 
 
-def needed(header: Header, *beginnings: str) -> Header:
+def without_prefixes(header: Header, *beginnings: str) -> Header:
     """A checkpoint without the tensors whose names begin so."""
     return replace(header, tensors={n: e for n, e in header.tensors.items() if not n.startswith(beginnings)})
 
 
-def configured(
+def make_config(
     kind: Any,  # noqa: ANN401
     header: Header,
     config: Mapping[str, Any],
@@ -135,7 +135,7 @@ def tokenizer_of(kind: str, folder: Path, rows: int) -> Tokenizer:
     return cast("Tokenizer", found)
 
 
-def shortened(text: str, most: int = 120) -> str:
+def shorten(text: str, most: int = 120) -> str:
     """A long text's beginning and end."""
     return text if len(text) <= most else f"{text[: most - 40]} ... {text[-35:]}"
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from mrflow.errors import PlanError
 
 
-class Folded(nn.Module):
+class FoldedLinear(nn.Module):
     """In the place of a linear whose results were made beforehand."""
 
     def __init__(self, width: int, rows: int) -> None:

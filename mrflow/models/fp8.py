@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import parse_config
 from mrflow.checkpoints.names import ends
-from mrflow.checkpoints.safetensors import Entry, Header, mapped, some
+from mrflow.checkpoints.safetensors import Entry, Header, map_tensor, some
 from mrflow.errors import PlanError, WeightsError
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
@@ -82,7 +82,7 @@ def with_scales(header: Header) -> Header:
             raise WeightsError(f"{header.path}: the scale of {name} has shape {scale.shape}, expected one value")
         if not scale.dtype.is_floating_point or scale.dtype.itemsize == 1:
             raise WeightsError(f"{header.path}: the scale of {name} is {scale.dtype}, expected float32")
-        if not bool((mapped(scale, files).float().abs() < torch.finfo(torch.float32).max / FP8_MAX).all()):
+        if not bool((map_tensor(scale, files).float().abs() < torch.finfo(torch.float32).max / FP8_MAX).all()):
             raise WeightsError(f"{header.path}: the scale of {name} is NaN, infinite or beyond what numbers hold")
         tensors[name] = replace(tensors[name], scale=scale)
     return replace(header, tensors=tensors)
@@ -105,7 +105,7 @@ def _listed(header: Header) -> dict[str, Any]:
             if name.endswith(".comfy_quant"):
                 if math.prod(entry.shape) * entry.dtype.itemsize > 1 << 16:
                     raise ValueError(f"{name} is no text of 64 KiB")
-                said = bytes(mapped(entry, {}).view(torch.uint8).flatten().tolist())
+                said = bytes(map_tensor(entry, {}).view(torch.uint8).flatten().tolist())
                 kind, layer = parse_config(said, header.path).get("format"), name.removesuffix(".comfy_quant")
                 if layers.get(layer) in (None, *FORMATS):
                     layers[layer] = kind

@@ -34,11 +34,11 @@ class KLAutoencoder(nn.Module, ABC, Generic[P]):
         """What the network computes in."""
 
     @abstractmethod
-    def encoded(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c2 y x"]:
+    def encode_raw(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c2 y x"]:
         """Mean, then log-variance, along the channels, of pictures in [-1, 1]."""
 
     @abstractmethod
-    def decoded(self, z: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
+    def decode_raw(self, z: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
         """Pictures, about [-1, 1]."""
 
     @abstractmethod
@@ -59,7 +59,7 @@ class KLAutoencoder(nn.Module, ABC, Generic[P]):
         m = self.params.downscale
         if h % m or w % m:
             raise PlanError(f"a picture's sides must be multiples of {m} to be encoded, got {h}x{w}")
-        return self.encoded((2 * pixels - 1).to(self.dtype)).float()
+        return self.encode_raw((2 * pixels - 1).to(self.dtype)).float()
 
     def posterior(
         self, moments: Float[Tensor, "b c2 y x"], noise: Float[Tensor, "b c y x"] | None = None
@@ -78,7 +78,7 @@ class KLAutoencoder(nn.Module, ABC, Generic[P]):
 
     def decode(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
         """Pictures, about [0, 1], not clamped."""
-        return 0.5 * self.decoded(self.denormalise(latents).to(self.dtype)).float() + 0.5
+        return 0.5 * self.decode_raw(self.denormalise(latents).to(self.dtype)).float() + 0.5
 
 
 class ResidualBlock(nn.Module):

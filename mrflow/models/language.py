@@ -18,10 +18,10 @@ from mrflow.models.encoders import (
     built,
     check_prompt,
     language_sizes,
-    needed,
     settings_of,
     text_layout,
     tokenizer_of,
+    without_prefixes,
 )
 from mrflow.models.fp8 import with_scales
 from mrflow.models.headers import agree, part
@@ -53,7 +53,7 @@ def find_language(where: Path, *, model: str, encoder: str, unused: Sequence[str
         missing.append("tokenizer (a folder with tokenizer.json, or vocab.json and merges.txt)")
     if missing:
         raise WeightsError(f"{where} lacks {', '.join(missing)} of {model}'s text encoder; say where it is: text=")
-    header = with_scales(needed(part(open_checkpoint(folder), encoder), *unused))
+    header = with_scales(without_prefixes(part(open_checkpoint(folder), encoder), *unused))
     config = read_config(folder / "config.json")
     inside = config.get("text_config")
     settings_of(header, inside if isinstance(inside, dict) else config, language_sizes(header))

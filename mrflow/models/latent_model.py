@@ -24,10 +24,10 @@ from mrflow.model_info import Footprint, ModelInfo
 from mrflow.models import lora, piflow
 from mrflow.models.block_runner import BlockRunner
 from mrflow.models.blocks import Transformer
-from mrflow.models.cuda_graphs import Graphed, GraphPool
+from mrflow.models.cuda_graphs import CudaGraph, GraphPool
 from mrflow.models.fields import step as whole_step
 from mrflow.models.fp8 import multiply_fp8
-from mrflow.models.kernels import compiled, fused
+from mrflow.models.kernels import compile_kernels, fused_kernels
 from mrflow.models.offload import (
     BlockOffloader,
     Ledger,
@@ -39,9 +39,9 @@ from mrflow.models.offload import (
     watch,
 )
 from mrflow.models.transformer_model import TransformerModel
-from mrflow.models.wide import widened
+from mrflow.models.wide import widen
 from mrflow.notes import note
-from mrflow.tiling import tiled
+from mrflow.tiling import in_tiles
 from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ Model = TypeVar("Model", bound="LatentModel")
 
 
 class LatentModel(TransformerModel):
-    """A transformer, an autoencoder and perhaps text encoders. A family adds `condition` and `opened`.
+    """A transformer, an autoencoder and perhaps text encoders. A family adds `condition` and `make_field`.
 
     `step` is one evaluation of its network: from tokens, text, rotations and modulations to the velocity's tokens.
     """
@@ -113,11 +113,11 @@ class LatentModel(TransformerModel):
         if runtime.compute == "fp8":
             multiply_fp8(flow, flow.modulators())
         if device.type == "cpu":
-            widened(flow)
+            widen(flow)
         if runtime.compile:
-            flow.ops = compiled("inductor" if runtime.compile is True else runtime.compile)
+            flow.ops = compile_kernels("inductor" if runtime.compile is True else runtime.compile)
         elif runtime.kernels:
-            flow.ops = fused(device)
+            flow.ops = fused_kernels(device)
         self._graphs = runtime.graphs and device.type == "cuda" and runtime.offload == "none"
         self._adapted = dict[object, LatentModel]()
         self._policies: dict[object, Policies] = {}
@@ -127,10 +127,10 @@ class LatentModel(TransformerModel):
         """What runs the network: whole, and in pieces."""
         net, step = self._net, type(self).step
         pool = GraphPool() if self._graphs else None
-        self._step: Callable[..., Tensor] = partial(step, net) if pool is None else Graphed(partial(step, net), pool)
+        self._step: Callable[..., Tensor] = partial(step, net) if pool is None else CudaGraph(partial(step, net), pool)
         self._pieces = BlockRunner(net, graphs=pool)
 
-    def adapted(self: "Model", loras: Sequence[Lora]) -> "Model":
+    def with_loras(self: "Model", loras: Sequence[Lora]) -> "Model":
         """The same model with these adapters on top: all weights are shared, and none is changed.
 
         The last two sets that were asked for are kept, on the device.
@@ -145,7 +145,7 @@ class LatentModel(TransformerModel):
             net = self._net
             changed = lora.changes(net, loras, self._info.name)
             self._check_changes(changed)
-            own = lora.adapted(net, changed, dtype=net.dtype, device=self._device)
+            own = lora.adapt(net, changed, dtype=net.dtype, device=self._device)
             other = self._variant(own, lora.mark_of(loras))
             while len(self._adapted) > 1:
                 self._adapted.pop(next(iter(self._adapted)))
@@ -173,9 +173,9 @@ class LatentModel(TransformerModel):
             changed = lora.changes(net, (*loras, *([low] if low else [])), self._info.name, beside=head.names)
             self._check_changes({**changed, **head.modules})
             wrapped = {p: c for p, c in changed.items() if p not in head.modules}
-            whole = lora.adapted(net, wrapped, dtype=net.dtype, device=self._device)
+            whole = lora.adapt(net, wrapped, dtype=net.dtype, device=self._device)
             mark = f"+piflow-{digest[:12]}{lora.mark_of(loras)}"
-            other = self._variant(lora.grafted(whole, head.modules), mark)
+            other = self._variant(lora.graft(whole, head.modules), mark)
             made = piflow.Policies(other, head)
             self._policies.clear()
             self._policies[key] = made
@@ -184,7 +184,7 @@ class LatentModel(TransformerModel):
     def _variant(self: "Model", net: Transformer, mark: str) -> "Model":
         """This model with another network, which shares its weights; `mark` is added to the version."""
         if self._device.type == "cpu":
-            widened(net)
+            widen(net)
         other = copy.copy(self)
         other._net = net
         other._info = replace(self._info, version=self._info.version + mark)
@@ -264,7 +264,7 @@ class LatentModel(TransformerModel):
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
             overlap = max(8, tile // 4 // 8 * 8)
-            return tiled(f, x, tile=tile * down, overlap=overlap * down, up=up, down=down)
+            return in_tiles(f, x, tile=tile * down, overlap=overlap * down, up=up, down=down)
 
 
 def encoded_once(prompts: Sequence[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class Rope(NamedTuple):
     sin: Float[Tensor, "n half"]
 
 
-class Merged(NamedTuple):
+class TokenMerge(NamedTuple):
     """How image tokens are merged: `down` to fewer, `up` back again; rotations of text and merged tokens, per item."""
 
     down: Callable[[Tensor], Tensor]
@@ -45,7 +45,7 @@ class Merged(NamedTuple):
     text: int
 
 
-Merge = Callable[[Tensor], Merged]
+Merge = Callable[[Tensor], TokenMerge]
 """From a block's modulated image tokens (b, l, d) to how they are merged there."""
 
 

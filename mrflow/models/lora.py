@@ -4,7 +4,7 @@ Every key layout is resolved one way: the names that a linear has in Black Fores
 flattened (dots become underscores) into one table, and a file's names, with their prefixes taken off, are looked up in
 it. What a file holds for a part of a fused linear lands on that part's rows.
 
-`merge` writes adapters into weights, for good. `adapted` gives a network that shares every weight with the one it is
+`merge` writes adapters into weights, for good. `adapt` gives a network that shares every weight with the one it is
 given and adds the low-rank products as it goes: nothing is ever changed, so nothing has to be restored.
 """
 
@@ -20,12 +20,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.adapters import Lora
-from mrflow.checkpoints.lora import AXES, is_text, number_of, opened, scale_factors, squeezed
+from mrflow.checkpoints.lora import AXES, is_text, number_of, read_adapter, scale_factors, squeeze
 from mrflow.checkpoints.names import bare
-from mrflow.checkpoints.safetensors import Entry, mapped, some
+from mrflow.checkpoints.safetensors import Entry, map_tensor, some
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.family import family_of_network
-from mrflow.models.folded import Folded
+from mrflow.models.folded import FoldedLinear
 from mrflow.models.fp8 import Fp8Linear
 from mrflow.models.layers import SplitLinear
 
@@ -82,7 +82,7 @@ class Change:
     diff: Float[Tensor, "o i"] | None = None
 
     @property
-    def bounded(self) -> bool:
+    def is_bounded(self) -> bool:
         """Whether float32 holds whatever it adds to a weight."""
         low = (
             self.up.double().abs().sum(0).max() * self.down.double().abs().max() if len(self.down) else torch.zeros(())
@@ -96,15 +96,15 @@ class Change:
         return low if self.diff is None else low + self.diff
 
 
-class Adapted(nn.Module):
+class AdaptedLinear(nn.Module):
     """A linear and what adapters add to it; `weight` is the linear's own."""
 
     def __init__(self, base: nn.Module, change: Change, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.base = base
-        self.down, self.up = _held(change.down, dtype).to(device), _held(change.up, dtype).to(device)
-        self.bias_change = None if change.bias is None else _held(change.bias, dtype).to(device)
-        self.diff = None if change.diff is None else _held(change.diff, dtype).to(device)
+        self.down, self.up = _cast(change.down, dtype).to(device), _cast(change.up, dtype).to(device)
+        self.bias_change = None if change.bias is None else _cast(change.bias, dtype).to(device)
+        self.diff = None if change.diff is None else _cast(change.diff, dtype).to(device)
 
     @property
     def weight(self) -> Tensor:
@@ -121,7 +121,7 @@ class Adapted(nn.Module):
         return out if self.diff is None else out + F.linear(x, self.diff.to(x.dtype))
 
 
-def _held(values: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values in a dtype, of any shape.
 
     Raises:
@@ -172,7 +172,7 @@ def _size(module: nn.Module) -> tuple[int, int] | None:
     """Output and input width of a linear of any kind; None for another module."""
     if isinstance(module, SplitLinear):
         return sum(p.out_features for p in module.parts), next(iter(module.parts)).in_features
-    if isinstance(module, nn.Linear | Folded):
+    if isinstance(module, nn.Linear | FoldedLinear):
         return module.out_features, module.in_features
     if isinstance(module, Fp8Linear):
         return module.weight.shape[0], module.weight.shape[1]
@@ -185,7 +185,7 @@ def resolve(net: nn.Module, lora: Lora, name: str, beside: Container[str] = ()) 
     Raises:
         WeightsError: once, for all names that belong nowhere and all shapes that do not fit.
     """
-    content, _ = opened(lora.path, lora.sha256)
+    content, _ = read_adapter(lora.path, lora.sha256)
     table, header = targets(net), content.header
     factors = scale_factors(header)
     pieces: list[Piece] = []
@@ -234,7 +234,7 @@ def _misfit(stem: str, target: Target, group: Mapping[str, Entry]) -> str:
         "diff_b": (target.rows,),
     }
     for role, entry in group.items():
-        if role != "alpha" and squeezed(entry.shape, len(want[role])) != want[role]:
+        if role != "alpha" and squeeze(entry.shape, len(want[role])) != want[role]:
             return f"{stem}: {role} has shape {entry.shape}, expected {want[role]}"
     return ""
 
@@ -269,8 +269,8 @@ def changes(net: nn.Module, loras: Sequence[Lora], name: str, *, beside: Contain
     out: dict[str, Change] = {}
     for path, pieces in by_path.items():
         for part, start, stop in _parts(net.get_submodule(path), path):
-            change = _joined(pieces, start, stop, files, turned=_turned(net, path))
-            if change is not None and not change.bounded:
+            change = _join(pieces, start, stop, files, turned=_is_scale_first(net, path))
+            if change is not None and not change.is_bounded:
                 stems = some([piece.stem for piece in pieces])
                 raise WeightsError(f"{name}: with their alpha and strength the values of {stems} are beyond float32")
             if change is not None:
@@ -278,7 +278,7 @@ def changes(net: nn.Module, loras: Sequence[Lora], name: str, *, beside: Contain
     return out
 
 
-def _turned(net: nn.Module, path: str) -> bool:
+def _is_scale_first(net: nn.Module, path: str) -> bool:
     """Whether a linear's rows lie as in diffusers' files, (scale, shift), instead of the other way round."""
     return path == "final_layer.adaLN_modulation.1" and bool(net.get_submodule("final_layer").scale_first)
 
@@ -296,7 +296,7 @@ def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, int, int]]:
         start += part.out_features
 
 
-def _joined(
+def _join(
     pieces: Iterable[Piece], start: int, stop: int, files: dict[Path, torch.UntypedStorage], *, turned: bool
 ) -> Change | None:
     """The change of the rows from `start` to before `stop`; None where no piece touches them."""
@@ -306,7 +306,7 @@ def _joined(
     diff: Tensor | None = None
 
     def read(piece: Piece, role: str) -> Tensor:
-        x = mapped(piece.entries[role], files).float()
+        x = map_tensor(piece.entries[role], files).float()
         if not bool(x.isfinite().all()):
             raise WeightsError(f"{piece.entries[role].file}: {role} of {piece.stem} holds NaN or infinity")
         x = x.flatten(1) if x.ndim > 2 else x.reshape(-1) if AXES[role] == 1 else x
@@ -348,7 +348,7 @@ def merge(net: nn.Module, changed: Mapping[str, Change]) -> None:
             assert isinstance(module, nn.Linear)
             weight = module.weight
             added = weight.float() + change.matrix().to(weight.device)
-            module.weight = nn.Parameter(_held(added, weight.dtype), requires_grad=False)
+            module.weight = nn.Parameter(_cast(added, weight.dtype), requires_grad=False)
         if change.bias is not None:
             own, weight = cast("Tensor | None", module.bias), module.weight
             if own is None:
@@ -357,13 +357,13 @@ def merge(net: nn.Module, changed: Mapping[str, Change]) -> None:
             module.bias = nn.Parameter((own.float() + change.bias.to(own.device)).to(own.dtype), requires_grad=False)
 
 
-def adapted(net: N, changed: Mapping[str, Change], *, dtype: torch.dtype, device: torch.device | str) -> N:
+def adapt(net: N, changed: Mapping[str, Change], *, dtype: torch.dtype, device: torch.device | str) -> N:
     """A network that shares all weights with `net`, whose changed linears add what adapters say."""
-    new = {path: Adapted(net.get_submodule(path), c, dtype=dtype, device=device) for path, c in changed.items()}
-    return grafted(net, new)
+    new = {path: AdaptedLinear(net.get_submodule(path), c, dtype=dtype, device=device) for path, c in changed.items()}
+    return graft(net, new)
 
 
-def grafted(net: N, modules: Mapping[str, nn.Module]) -> N:
+def graft(net: N, modules: Mapping[str, nn.Module]) -> N:
     """A network that shares all modules with `net` but those at these paths, which are given; `net` stays as it is."""
     top = _shallow(net)
     copies: dict[str, nn.Module] = {"": top}
@@ -391,7 +391,7 @@ def _shallow(module: M) -> M:
 
 def key_of(loras: Sequence[Lora]) -> tuple[tuple[str, float], ...]:
     """What tells adapters apart: contents and strengths, in order."""
-    return tuple((opened(lora.path, lora.sha256)[1], lora.strength) for lora in loras)
+    return tuple((read_adapter(lora.path, lora.sha256)[1], lora.strength) for lora in loras)
 
 
 def mark_of(loras: Sequence[Lora]) -> str:

@@ -20,7 +20,7 @@ from mrflow.adapters import Lora
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import Config, parse_config, read_config
-from mrflow.checkpoints.safetensors import Header, mapped, open_checkpoint, some
+from mrflow.checkpoints.safetensors import Header, map_tensor, open_checkpoint, some
 from mrflow.errors import WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.blocks import Transformer
@@ -53,7 +53,7 @@ class Head:
 
 
 @runtime_checkable
-class Asked(Protocol):
+class PolicyNetwork(Protocol):
     """A model whose field gives a policy's numbers."""
 
     def field(self, cond: Condition, options: FieldOptions = ...) -> Velocity:
@@ -69,7 +69,7 @@ class Asked(Protocol):
 class Policies(PolicyModel):
     """A model with an adapter: its network is asked once, and gives the policy that holds from there on."""
 
-    model: Asked
+    model: PolicyNetwork
     head: Head
 
     def field(self, cond: Condition, options: FieldOptions) -> "HeadField":
@@ -155,7 +155,7 @@ def read_head(file: Path, net: Transformer, *, device: torch.device) -> Head:
         raise WeightsError(f"{file} does not fit: {some(problems) or f'{OUT} has {first.shape[0]} rows'}")
 
     def linear(*names: str, swap: bool = False) -> nn.Linear:
-        weight, bias = (torch.cat([mapped(header.tensors[f"{n}.{leaf}"], {}) for n in names]) for leaf in LEAVES)
+        weight, bias = (torch.cat([map_tensor(header.tensors[f"{n}.{leaf}"], {}) for n in names]) for leaf in LEAVES)
         if swap:
             weight, bias = (torch.cat(tuple(reversed(t.chunk(2)))) for t in (weight, bias))
         with blueprint():

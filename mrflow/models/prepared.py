@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mrflow.checkpoints.blueprint import blueprint
-from mrflow.checkpoints.safetensors import Header, Layout, Prepared, check_layout, compute_dtype, open_checkpoint
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, check_layout, compute_dtype, open_checkpoint
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.blocks import Transformer
 from mrflow.models.fp8 import store_fp8, with_scales
@@ -57,7 +57,7 @@ def prepare_transformer(
     fuse: bool | None = None,
     apart: bool = True,
     blocks: Callable[[T], Iterable[nn.Module]] = lambda net: net.stack(),
-) -> Prepared[T]:
+) -> CheckedNetwork[T]:
     """A transformer of `build(split=)` for a header; names and shapes are checked now, `read` reads the weights.
 
     `dtype=None` is the file's; `storage="fp8"` keeps the matrices of `blocks` in 8 bits. `fuse` joins projections that
@@ -78,7 +78,7 @@ def prepare_transformer(
             store_fp8(block)
     where = layout(net)
     check_layout(net, header, where, dtype=dtype)
-    return Prepared(net, header, where, dtype, device, cast=dtype)
+    return CheckedNetwork(net, header, where, dtype, device, cast=dtype)
 
 
 def prepare_autoencoder(
@@ -88,7 +88,7 @@ def prepare_autoencoder(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> Prepared[V]:
+) -> CheckedNetwork[V]:
     """An autoencoder for a header; names and shapes are checked now. `dtype=None` keeps the file's.
 
     Raises:
@@ -98,4 +98,4 @@ def prepare_autoencoder(
         net = build()
     where = layout(net)
     check_layout(net, header, where, dtype=dtype)
-    return Prepared(net, header, where, dtype or compute_dtype(header), device, cast=dtype)
+    return CheckedNetwork(net, header, where, dtype or compute_dtype(header), device, cast=dtype)

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from mrflow.backbone import Backbone
-from mrflow.checkpoints.safetensors import Header, Prepared
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.models.blocks import Transformer
 from mrflow.models.family import Family, Files, Loading
 from mrflow.models.latent_model import count_parameters, text_bytes
 from mrflow.models.lora import changes, merge
-from mrflow.notes import collected
+from mrflow.notes import collect_notes
 
 
 class TransformerFamily(Family):
@@ -38,13 +38,13 @@ class TransformerFamily(Family):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         storage: Literal["fp8"] | None = None,
-    ) -> Prepared[Any]:
+    ) -> CheckedNetwork[Any]:
         """The transformer, its names and shapes checked."""
 
     @abstractmethod
     def prepare_autoencoder(
         self, header: Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> Prepared[Any]:
+    ) -> CheckedNetwork[Any]:
         """The autoencoder, its names and shapes checked."""
 
     def prepare_text(self, files: Any, *, dtype: torch.dtype | None, device: torch.device) -> Callable[[], object]:  # noqa: ANN401
@@ -59,7 +59,7 @@ class TransformerFamily(Family):
     def info(self, net: Any, vae: Any, text: object, files: Files, parameters: int) -> ModelInfo:  # noqa: ANN401
         """All facts but the version; `parameters` are the transformer's."""
 
-    def check(self, prepared: Prepared[Any], loading: Loading, changed: Mapping[str, object]) -> None:
+    def check(self, prepared: CheckedNetwork[Any], loading: Loading, changed: Mapping[str, object]) -> None:
         """Refuse, before weights are read, what this family cannot do.
 
         Raises:
@@ -68,7 +68,7 @@ class TransformerFamily(Family):
         if loading.chain is not None:
             raise PlanError(self.no_chain)
 
-    def read(self, prepared: Prepared[Any], vae: Any, loading: Loading) -> tuple[Transformer, dict[str, Any]]:  # noqa: ANN401
+    def read(self, prepared: CheckedNetwork[Any], vae: Any, loading: Loading) -> tuple[Transformer, dict[str, Any]]:  # noqa: ANN401
         """The transformer with its weights, and what `model` is given beyond its parts."""
         return prepared.read(), {}
 
@@ -100,7 +100,7 @@ class TransformerFamily(Family):
             return replace(facts, version=loading.version, files=files.paths)
 
         if loading.on_facts is not None:
-            with collected():  # its notes come below
+            with collect_notes():  # its notes come below
                 early = info(prepared.net, prepared_vae.net, None)
             loading.on_facts(early)
         vae = prepared_vae.read()

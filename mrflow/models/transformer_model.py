@@ -16,11 +16,11 @@ from mrflow.model_info import ModelInfo
 from mrflow.models.mixed_attention import MixedStep
 from mrflow.pieces import StepFactory
 from mrflow.policies import PolicyField
-from mrflow.tokens import Combined
+from mrflow.tokens import CombinedField
 
 
 class TransformerModel(ABC):
-    """A model of one transformer. A family adds `opened`, the field itself, and `adapted`, the model with adapters."""
+    """A model of one transformer. A family adds `make_field`, and `with_loras`, the model with adapters."""
 
     _info: ModelInfo
     _device: torch.device
@@ -36,11 +36,11 @@ class TransformerModel(ABC):
         return self._device
 
     @abstractmethod
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity for guidance, sigmas, positions and conditions beside; `step` takes the network's own place."""
 
     @abstractmethod
-    def adapted(self, loras: Sequence[Lora]) -> "TransformerModel":
+    def with_loras(self, loras: Sequence[Lora]) -> "TransformerModel":
         """The same model with these adapters on top: all weights are shared, and none is changed.
 
         Raises:
@@ -65,7 +65,7 @@ class TransformerModel(ABC):
         if options.policy is not None:
             self.policies(options.policy, options.loras)
         elif options.loras:
-            self.adapted(options.loras)
+            self.with_loras(options.loras)
 
     def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
         """The velocity of the flow; announced sigmas have their modulations made first.
@@ -77,12 +77,12 @@ class TransformerModel(ABC):
         if options.policy is not None:
             return self.policies(options.policy, options.loras).field(cond, options)
         if options.loras:
-            return self.adapted(options.loras).field(cond, replace(options, loras=()))
+            return self.with_loras(options.loras).field(cond, replace(options, loras=()))
         if options.cache is not None:
-            return options.cache.field(partial(self.opened, cond, options), options.sigmas, self.info)
+            return options.cache.field(partial(self.make_field, cond, options), options.sigmas, self.info)
         if options.attention is not None:
-            return self.opened(cond, options, partial(MixedStep, mix=options.attention))
-        return self.opened(cond, options, None)
+            return self.make_field(cond, options, partial(MixedStep, mix=options.attention))
+        return self.make_field(cond, options, None)
 
 
 class PolicyModel(ABC):
@@ -99,7 +99,7 @@ def side_by_side(cond: Condition, beside: Sequence[Condition]) -> Condition:
     return Condition({name: torch.cat([c[name] for c in conds]) for name in cond.tensors})
 
 
-def repeated(field: Velocity, times: int) -> Velocity:
+def repeat(field: Velocity, times: int) -> Velocity:
     """A field over a larger batch as one of latents that serve each part of it."""
 
     def combine(inner: Velocity) -> Velocity:
@@ -108,4 +108,4 @@ def repeated(field: Velocity, times: int) -> Velocity:
 
         return velocity
 
-    return Combined(combine, (field,)) if times > 1 else field
+    return CombinedField(combine, (field,)) if times > 1 else field

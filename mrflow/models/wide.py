@@ -33,7 +33,7 @@ def has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def widened(net: Transformer) -> None:
+def widen(net: Transformer) -> None:
     """Have a bfloat16 network on a CPU work in float32 where its processor needs that; weights stay as they lie."""
     if has_bfloat16():
         return

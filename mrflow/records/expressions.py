@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import TypeVar, cast, get_type_hints
 
 import mrflow
-from mrflow.error_context import named, passes
+from mrflow.error_context import name_stage, passes
 from mrflow.errors import MrflowError, PlanError
 from mrflow.records.chains import ROOMS, name_of, public
 
@@ -82,7 +82,7 @@ class _Reader:
         if isinstance(node, ast.Call):
             return self._call(node, wanted=wanted)
         if isinstance(node, ast.Name | ast.Attribute):
-            found = self._named(ast.unparse(node), wanted=wanted)
+            found = self._name(ast.unparse(node), wanted=wanted)
             return self._make(found, (), {}) if callable(found) else found
         try:
             return ast.literal_eval(node)
@@ -92,7 +92,7 @@ class _Reader:
             ) from None
 
     def _call(self, node: ast.Call, *, wanted: bool) -> object:
-        found = self._named(ast.unparse(node.func), wanted=wanted)
+        found = self._name(ast.unparse(node.func), wanted=wanted)
         if not callable(found):
             raise PlanError(f"{ast.unparse(node.func)} is a value; leave out what follows it")
         if any(isinstance(each, ast.Starred) for each in node.args) or any(k.arg is None for k in node.keywords):
@@ -100,7 +100,7 @@ class _Reader:
         values = tuple(self.value(each) for each in node.args)
         return self._make(found, values, {str(k.arg): self.value(k.value) for k in node.keywords})
 
-    def _named(self, written: str, *, wanted: bool) -> object:
+    def _name(self, written: str, *, wanted: bool) -> object:
         """A type, a constructor of one, or a value of the caller's by its name."""
         if written in self._names:
             return self._names[written]
@@ -140,7 +140,7 @@ class _Reader:
         try:
             return cast("type", make)(*args, **given)
         except MrflowError as error:
-            raise named(error, getattr(make, "__qualname__", "")) from None
+            raise name_stage(error, getattr(make, "__qualname__", "")) from None
         except BaseException as error:  # a type of the user's, or arguments that its checks did not foresee
             if passes(error):
                 raise

@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn, cast
 
 from mrflow._checks import check_path
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.interrupts import held
+from mrflow.interrupts import hold_signals
 
 _known: ContextVar[tuple[Path, ...]] = ContextVar("known", default=())
 
@@ -165,7 +165,7 @@ def drafting(path: Path) -> Generator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        with held(), suppress(OSError):  # it was renamed, or its folder is none
+        with hold_signals(), suppress(OSError):  # it was renamed, or its folder is none
             temporary.unlink()
 
 
@@ -178,12 +178,12 @@ def filling(folder: Path) -> Generator[Path]:
     try:
         draft.mkdir()
         yield draft
-        with held():
+        with hold_signals():
             for path in draft.iterdir():
                 path.rename(folder / path.name)
             new = False
     finally:
-        with held(), suppress(OSError):
+        with hold_signals(), suppress(OSError):
             shutil.rmtree(draft, ignore_errors=True)
             if new:
                 folder.rmdir()
@@ -208,13 +208,13 @@ def known_file(name: str) -> Path | None:
     return next((p.absolute() for p in beside if p.name == name and p.is_file()), None)
 
 
-def located(path: str, sha256: str) -> tuple[Path, str]:
+def locate(path: str, sha256: str) -> tuple[Path, str]:
     """Where a file lies, and the SHA-256 of what it holds.
 
     Raises:
         WeightsError: it is not there, or holds something else than `sha256` (if that is not empty) says.
     """
-    where = expanded(path)
+    where = expand_home(path)
     if not where.is_file():
         where = known_file(where.name) or where
     if sha256 and not where.is_file():
@@ -293,7 +293,7 @@ def user_folder(variable: str, usual: str) -> Path:
         raise ResourceError(f"this user has no home folder; set {variable}, or HOME") from None
 
 
-def expanded(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """The path with `~` and `~user` as homes; one whose home is not known stays as it is."""
     try:
         return check_path("the file", path).expanduser()

@@ -10,7 +10,7 @@ from mrflow.backbone import Backbone
 from mrflow.errors import RecordError
 from mrflow.models import load
 from mrflow.models.describe import describe
-from mrflow.models.pocket.model import shipped
+from mrflow.models.pocket.model import embedded_file
 from mrflow.records.chains import decode_chain
 from mrflow.records.files import known_files
 from mrflow.records.pictures import describe_record, read_record
@@ -26,7 +26,7 @@ def recorded_model(record: dict[str, object]) -> str:
         RecordError: the picture was made by a model that does not come with mrflow.
     """
     name = str(record.get("model", "pocket"))
-    if (file := shipped(name, str(record.get("weights")))) is None:
+    if (file := embedded_file(name, str(record.get("weights")))) is None:
         raise RecordError(f"the picture was made by {name}, which is not embedded; give it: --model or replay(model=)")
     return str(file)
 

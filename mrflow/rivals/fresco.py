@@ -13,7 +13,7 @@ from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.noise import Noise, PerItem
-from mrflow.rivals.ralu import children, places_of, taken
+from mrflow.rivals.ralu import children, places_of, take
 from mrflow.rivals.shared import at_places, forwards, shared_out
 from mrflow.schedules import Schedule, Shifted, Sigmas, shift_static
 from mrflow.solvers import Euler
@@ -106,7 +106,7 @@ class SampleConverged(Stage[Start, Latents]):
         first, second, third = self.sigmas(ctx.model.info)
         h, w = out.height // (2 * patch), out.width // (2 * patch)  # coarse tokens
         fours = by_parent(pack(ctx.noise(out.shape, source=self.noise), patch=patch), h, w)
-        coarse = unfolded(fours)[:, :, 0]
+        coarse = hadamard(fours)[:, :, 0]
         states = [unpack(coarse, h, w, patch=patch)]
         x = ctx.integrate(Euler(), guidance, states[0], first, watch=lambda step: states.append(step.x))
         change = torch.stack([pack(each, patch=patch) for each in states]).var(0, correction=0).mean(-1)
@@ -115,14 +115,14 @@ class SampleConverged(Stage[Start, Latents]):
         grown, rest = order[:, :count].sort(1).values, order[:, count:].sort(1).values
 
         z = pack(x, patch=patch)
-        kept = raised(taken(z, rest), taken(coarse, rest), first[-1])
-        four = four_each(taken(z, grown), groups(fours, grown), first[-1])
+        kept = add_noise(take(z, rest), take(coarse, rest), first[-1])
+        four = four_each(take(z, grown), groups(fours, grown), first[-1])
         both = torch.cat((kept, four.flatten(1, 2)), 1)
         both = at_places(ctx, guidance, both, second, places_of(rest, grown, h, w), h, w, patch)
 
         kept, four = both[:, : rest.shape[1]], both[:, rest.shape[1] :]
         late = four_each(kept, groups(fours, rest), second[-1]).flatten(1, 2)
-        four = raised(four, groups(fours, grown).flatten(1, 2), second[-1])
+        four = add_noise(four, groups(fours, grown).flatten(1, 2), second[-1])
         cells = torch.cat((children(grown, w), children(rest, w)), 1)
         whole = torch.cat((four, late), 1)
         grid = torch.empty_like(whole).scatter_(1, cells[..., None].expand_as(whole), whole)
@@ -137,7 +137,7 @@ def sigma_after_growth(sigma: float) -> float:
     return shift_static(sigma, 2.0)
 
 
-def unfolded(fours: Float[Tensor, "b m 4 d"]) -> Float[Tensor, "b m 4 d"]:
+def hadamard(fours: Float[Tensor, "b m 4 d"]) -> Float[Tensor, "b m 4 d"]:
     """The orthonormal Hadamard transform of each four: coarse part first, then three details; its own inverse."""
     signs = torch.tensor(HADAMARD, device=fours.device, dtype=fours.dtype) / 2
     out: Tensor = torch.einsum("ij,bmjd->bmid", signs, fours)
@@ -151,17 +151,17 @@ def by_parent(tokens: Float[Tensor, "b n d"], h: int, w: int) -> Float[Tensor, "
 
 def groups(fours: Float[Tensor, "b m 4 d"], which: Tensor) -> Float[Tensor, "b k 4 d"]:
     """The fours of some coarse tokens of each item."""
-    out: Tensor = taken(fours.flatten(2), which).unflatten(2, (4, -1))
+    out: Tensor = take(fours.flatten(2), which).unflatten(2, (4, -1))
     return out
 
 
 def four_each(z: Float[Tensor, "b k d"], fours: Float[Tensor, "b k 4 d"], sigma: float) -> Float[Tensor, "b k 4 d"]:
     """Each token at `sigma` as four at 2 sigma / (1 + sigma), with the details of the field's noise `fours` there."""
-    bands = sigma * unfolded(fours)
+    bands = sigma * hadamard(fours)
     bands[:, :, 0] = z
-    return 2 / (1 + sigma) * unfolded(bands)
+    return 2 / (1 + sigma) * hadamard(bands)
 
 
-def raised(z: Float[Tensor, "b k d"], noise: Float[Tensor, "b k d"], sigma: float) -> Float[Tensor, "b k d"]:
+def add_noise(z: Float[Tensor, "b k d"], noise: Float[Tensor, "b k d"], sigma: float) -> Float[Tensor, "b k d"]:
     """Tokens at `sigma` with more of their noise, at 2 sigma / (1 + sigma): (z + sigma noise) / (1 + sigma)."""
     return (z + sigma * noise) / (1 + sigma)

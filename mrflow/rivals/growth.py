@@ -17,7 +17,7 @@ from mrflow.schedules import shift_static
 from mrflow.spec import Latents, State
 from mrflow.stage import Stage
 from mrflow.stages.decode import check_space
-from mrflow.stages.lift import risen
+from mrflow.stages.lift import lifted_spec
 
 if TYPE_CHECKING:
     from mrflow.stage import Context
@@ -42,16 +42,16 @@ class Grow(Stage[Latents, Latents]):
     def plan(self, spec: Latents, model: ModelInfo) -> Latents:
         """Latents of `size` at the level sigma'."""
         check_space(spec, model)
-        large = risen(spec, self.size, model)
+        large = lifted_spec(spec, self.size, model)
         return replace(large, sigma=shift_static(spec.sigma, large.height / spec.height))
 
     def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
         """Grow."""
         noise = ctx.noise(out.shape, source=self.noise)
-        return grown(state.data, noise, state.spec.sigma)
+        return grow(state.data, noise, state.spec.sigma)
 
 
-def grown(x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c y x"], sigma: float) -> Float[Tensor, "b c y x"]:
+def grow(x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c y x"], sigma: float) -> Float[Tensor, "b c y x"]:
     """`x` at noise level `sigma` on the larger grid of `noise` (standard normal), at level W_r(sigma)."""
     h, w = x.shape[-2:]
     height, width = noise.shape[-2:]

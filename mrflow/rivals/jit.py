@@ -114,8 +114,8 @@ class SampleAnchors(Stage[Start, Latents]):
                 row = only.integrate(Euler(), AtAnchors(guidance, spread), row, levels, watch=last.append)
                 clean = pack(last[-1].denoised, patch=patch)
                 velocity = (pack(row, patch=patch) - clean) / levels[-1]
-                grown = Spread(joined(velocity, spread, count), h, w)
-                tokens = activated(pack(row, patch=patch), clean, fresh[i : i + 1], spread, grown, levels[-1])
+                grown = Spread(add_anchors(velocity, spread, count), h, w)
+                tokens = activate(pack(row, patch=patch), clean, fresh[i : i + 1], spread, grown, levels[-1])
                 row, spread = unpack(tokens, h, w, patch=patch), grown
             rows.append(row)
         return ctx.integrate(Euler(), guidance, torch.cat(rows), third)
@@ -195,7 +195,7 @@ def anchors(h: int, w: int, count: int, order: Float[Tensor, " n"]) -> Int[Tenso
     return (late * h * w + place).argsort()[:count].sort().values
 
 
-def joined(velocity: Float[Tensor, "1 n d"], spread: Spread, count: int) -> Int[Tensor, " m"]:
+def add_anchors(velocity: Float[Tensor, "1 n d"], spread: Spread, count: int) -> Int[Tensor, " m"]:
     """The anchors and, up to `count`, those other tokens around which the velocity varies most.
 
     Importance E_W[u u] - E_W[u] E_W[u] over a window W of 3 x 3 tokens, the mean over channels.
@@ -210,7 +210,7 @@ def joined(velocity: Float[Tensor, "1 n d"], spread: Spread, count: int) -> Int[
     return importance.sort(descending=True, stable=True).indices[:count].sort().values
 
 
-def activated(
+def activate(
     y: Float[Tensor, "b n d"],
     clean: Float[Tensor, "b n d"],
     noise: Float[Tensor, "b n d"],

@@ -45,7 +45,7 @@ class SampleRegions(Stage[Start, Latents]):
 
     Edges are Sobel magnitudes of the decoded clean estimate's luminance, summed over each token's pixels; the published
     code uses Canny and needs OpenCV for it. Its noise variance is about 2.5 % too large where tokens are not copied;
-    here it is exact. The default is the published "4x" setting, `RALU_7X` the faster one; `fitted` makes others.
+    here it is exact. The default is the published "4x" setting, `RALU_7X` the faster one; `fit_shifts` makes others.
     """
 
     scope: ClassVar[str] = "SampleRegions"
@@ -74,7 +74,8 @@ class SampleRegions(Stage[Start, Latents]):
         """The noise levels of each stage."""
         starts = (0.0, *(restart(e, self.z) for e in self.ends))
         one, two, three = (
-            bent(n, s, e, h) for n, s, e, h in zip(self.steps, starts, (*self.ends, 1.0), self.shifts, strict=True)
+            shift_steps(n, s, e, h)
+            for n, s, e, h in zip(self.steps, starts, (*self.ends, 1.0), self.shifts, strict=True)
         )
         return one, two, three
 
@@ -120,14 +121,14 @@ class SampleRegions(Stage[Start, Latents]):
         fine, rest = order[:, :count].sort(1).values, order[:, count:].sort(1).values
 
         tokens, width = pack(x, patch=patch), x.shape[1] * patch**2
-        kept, copied = taken(tokens, rest), taken(tokens, fine)
+        kept, copied = take(tokens, rest), take(tokens, fine)
         noise = ctx.noise((len(x), rest.shape[1] + 4 * count, width), source=self.noise, draw=1)
-        mixed = renewed(kept, copied, noise, self.ends[0], self.z)
+        mixed = renew(kept, copied, noise, self.ends[0], self.z)
         mixed = at_places(ctx, guidance, mixed, second, places_of(rest, fine, h, w), h, w, patch)
 
         kept, copied = mixed[:, rest.shape[1] :], mixed[:, : rest.shape[1]]
         noise = ctx.noise((len(x), 4 * h * w, width), source=self.noise, draw=2)
-        both = renewed(kept, copied, noise, self.ends[1], self.z)
+        both = renew(kept, copied, noise, self.ends[1], self.z)
         grid = both.new_empty((len(x), 4 * h * w, width))
         cells = torch.cat((children(fine, w), children(rest, w)), 1)
         grid.scatter_(1, cells[..., None].expand(-1, -1, width), both)
@@ -145,14 +146,14 @@ def restart(end: float, z: float) -> float:
     return end / (z * (1 - end) + end)
 
 
-def bent(steps: int, start: float, end: float, factor: float) -> Sigmas:
+def shift_steps(steps: int, start: float, end: float, factor: float) -> Sigmas:
     """Noise levels from data time `start` to `end`: even steps before the static shift by `factor`."""
     a, b = (shift_static(1 - t, 1 / factor) for t in (start, end))
     inner = (shift_static(a + (b - a) * i / steps, factor) for i in range(1, steps))
     return (1 - start, *inner, 1 - end)
 
 
-def renewed(
+def renew(
     kept: Float[Tensor, "b k d"],
     copied: Float[Tensor, "b m d"],
     noise: Float[Tensor, "b n d"],
@@ -172,7 +173,7 @@ def renewed(
     return torch.cat((one, four.flatten(1, 2)), 1)
 
 
-def taken(tokens: Float[Tensor, "b l d"], which: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+def take(tokens: Float[Tensor, "b l d"], which: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
     """Some tokens of each item."""
     return tokens.gather(1, which[..., None].expand(-1, -1, tokens.shape[-1]))
 
@@ -232,7 +233,7 @@ def distance(steps: tuple[int, int, int], ends: tuple[float, float], shifts: Thr
 
 
 @lru_cache(maxsize=32)
-def fitted(
+def fit_shifts(
     steps: tuple[int, int, int], ends: tuple[float, float] = (0.3, 0.45), *, shift: float = 3.0
 ) -> tuple[Three, float]:
     """Shifts and z for other step counts: those with the least `distance`, found by a pattern search from (3, 3, 3), 3.

@@ -15,7 +15,7 @@ from mrflow.model_info import ModelInfo
 from mrflow.spec import Latents, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.decode import check_space
-from mrflow.stages.lift import risen
+from mrflow.stages.lift import lifted_spec
 
 if TYPE_CHECKING:
     from mrflow.stage import Context
@@ -52,7 +52,7 @@ class SelfLift(Stage[Latents, Latents]):
                 f"latents hold noise (sigma {spec.sigma:g}), and SelfLift takes a clean estimate: end the schedule "
                 "before it with Part(..., clean=True)"
             )
-        return risen(spec, self.size, model)
+        return lifted_spec(spec, self.size, model)
 
     def work(self, spec: Latents, out: Latents, model: ModelInfo) -> Work:
         """The decoder small, the encoder large."""
@@ -66,10 +66,10 @@ class SelfLift(Stage[Latents, Latents]):
         lifted = interpolate(state.data, size=(out.height, out.width), mode="nearest-exact")
         pixels = ctx.model.decode(state.data)
         large = interpolate(pixels, size=(per * out.height, per * out.width), mode="bicubic", align_corners=False)
-        return mixed(lifted, ctx.model.encode(large.clamp(0, 1)), share=self.share, low=self.low, high=self.high)
+        return mix(lifted, ctx.model.encode(large.clamp(0, 1)), share=self.share, low=self.low, high=self.high)
 
 
-def mixed(
+def mix(
     lat: Float[Tensor, "b c h w"], pix: Float[Tensor, "b c h w"], *, share: float, low: float, high: float
 ) -> Float[Tensor, "b c h w"]:
     """lat + w (pix - lat), with w above 0 in the `share` of cells of each item where they disagree most.

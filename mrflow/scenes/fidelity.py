@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.scenes.fit import Adjustable, Edge, fit, pixels, rendered
+from mrflow.scenes.fit import Adjustable, Edge, fit, pixels, render_floats
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
 from mrflow.scenes.reading import scorable
@@ -56,7 +56,7 @@ def measure(image: Array, scene: Adjustable) -> dict[str, float]:
     caption does not have is left out.
     """
     side = len(image)
-    true, under = rendered(scene, side), rendered(scene.ground(), side)
+    true, under = render_floats(scene, side), render_floats(scene.ground(), side)
     covers = [(_cover(image, under, edge), _cover(true, under, edge)) for edge in scene.edges]
     out = {"psnr": _psnr(image, true)}
     if covers:
@@ -176,13 +176,13 @@ def _corner(image: Array, true: Array, corners: Sequence[tuple[float, float]]) -
     for x, y in corners:
         at, wide = (pixels((x, y, x, y), side, margin=margin) for margin in (CORNER, CORNER + 6))
         inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(at, wide, strict=True))
-        fine = [(picture[wide] - _softened(picture[wide]))[inner] for picture in (image, true)]
+        fine = [(picture[wide] - _soften(picture[wide]))[inner] for picture in (image, true)]
         both += float((fine[0] * fine[1]).sum())
         whole += float(np.square(fine[1]).sum())
     return both / max(whole, 1e-9)
 
 
-def _softened(patch: Array) -> Array:
+def _soften(patch: Array) -> Array:
     """Blurred by a Gaussian of `SOFT` pixels; edges of the patch are repeated."""
     offsets = np.arange(-6, 7)
     row = np.exp(-(offsets**2) / (2 * SOFT**2)).astype(np.float32)
@@ -202,7 +202,7 @@ def _margins(image: Array, true: Array, scene: Adjustable) -> dict[str, float]:
         slots = [slot for slot in scene.slots if slot.alphabet == alphabet]
         margins = np.full(len(slots), np.inf)
         for symbol in scene.alphabets[alphabet]:
-            other = rendered(scene.spelled(alphabet, symbol), side)
+            other = render_floats(scene.with_symbol(alphabet, symbol), side)
             for i, slot in enumerate(slots):
                 if symbol != slot.symbol:
                     at = pixels(slot.box, side, margin=1)

@@ -91,11 +91,11 @@ class Adjustable(Protocol):
         """The share of the law's draws below what the scene has, in [0, 1], by name: uniform for true scenes."""
         ...
 
-    def moved(self, values: Values) -> Self:
+    def with_values(self, values: Values) -> Self:
         """The same with other free numbers, one tuple for each part."""
         ...
 
-    def spelled(self, alphabet: str, symbol: str) -> Self:
+    def with_symbol(self, alphabet: str, symbol: str) -> Self:
         """The same with that symbol in every slot of the alphabet."""
         ...
 
@@ -115,7 +115,7 @@ def fit(image: Array, scene: T) -> T:
     """
     side = len(image)
     for copy in (*(c for c in COPIES if c < side), side):
-        target = _reduced(image, copy)
+        target = _reduce(image, copy)
         for _ in range(ROUNDS):
             before = _values(scene)
             for group in _disjoint(scene.parts):
@@ -123,7 +123,7 @@ def fit(image: Array, scene: T) -> T:
                     scene = _step(target, scene, group)
             if _moved_by(before, _values(scene)) < 0.05 / copy:
                 break
-    return _polished(image, scene)
+    return _polish(image, scene)
 
 
 def _values(scene: Adjustable) -> Values:
@@ -139,7 +139,7 @@ def _moved_by(before: Values, after: Values) -> float:
     return max((abs(a - b) for old, new in pairs for a, b in zip(old, new, strict=True)), default=0.0)
 
 
-def _reduced(image: Array, side: int) -> Array:
+def _reduce(image: Array, side: int) -> Array:
     """An averaged copy, (side, side, 3)."""
     n = len(image)
     if n == side:
@@ -152,7 +152,7 @@ def _reduced(image: Array, side: int) -> Array:
     return np.stack([np.asarray(plane, np.float32) for plane in planes], -1)
 
 
-def rendered(scene: Adjustable, side: int) -> Array:
+def render_floats(scene: Adjustable, side: int) -> Array:
     """The scene's picture as floats in [0, 1]."""
     return scene.draw(side).astype(np.float32) / np.float32(255)
 
@@ -189,7 +189,7 @@ def _with(scene: T, changes: dict[int, tuple[float, ...]]) -> T:
     for i, new in changes.items():
         bounds = scene.parts[i].bounds
         values[i] = tuple(min(max(v, low), high) for v, (low, high) in zip(new, bounds, strict=True))
-    return scene.moved(tuple(values))
+    return scene.with_values(tuple(values))
 
 
 def _errors(picture: Array, target: Array, parts: Sequence[FreePart], group: list[int]) -> list[float]:
@@ -205,7 +205,7 @@ def _errors(picture: Array, target: Array, parts: Sequence[FreePart], group: lis
 def _step(target: Array, scene: T, group: list[int]) -> T:
     """One Gauss-Newton step of each part of a group; one that does not lower its error is halved, then left out."""
     side, parts = len(target), scene.parts
-    here = rendered(scene, side)
+    here = render_floats(scene, side)
     columns: dict[int, list[Array]] = {i: [] for i in group}
     for k in range(max(len(parts[i].values) for i in group)):
         some = [i for i in group if k < len(parts[i].values)]
@@ -214,7 +214,7 @@ def _step(target: Array, scene: T, group: list[int]) -> T:
             values = [list(part.values) for part in parts]
             for i in some:
                 values[i][k] += sign * _unit(parts[i], k, side)
-            ends.append(rendered(scene.moved(tuple(map(tuple, values))), side))
+            ends.append(render_floats(scene.with_values(tuple(map(tuple, values))), side))
         for i in some:
             at = pixels(parts[i].box, side)
             columns[i].append(((ends[1][at] - ends[0][at]) / (2 * _unit(parts[i], k, side))).ravel())
@@ -229,7 +229,7 @@ def _step(target: Array, scene: T, group: list[int]) -> T:
     for scale in (1.0, 0.5):
         tried = {i: tuple(np.add(parts[i].values, scale * step).tolist()) for i, step in steps.items()}
         trial = _with(scene, tried)
-        new = _errors(rendered(trial, side), target, parts, list(steps))
+        new = _errors(render_floats(trial, side), target, parts, list(steps))
         good = {i for i, error in zip(steps, new, strict=True) if error < old[i]}
         scene = _with(scene, {i: trial.parts[i].values for i in good})
         steps = {i: step for i, step in steps.items() if i not in good}
@@ -242,16 +242,16 @@ def _unit(part: FreePart, k: int, side: int) -> float:
     return 1 / side if part.kinds[k] == "place" else PAINT_STEP
 
 
-def _polished(image: Array, scene: T) -> T:
+def _polish(image: Array, scene: T) -> T:
     """Places moved by a quarter, then an eighth of a pixel where that helps: renderers draw on a grid of subpixels."""
     side = len(image)
     for step in (0.25 / side, 0.125 / side):
         for group in _disjoint(scene.parts):
-            best = dict(zip(group, _errors(rendered(scene, side), image, scene.parts, group), strict=True))
+            best = dict(zip(group, _errors(render_floats(scene, side), image, scene.parts, group), strict=True))
             for changes in _moves(scene.parts, group, step):
                 new = {i: tuple(np.add(scene.parts[i].values, change).tolist()) for i, change in changes.items()}
                 trial = _with(scene, new)
-                errors = _errors(rendered(trial, side), image, scene.parts, list(new))
+                errors = _errors(render_floats(trial, side), image, scene.parts, list(new))
                 better = {i: e for i, e in zip(new, errors, strict=True) if e < best[i]}
                 best |= better
                 scene = _with(scene, {i: trial.parts[i].values for i in better})

@@ -160,7 +160,7 @@ def fill_hard(scene: Scene, world: HardWorld, rng: random.Random) -> Scene:
     )
 
 
-def drawn(caption: str, rng: random.Random) -> Scene:
+def draw_scene(caption: str, rng: random.Random) -> Scene:
     """A scene of a caption of either world, with what the caption leaves open drawn by that world's law.
 
     Raises:

@@ -18,7 +18,7 @@ from mrflow.errors import PlanError
 from mrflow.scenes.grammar import COLOURS, DAYLIGHT, LETTERS, SHAPES, SKIN, Background, Face, Object, Scene, Word
 from mrflow.scenes.hard import FEELINGS, HARD, PERIODS, WEAVES, parse
 from mrflow.scenes.letters import Array, length
-from mrflow.scenes.looks import seen
+from mrflow.scenes.looks import restyle
 from mrflow.scenes.reading import find_tint, scorable
 from mrflow.scenes.render import TEXTURE, letter_boxes, render, render_window
 
@@ -55,7 +55,7 @@ def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[
         CaptionError: the caption is of neither grammar. PlanError: it is of the older world, the picture cannot be
             scored, or there is no such look.
     """
-    scene, image = seen(parse(caption), look), _working_copy(scorable(pixels))
+    scene, image = restyle(parse(caption), look), _working_copy(scorable(pixels))
     if scene.look is not None and scene.look.light != DAYLIGHT:
         image = (image / np.array(scene.look.light, np.float32)).astype(np.float32)
         scene = replace(scene, look=replace(scene.look, light=DAYLIGHT))
@@ -63,7 +63,7 @@ def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[
         raise PlanError(f"caption {caption[:80]!r} is of the older world; mrflow.scenes.score reads it")
     tint = find_tint(image)
     if tint is None or tint.max() > LIGHTEST:
-        return [replace(part, read="") for part in _said(scene)]
+        return [replace(part, read="") for part in _named_scene(scene)]
     red, green, blue = (float(channel) for channel in tint)
     scene = replace(scene, background=replace(scene.background, tint=(red, green, blue)))
     return _READERS[scene.kind](image, scene)
@@ -99,7 +99,7 @@ def _working_copy(image: Array) -> Array:
     return np.asarray(octets.resize((LEAST, LEAST), Image.Resampling.BICUBIC), np.float32) / np.float32(255)
 
 
-def _said(scene: Scene) -> list[CaptionPart]:
+def _named_scene(scene: Scene) -> list[CaptionPart]:
     """What the caption names, as if all of it were read."""
     if scene.kind == "sign":
         return [CaptionPart("letters", letter, letter) for word in scene.words for letter in word.text]
@@ -134,7 +134,7 @@ def _odd(scene: Scene) -> int:
 
 def _sign(image: Array, scene: Scene) -> list[CaptionPart]:
     map_ = _distance(scene.background)
-    scene = _moved(scene, *_place(map_(image), map_(_drawn(scene, len(image))), len(image)))
+    scene = _move(scene, *_place(map_(image), map_(_render(scene, len(image))), len(image)))
     parts: list[CaptionPart] = []
     for word in scene.words:
         for i, (letter, (x, y, w, h)) in enumerate(zip(word.text, letter_boxes(word), strict=True)):
@@ -148,7 +148,7 @@ def _sign(image: Array, scene: Scene) -> list[CaptionPart]:
 
 def _faces(image: Array, scene: Scene) -> list[CaptionPart]:
     map_ = _distance(scene.background)
-    scene = _moved(scene, *_place(map_(image), map_(_drawn(scene, len(image))), len(image)))
+    scene = _move(scene, *_place(map_(image), map_(_render(scene, len(image))), len(image)))
     parts: list[CaptionPart] = []
     for f in scene.faces:
         r = 1.15 * f.radius
@@ -161,7 +161,7 @@ def _faces(image: Array, scene: Scene) -> list[CaptionPart]:
 def _grid(image: Array, scene: Scene) -> list[CaptionPart]:
     map_ = _distance(scene.background)
     odd = _odd(scene)
-    scene = _moved(scene, *_place(map_(image), map_(_drawn(scene, len(image))), len(image)))
+    scene = _move(scene, *_place(map_(image), map_(_render(scene, len(image))), len(image)))
     return [
         CaptionPart("odd" if i == odd else "cells", _name(o.colour, o.shape), _thing(map_, image, scene, o))
         for i, o in enumerate(scene.objects)
@@ -179,7 +179,7 @@ def _objects(image: Array, scene: Scene) -> list[CaptionPart]:
         box = _box(o.x - reach, o.y - reach, o.x + reach, o.y + reach, len(image))
         best, found = -1.0, o
         for shape in SHAPES:  # each is looked for in all of the object's room
-            place, fit = _best(seen, map_(_drawn(replace(alone, objects=(replace(o, shape=shape),)), len(image))), box)
+            place, fit = _best(seen, map_(_render(replace(alone, objects=(replace(o, shape=shape),)), len(image))), box)
             if fit > best:
                 best, found = fit, replace(o, x=o.x + place[0], y=o.y + place[1])
         parts.append(
@@ -269,7 +269,7 @@ def _distance(ground: Background) -> Map:
     return distance
 
 
-def _drawn(scene: Scene, side: int) -> Array:
+def _render(scene: Scene, side: int) -> Array:
     """A rendering on a plain ground."""
     drawn = render(replace(scene, background=Background(scene.background.tint)), side)
     return drawn.astype(np.float32) / np.float32(255)
@@ -290,7 +290,7 @@ def _only(
     return replace(scene, objects=objects, faces=faces, words=words)
 
 
-def _moved(scene: Scene, dx: float, dy: float) -> Scene:
+def _move(scene: Scene, dx: float, dy: float) -> Scene:
     return replace(
         scene,
         objects=tuple(replace(o, x=o.x + dx, y=o.y + dy) for o in scene.objects),

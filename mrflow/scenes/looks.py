@@ -52,6 +52,6 @@ def look_of(name: str) -> Look | None:
     return LOOKS.get(name)
 
 
-def seen(scene: Scene, name: str) -> Scene:
+def restyle(scene: Scene, name: str) -> Scene:
     """The scene in a look."""
     return replace(scene, look=look_of(name))

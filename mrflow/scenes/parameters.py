@@ -101,7 +101,7 @@ class OpenScene:
             "place": _rank(rms, _jitters(len(jitter))),
         }
 
-    def moved(self, values: Values) -> Self:
+    def with_values(self, values: Values) -> Self:
         """Other tint and places, in the order of `parts`."""
         tint, *places = values
         n, m = len(self.scene.objects), len(self.scene.objects) + len(self.scene.faces)
@@ -116,7 +116,7 @@ class OpenScene:
             ),
         )
 
-    def spelled(self, alphabet: str, symbol: str) -> Self:
+    def with_symbol(self, alphabet: str, symbol: str) -> Self:
         """Every face with that expression, or every letter that one."""
         scene = self.scene
         if alphabet == "expression":

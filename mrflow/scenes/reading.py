@@ -87,7 +87,7 @@ def read(pixels: Array | Tensor) -> Facts:
             faces.append(Face(_expression(image, thing), thing.x, thing.y, thing.radius))
         else:
             objects.append(thing)
-    texture, period = _texture(image @ tint / float(tint @ tint), ~_grown(things))
+    texture, period = _texture(image @ tint / float(tint @ tint), ~_grow(things))
     ground = Background((float(tint[0]), float(tint[1]), float(tint[2])), texture, period)
     word = _word(image, tint) if texture == "plain" else None
     if word is not None:  # its letters are no objects
@@ -172,7 +172,7 @@ def _components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     return found
 
 
-def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _grow(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The mask with two more pixels on every side."""
     for _ in range(2):
         p = np.pad(mask, 1)

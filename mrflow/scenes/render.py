@@ -175,7 +175,7 @@ def render(scene: Scene, size: int, *, oversample: int = 4) -> NDArray[np.uint8]
     n = size * oversample
     image = _ground(scene.background, n)
     _things(_Canvas(image, n), scene)
-    return _toned(np.asarray(image.reduce(oversample)), scene)
+    return _tone(np.asarray(image.reduce(oversample)), scene)
 
 
 def render_window(scene: Scene, size: int, box: tuple[int, int, int, int], *, oversample: int = 4) -> NDArray[np.uint8]:
@@ -186,7 +186,7 @@ def render_window(scene: Scene, size: int, box: tuple[int, int, int, int], *, ov
     left, top, right, bottom = (oversample * edge for edge in box)
     image = Image.new("RGB", (right - left, bottom - top), _rgb(scene.background.tint))
     _things(_Canvas(image, size * oversample, left, top), scene)
-    return _toned(np.asarray(image.reduce(oversample)), scene)
+    return _tone(np.asarray(image.reduce(oversample)), scene)
 
 
 def _things(canvas: _Canvas, scene: Scene) -> None:
@@ -199,7 +199,7 @@ def _things(canvas: _Canvas, scene: Scene) -> None:
         _word(canvas, word, look)
 
 
-def _toned(image: NDArray[np.uint8], scene: Scene) -> NDArray[np.uint8]:
+def _tone(image: NDArray[np.uint8], scene: Scene) -> NDArray[np.uint8]:
     if scene.look is None or scene.look.light == DAYLIGHT:
         return image
     dim: NDArray[np.uint8] = (image * np.array(scene.look.light, np.float32) + 0.5).astype(np.uint8)

@@ -28,12 +28,12 @@ from mrflow.schedules.comfyui import KLOptimal as KLOptimal
 from mrflow.schedules.comfyui import LinearQuadratic as LinearQuadratic
 
 if TYPE_CHECKING:
-    from mrflow.schedules.search import optimised as optimised
+    from mrflow.schedules.search import optimise as optimise
 
 
 def __getattr__(name: str) -> object:
-    if name != "optimised":
+    if name != "optimise":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mrflow.schedules.search import optimised  # stands on solvers, which stand on schedules
+    from mrflow.schedules.search import optimise  # stands on solvers, which stand on schedules
 
-    return optimised
+    return optimise

@@ -312,7 +312,7 @@ class WithShift(Schedule):
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         grid = self.inner(1.0, tokens, model)
-        return scale(_bent(grid, tokens, model.shift if self.shift is None else self.shift), start)
+        return scale(_bend(grid, tokens, model.shift if self.shift is None else self.shift), start)
 
 
 @dataclass(frozen=True)
@@ -346,10 +346,10 @@ def _shifted(steps: int, tokens: int, curve: Shift) -> Sigmas:
     grid = _even(steps)
     if curve.last is not None and steps > 1:
         grid = (*(1.0 - (1.0 - curve.last) * (i / (steps - 1)) for i in range(steps - 1)), curve.last, 0.0)
-    return _bent(grid, tokens, curve)
+    return _bend(grid, tokens, curve)
 
 
-def _bent(grid: Sigmas, tokens: int, curve: Shift) -> Sigmas:
+def _bend(grid: Sigmas, tokens: int, curve: Shift) -> Sigmas:
     check_whole("tokens", tokens, 1)
     mu = curve.mu(tokens, steps=len(grid) - 1)
     bend = shift if curve.kind == "exponential" else shift_linear

@@ -33,7 +33,7 @@ class Part(Schedule):
             raise PlanError(f"a part needs at least one step, got first {self.first}, last {self.last}")
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
-        grid = laid(self.schedule, self.size, tokens, model, start=start if self.first == 0 else 1.0)
+        grid = whole_grid(self.schedule, self.size, tokens, model, start=start if self.first == 0 else 1.0)
         last = len(grid) - 1 if self.last is None else self.last
         if last > len(grid) - 1 or self.first >= last:
             raise PlanError(f"the grid has {len(grid) - 1} steps, and this part wants {self.first} to {last}")
@@ -64,13 +64,13 @@ class Level:
 
     def of(self, spec: Latents, model: ModelInfo) -> float:
         """The level, for latents of this size."""
-        grid = laid(self.schedule, self.size, spec.tokens, model)
+        grid = whole_grid(self.schedule, self.size, spec.tokens, model)
         if self.step >= len(grid):
             raise PlanError(f"the grid has {len(grid) - 1} steps, and its level after step {self.step} is asked for")
         return grid[self.step]
 
 
-def laid(
+def whole_grid(
     schedule: Schedule, size: tuple[int, int] | None, tokens: int, model: ModelInfo, *, start: float = 1.0
 ) -> Sigmas:
     """A whole grid, for a picture of `size` pixels or, without one, of this many tokens."""

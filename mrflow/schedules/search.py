@@ -17,7 +17,7 @@ from mrflow.solvers import RK4, Euler, integrate
 from mrflow.spec import check_size
 
 
-def optimised(
+def optimise(
     model: Backbone,
     steps: int,
     prompts: Sequence[str],
@@ -48,7 +48,7 @@ def optimised(
     check_whole("steps", steps, 1)
     check_whole("fine", fine, steps)
     if isinstance(prompts, str) or not prompts:
-        raise PlanError(f"optimised needs a list of prompts to measure on, got {prompts!r}")
+        raise PlanError(f"optimise needs a list of prompts to measure on, got {prompts!r}")
     info = model.info
     height, width = size or info.size
     check_size(height, width, info.space)

@@ -63,8 +63,8 @@ class Integrating(Stage[S, Latents]):
     def plan_row(self, spec: S, model: ModelInfo) -> PlannedStage:
         """The schedule is computed once, here."""
         out, sigmas = self._end(spec, model)
-        guidance = Distilled() if self.policy else self.guided(out, model)
-        seen, parts = self.seen(out)
+        guidance = Distilled() if self.policy else self.guidance_for(out, model)
+        seen, parts = self.per_forward(out)
         work = sampling_work(model, seen, sigmas, self.solver, guidance, self.cache, self.adapters)
         points = self.solver.points(sigmas)
         return PlannedStage(type(self).__name__, spec, out, work, sigmas, points, seen.tokens, parts)
@@ -117,11 +117,11 @@ class Integrating(Stage[S, Latents]):
         """An adapter must fit the model."""
         model.check(self.options)
 
-    def guided(self, out: Latents, model: ModelInfo) -> Guidance:
+    def guidance_for(self, out: Latents, model: ModelInfo) -> Guidance:
         """The guidance that latents of this size are integrated with."""
         return self.guidance or own_guidance(model)
 
-    def seen(self, out: Latents) -> tuple[Latents, int]:
+    def per_forward(self, out: Latents) -> tuple[Latents, int]:
         """What one forward is given of latents, and how many such forwards make the whole."""
         return out, 1
 
@@ -129,7 +129,7 @@ class Integrating(Stage[S, Latents]):
         """From the first of the planned levels to the last; churn that takes much of the variance is noted."""
         if self.policy is not None:
             return ctx.follow(self.policy, x, ctx.sigmas, guidance=self.guidance, lora=self.adapters)
-        guidance = self.guided(out, ctx.model.info)
+        guidance = self.guidance_for(out, ctx.model.info)
         if isinstance(self.solver, StochasticEuler):
             kept = self.solver.variance(ctx.sigmas) / StochasticEuler(0.0).variance(ctx.sigmas)
             if kept < ENOUGH:

@@ -11,7 +11,7 @@ from mrflow.model_info import ModelInfo
 from mrflow.spec import Latents, State, check_size
 from mrflow.stage import Stage, Work
 from mrflow.stages.decode import check_known
-from mrflow.upscaler import LatentUpscaler, enlarged, passes_to, scale_of
+from mrflow.upscaler import LatentUpscaler, enlarge, passes_to, scale_of
 from mrflow.upscalers.interpolate import Filter, check_filter
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Lift(Stage[Latents, Latents]):
                 f"latents hold noise (sigma {spec.sigma:g}), and Lift takes clean ones: put Refine() before it"
             )
         if self.upscaler is None:
-            return risen(spec, self.size, model)
+            return lifted_spec(spec, self.size, model)
         scale = scale_of(self.upscaler, LatentUpscaler)
         check_known(self.upscaler.space, spec, type(self.upscaler).__name__)
         channels = self.upscaler.channels
@@ -57,7 +57,7 @@ class Lift(Stage[Latents, Latents]):
                 f"{spec.space.channels}"
             )
         per = model.space.downscale * scale
-        out = risen(spec, self.size or (per * spec.height, per * spec.width), model)
+        out = lifted_spec(spec, self.size or (per * spec.height, per * spec.width), model)
         passes_to((out.height, out.width), spec.height, spec.width, scale)
         return out
 
@@ -74,7 +74,7 @@ class Lift(Stage[Latents, Latents]):
         x, size = state.data, (out.height, out.width)
         if self.upscaler is not None:
             for _ in range(passes_to(size, x.shape[-2], x.shape[-1], self.upscaler.scale)):
-                x = enlarged(self.upscaler, x)
+                x = enlarge(self.upscaler, x)
         if tuple(x.shape[-2:]) == size:
             return x
         if self.filter == "nearest":
@@ -82,7 +82,7 @@ class Lift(Stage[Latents, Latents]):
         return interpolate(x, size=size, mode=self.filter, align_corners=False, antialias=self.upscaler is not None)
 
 
-def risen(spec: Latents, size: tuple[int, int] | None, model: ModelInfo) -> Latents:
+def lifted_spec(spec: Latents, size: tuple[int, int] | None, model: ModelInfo) -> Latents:
     """Clean latents of a picture size, (height, width) in pixels; of twice the sides where none is said.
 
     Raises:

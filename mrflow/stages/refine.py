@@ -51,14 +51,14 @@ class Refine(Integrating[Latents]):
         if self.tiles is not None:
             check_tiles(self.tiles, model, cache=self.cache, policy=self.policy)
 
-    def guided(self, out: Latents, model: ModelInfo) -> Guidance:
+    def guidance_for(self, out: Latents, model: ModelInfo) -> Guidance:
         """The guidance, in tiles where there are several."""
-        guidance = super().guided(out, model)
+        guidance = super().guidance_for(out, model)
         if self.tiles is None or len((layout := self.tiles.layout(out)).begins) == 1:
             return guidance
         return InTiles(guidance, layout)
 
-    def seen(self, out: Latents) -> tuple[Latents, int]:
+    def per_forward(self, out: Latents) -> tuple[Latents, int]:
         """A tile and their number, or all."""
         if self.tiles is None:
             return out, 1

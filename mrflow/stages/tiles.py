@@ -15,7 +15,7 @@ from mrflow.flow import Velocity
 from mrflow.guidance import Guidance
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.spec import Latents
-from mrflow.tiling import blended, windows
+from mrflow.tiling import blend, windows
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Layout:
             row = torch.cat([rearrange(t, "b c (h p) (w q) -> b c p (h w q)", p=patch, q=patch) for t in tiles], -1)
             parts = inner(row, sigma).chunk(len(begins), -1)
             back = (rearrange(v, "b c p (h w q) -> b c (h p) (w q)", h=self.tall, q=patch) for v in parts)
-            return blended(back, begins, size, edge=self.overlap * patch, unused=0)
+            return blend(back, begins, size, edge=self.overlap * patch, unused=0)
 
         return velocity
 

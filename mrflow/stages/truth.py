@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
-from mrflow.scenes.hard import drawn
-from mrflow.scenes.looks import look_of, seen
+from mrflow.scenes.hard import draw_scene
+from mrflow.scenes.looks import look_of, restyle
 from mrflow.scenes.render import render
 from mrflow.spec import Pixels, Start, State
 from mrflow.stage import Stage
@@ -49,6 +49,6 @@ class Truth(Stage[Start, Pixels]):
 
     def apply(self, state: State[Start], out: Pixels, ctx: "Context") -> Tensor:
         """Render, float32 in [0, 1]."""
-        scenes = [drawn(prompt, random.Random(seed)) for prompt, seed in zip(ctx.prompts, ctx.seeds, strict=True)]
-        pixels = np.stack([render(seen(scene, self.look), out.height) for scene in scenes])
+        scenes = [draw_scene(prompt, random.Random(seed)) for prompt, seed in zip(ctx.prompts, ctx.seeds, strict=True)]
+        pixels = np.stack([render(restyle(scene, self.look), out.height) for scene in scenes])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(ctx.model.device, torch.float32) / 255

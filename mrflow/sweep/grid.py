@@ -145,7 +145,7 @@ class Sweep:
         """The negative prompt: the sweep's, or else the model's own."""
         return info.negative if self.negative is None else self.negative
 
-    def encoded(self) -> dict[str, list[Plain]]:
+    def as_data(self) -> dict[str, list[Plain]]:
         """The chains as plain data."""
         return {label: encode_chain(chain) for label, chain in self.chains.items()}
 

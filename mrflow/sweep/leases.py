@@ -151,9 +151,9 @@ class Leases:
                 if text is not None and finished(path.stem) and self._dead(path, _parse(text)):
                     self._take_away(path, text)
 
-    def _own(self, key: str) -> "_Opened":
+    def _own(self, key: str) -> "_OpenLease":
         """A lease of this process, open for writing: what is written reaches it and no other."""
-        return _Opened(self.path(key), self._held.get(key, ""))
+        return _OpenLease(self.path(key), self._held.get(key, ""))
 
     def _take_away(self, path: Path, text: str) -> bool:
         """Remove a lease that says `text`. Only one process can move it away, and it must be what was judged."""
@@ -175,7 +175,7 @@ class Leases:
             return True
         here = _here()
         if all(lease.get(part) == here[part] for part in ("boot", "space")) and here["space"]:
-            began = _started(_count(lease, "pid"))
+            began = _process_start(_count(lease, "pid"))
             return began is None or began != lease.get("began")
         if POSIX and all(lease.get(part) == here[part] for part in ("host", "boot")) and not here["space"]:
             try:
@@ -206,7 +206,7 @@ class Leases:
         self._beating.start()
 
 
-class _Opened:
+class _OpenLease:
     """A lease that is open for appending and bears a token; OSError where it is not there or bears another."""
 
     def __init__(self, path: Path, token: str) -> None:
@@ -237,7 +237,7 @@ def _here() -> dict[str, str | int | None]:
     """What tells this process from all others, on this machine and elsewhere."""
     return {
         "host": socket.gethostname(), "boot": boot(), "space": _space(), "pid": os.getpid(),
-        "began": _started(os.getpid()),
+        "began": _process_start(os.getpid()),
     }  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def _space() -> str:
         return ""
 
 
-def _started(pid: int) -> int | None:
+def _process_start(pid: int) -> int | None:
     """When a process of this namespace began, in ticks since the machine did; None where there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

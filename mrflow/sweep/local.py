@@ -155,7 +155,7 @@ def manifest(sweep: Sweep, model: Backbone) -> Mapping[str, object]:
     """
     needs = {label: files_of(chain) for label, chain in sweep.chains.items()}
     return {
-        "chains": sweep.encoded(),
+        "chains": sweep.as_data(),
         "prints": {label: fingerprints(chain)[-1] for label, chain in sweep.chains.items()},
         "negative": sweep.negative_for(model.info),
         "versions": versions(),

@@ -105,9 +105,9 @@ class Maker:
                 row = self.store.get(key)
                 if row is not None and not row.done and (retry or row.cause == "death"):
                     self.again[key] = row.time
-                lacking += self._wanted(key, row)
+                lacking += self._is_wanted(key, row)
                 self.stayed += row is not None and not row.done and key not in self.again
-                if row is not None and self._outdated(row, label, pair):
+                if row is not None and self._is_outdated(row, label, pair):
                     self._stale[key] = (label, pair)
             out.append(lacking)
         return out
@@ -122,19 +122,19 @@ class Maker:
             for label in self.labels:
                 key = self.key(label, pair)
                 row = self.store.get(key)
-                yield None if self._wanted(key, row) else row
+                yield None if self._is_wanted(key, row) else row
 
     def _missing(self, pairs: Sequence[Pair], labels: Sequence[str] | None = None) -> Iterator[tuple[Pair, str]]:
         for pair in pairs:
             for label in self.labels if labels is None else labels:
                 key = self.key(label, pair)
-                if self._wanted(key, self.store.get(key)):
+                if self._is_wanted(key, self.store.get(key)):
                     yield pair, key
 
-    def _wanted(self, key: str, row: Row | None) -> bool:
+    def _is_wanted(self, key: str, row: Row | None) -> bool:
         return row is None or (not row.done and self.again.get(key) == row.time)
 
-    def _outdated(self, row: Row, label: str, pair: Pair) -> bool:
+    def _is_outdated(self, row: Row, label: str, pair: Pair) -> bool:
         return row.done and (
             row.chain != label or dict(row.tags) != dict(pair[0].tags) or bool(self._unmeasured(row, label))
         )
@@ -154,7 +154,7 @@ class Maker:
         changed = 0
         for key, (label, pair) in behind.items():
             row = self.store.get(key)
-            if row is None or not self._outdated(row, label, pair):
+            if row is None or not self._is_outdated(row, label, pair):
                 continue
             prompt, _ = pair
             new = self._unmeasured(row, label)
@@ -216,7 +216,7 @@ class Maker:
         for label in self.labels:
             todo: list[Held] = []
             for pair, key in self._missing(pairs, [label]):
-                claim = self.store.claim(key, calm=calm, wanted=lambda row, key=key: self._wanted(key, row))  # type: ignore[misc]
+                claim = self.store.claim(key, calm=calm, wanted=lambda row, key=key: self._is_wanted(key, row))  # type: ignore[misc]
                 if claim is not None:
                     todo.append((pair, claim))
             try:
@@ -241,30 +241,30 @@ class Maker:
         for pair, claim in todo:
             if claim.deaths >= MAX_TRIES:
                 said = f"the process died {claim.deaths} times while this row was made"
-                yield self._failed(label, pair, claim, said, "death")
+                yield self._failure(label, pair, claim, said, "death")
         todo = [each for each in todo if each[1].deaths < MAX_TRIES]
         # A row that a process died with is made alone, so that it takes no other with it.
         calm = [each for each in todo if not each[1].suspect]
         for group in ([calm] if calm else []) + [[each] for each in todo if each[1].suspect]:
-            made, reason = self._tried(label, group)
+            made, reason = self._try_group(label, group)
             yield from made
             if reason is not None and len(group) == 1:
-                yield self._failed(label, *group[0], *reason)
+                yield self._failure(label, *group[0], *reason)
             elif reason is not None:
                 for each in group:  # one by one: only the row that fails is lost
-                    made, alone = self._tried(label, [each])
+                    made, alone = self._try_group(label, [each])
                     yield from made
                     if alone is not None:
-                        yield self._failed(label, *each, *alone)
+                        yield self._failure(label, *each, *alone)
 
-    def _tried(self, label: str, group: Sequence[Held]) -> tuple[list[Row], tuple[str, Cause] | None]:
+    def _try_group(self, label: str, group: Sequence[Held]) -> tuple[list[Row], tuple[str, Cause] | None]:
         """The rows of a group, or why they could not be made.
 
         Raises:
             DeviceLostError: the device is gone. ResourceError: the folder does not take files.
         """
         try:
-            return self._made(label, group), None
+            return self._make_group(label, group), None
         except RowTimeoutError:
             return [], (f"it took longer than {self.row_timeout:g} s (--row-timeout)", "timeout")
         except Exception as error:
@@ -277,14 +277,14 @@ class Maker:
                 raise
             return [], (_say(error), "error")
 
-    def _made(self, label: str, group: Sequence[Held]) -> list[Row]:
+    def _make_group(self, label: str, group: Sequence[Held]) -> list[Row]:
         chain, pairs = self.sweep.chains[label], tuple(pair for pair, _ in group)
-        with self._limited(label, group):
+        with self._with_limit(label, group):
             self._warm_up(label, chain, len(pairs), pairs[0][0].text)
         self.store.leases.doing([c.key for _, c in group], "alone" if len(group) == 1 else "together")
         keep = self.needs_latents or self.sweep.pictures == "stages"
         rows: list[Row] = []
-        with self._limited(label, group):
+        with self._with_limit(label, group):
             result = run(
                 chain,
                 self.model,
@@ -306,14 +306,14 @@ class Maker:
         return rows
 
     @contextmanager
-    def _limited(self, label: str, group: Sequence[Held]) -> Generator[None]:
+    def _with_limit(self, label: str, group: Sequence[Held]) -> Generator[None]:
         """Within the time that rows may take."""
 
         def stuck() -> None:
             """What cannot be interrupted ends with its process: alone it is written off, else it is made alone next."""
             if len(group) == 1:
                 said = f"it hung for longer than {self.row_timeout:g} s (--row-timeout) and could not be interrupted"
-                self.store.commit(self._failed(label, *group[0], said, "timeout"))
+                self.store.commit(self._failure(label, *group[0], said, "timeout"))
                 self.store.release([group[0][1].key])
             self.store.leases.abandon()
 
@@ -377,7 +377,7 @@ class Maker:
             timed=timed,
         )
 
-    def _failed(self, label: str, pair: Pair, claim: Claim, error: str, cause: Cause) -> Row:
+    def _failure(self, label: str, pair: Pair, claim: Claim, error: str, cause: Cause) -> Row:
         begun = self._begun(label, pair, claim)
         return replace(begun, error=error, cause=cause, tries=claim.tries + (cause != "death"))
 

@@ -59,13 +59,13 @@ def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = 
     axes.minorticks_off()
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, ncols=-(-len(points) // 24))
     axes.grid(visible=True, alpha=0.25)
-    out = _saved(figure, stem)
+    out = _save(figure, stem)
     pyplot.close(figure)
     base = chosen.split(".")[0]
     parts = [m for m in summary["metrics"] if m.startswith(f"{base}.")]
     if parts:
         figure = _parts(summary, base, parts)
-        out += _saved(figure, stem.with_name(f"{stem.name}-categories"))
+        out += _save(figure, stem.with_name(f"{stem.name}-categories"))
         pyplot.close(figure)
     return out
 
@@ -159,7 +159,7 @@ def _ends(found: Mapping[str, Any]) -> Ends:
     return (mean, mean, mean) if found["low"] is None else (mean, found["low"], found["high"])
 
 
-def _saved(figure: Any, stem: Path) -> list[Path]:  # noqa: ANN401
+def _save(figure: Any, stem: Path) -> list[Path]:  # noqa: ANN401
     out: list[Path] = []
     for ending in ("png", "svg"):
         buffer = BytesIO()

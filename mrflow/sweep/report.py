@@ -59,7 +59,7 @@ def page(
     sizes: dict[str, list[int]] = {}
     embedded: list[tuple[float, str]] = []  # what to embed, by how soon it should be seen
     first = data["metrics"][0] if data["metrics"] else "seconds"
-    for place, row in _ranked(rows, first, Scale(**data["scales"][first])):
+    for place, row in _rank(rows, first, Scale(**data["scales"][first])):
         item = items.setdefault(
             (row.prompt, row.draw),
             {"prompt": row.prompt, "draw": row.draw, "seed": row.seed, "tags": dict(row.tags), "cells": {}},
@@ -106,7 +106,7 @@ def _template() -> str:
     return resources.files("mrflow.sweep").joinpath("report.html").read_text("utf-8")
 
 
-def _ranked(rows: Sequence[Row], metric: str, which: Scale) -> list[tuple[float, Row]]:
+def _rank(rows: Sequence[Row], metric: str, which: Scale) -> list[tuple[float, Row]]:
     """Every row in its order, with how soon its picture is wanted: the page shows the worst of each chain first."""
     worst: dict[str, list[tuple[float, str]]] = {}
     for row in rows:

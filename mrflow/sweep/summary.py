@@ -53,7 +53,7 @@ def load_rows(folder: str | Path) -> tuple[list[Row], str]:
         others = sorted({row.weights for row in rows} - {mine[0].weights})
         log.warning("%d rows of other weights are left out: %s", len(rows) - len(mine), ", ".join(others))
         rows = mine
-    mine = [row for row in rows if _current(row, said)]
+    mine = [row for row in rows if _is_current(row, said)]
     if len(mine) < len(rows):
         log.warning("%d rows of other settings or versions are left out", len(rows) - len(mine))
         rows = mine
@@ -66,7 +66,7 @@ def load_rows(folder: str | Path) -> tuple[list[Row], str]:
     return rows, reference if isinstance(reference, str) and reference in known else ""
 
 
-def _current(row: Row, said: Mapping[str, Any]) -> bool:
+def _is_current(row: Row, said: Mapping[str, Any]) -> bool:
     """Whether a row is what the sweep that ran last would make under this label."""
     chain = cast("dict[str, str]", said.get("prints", {})).get(row.chain)
     if row.seed != seed_of(row.prompt, row.draw):  # drawn when prompts still shared their noise

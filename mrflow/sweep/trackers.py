@@ -49,7 +49,7 @@ def tracker(word: str) -> Tracker:
     if kind == "tensorboard" and place:
         return TensorBoard(check_path("the folder of --log", place))
     if kind in ("wandb", "trackio"):
-        return Hosted(kind, place or "mrflow")
+        return HostedTracker(kind, place or "mrflow")
     raise PlanError(f"--log takes {WORDS}, got {word!r}")
 
 
@@ -103,7 +103,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class Hosted:
+class HostedTracker:
     """Weights & Biases or Trackio, whose modules have one interface; `WANDB_MODE=offline` and Trackio need no network.
 
     Raises:

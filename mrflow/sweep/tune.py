@@ -163,7 +163,7 @@ class Tune:
 
 
 @dataclass(frozen=True)
-class Tried:
+class Trial:
     """One chain of the search. `quality` is None where it was not drawn (`why` says so) or has no such number."""
 
     label: str
@@ -181,12 +181,12 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuneResult:
     """What a search found: everything tried, the cheapest that is good enough, and the front, cheapest first."""
 
-    tried: Sequence[Tried]
-    best: Tried | None
-    front: Sequence[Tried]
+    tried: Sequence[Trial]
+    best: Trial | None
+    front: Sequence[Trial]
 
 
 def tune(
@@ -197,9 +197,9 @@ def tune(
     trials: int = 40,
     batch: int = 4,
     seed: int = 0,
-    on_tried: Callable[[int, Tried], None] | None = None,
+    on_tried: Callable[[int, Trial], None] | None = None,
     on_drawing: Callable[[str, int, int], None] | None = None,
-) -> Tuned:
+) -> TuneResult:
     """Search. Rows are kept in `folder`, so the same search again draws nothing twice.
 
     The native chain of 50 steps is drawn first: it is the reference, and number 1 of `trials` + 1. `on_tried` is given
@@ -214,11 +214,11 @@ def tune(
     optuna = _optuna()
     info, higher = model.info, asked.higher
     reference = recipes.native(size=info.size, steps=info.native_steps)
-    tried: list[Tried] = []
+    tried: list[Trial] = []
     cheapest = math.inf
-    seen: dict[str, Tried] = {}
+    seen: dict[str, Trial] = {}
 
-    def drawn(label: str, chain: StagedChain, planned: Plan) -> Tried:
+    def drawn(label: str, chain: StagedChain, planned: Plan) -> Trial:
         sweep = Sweep(
             {"native 50": reference, label: chain} if label != "native 50" else {label: chain},
             asked.prompts,
@@ -243,10 +243,10 @@ def tune(
                 numbers = values(rows, asked.metric)
                 found = interval(numbers, draws=2000) if numbers else None
                 if found is not None and part is not pairs and _hopeless(found, asked):
-                    return Tried(label, chain, planned.work.flops, found, _seconds(rows), "below the floor early")
-        return Tried(label, chain, planned.work.flops, found, _seconds(rows))
+                    return Trial(label, chain, planned.work.flops, found, _seconds(rows), "below the floor early")
+        return Trial(label, chain, planned.work.flops, found, _seconds(rows))
 
-    def told(one: Tried) -> None:
+    def told(one: Trial) -> None:
         tried.append(one)
         if on_tried is not None:
             on_tried(len(tried), one)
@@ -257,14 +257,14 @@ def tune(
         try:
             planned = plan(chain, info)
         except PlanError as error:
-            told(Tried(_label(trial.params), chain, math.inf, None, None, str(error)))
+            told(Trial(_label(trial.params), chain, math.inf, None, None, str(error)))
             raise optuna.TrialPruned from None
         label = _label(trial.params)
         cost = planned.work.flops
         if label in seen:
             one = seen[label]
         elif cost >= cheapest:
-            one = Tried(label, chain, cost, None, None, "costs more than one that is good enough")
+            one = Trial(label, chain, cost, None, None, "costs more than one that is good enough")
         else:
             one = drawn(label, chain, planned)
         seen[label] = one
@@ -289,7 +289,7 @@ def tune(
     names = pareto({n: (t.flops, sign * cast(Interval, t.quality).mean) for n, t in whole.items()})
     good = [t for t in whole.values() if t.good(asked.floor, higher=higher)]
     best = min(good, key=lambda t: t.flops, default=None)
-    return Tuned(tried, best, [whole[n] for n in names])
+    return TuneResult(tried, best, [whole[n] for n in names])
 
 
 def _optuna() -> Any:  # noqa: ANN401
@@ -317,7 +317,7 @@ def _label(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in sorted(params.items()))
 
 
-def front_file(found: Tuned, asked: Tune) -> str:
+def front_file(found: TuneResult, asked: Tune) -> str:
     """A Python file with the chains of the front that are good enough, each ready for `mrflow run file.py:name`."""
     bound = "at least" if asked.higher else "at most"
     lines = [
@@ -339,15 +339,15 @@ def front_file(found: Tuned, asked: Tune) -> str:
     return "\n".join([*lines, f"chains = {{{labels}}}", ""])
 
 
-def write_front(found: Tuned, asked: Tune, path: Path) -> None:
+def write_front(found: TuneResult, asked: Tune, path: Path) -> None:
     """Write `front_file`."""
     write_bytes(path, front_file(found, asked).encode("utf-8"))
 
 
-def outcome(found: Tuned, asked: Tune) -> dict[str, object]:
+def outcome(found: TuneResult, asked: Tune) -> dict[str, object]:
     """What a search found, as plain data: the front with what each chain costs and reaches, and the best of it."""
 
-    def row(one: Tried) -> dict[str, object]:
+    def row(one: Trial) -> dict[str, object]:
         quality = one.quality
         ends = {} if quality is None else {"mean": quality.mean, "low": quality.low, "high": quality.high}
         good = one.good(asked.floor, higher=asked.higher)
@@ -357,7 +357,7 @@ def outcome(found: Tuned, asked: Tune) -> dict[str, object]:
     return {"tried": len(found.tried), "floor": asked.floor, "best": best, "front": [row(one) for one in found.front]}
 
 
-def lines(found: Tuned, asked: Tune) -> Iterable[str]:
+def lines(found: TuneResult, asked: Tune) -> Iterable[str]:
     """The front for people: * the cheapest that is good enough, - what is not good enough."""
     for one in found.front:
         best = found.best is not None and one.label == found.best.label

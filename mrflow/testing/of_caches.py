@@ -17,7 +17,7 @@ from mrflow.models.fields import step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.layers import Merge
-from mrflow.notes import Tally, tallied
+from mrflow.notes import Tally, tally_work
 from mrflow.pieces import Pieces, Step, StepFactory
 from mrflow.testing.laws import Law, demand
 from mrflow.testing.of_slots import ALONE, POINTS
@@ -140,7 +140,7 @@ class _Network:
         with torch.inference_mode():
             for sigma, to in zip(POINTS, (*POINTS[1:], 0.0), strict=True):
                 before = pieces.blocks
-                with tallied() as tally:
+                with tally_work() as tally:
                     v = field(x, sigma)
                 out.append(_Look(x, sigma, v, pieces.blocks - before, tally))
                 x = x + (to - sigma) * v
@@ -227,8 +227,8 @@ class SpoiledCache(Cache):
     def share(self, info: ModelInfo, tokens: int) -> float:
         return 0.0 if self.how == "share" else 1.0
 
-    def opened(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
-        inner = super().opened(pieces, clock, info)
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+        inner = super().make_step(pieces, clock, info)
         if self.how == "remembers":
             return _opened.setdefault("step", inner)
         if self.how not in {"computed", "items"}:

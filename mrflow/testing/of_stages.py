@@ -13,7 +13,7 @@ from mrflow.flow import Velocity
 from mrflow.guidance import Distilled
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
-from mrflow.rivals.growth import dct_matrix, grown
+from mrflow.rivals.growth import dct_matrix, grow
 from mrflow.runner import run
 from mrflow.schedules import shift_static
 from mrflow.solvers import Euler
@@ -35,7 +35,7 @@ def check_stage(stage: AnyStage, *, spec: Spec | None = None, model: Toy | None 
         law.hold(stage, spec=spec, model=model)
 
 
-def given(stage: AnyStage, model: ModelInfo) -> Spec:
+def input_for(stage: AnyStage, model: ModelInfo) -> Spec:
     """A value that a stage takes: not square, where its plan agrees; clean, where its plan agrees.
 
     Raises:
@@ -73,7 +73,7 @@ class _Run:
 
     def __init__(self, stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
         self.stage, self.model = stage, model or toy()
-        self.spec = spec or given(stage, self.model.info)
+        self.spec = spec or input_for(stage, self.model.info)
         generator = torch.Generator().manual_seed(0)
         data = torch.rand(self.spec.shape, generator=generator)
         self.data = data if isinstance(self.spec, Pixels) else 2 * data - 1
@@ -513,7 +513,7 @@ class SpoiledGrowth(Stage[Latents, Latents]):
         if self.how == "noise":
             noise = noise.clone()
             noise[..., 1::2] = noise[..., ::2]
-        y = grown(x, noise, sigma)
+        y = grow(x, noise, sigma)
         if self.how == "dim":
             return y - 0.2 * y.mean((-2, -1), keepdim=True)
         return y.flip(-2) if self.how == "upside down" else y

@@ -12,9 +12,9 @@ import torch
 from mrflow._checks import check_whole, is_whole
 from mrflow.checkpoints.safetensors import some
 from mrflow.errors import PlanError, ResourceError, WeightsError
-from mrflow.records.files import located
+from mrflow.records.files import locate
 from mrflow.upscalers.network import Network, NetworkFacts, OpenedNetwork, Precision, check_settings
-from mrflow.upscalers.torchvision_shim import shimmed
+from mrflow.upscalers.torchvision_shim import use_shim
 from mrflow.upscalers.weights import read_state
 
 
@@ -45,11 +45,11 @@ class BasicSR(Network):
         check_settings(self.tile, self.dtype)
         if self.multiple is not None:
             check_whole("an upscaler's multiple", self.multiple, 1, 1024)
-        where, found = located(self.options, self.options_sha256)
+        where, found = locate(self.options, self.options_sha256)
         object.__setattr__(self, "options", str(where))
         object.__setattr__(self, "options_sha256", found)
         weights = self.weights or _pretrained(where)
-        where, found = located(weights, self.weights_sha256)
+        where, found = locate(weights, self.weights_sha256)
         object.__setattr__(self, "weights", str(where))
         object.__setattr__(self, "weights_sha256", found)
         _ = self.opened
@@ -69,7 +69,7 @@ class BasicSR(Network):
     @property
     def opened(self) -> OpenedNetwork:
         """The network, read once."""
-        return _opened(self.options, self.weights, self.options_sha256, self.weights_sha256, self.multiple)
+        return _open(self.options, self.weights, self.options_sha256, self.weights_sha256, self.multiple)
 
 
 def basicsr_package() -> Any:  # noqa: ANN401
@@ -81,7 +81,7 @@ def basicsr_package() -> Any:  # noqa: ANN401
         PlanError: it is not installed, or cannot be imported.
     """
     try:
-        with shimmed(), warnings.catch_warnings():
+        with use_shim(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # it is from 2022, and so are the names it imports
             import basicsr  # type: ignore  # pyright: ignore
     except ImportError as error:
@@ -117,9 +117,7 @@ def _pretrained(path: Path) -> str:
 
 
 @lru_cache(maxsize=16)
-def _opened(
-    options: str, weights: str, options_sha256: str, weights_sha256: str, multiple: int | None
-) -> OpenedNetwork:
+def _open(options: str, weights: str, options_sha256: str, weights_sha256: str, multiple: int | None) -> OpenedNetwork:
     table = _read_options(Path(options))
     settings = dict(cast("dict[str, Any]", table["network_g"]))
     kind = str(settings.pop("type"))

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrflow.errors import MrflowError, WeightsError
-from mrflow.records.files import located
+from mrflow.records.files import locate
 from mrflow.upscalers.nets import RRDBParams
 from mrflow.upscalers.network import NetworkFacts, OneFile, OpenedNetwork, Precision
 from mrflow.upscalers.spandrel import Spandrel
-from mrflow.upscalers.weights import network, read_state, recognised, renamed
+from mrflow.upscalers.weights import network, read_state, recognise, rename
 
 if TYPE_CHECKING:
     from mrflow.upscaler import Upscaler
@@ -62,8 +62,8 @@ def load_upscaler(path: str | Path, *, tile: int | None = None, dtype: Precision
     Raises:
         WeightsError: the file is missing, unsafe or broken, or it holds a network that nothing here knows.
     """
-    where, _ = located(str(path), "")
-    if recognised(renamed(read_state(where))) is None:
+    where, _ = locate(str(path), "")
+    if recognise(rename(read_state(where))) is None:
         return Spandrel(str(where), tile=tile, dtype=dtype)
     try:
         return Checkpoint(str(where), tile=tile, dtype=dtype)

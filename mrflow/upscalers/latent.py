@@ -15,7 +15,7 @@ from mrflow._checks import check_path
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import read_config
 from mrflow.errors import PlanError, WeightsError
-from mrflow.records.files import located
+from mrflow.records.files import locate
 from mrflow.upscaler import LatentUpscaler
 from mrflow.upscalers.weights import State, read_state
 
@@ -45,7 +45,7 @@ class LatentCheckpoint(LatentUpscaler):
         where = check_path("the file", self.path)
         if where.is_dir():
             where = next(iter(sorted(where.glob("*.safetensors"))), where / "diffusion_pytorch_model.safetensors")
-        where, found = located(str(where), self.sha256)
+        where, found = locate(str(where), self.sha256)
         skip, groups = _settings(where.parent / "config.json")
         skip, groups = self.skip or skip, groups if self.groups is None else self.groups
         if skip not in get_args(Skip):

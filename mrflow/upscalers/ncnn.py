@@ -113,7 +113,7 @@ class Graph:
             flat += term[1:] if term[0] == "cat" else (part,)
         return self.value("cat", *flat)
 
-    def scaled(self, x: int, by: float) -> int:
+    def scale(self, x: int, by: float) -> int:
         """x times a number."""
         return x if by == 1 else self.value("scaled", x, round(by, 6))
 
@@ -154,13 +154,13 @@ def _read(layers: list[Layer], path: Path) -> Graph:
         missing = [name for name in layer.inputs if name not in blobs]
         if missing or not layer.outputs:
             raise WeightsError(f"{path}: layer {layer.name} takes {', '.join(missing) or 'nothing'}, which none makes")
-        result = _applied(graph, layer, [blobs[name] for name in layer.inputs], path)
+        result = _apply(graph, layer, [blobs[name] for name in layer.inputs], path)
         blobs.update(dict.fromkeys(layer.outputs, result))
         graph.out = result
     return graph
 
 
-def _applied(graph: Graph, layer: Layer, x: list[int], path: Path) -> int:
+def _apply(graph: Graph, layer: Layer, x: list[int], path: Path) -> int:
     """What one layer makes of its inputs."""
     kind, get = layer.kind, layer.get
     if kind == "Input" and not x:
@@ -187,11 +187,11 @@ def _applied(graph: Graph, layer: Layer, x: list[int], path: Path) -> int:
     if kind == "Eltwise" and get(0, 0) == 1:
         factors = layer.values.get(-23301, ()) or (1.0,) * len(x)
         if len(factors) == len(x):
-            return graph.add(*(graph.scaled(a, c) for a, c in zip(x, factors, strict=True)))
+            return graph.add(*(graph.scale(a, c) for a, c in zip(x, factors, strict=True)))
     if kind == "BinaryOp" and get(0, 0) == 0 and len(x) == 2:
         return graph.add(*x)
     if kind == "BinaryOp" and get(0, 0) == 2 and get(1, 0) == 1:
-        return graph.scaled(x[0], get(2, 0))
+        return graph.scale(x[0], get(2, 0))
     if kind == "Interp":
         if get(0, 0) != 1 or get(1, 1) != get(2, 1):
             _refuse(layer, path, "a resize that neither has (is there a file of the network's own scale, x4?)")
@@ -258,7 +258,7 @@ def _rrdb(graph: Graph, tensors: list[tuple[Tensor, ...]], path: Path) -> State:
     names = ["conv_first"]
     names += [f"body.{i}.rdb{j}.conv{k}" for i in range(blocks) for j in (1, 2, 3) for k in (1, 2, 3, 4, 5)]
     names += ["conv_body", *(f"conv_up{k + 1}" for k in range(doublings)), "conv_hr", "conv_last"]
-    _held(graph, expected_rrdb(graph, RRDBParams(blocks=blocks, ups=doublings)), path)
+    _check_same(graph, expected_rrdb(graph, RRDBParams(blocks=blocks, ups=doublings)), path)
     return {
         f"{name}.{part}": tensor
         for name, pair in zip(names, tensors, strict=True)
@@ -269,7 +269,7 @@ def _rrdb(graph: Graph, tensors: list[tuple[Tensor, ...]], path: Path) -> State:
 def _compact(graph: Graph, tensors: list[tuple[Tensor, ...]], path: Path) -> State:
     """Names of an SRVGGNetCompact's tensors: body.0 ..., convolutions and slopes in turn."""
     scale = next((int(float(str(term[2]))) for term in graph.terms if term[0] == "shuffle"), 1)
-    _held(graph, expected_compact(graph, CompactParams(convs=(len(tensors) - 3) // 2, scale=scale)), path)
+    _check_same(graph, expected_compact(graph, CompactParams(convs=(len(tensors) - 3) // 2, scale=scale)), path)
     return {
         f"body.{index}.{part}": tensor
         for index, group in enumerate(tensors)
@@ -292,8 +292,8 @@ def expected_rrdb(graph: Graph, params: RRDBParams) -> tuple[list[int], int]:
             seen = [x]
             for _ in range(4):
                 seen.append(conv(graph.cat(seen) if len(seen) > 1 else x, SLOPE))
-            x = graph.add(graph.scaled(conv(graph.cat(seen)), RESIDUAL), x)
-        x = graph.add(graph.scaled(x, RESIDUAL), block)
+            x = graph.add(graph.scale(conv(graph.cat(seen)), RESIDUAL), x)
+        x = graph.add(graph.scale(x, RESIDUAL), block)
     x = graph.add(first, conv(x))
     for _ in range(params.ups):
         x = conv(graph.value("nearest", x, 2.0), SLOPE)
@@ -311,7 +311,7 @@ def expected_compact(graph: Graph, params: CompactParams) -> tuple[list[int], in
     return made, graph.add(shuffled, graph.value("nearest", source, params.scale))
 
 
-def _held(graph: Graph, expected: tuple[list[int], int], path: Path) -> None:
+def _check_same(graph: Graph, expected: tuple[list[int], int], path: Path) -> None:
     """Refuse a graph that is another one, by the first layer with weights where it differs, or by its end."""
     made, out = expected
     for layer, found, target in zip(graph.weighted, graph.made, made, strict=False):

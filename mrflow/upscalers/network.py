@@ -16,8 +16,8 @@ from mrflow._checks import is_whole, require
 from mrflow.error_context import is_out_of_memory
 from mrflow.errors import NonFiniteError, PlanError, ResourceError, WeightsError
 from mrflow.notes import note
-from mrflow.records.files import located
-from mrflow.tiling import tiled
+from mrflow.records.files import locate
+from mrflow.tiling import in_tiles
 from mrflow.upscaler import Upscaler
 
 FADE = 16  # pixels over which one tile fades into the next
@@ -124,7 +124,7 @@ class Network(Upscaler):
         """
         facts = self.facts
         h, w = pixels.shape[-2:]
-        x = padded(pixels, facts).contiguous(memory_format=torch.channels_last)
+        x = pad_to_multiple(pixels, facts).contiguous(memory_format=torch.channels_last)
         out = self._at(x, self._precision(pixels.device))
         s = facts.scale
         if out.shape != (len(x), 3, s * x.shape[-2], s * x.shape[-1]):
@@ -142,23 +142,23 @@ class Network(Upscaler):
         """In a precision, or in float32 where that overflows."""
         opened = self.opened
         if dtype == torch.float32 or dtype in opened.unsafe:
-            out = self._fitted(x, torch.float32)
+            out = self._call_fitting(x, torch.float32)
             if not bool(torch.isfinite(out).all()):
                 raise NonFiniteError(f"{self!r} gave NaN or infinity in float32; are its weights whole?")
             return out
-        out = self._fitted(x, dtype)
+        out = self._call_fitting(x, dtype)
         if bool(torch.isfinite(out).all()):
             return out
         opened.unsafe.add(dtype)
         note(f"{self!r} gave NaN or infinity in {dtype}; it works in float32 from now on".replace("torch.", ""))
         return self._at(x, torch.float32)
 
-    def _fitted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _call_fitting(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Whole or in tiles: what is predicted to fit, then smaller tiles while it does not."""
         tile, told = self._tile(x, dtype), False
         while True:
             try:
-                return self._tiled(x, dtype, tile)
+                return self._call_tiles(x, dtype, tile)
             except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 if not is_out_of_memory(error):
                     raise
@@ -199,12 +199,12 @@ class Network(Upscaler):
         half = max(self._least(), min(tile, max(x.shape[-2:])) // 2 // m * m)
         return half if self.facts.tiles and half < min(tile, max(x.shape[-2:])) else None
 
-    def _tiled(self, x: Tensor, dtype: torch.dtype, tile: int) -> Tensor:
+    def _call_tiles(self, x: Tensor, dtype: torch.dtype, tile: int) -> Tensor:
         overlap, margin = self.overlap()
         if not self.facts.tiles or tile >= max(x.shape[-2:]):
-            return self._batched(x, dtype)
-        return tiled(
-            lambda part: self._batched(part, dtype),
+            return self._call_batch(x, dtype)
+        return in_tiles(
+            lambda part: self._call_batch(part, dtype),
             x,
             tile=tile,
             overlap=overlap,
@@ -212,7 +212,7 @@ class Network(Upscaler):
             up=self.facts.scale,
         )
 
-    def _batched(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _call_batch(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The whole batch at once where that is predicted to fit, else one picture after another."""
         opened = self.opened
         net = opened.on(x.device, dtype)
@@ -238,7 +238,7 @@ class OneFile(Network):
 
     def __post_init__(self) -> None:
         check_settings(self.tile, self.dtype)
-        where, found = located(self.path, self.sha256)
+        where, found = locate(self.path, self.sha256)
         object.__setattr__(self, "path", str(where))
         object.__setattr__(self, "sha256", found)
         _ = self.opened
@@ -248,7 +248,7 @@ class OneFile(Network):
         return {"path": Path(self.path).name, "sha256": self.sha256, "tile": self.tile, "dtype": self.dtype}
 
 
-def padded(pixels: Tensor, facts: NetworkFacts) -> Tensor:
+def pad_to_multiple(pixels: Tensor, facts: NetworkFacts) -> Tensor:
     """Pictures padded at the bottom and the right to the sides that a network takes: by reflection as far as it goes,
     then by repeating the edge.
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mrflow.errors import PlanError, WeightsError
 from mrflow.upscalers.network import NetworkFacts, OneFile, OpenedNetwork, Precision
-from mrflow.upscalers.torchvision_shim import shimmed
+from mrflow.upscalers.torchvision_shim import use_shim
 from mrflow.upscalers.weights import read_state
 
 
@@ -37,7 +37,7 @@ class Spandrel(OneFile):
     @property
     def opened(self) -> OpenedNetwork:
         """The network, read once for all upscalers of the same file."""
-        return _opened(self.path, self.sha256)
+        return _open(self.path, self.sha256)
 
 
 def spandrel() -> Any:  # noqa: ANN401
@@ -47,7 +47,7 @@ def spandrel() -> Any:  # noqa: ANN401
         PlanError: it is not installed.
     """
     try:
-        with shimmed():
+        with use_shim():
             import spandrel as package  # type: ignore  # pyright: ignore
     except ImportError as error:
         raise PlanError(
@@ -57,7 +57,7 @@ def spandrel() -> Any:  # noqa: ANN401
 
 
 @lru_cache(maxsize=16)
-def _opened(path: str, sha256: str) -> OpenedNetwork:
+def _open(path: str, sha256: str) -> OpenedNetwork:
     state = read_state(Path(path))
     package = spandrel()
     try:

@@ -1,7 +1,7 @@
 """torchvision for libraries that import it and hardly use it.
 
 basicsr 1.4.2 imports `torchvision.transforms.functional_tensor`, which torchvision took away in 0.17; spandrel imports
-torchvision for two of its architectures. Inside `shimmed` such an import works: the lost module is put back as a view
+torchvision for two of its architectures. Inside `use_shim` such an import works: the lost module is put back as a view
 of `torchvision.transforms.functional`; and where there is no torchvision at all, or one that does not fit torch, every
 name of it is a stand-in that raises ImportError when it is used. Afterwards nothing of either is left in `sys.modules`.
 """
@@ -72,7 +72,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 @contextmanager
-def shimmed() -> Generator[None]:
+def use_shim() -> Generator[None]:
     """Inside, `import torchvision` works as far as importing goes."""
     with _lock:
         try:

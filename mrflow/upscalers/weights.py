@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mrflow.checkpoints.blueprint import blueprint
-from mrflow.checkpoints.names import plain, shared
+from mrflow.checkpoints.names import common_wrapper, plain
 from mrflow.checkpoints.pickles import check_pickles
-from mrflow.checkpoints.safetensors import mapped, read_header, some
+from mrflow.checkpoints.safetensors import map_tensor, read_header, some
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.upscalers.ncnn import read_ncnn
 from mrflow.upscalers.nets import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
@@ -46,9 +46,9 @@ def read_state(path: Path, *, first: str | None = None) -> State:
     if path.suffix == ".safetensors":
         header = read_header(path)
         files: dict[Path, torch.UntypedStorage] = {}
-        state = {name: mapped(entry, files) for name, entry in header.tensors.items()}
+        state = {name: map_tensor(entry, files) for name, entry in header.tensors.items()}
     else:
-        state = _unwrapped(_unpickled(path), path, first)
+        state = _unwrap(_unpickle(path), path, first)
         _check_tensors(state, path)
     for name, x in state.items():
         if x.is_complex() or (str(name).endswith(".weight") and not x.is_floating_point()):
@@ -80,7 +80,7 @@ def _check_tensors(state: State, path: Path) -> None:
             raise WeightsError(f"{path}: {name} of shape {tuple(tensor.shape)} repeats values that the file has once")
 
 
-def _unpickled(path: Path) -> object:
+def _unpickle(path: Path) -> object:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -120,7 +120,7 @@ def _unpickled(path: Path) -> object:
     return loaded
 
 
-def _unwrapped(loaded: object, path: Path, first: str | None) -> State:
+def _unwrap(loaded: object, path: Path, first: str | None) -> State:
     for _ in range(MAX_NESTING):
         if not isinstance(loaded, Mapping):
             raise WeightsError(f"{path} holds {type(loaded).__name__}, not named tensors: save its state_dict")
@@ -146,14 +146,14 @@ def without_wrappers(state: State) -> State:
     Of a network that is none of `sr.py`'s only words are taken off that no network uses itself.
     """
     names = state
-    while recognised(renamed(names)) is None:
-        word = shared(names)
+    while recognise(rename(names)) is None:
+        word = common_wrapper(names)
         if not word:
             break
         names = {name.removeprefix(word): tensor for name, tensor in names.items()}
     else:
         return names
-    while (word := shared(state)) in ("module.", "netG.", "generator.", "params_ema.", "params."):
+    while (word := common_wrapper(state)) in ("module.", "netG.", "generator.", "params_ema.", "params."):
         state = {name.removeprefix(word): tensor for name, tensor in state.items()}
     return state
 
@@ -170,7 +170,7 @@ _RENAMES = (
 )
 
 
-def renamed(state: State) -> State:
+def rename(state: State) -> State:
     """The same tensors under the names of `RRDBNet`; names that are in no known naming stay as they are."""
     numbers = [int(m[1]) for name in state if (m := re.fullmatch(r"model\.(\d+)\.weight", name))]
     last = max(numbers, default=-1)
@@ -191,8 +191,8 @@ def renamed(state: State) -> State:
     return out
 
 
-def recognised(state: State) -> RRDBParams | CompactParams | None:
-    """The sizes of the network that tensors (named as `renamed` gives them) belong to; None for any other network."""
+def recognise(state: State) -> RRDBParams | CompactParams | None:
+    """The sizes of the network that tensors (named as `rename` gives them) belong to; None for any other network."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if {"conv_first.weight", "conv_last.weight", "body.0.rdb1.conv1.weight"} <= set(shapes):
         first, last = shapes["conv_first.weight"], shapes["conv_last.weight"]
@@ -222,8 +222,8 @@ def network(state: State, path: Path) -> RRDBNet | SRVGGNetCompact | None:
     Raises:
         WeightsError: it is one of them, but tensors are missing, left over, or of another shape.
     """
-    named = renamed(state)
-    params = recognised(named)
+    named = rename(state)
+    params = recognise(named)
     if params is None:
         return None
     with blueprint():
@@ -243,12 +243,12 @@ def network(state: State, path: Path) -> RRDBNet | SRVGGNetCompact | None:
             f"{path} looks like {type(net).__name__} but does not fit it: {len(problems)} problems: {some(problems)}"
         )
     # Copies: a file that is replaced while the program runs must not change the network.
-    net.load_state_dict({name: _placed(tensor) for name, tensor in named.items()}, assign=True)
+    net.load_state_dict({name: _place(tensor) for name, tensor in named.items()}, assign=True)
     net.eval().requires_grad_(False)  # noqa: FBT003
     return net
 
 
-def _placed(tensor: Tensor) -> Tensor:
+def _place(tensor: Tensor) -> Tensor:
     if tensor.ndim == 4:
         return tensor.float().contiguous(memory_format=torch.channels_last).clone()
     return tensor.to(torch.float32, copy=True)

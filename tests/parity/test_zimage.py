@@ -29,7 +29,7 @@ def velocity(net: ZImage, x: torch.Tensor, texts: list[torch.Tensor], sigma: tor
     tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2)
     text, table = net.embed_text(texts), net.tables([sigma])[0]
     rope = net.rope(positions_zimage(h, w, text.shape[1]))
-    img, _ = net.some_blocks(net.embed_image(tokens), net.filled(text, h * w), rope, table, 0, len(net.stack()))
+    img, _ = net.some_blocks(net.embed_image(tokens), net.fill(text, h * w), rope, table, 0, len(net.stack()))
     return rearrange(net.head(img, table), "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mrflow as mf
-from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, save_file
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, Source, save_file
 from mrflow.model_info import Architecture
 from mrflow.models.blocks import Transformer, TransformerParams
 from mrflow.models.family import Files
@@ -113,7 +113,7 @@ class ToyModel(LatentModel):
     def conditioning_vector(self, cond: mf.Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
         raise NotImplementedError
 
-    def opened(self, cond: mf.Condition, options: mf.FieldOptions, step: StepFactory | None) -> mf.Velocity:
+    def make_field(self, cond: mf.Condition, options: mf.FieldOptions, step: StepFactory | None) -> mf.Velocity:
         net = self._net
         assert isinstance(net, ToyNet)
 
@@ -144,10 +144,10 @@ class ToyFamily(TransformerFamily):
     def layout(self, net: nn.Module) -> Layout:
         return {n: Source(self.names(n), (len(t),)) for n, t in net.state_dict().items()}
 
-    def prepare(self, header: Header, **how: Any) -> Prepared[ToyNet]:
+    def prepare(self, header: Header, **how: Any) -> CheckedNetwork[ToyNet]:
         return prepare_transformer(header, lambda split: ToyNet(), self.layout, **how)
 
-    def prepare_autoencoder(self, header: Header, **how: Any) -> Prepared[ToyVae]:
+    def prepare_autoencoder(self, header: Header, **how: Any) -> CheckedNetwork[ToyVae]:
         return prepare_autoencoder(header, ToyVae, self.layout, **how)
 
     def info(self, net: ToyNet, vae: ToyVae, text: object, files: Files, parameters: int) -> mf.ModelInfo:

@@ -17,7 +17,7 @@ from mrflow.models.flux.text import ClipT5
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.latent_model import LatentModel, encoded_once, footprint
-from mrflow.models.transformer_model import repeated, side_by_side
+from mrflow.models.transformer_model import repeat, side_by_side
 from mrflow.notes import note
 from mrflow.pieces import StepFactory
 
@@ -47,14 +47,14 @@ class Flux1(LatentModel):
 
         return Condition(encoded_once(prompts, encode))
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow; conditions beside are a larger batch."""
         p = self._flow.params
         if options.guidance is not None and not p.guidance:
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale)")
         if options.beside:
             cond = side_by_side(cond, options.beside)
-        context, pooled = self._checked(cond)
+        context, pooled = self._tensors(cond)
         value = self._info.guidance if options.guidance is None else options.guidance
         strength = None if value is None else torch.full((cond.batch,), value, device=self._device)
         field = FluxField(
@@ -67,11 +67,11 @@ class Flux1(LatentModel):
             using=partial(self._offload.using, "main"),
             positions=options.positions,
         )
-        return repeated(field, 1 + len(options.beside))
+        return repeat(field, 1 + len(options.beside))
 
     def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
         """What every modulation starts from at a level: (b, width)."""
-        _, pooled = self._checked(cond)
+        _, pooled = self._tensors(cond)
         value = self._info.guidance if guidance is None else guidance
         level, strength = (
             None if v is None else torch.full((cond.batch,), v, device=self._device) for v in (sigma, value)
@@ -80,7 +80,7 @@ class Flux1(LatentModel):
         with self._offload.using("main"):
             return self._flow.conditioning_vector(level, strength, pooled)
 
-    def _checked(self, cond: Condition) -> tuple[Tensor, Tensor]:
+    def _tensors(self, cond: Condition) -> tuple[Tensor, Tensor]:
         """The condition's tensors on the device, if they are of this model's sizes."""
         p = self._flow.params
         names = set(cond.tensors)

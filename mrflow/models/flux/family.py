@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mrflow.checkpoints.safetensors import Header, Prepared
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header
 from mrflow.model_info import FLUX, SCHNELL, ModelInfo
 from mrflow.models.family import Files
 from mrflow.models.flux.backbone import Flux1, flux1_info
@@ -73,11 +73,11 @@ class FluxFamily(TransformerFamily):
         """CLIP and T5."""
         return find_text(folder)
 
-    def prepare(self, header: Header, **how: Any) -> Prepared[Flux]:  # noqa: ANN401
+    def prepare(self, header: Header, **how: Any) -> CheckedNetwork[Flux]:  # noqa: ANN401
         """In either layout."""
         return prepare_flux(header, **how)
 
-    def prepare_autoencoder(self, header: Header, **how: Any) -> Prepared[VaeFlux]:  # noqa: ANN401
+    def prepare_autoencoder(self, header: Header, **how: Any) -> CheckedNetwork[VaeFlux]:  # noqa: ANN401
         """In either layout."""
         return prepare_vae_flux(header, **how)
 

@@ -46,7 +46,7 @@ class FluxField(PackedField):
     def velocity(self, tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
         """The float32 velocities of h x w tokens (b, h w, d) at a level."""
         with self.using():
-            text, table = self._prepared(len(tokens), sigma)
+            text, table = self._prepare(len(tokens), sigma)
 
             def one(part: Tensor, index: int) -> Tensor:
                 rope = self._rope(h, part.shape[1] // h, index)
@@ -54,7 +54,7 @@ class FluxField(PackedField):
 
             return in_parts(self.positions, one, tokens)
 
-    def _prepared(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
+    def _prepare(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
         """The embedded text, and the modulations of a level."""
         if batch != len(self.context):
             raise PlanError(f"latents for {batch} pictures met a condition for {len(self.context)}")

@@ -18,7 +18,7 @@ from mrflow.checkpoints.safetensors import (
     Header,
     Layout,
     Source,
-    assembled,
+    assemble,
     check_layout,
     checkpoints_in,
     compute_dtype,
@@ -31,13 +31,13 @@ from mrflow.models.encoders import (
     Tokenizer,
     built,
     check_prompt,
-    configured,
     layers_of,
-    needed,
+    make_config,
     settings_of,
     shape_of,
-    shortened,
+    shorten,
     tokenizer_of,
+    without_prefixes,
 )
 from mrflow.models.fp8 import with_scales
 from mrflow.models.headers import looks_like, part
@@ -110,7 +110,7 @@ def find_text(where: Path) -> TextFiles:
             "with text="
         )
     configs = [read_config(p) if (p := h.path.parent / "config.json").is_file() else {} for h in (clip, t5)]
-    clip, t5 = (with_scales(needed(header, *NOT_READ[kind])) for header, kind in ((clip, CLIP), (t5, T5)))
+    clip, t5 = (with_scales(without_prefixes(header, *NOT_READ[kind])) for header, kind in ((clip, CLIP), (t5, T5)))
     inside = configs[0].get("text_config")
     clip_config = inside if isinstance(inside, dict) and inside else configs[0]
     settings_of(clip, clip_config, clip_sizes(clip), free=FREE)
@@ -130,8 +130,8 @@ def prepare_text(
     """
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    clip_config = configured(CLIPTextConfig, files.clip, files.clip_config, clip_sizes(files.clip), free=FREE)
-    t5_config = configured(T5Config, files.t5, files.t5_config, t5_sizes(files.t5), free=FREE)
+    clip_config = make_config(CLIPTextConfig, files.clip, files.clip_config, clip_sizes(files.clip), free=FREE)
+    t5_config = make_config(T5Config, files.t5, files.t5_config, t5_sizes(files.t5), free=FREE)
     clip, t5 = built(CLIPTextModel, clip_config, files.clip), built(T5EncoderModel, t5_config, files.t5)
     layouts = (clip_layout(clip, files.clip), t5_layout(t5, files.t5))
     kinds = [dtype or compute_dtype(header) for header in (files.clip, files.t5)]
@@ -153,7 +153,7 @@ def prepare_text(
             for name, module in t5.named_modules():
                 if name.endswith(".wo"):
                     source = layouts[1][f"{name}.weight"]
-                    wide = assembled(files.t5, source, {}, dtype=torch.float32, device=device)
+                    wide = assemble(files.t5, source, {}, dtype=torch.float32, device=device)
                     module.register_parameter("weight", nn.Parameter(wide, requires_grad=False))
         return ClipT5(clip, t5, *words)
 
@@ -202,7 +202,7 @@ class ClipT5:
         all_ids: list[int] = tokenizer(prompt, truncation=False, verbose=False).input_ids
         if len(all_ids) > limit:
             lost = str(tokenizer.decode(all_ids[limit - 1 : -1])).strip()
-            note(f"{who} reads {limit} tokens{of} and does not see{but}: {shortened(lost)!r}")
+            note(f"{who} reads {limit} tokens{of} and does not see{but}: {shorten(lost)!r}")
         ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
         return cast("Tensor", ids).to(next(self.t5.parameters()).device)
 

@@ -51,11 +51,11 @@ class VaeFlux(KLAutoencoder[VaeParams]):
     def dtype(self) -> torch.dtype:
         return self.encoder.conv_in.weight.dtype
 
-    def encoded(self, x: Tensor) -> Tensor:
+    def encode_raw(self, x: Tensor) -> Tensor:
         moments: Tensor = self.encoder(x)
         return moments
 
-    def decoded(self, z: Tensor) -> Tensor:
+    def decode_raw(self, z: Tensor) -> Tensor:
         pixels: Tensor = self.decoder(z)
         return pixels
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, exported, save_file
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, Source, export, save_file
 from mrflow.errors import WeightsError
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
@@ -98,7 +98,7 @@ def prepare_flux(
     device: torch.device | str = "cpu",
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
-) -> Prepared[Flux]:
+) -> CheckedNetwork[Flux]:
     """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout (`prepare_transformer`).
 
     Raises:
@@ -124,7 +124,7 @@ def save_flux(flux: Flux, path: Path) -> None:
     config = {"_class_name": FLUX_CLASS, "axes_dims_rope": flux.params.axes, "theta": flux.params.theta}
     state = whole_state(flux)
     same = {name: Source((name,), (len(tensor),)) for name, tensor in state.items()}
-    save_file(exported(state, same), path, metadata={"config": json.dumps(config)})
+    save_file(export(state, same), path, metadata={"config": json.dumps(config)})
 
 
 def whole_state(flux: Flux) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def load_vae_flux(
 
 def prepare_vae_flux(
     where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Prepared[VaeFlux]:
+) -> CheckedNetwork[VaeFlux]:
     """A FLUX autoencoder from a file, folder or header, in BFL's or diffusers' layout (`prepare_autoencoder`).
 
     Raises:
@@ -170,7 +170,7 @@ def save_vae_flux(vae: VaeFlux, path: Path) -> None:
         "shift_factor": p.shift,
         "norm_num_groups": p.groups,
     }
-    save_file(exported(vae.state_dict(), vae_layout(vae, bfl(""))), path, metadata={"config": json.dumps(config)})
+    save_file(export(vae.state_dict(), vae_layout(vae, bfl(""))), path, metadata={"config": json.dumps(config)})
 
 
 FLUX_CLASS, VAE_CLASS = "FluxTransformer2DModel", "AutoencoderKL"

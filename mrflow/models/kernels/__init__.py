@@ -13,7 +13,7 @@ from mrflow.notes import note
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-def compiled(backend: Any) -> Ops:  # noqa: ANN401
+def compile_kernels(backend: Any) -> Ops:  # noqa: ANN401
     """The definitions compiled, for all blocks, resolutions and prompts of one model.
 
     Matrix products and attention stay as they are, so that no graph depends on how many tokens there are. Functions are
@@ -28,11 +28,11 @@ def compiled(backend: Any) -> Ops:  # noqa: ANN401
     return Ops(*map(own, PLAIN))
 
 
-def fused(device: torch.device) -> Ops:
+def fused_kernels(device: torch.device) -> Ops:
     """The kernels, where they work on this device and give what their definitions give; else the definitions."""
     if device.type != "cuda" or find_spec("triton") is None:
         return PLAIN
-    found = _tried(device)
+    found = _try(device)
     if isinstance(found, str):
         note(f"blocks run without fused kernels: {found}")
         return PLAIN
@@ -40,7 +40,7 @@ def fused(device: torch.device) -> Ops:
 
 
 @lru_cache
-def _tried(device: torch.device) -> Ops | str:
+def _try(device: torch.device) -> Ops | str:
     """The kernels, or why they cannot be used on a device, tried once."""
     from mrflow.models.kernels.ops import FUSED  # operators are registered where there is a GPU for them
 

@@ -1,6 +1,6 @@
 """The kernels. Each computes in float32 and rounds where its definition in `layers` rounds; rows are tokens.
 
-Needs triton: import it through `kernels.fused`. Tensors may be views whose last axis is dense.
+Needs triton: import it through `kernels.fused_kernels`. Tensors may be views whose last axis is dense.
 """
 
 import torch

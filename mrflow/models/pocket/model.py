@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mrflow.adapters import Lora
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.checkpoints.blueprint import blueprint
-from mrflow.checkpoints.lora import opened
+from mrflow.checkpoints.lora import read_adapter
 from mrflow.checkpoints.safetensors import Header, read_header
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
@@ -31,7 +31,7 @@ from mrflow.models.fields import step as flux_step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.pocket.networks import CompactSR, PocketAutoencoder, PocketTextEncoder, tokenise
-from mrflow.models.transformer_model import TransformerModel, repeated, side_by_side
+from mrflow.models.transformer_model import TransformerModel, repeat, side_by_side
 from mrflow.pieces import StepFactory
 from mrflow.scenes import grammar, hard
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
@@ -111,7 +111,7 @@ SMALL = replace(
 BY_WIDTH = {128: SMALL, WIDTH: BASE}
 
 
-def described(known: ModelInfo, said: Mapping[str, str], words: int, length: int) -> ModelInfo:
+def describe(known: ModelInfo, said: Mapping[str, str], words: int, length: int) -> ModelInfo:
     """Facts with what a file's metadata say, and a text encoder of so many words and tokens."""
     assert known.architecture is not None and known.footprint is not None
     more = (words - len(VOCABULARY) + length - TEXT_LENGTH) * known.architecture.context * 4
@@ -128,7 +128,7 @@ def described(known: ModelInfo, said: Mapping[str, str], words: int, length: int
 
 
 SAID = {"cfg": "2", "size": "128", "low": "64", "sides": "64 128 256"}
-POCKET = described(BASE, SAID, len(WORDS), LONG_TEXT)
+POCKET = describe(BASE, SAID, len(WORDS), LONG_TEXT)
 """The facts of the newest version, as its file says them."""
 
 
@@ -237,7 +237,7 @@ class Pocket(TransformerModel):
         context, pooled = self._text(ids.to(self._device))
         return Condition({"context": context, "pooled": pooled})
 
-    def adapted(self, loras: Sequence[Lora]) -> "Pocket":
+    def with_loras(self, loras: Sequence[Lora]) -> "Pocket":
         """The same model with these adapters on top: all weights are shared, and none is changed.
 
         Raises:
@@ -248,7 +248,7 @@ class Pocket(TransformerModel):
         if known is None:
             say_other_teacher(loras, self._info.version)
             changed = lora.changes(self._flow, loras, "pocket")
-            flow = lora.adapted(self._flow, changed, dtype=self._flow.dtype, device=self._device)
+            flow = lora.adapt(self._flow, changed, dtype=self._flow.dtype, device=self._device)
             known = self.with_flow(flow, lora.mark_of(loras))
             if len(self._adapted) > 3:
                 self._adapted.clear()
@@ -262,7 +262,7 @@ class Pocket(TransformerModel):
         other._info = replace(self._info, version=self._info.version + mark)
         return other
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow for these captions; conditions beside are a larger batch."""
         if options.guidance is not None:
             raise PlanError("pocket has no guidance embedding; use CFG(scale)")
@@ -278,7 +278,7 @@ class Pocket(TransformerModel):
             step=own,
             positions=options.positions,
         )
-        return repeated(field, 1 + len(options.beside))
+        return repeat(field, 1 + len(options.beside))
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it."""
@@ -312,7 +312,7 @@ SHIPPED: dict[str, Path] = {name: Path(__file__).parent / f"{name}.safetensors" 
 NEWEST, WEIGHTS = next(iter(SHIPPED.items()))
 
 
-def shipped(name: str, weights: str = "") -> Path | None:
+def embedded_file(name: str, weights: str = "") -> Path | None:
     """The file of an embedded model by its name, or None if there is none: "pocket", or one of its versions.
 
     `weights` is the version that a record names; "pocket" is then the file that made it, if it still comes along.
@@ -344,7 +344,7 @@ def facts(header: Header) -> ModelInfo:
     Raises:
         WeightsError: as `params_of`.
     """
-    return described(BY_WIDTH[params_of(header).hidden], header.metadata, *text_sizes(header))
+    return describe(BY_WIDTH[params_of(header).hidden], header.metadata, *text_sizes(header))
 
 
 def text_sizes(header: Header) -> tuple[int, int]:
@@ -365,7 +365,7 @@ def text_sizes(header: Header) -> tuple[int, int]:
 def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
     """Warn of adapters whose file names other weights of pocket as its teacher's."""
     for each in loras:
-        header = opened(each.path, each.sha256)[0].header
+        header = read_adapter(each.path, each.sha256)[0].header
         teacher = header.metadata.get("teacher", "")
         name = teacher.partition("+")[0]
         if name in SHIPPED and not version.startswith(teacher):

@@ -16,14 +16,14 @@ from mrflow.flow import Velocity
 from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo, Shift
 from mrflow.models.blocks import Transformer
 from mrflow.models.fields import ModulationTables
-from mrflow.models.folded import Folded
+from mrflow.models.folded import FoldedLinear
 from mrflow.models.language_conditioned import LanguageConditioned
 from mrflow.models.latent_model import footprint
 from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.pieces import StepFactory
-from mrflow.tokens import Combined
+from mrflow.tokens import CombinedField
 
 # Values alive at once per pixel in bfloat16, where norms work in float32: measured on the networks themselves.
 ENCODE, DECODE = 587.0, 676.0
@@ -56,7 +56,7 @@ class Qwen(LanguageConditioned):
 
     def _check_changes(self, changed: Mapping[str, object]) -> None:
         """Modulations that were made beforehand cannot change any more."""
-        touched = [path for path in changed if isinstance(self._flow.get_submodule(path), Folded)]
+        touched = [path for path in changed if isinstance(self._flow.get_submodule(path), FoldedLinear)]
         if touched:
             raise PlanError(
                 f"the LoRA changes modulations ({touched[0]}), which were made while loading, fold=chain: load the "
@@ -68,7 +68,7 @@ class Qwen(LanguageConditioned):
         """The network itself: `embed_image`, `blocks`, `head` and `attention` are open to wrappers."""
         return self._flow
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow: all conditions in one pass, linears over all tokens, attention by item.
 
         With a `step`: one for all items, or one each where their texts differ in length, which it could not tell apart.
@@ -112,7 +112,7 @@ class Qwen(LanguageConditioned):
 
             return velocity
 
-        return Combined(combine, tuple(fields))
+        return CombinedField(combine, tuple(fields))
 
     def _tables(self, levels: Sequence[float]) -> list[Tensor]:
         """Modulations at these levels: made beforehand, kept from an earlier picture, or made now."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mrflow.checkpoints.safetensors import Header, Prepared
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header
 from mrflow.cost import levels
 from mrflow.errors import PlanError
 from mrflow.model_info import QWEN, ModelInfo
@@ -51,11 +51,11 @@ class QwenFamily(TransformerFamily):
         """Qwen2.5-VL's language model."""
         return find_text_qwen(folder)
 
-    def prepare(self, header: Header, **how: Any) -> Prepared[QwenImage]:  # noqa: ANN401
+    def prepare(self, header: Header, **how: Any) -> CheckedNetwork[QwenImage]:  # noqa: ANN401
         """In the one layout."""
         return prepare_qwen(header, **how)
 
-    def prepare_autoencoder(self, header: Header, **how: Any) -> Prepared[VaeQwen]:  # noqa: ANN401
+    def prepare_autoencoder(self, header: Header, **how: Any) -> CheckedNetwork[VaeQwen]:  # noqa: ANN401
         """In either layout."""
         return prepare_vae_qwen(header, **how)
 
@@ -67,14 +67,16 @@ class QwenFamily(TransformerFamily):
         """Qwen-Image's, with the files' own sizes."""
         return qwen_info(net, vae, text, files.curve, parameters)
 
-    def check(self, prepared: Prepared[QwenImage], loading: Loading, changed: Mapping[str, object]) -> None:
+    def check(self, prepared: CheckedNetwork[QwenImage], loading: Loading, changed: Mapping[str, object]) -> None:
         """Modulations that a chain makes are never loaded: no LoRA may change them."""
         linears = {id(module) for module in prepared.net.modulators()}
         touched = [path for path in changed if id(prepared.net.get_submodule(path)) in linears]
         if loading.chain is not None and touched:
             raise PlanError(f"the LoRA changes modulations ({touched[0]}), which fold=chain never loads: use fold=True")
 
-    def read(self, prepared: Prepared[QwenImage], vae: VaeQwen, loading: Loading) -> tuple[QwenImage, dict[str, Any]]:
+    def read(
+        self, prepared: CheckedNetwork[QwenImage], vae: VaeQwen, loading: Loading
+    ) -> tuple[QwenImage, dict[str, Any]]:
         """All weights; with a chain, the modulations of its levels instead of their linears."""
         if loading.chain is None:
             return prepared.read(), {}

@@ -72,12 +72,12 @@ class QwenField(PackedField):
     def velocity(self, tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
         """The float32 velocities (branches b, h w, d) of h x w tokens (b, h w, d) at a level, branch by branch."""
         with self.using():
-            text, table = self._prepared(len(tokens), sigma)
+            text, table = self._prepare(len(tokens), sigma)
             return in_parts(
                 self.positions, lambda part, i: self._one(part, text, table, h, part.shape[1] // h, i), tokens
             )
 
-    def _prepared(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
+    def _prepare(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
         """The embedded texts, and the modulations of a level."""
         if batch != len(self.branches[0]):
             raise PlanError(f"latents for {batch} pictures met a condition for {len(self.branches[0])}")

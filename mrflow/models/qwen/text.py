@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mrflow.models.encoders import configured, shortened
+from mrflow.models.encoders import make_config, shorten
 from mrflow.models.language import LanguageFiles, LanguageText, find_language, prepare_language
 from mrflow.notes import note
 
@@ -42,7 +42,7 @@ def prepare_text_qwen(
     from transformers import Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
 
-    whole = configured(Qwen2_5_VLConfig, files.encoder, files.config, {})
+    whole = make_config(Qwen2_5_VLConfig, files.encoder, files.config, {})
     config: Any = whole.get_text_config()
     read = prepare_language(files, config, Qwen2_5_VLTextModel, Qwen2_5_VLRotaryEmbedding, dtype=dtype, device=device)
     return lambda: QwenText(*read())
@@ -57,7 +57,7 @@ class QwenText(LanguageText):
         ids: list[int] = self.tokenizer(TEMPLATE.format(prompt), truncation=False, verbose=False).input_ids
         if len(ids) - DROPPED > length:
             lost = str(self.tokenizer.decode(ids[DROPPED + length : max(len(ids) - CLOSING, DROPPED + length)])).strip()
-            note(f"Qwen-Image reads {length} tokens of {name} and does not see: {shortened(lost)!r}")
+            note(f"Qwen-Image reads {length} tokens of {name} and does not see: {shorten(lost)!r}")
         given = torch.tensor([ids[: DROPPED + MAX_TOKENS]], device=next(self.model.parameters()).device)
         states: Tensor = self.model(input_ids=given, use_cache=False).last_hidden_state
         return states[0, DROPPED : DROPPED + length]

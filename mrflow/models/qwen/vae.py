@@ -57,11 +57,11 @@ class VaeQwen(KLAutoencoder[QwenVaeParams]):
     def dtype(self) -> torch.dtype:
         return self.quant_conv.weight.dtype
 
-    def encoded(self, x: Tensor) -> Tensor:
+    def encode_raw(self, x: Tensor) -> Tensor:
         moments: Tensor = self.quant_conv(self.encoder(x))
         return moments
 
-    def decoded(self, z: Tensor) -> Tensor:
+    def decode_raw(self, z: Tensor) -> Tensor:
         pixels: Tensor = self.decoder(self.post_quant_conv(z))
         return pixels
 

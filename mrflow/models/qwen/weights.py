@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mrflow.checkpoints.safetensors import Header, Layout, Prepared, Source, assembled, fill_module, save_file
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, Source, assemble, fill_module, save_file
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.blocks import tables
-from mrflow.models.folded import Folded
+from mrflow.models.folded import FoldedLinear
 from mrflow.models.fp8 import Fp8Linear
 from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, count_numbered, shape, transformer_layout
 from mrflow.models.prepared import network_header, prepare_autoencoder, prepare_transformer, sizes_of
@@ -52,7 +52,7 @@ OTHER = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 def read_folded(
-    prepared: Prepared[QwenImage], levels: Sequence[float], *, device: torch.device, keep: Path | None = None
+    prepared: CheckedNetwork[QwenImage], levels: Sequence[float], *, device: torch.device, keep: Path | None = None
 ) -> tuple[QwenImage, dict[float, Tensor]]:
     """All weights but those of modulations, and the modulations of these levels, which are made once and kept.
 
@@ -67,13 +67,13 @@ def read_folded(
         owner, _, leaf = name.rpartition(".")
         old = net.get_submodule(name)
         assert isinstance(old, nn.Linear | Fp8Linear)
-        setattr(net.get_submodule(owner), leaf, Folded(*reversed(old.weight.shape)))
+        setattr(net.get_submodule(owner), leaf, FoldedLinear(*reversed(old.weight.shape)))
     known = kept_tables(keep)
     if set(levels) <= set(known):
         return net, known
 
     def linear(name: str) -> nn.Module:
-        parts = (assembled(prepared.header, prepared.layout[f"{name}.{leaf}"], {}, dtype=prepared.dtype, device=device)
+        parts = (assemble(prepared.header, prepared.layout[f"{name}.{leaf}"], {}, dtype=prepared.dtype, device=device)
                  for leaf in ("weight", "bias"))  # fmt: skip
         return Given(*parts)
 
@@ -122,7 +122,7 @@ def prepare_qwen(
     device: torch.device | str = "cpu",
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
-) -> Prepared[QwenImage]:
+) -> CheckedNetwork[QwenImage]:
     """A Qwen-Image transformer from a file, folder or header (`prepare_transformer`).
 
     Raises:
@@ -219,7 +219,7 @@ def wan(name: str) -> tuple[str, ...]:
 
 def prepare_vae_qwen(
     where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Prepared[VaeQwen]:
+) -> CheckedNetwork[VaeQwen]:
     """A Qwen-Image autoencoder for pictures, in diffusers' or Wan's layout; what only video needs is not read.
 
     Raises:

@@ -15,7 +15,7 @@ from mrflow.models.language_conditioned import LanguageConditioned
 from mrflow.models.zimage.field import ZImageField, alike
 from mrflow.models.zimage.transformer import ZImage
 from mrflow.pieces import StepFactory
-from mrflow.tokens import Combined
+from mrflow.tokens import CombinedField
 
 if TYPE_CHECKING:
     pass
@@ -34,7 +34,7 @@ class ZImageModel(LanguageConditioned):
         """The network itself: `embed_image`, `some_blocks`, `head` and `attention` are open to wrappers."""
         return self._flow
 
-    def opened(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
+    def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow, branch by branch; texts that fill up to one length are a batch."""
         if options.guidance is not None:
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale)")
@@ -67,7 +67,7 @@ class ZImageModel(LanguageConditioned):
 
             return velocity
 
-        return Combined(combine, tuple(fields))
+        return CombinedField(combine, tuple(fields))
 
     def _tables(self, sigmas: Sequence[float]) -> list[Tensor]:
         """Modulations at these levels."""

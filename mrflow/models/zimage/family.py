@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mrflow.checkpoints.safetensors import Header, Prepared
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header
 from mrflow.model_info import ModelInfo
 from mrflow.models.encoders import PREFIXES
 from mrflow.models.family import Files
@@ -59,11 +59,11 @@ class ZImageFamily(TransformerFamily):
         """Qwen3-4B."""
         return find_text_zimage(folder)
 
-    def prepare(self, header: Header, **how: Any) -> Prepared[ZImage]:  # noqa: ANN401
+    def prepare(self, header: Header, **how: Any) -> CheckedNetwork[ZImage]:  # noqa: ANN401
         """In either layout."""
         return prepare_zimage(header, **how)
 
-    def prepare_autoencoder(self, header: Header, **how: Any) -> Prepared[VaeFlux]:  # noqa: ANN401
+    def prepare_autoencoder(self, header: Header, **how: Any) -> CheckedNetwork[VaeFlux]:  # noqa: ANN401
         """FLUX.1's."""
         return prepare_vae_flux(header, **how)
 

@@ -38,36 +38,36 @@ class ZImageField(PackedField):
     ) -> None:
         self.net, self.texts, self.step, self.table, self.using = net, texts, step, table, using
         self.positions = positions and positions.to(texts[0].device)
-        self.rows = {filled(texts[rows[0]]): rows for rows in alike(texts)}
-        self.lengths = tuple(filled(text) for text in texts)
+        self.rows = {fill(texts[rows[0]]): rows for rows in alike(texts)}
+        self.lengths = tuple(fill(text) for text in texts)
         self.refined: Tensor | None = None
         self.fixed: dict[tuple[int, int, int], tuple[Tensor, Rope]] = {}
 
     def velocity(self, tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
         """The float32 velocities of h x w tokens (b, h w, d) at a level."""
         with self.using():
-            refined, table = self._prepared(sigma)
+            refined, table = self._prepare(sigma)
             return in_parts(
                 self.positions, lambda part, i: self._one(part, refined, table, h, part.shape[1] // h, i), tokens
             )
 
-    def _prepared(self, sigma: float) -> tuple[Tensor, Tensor]:
+    def _prepare(self, sigma: float) -> tuple[Tensor, Tensor]:
         """The refined texts, and the modulations of a level."""
         table = self.table(sigma)
         if self.refined is None:
-            self.refined = self._refined()
+            self.refined = self._refine_text()
         return self.refined, table
 
     def _one(self, tokens: Tensor, refined: Tensor, table: Tensor, h: int, w: int, part: int) -> Tensor:
         """The velocities (b, h w, d) of packed latents (b, h w, d), or of one part of them."""
         if (h, w, part) not in self.fixed:
             self.fixed.clear()  # the newest alone: those of many parts are large
-            self.fixed[h, w, part] = self.net.filled(refined, h * w), self._rope(h, w, part)
+            self.fixed[h, w, part] = self.net.fill(refined, h * w), self._rope(h, w, part)
         text, rope = self.fixed[h, w, part]
         key = self.net.attention if len(set(self.lengths)) == 1 else (h * w, self.lengths)
         return self.step(tokens, text, *rope, table, key=key).float()
 
-    def _refined(self) -> Tensor:
+    def _refine_text(self) -> Tensor:
         """The refined texts; shorter ones are padded with zeros."""
         own = {n: self.net.embed_text([self.texts[i] for i in rows]) for n, rows in self.rows.items()}
         items = {i: t for n, rows in self.rows.items() for i, t in zip(rows, own[n], strict=True)}
@@ -87,12 +87,12 @@ class ZImageField(PackedField):
         return Rope(*(torch.stack(tables) for tables in zip(*(ropes[n] for n in self.lengths), strict=True)))
 
 
-def filled(text: Tensor) -> int:
+def fill(text: Tensor) -> int:
     """Tokens of a text that is filled up."""
     return len(text) + missing_tokens(len(text))
 
 
 def alike(texts: Sequence[Tensor]) -> list[list[int]]:
     """Which items' texts fill up to one length, shortest first."""
-    lengths = [filled(text) for text in texts]
+    lengths = [fill(text) for text in texts]
     return [[i for i, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mrflow.models.encoders import configured, shortened
+from mrflow.models.encoders import make_config, shorten
 from mrflow.models.language import MAX_STATES, LanguageFiles, LanguageText, find_language, prepare_language
 from mrflow.notes import note
 
@@ -36,7 +36,7 @@ def prepare_text_zimage(
     from transformers import Qwen3Config, Qwen3Model
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    config: Any = configured(Qwen3Config, files.encoder, files.config, {})
+    config: Any = make_config(Qwen3Config, files.encoder, files.config, {})
     read = prepare_language(files, config, Qwen3Model, Qwen3RotaryEmbedding, dtype=dtype, device=device)
     return lambda: ZImageText(*read())
 
@@ -51,7 +51,7 @@ class ZImageText(LanguageText):
         if len(ids) > length:
             closing = len(self.tokenizer(CLOSING, truncation=False, verbose=False).input_ids)
             lost = str(self.tokenizer.decode(ids[length : max(len(ids) - closing, length)])).strip()
-            note(f"Z-Image reads {length} tokens of {name} and does not see: {shortened(lost)!r}")
+            note(f"Z-Image reads {length} tokens of {name} and does not see: {shorten(lost)!r}")
         given = torch.tensor([ids[:length]], device=next(self.model.parameters()).device)
         states: Tensor = self.model(input_ids=given, use_cache=False, output_hidden_states=True).hidden_states[-2]
         return states[0]

@@ -233,7 +233,7 @@ class ZImage(Transformer):
             text = block(text, rope, None, self.attention, ops=self.ops)
         return text
 
-    def filled(self, text: Float[Tensor, "b n d"], image: int) -> Float[Tensor, "b m d"]:
+    def fill(self, text: Float[Tensor, "b n d"], image: int) -> Float[Tensor, "b m d"]:
         """What goes before `image` tokens: the text, and what fills the image up."""
         return torch.cat((text, self.x_pad_token.expand(len(text), missing_tokens(image), -1)), 1)
 

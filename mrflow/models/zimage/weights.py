@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from mrflow.checkpoints.safetensors import Header, Prepared
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header
 from mrflow.errors import WeightsError
 from mrflow.models.headers import Names, agree, axes_of, config_of, count_numbered, shape, transformer_layout
 from mrflow.models.prepared import network_header, prepare_transformer, sizes_of
@@ -64,7 +64,7 @@ def prepare_zimage(
     device: torch.device | str = "cpu",
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
-) -> Prepared[ZImage]:
+) -> CheckedNetwork[ZImage]:
     """A Z-Image transformer from a file, folder or header, in either layout (`prepare_transformer`).
 
     Raises:
