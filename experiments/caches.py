@@ -17,8 +17,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model = mf.load("pocket", device="cpu")
     texts = [prompt.text for prompt in captions(21, seed=1)]
-    tea = TeaCache.calibrated(0.25, model, texts, schedule=mf.Shifted(12), degree=2)
-    mag = MagCache.calibrated(0.06, model, texts, schedule=mf.Shifted(12))
+    tea = TeaCache.calibrate(0.25, model, texts, schedule=mf.Shifted(12), degree=2)
+    mag = MagCache.calibrate(0.06, model, texts, schedule=mf.Shifted(12))
     print("coefficients", [float(f"{c:.4g}") for c in tea.coefficients or ()])
     print("ratios", [round(r, 4) for r in mag.ratios or ()])
 

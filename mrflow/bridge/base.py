@@ -17,7 +17,7 @@ from mrflow.backbone import Condition, FieldOptions
 from mrflow.bridge.blocks import BlockNames, opened_forward
 from mrflow.bridge.facts import check_encoders
 from mrflow.bridge.version import Watch, version_of
-from mrflow.error_context import named, passes
+from mrflow.error_context import name_stage, passes
 from mrflow.errors import MrflowError, PlanError, words_of
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, ModelInfo
@@ -220,7 +220,7 @@ class Bridged(ABC):
                 except Exception as error:  # parts may be of any class
                     if isinstance(error, MrflowError) or passes(error):
                         raise
-                    raise named(error, f"{type(self.pipe).__name__}'s {self.lent(*self.words)}") from error
+                    raise name_stage(error, f"{type(self.pipe).__name__}'s {self.lent(*self.words)}") from error
 
         return Condition(encoded_once(prompts, encode))
 

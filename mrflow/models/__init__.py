@@ -95,7 +95,7 @@ def load(
         raise PlanError(f"compute must be None or 'fp8', got {compute!r}")
     storage = storage or compute
     runtime = RuntimeOptions(check_offload(offload), bool(fold), compile, graphs, tile, kernels, compute)
-    inside = shipped(str(where))
+    inside = embedded_file(str(where))
     path = check_path("the model", where) if inside is None else inside
     if inside is not None or is_pocket(path):
         given = {
@@ -171,13 +171,13 @@ def info(name: str, *, shift: Shift | float | None = None, text_tokens: int | No
         PlanError: the name is not known. WeightsError: the folder or the file holds no model that is known, or one that
             `load` would refuse.
     """
-    path = shipped(str(name))
+    path = embedded_file(str(name))
     where = path or check_path("the model", name)
     if path is not None or is_pocket(where):
         if odd := [what for what, value in (("shift", shift), ("text_tokens", text_tokens)) if value is not None]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
         return facts(read_header(where))
-    known = published()
+    known = published_models()
     by_name = known | {facts.name: facts for facts in known.values()}
     if name not in by_name and where.exists():
         files = find(where)
