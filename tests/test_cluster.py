@@ -35,7 +35,17 @@ def load():
     maker.run = slow
     return mf.toy()
 
-done = run_on_ray(small(), load, {folder!r}, Pool(2, cpus=0.5), batch=2)
+class Told:
+    def begin(self, name, config):
+        print("begin", name, config["rows"])
+
+    def row(self, row, number, picture):
+        print("row", row.key, number, picture is not None and picture.is_file())
+
+    def finish(self, methods):
+        print("finish", len(methods.lines))
+
+done = run_on_ray(small(), load, {folder!r}, Pool(2, cpus=0.5), batch=2, log=[Told()])
 print("made", done.made, "failed", done.failed, "left", done.left, flush=True)
 """
 
@@ -82,6 +92,16 @@ def test_a_worker_is_killed_in_the_middle(tmp_path: Path) -> None:
     assert pictures(cluster) == pictures(whole)
     assert max(r.tries for r in read(cluster)) == 2  # the row that was in hand was begun again
     assert not list(cluster.glob("leases/*.json"))
+    kinds = {"begin", "row", "finish", "made"}
+    told = [words for line in out.splitlines() if (words := line.split()) and words[0] in kinds]  # Ray says things too
+    assert [line[0] for line in told] == ["begin", *["row"] * (len(told) - 3), "finish", "made"]
+    assert told[0][1:] == ["cluster", "12"] and told[-2] == ["finish", "2"]
+    keys = [line[1] for line in told[1:-2]]
+    assert len(set(keys)) == len(keys) and set(keys) <= facts(read(cluster)).keys()
+    assert (
+        len(keys) >= 12 - 4
+    )  # what the dead worker had made of its batch, two pairs with two chains, it could not report
+    assert all(line[3] == "True" for line in told[1:-2])
 
 
 @pytest.mark.parametrize("given", [(0,), (10**30,), (1, float("nan")), (1, 1, float("inf")), (1, 1, -1)])

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import mrflow as mf
-from mrflow.sweep import Row, Sharpness, Table, read, run_sweep, seed_of, tracker
+from mrflow.sweep import Row, Sharpness, Table, cluster, read, run_sweep, seed_of, tracker
 from mrflow.sweep.datasets import write_dataset
 from mrflow.sweep.summary import load_rows
 from mrflow.sweep.trackers import PICTURES
@@ -61,6 +61,53 @@ def test_a_tracker_hears_of_every_row_and_of_the_table(tmp_path: Path) -> None:
     assert [said[0] for said in again.told] == ["begin", "finish"]  # rows that were there are in the table alone
 
 
+class InProcess:
+    """What the engine uses of Ray, carried out at once and in this process."""
+
+    exceptions = SimpleNamespace(RayError=ConnectionError, RayTaskError=ChildProcessError)
+
+    class Ref:
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+    class Actor:
+        def __init__(self, made: object) -> None:
+            self._made = made
+
+        def __getattr__(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(remote=lambda *a, **k: InProcess.Ref(getattr(self._made, name)(*a, **k)))
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def remote(self, **_: object) -> Any:
+        return lambda kind: SimpleNamespace(remote=lambda *a: self.Actor(kind(*a)))
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def get(self, ref: Ref) -> Any:
+        return ref.value
+
+    def wait(self, refs: list[Ref], timeout: float) -> tuple[list[Ref], list[Ref]]:
+        return refs[:1], refs[1:]
+
+
+def test_trackers_hear_the_same_of_a_sweep_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "package", InProcess)
+    ray, local = Recorded(), Recorded()
+    cluster.run_on_ray(SWEEP, mf.toy, tmp_path / "ray" / "s", log=[ray])
+    run_sweep(SWEEP, mf.toy(), tmp_path / "local" / "s", log=[local])
+    assert [said[0] for said in ray.told] == ["begin", "row", "row", "row", "row", "finish"]
+    assert ray.told[0] == local.told[0]
+    assert {said[1:4] for said in ray.told[1:5]} == {said[1:4] for said in local.told[1:5]}
+    assert all((said[4] is not None and said[4].is_file()) == said[3] for said in ray.told[1:5])
+    assert [line[:2] for line in ray.told[-1][1].lines] == [line[:2] for line in local.told[-1][1].lines]
+    with pytest.raises(RuntimeError):  # a tracker may refuse before any row is made
+        cluster.run_on_ray(SWEEP, mf.toy, tmp_path / "other", log=[Recorded("begin")])
+    assert not list((tmp_path / "other").glob("rows/*/*"))
+
+
 def test_a_tracker_that_fails_costs_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken, whole = Recorded("row"), Recorded()
     done = run_sweep(SWEEP, mf.toy(), tmp_path, log=[broken, whole])
@@ -86,8 +133,8 @@ def test_what_is_no_tracker_is_refused_before_any_work(here: Path, monkeypatch: 
     ):
         code, _, err = call("sweep", "s.py", "--log", word)
         assert code == 2 and text in err and not Path("s-sweep").exists(), err
-    code, _, err = call("sweep", "s.py", "--engine", "ray", "--log", "wandb")
-    assert code == 2 and "--log works with --engine local" in err
+        code, _, err = call("sweep", "s.py", "--engine", "ray", "--log", word)
+        assert code == 2 and text in err and not Path("s-sweep").exists(), err
 
 
 @pytest.mark.parametrize("module", ["wandb", "trackio"])

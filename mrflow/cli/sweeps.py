@@ -46,8 +46,6 @@ def sweep(err: Console, asked: SweepOptions) -> None:
         return
     if asked.engine not in ("local", "ray"):
         raise PlanError(f"--engine takes local or ray, got {asked.engine!r}")
-    if asked.log and asked.engine != "local":
-        raise PlanError("--log works with --engine local; export a sweep of Ray's when it is done")
     of_ray = {"--workers": asked.workers, "--gpus": asked.gpus, "--address": asked.address}
     idle = [option for option, value in of_ray.items() if value is not None]
     refuse(asked.engine == "local" and bool(idle), ", ".join(idle), "without --engine ray")
@@ -58,7 +56,7 @@ def sweep(err: Console, asked: SweepOptions) -> None:
     with stopping() as (stop, code), bar(err) as show:
         how: dict[str, Any] = {
             "batch": asked.batch, "shard": part, "retry": asked.retry, "row_timeout": asked.row_timeout,
-            "on_progress": show, "stop": stop,
+            "on_progress": show, "stop": stop, "log": logs,
         }  # fmt: skip
         if backbone is None:
             for _, own in own_files(sys.modules[module_name(_file_of(asked.file)[0])]):
@@ -66,7 +64,7 @@ def sweep(err: Console, asked: SweepOptions) -> None:
             pool = Pool(2 if asked.workers is None else asked.workers, gpus=asked.gpus or 0.0, address=asked.address)
             done = run_on_ray(found, load, whole, pool, **how)
         else:
-            done = run_sweep(found, backbone, whole, **how, log=logs)
+            done = run_sweep(found, backbone, whole, **how)
     done = replace(done, folder=str(folder))
     stay = f", {done.stayed} failed before and stay failed" if done.stayed else ""
     counts = f"{done.made} rows made, {done.before} were there, {done.failed} failed{stay}, {done.left} left"

@@ -20,7 +20,9 @@ from mrflow.sweep import leases
 from mrflow.sweep.limits import RETRY
 from mrflow.sweep.local import Progress, RowTally, Summary, check_run, manifest
 from mrflow.sweep.maker import Maker, Pair
+from mrflow.sweep.rows import Row
 from mrflow.sweep.store import MAX_TRIES, Store
+from mrflow.sweep.trackers import Logs, Tracker
 
 if TYPE_CHECKING:
     import threading
@@ -76,9 +78,11 @@ class Worker:
         sources.know(code or {})  # of classes whose files only the driver has
         self.maker = Maker(sweep, load(), Store(folder), row_timeout=row_timeout)
 
-    def begin(self) -> None:
-        """Make the folder ready."""
-        self.maker.store.open(manifest(self.maker.sweep, self.maker.model))
+    def begin(self) -> Mapping[str, Any]:
+        """Make the folder ready; what its sweep.json says."""
+        said = manifest(self.maker.sweep, self.maker.model)
+        self.maker.store.open(said)
+        return said
 
     def survey(self, pairs: Sequence[Pair], *, retry: bool) -> tuple[list[int], dict[str, str]]:
         """How many rows each pair lacks, and which failed ones are among them: what `make` has to be given."""
@@ -88,12 +92,12 @@ class Worker:
         """How many rows each pair lacks now."""
         return self.maker.lacking(pairs)
 
-    def make(self, pairs: Sequence[Pair], again: dict[str, str], *, calm: bool) -> list[tuple[str, bool]]:
-        """Make their rows: the chain and whether there is a picture, for each that was made."""
+    def make(self, pairs: Sequence[Pair], again: dict[str, str], *, calm: bool) -> list[Row]:
+        """Make their rows: those that were made."""
         self.maker.again = again
         try:
             with self.maker.store.holding():
-                return [(row.chain, row.done) for row in self.maker.make(pairs, calm=calm)]
+                return self.maker.make(pairs, calm=calm)
         except DeviceLostError:
             os._exit(RETRY)  # Ray starts another process in its place
 
@@ -125,8 +129,11 @@ def run_on_ray(
     row_timeout: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: "threading.Event | None" = None,
+    log: Sequence[Tracker] = (),
 ) -> Summary:
     """`run_sweep` with the workers of a pool; `load` makes the model in each of them.
+
+    `log` hears, in this process, of every row that a worker reports; its pictures are read from the folder.
 
     Raises:
         PlanError: ray is not installed, or a chain, the batch or the shard cannot work.
@@ -146,7 +153,7 @@ def run_on_ray(
             where = "on this machine" if pool.address is None else f"at {pool.address}"
             raise ResourceError(f"Ray does not answer {where}: {str(error) or type(error).__name__}") from None
     try:
-        return _run(ray, sweep, load, where, pool, batch, shard, retry, row_timeout, on_progress, stop)
+        return _run(ray, sweep, load, where, pool, batch, shard, retry, row_timeout, on_progress, stop, log)
     finally:
         if here:
             ray.shutdown()
@@ -164,6 +171,7 @@ def _run(
     row_timeout: float | None,
     on_progress: Callable[[Progress], None] | None,
     stop: "threading.Event | None",
+    log: Sequence[Tracker],
 ) -> Summary:
     kind = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=3)(Worker)
     given = ray.put(sweep)
@@ -173,11 +181,12 @@ def _run(
     workers = [kind.remote(given, load, folder, row_timeout, code) for _ in range(pool.workers)]
     first = workers[0]
     try:
-        ray.get(first.begin.remote())
+        said: Mapping[str, Any] = ray.get(first.begin.remote())
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise ResourceError(f"no worker could be started: {error}") from None
+    logs = Logs(log, Path(folder), said)
     pairs = sweep.pairs[shard[0] :: shard[1]]
     total = len(pairs) * len(sweep.chains)
     lacking, again = ray.get(first.survey.remote(pairs, retry=retry))
@@ -202,18 +211,19 @@ def _run(
             for task in ready:
                 idle.append(busy.pop(task))
                 try:
-                    rows: list[tuple[str, bool]] = ray.get(task)
+                    rows: list[Row] = ray.get(task)
                 except ray.exceptions.RayTaskError as error:
                     if isinstance(error.cause, ResourceError):
                         raise error.cause from None
                     continue  # the rows are still missing, and are handed out again
                 except ray.exceptions.RayError:
                     continue
-                for label, whole in rows:
-                    made, failed = made + whole, failed + (not whole)
+                for row in rows:
+                    logs.row(row)
+                    made, failed = made + row.done, failed + (not row.done)
                     if on_progress is not None:
                         left = (time.monotonic() - began) * ((total - before) / (made + failed) - 1)
-                        on_progress(Progress(before + made + failed, failed, total, max(0.0, left), label))
+                        on_progress(Progress(before + made + failed, failed, total, max(0.0, left), row.chain))
         rounds += 1
         now: list[int] = ray.get(first.lacking.remote(pairs))
         moved = time.monotonic() if sum(now) < sum(lacking) else moved
@@ -221,4 +231,5 @@ def _run(
         if rounds >= ROUNDS and time.monotonic() - moved > leases.STALE + 2 * leases.BEAT:
             break  # a process elsewhere holds them, and lives
     done: Summary = ray.get(first.finish.remote(pairs, before, stopped=stopped()))
+    logs.finish()
     return done
