@@ -106,14 +106,14 @@ class Positions:
         return self.at.chunk(self.parts)[index]
 
 
-def in_parts(positions: Positions | None, f: Callable[[Tensor, int], Tensor], x: Tensor, *, axis: int = 1) -> Tensor:
-    """f(x, index of the part) for each part of `positions` in turn, one behind the other; else f(x, 0).
+def split_parts(positions: Positions | None, x: Tensor, *, axis: int = 1) -> tuple[Tensor, ...]:
+    """The parts of `positions`, which go through the network one after the other; without positions, all of x.
 
     `axis` is where parts follow each other: 1 of tokens (b, n, d), -1 of latents of one row.
     """
     if positions is None or positions.parts == 1:
-        return f(x, 0)
-    return torch.cat([f(part.contiguous(), i) for i, part in enumerate(x.chunk(positions.parts, axis))], axis)
+        return (x,)
+    return tuple(part.contiguous() for part in x.chunk(positions.parts, axis))
 
 
 Mix = Callable[[Tensor, Tensor], Tensor]

@@ -40,7 +40,7 @@ def forward_flops(model: ModelInfo, tokens: int) -> float:
     return linear + 4 * a.hidden * blocks * s**2 + ends
 
 
-def levels(chain: AnyChain, model: ModelInfo) -> tuple[float, ...]:
+def evaluated_sigmas(chain: AnyChain, model: ModelInfo) -> tuple[float, ...]:
     """Every noise level at which a chain's own stages ask a model for its field, without repeats."""
     return tuple(dict.fromkeys(sigma for row in plan(chain, model).rows for sigma in row.evaluations))
 

@@ -412,7 +412,6 @@ class Context:
         field = guidance.field(self.model, self.cond, self.negative, options)
         shape, tokens = tuple(x.shape), x.shape[-2] * x.shape[-1] // info.space.patch**2
         packed = on_tokens(field, *x.shape[-2:]) if solver.pointwise else None
-        velocity = field if packed is None else packed.ask
 
         def there(latents: Tensor) -> Tensor:
             return latents if packed is None else packed.pack(latents)
@@ -426,16 +425,13 @@ class Context:
                 if listener is not None:
                     listener(step)
 
-        def counted(x: Tensor, sigma: float) -> Tensor:
-            asked.append(sigma)
-            return velocity(x, sigma)
-
         out = integrate(
             solver,
-            counted,
+            field if packed is None else packed.ask,
             there(x),
             sigmas,
             on_step=told if self.on_step or watch else None,
+            on_evaluation=asked.append,
             facts=(self.model.info.name,),
             noise=lambda: there(self.noise(shape, source=source, draw=next(draws))),
         )

@@ -17,10 +17,10 @@ from mrflow.cost import (
     H200,
     decode_flops,
     encode_flops,
+    evaluated_sigmas,
     floor_seconds,
     forward_flops,
     half,
-    levels,
     memory,
     sampling_work,
 )
@@ -192,7 +192,7 @@ def test_levels_are_those_of_all_stages_once_each_in_their_order() -> None:
             mf.Refine(schedule=mf.Explicit((0.6, 0.5, 0.0))),
         ]
     )
-    assert levels(chain, MODEL) == (1.0, 0.6, 0.3, 0.5)
+    assert evaluated_sigmas(chain, MODEL) == (1.0, 0.6, 0.3, 0.5)
 
 
 # Half a size

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.cost import levels, memory
+from mrflow.cost import evaluated_sigmas, memory
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models import info
 from mrflow.models.describe import describe
@@ -191,9 +191,9 @@ def test_a_chain_folds_the_modulations_away(repo: Path, tmp_path: Path, monkeypa
 
 
 def test_levels_of_a_chain(repo: Path) -> None:
-    found = levels(CHAIN, mf.QWEN)
+    found = evaluated_sigmas(CHAIN, mf.QWEN)
     assert len(found) == 4 and found[0] == 1.0 and found[-1] == 0.12
-    heun = levels(mf.recipes.native(size=(64, 64), steps=2, solver=mf.Heun()), mf.QWEN)
+    heun = evaluated_sigmas(mf.recipes.native(size=(64, 64), steps=2, solver=mf.Heun()), mf.QWEN)
     assert len(heun) >= 2
 
 

@@ -109,7 +109,7 @@ def step_rows(name: str, dtypes: Sequence[torch.dtype], repeats: int | None) -> 
                     kept[id(net)] = QwenField(
                         net,
                         [[word[0]] for word in words],
-                        levels=None,
+                        sigmas=None,
                         step=lambda *a, key=None: qwen_step(net, *a, key=key),
                         tables=lambda levels: net.tables([torch.full((1,), level) for level in levels]),
                     )

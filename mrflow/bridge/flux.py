@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition, FieldOptions, in_parts
+from mrflow.backbone import Condition, FieldOptions, split_parts
 from mrflow.bridge.base import (
     BRIDGED,
     KLBridged,
@@ -183,7 +183,8 @@ class BridgedFlux(KLBridged):
 
         def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
             check_batch(tokens, cond.batch)
-            return in_parts(options.positions, lambda part, i: one(part, sigma, h, part.shape[1] // h, i), tokens)
+            parts = enumerate(split_parts(options.positions, tokens))
+            return torch.cat([one(part, sigma, h, part.shape[1] // h, i) for i, part in parts], 1)
 
         return PackedCall(velocity)
 

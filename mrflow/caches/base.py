@@ -32,8 +32,8 @@ class Cache(ABC):
     """A way to leave out evaluations. Write your own: a frozen dataclass with `rule`, and the rest where it differs."""
 
     @abstractmethod
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
-        """A fresh rule for one picture in one branch of one integration over `levels` (empty: not announced).
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
+        """A fresh rule for one picture in one branch of one integration over `sigmas` (empty: not announced).
 
         Where nothing is kept yet, the evaluation is computed whatever the rule says.
         """

@@ -90,7 +90,7 @@ class Recording(Cache):
     def __init__(self, step: StepFactory) -> None:
         self.step = step
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """Everything is computed."""
         return lambda look: True
 

@@ -68,8 +68,8 @@ Rule = Callable[[Evaluation], bool]
 class Clock:
     """Where among the announced levels a field is being asked."""
 
-    def __init__(self, levels: Sequence[float]) -> None:
-        self.levels, self.total = tuple(levels), len(levels)
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self.sigmas, self.total = tuple(sigmas), len(sigmas)
         self.place, self.sigma = -1, math.nan
         self.grid: tuple[int, int] | None = None  # tokens down and across, of what is being asked for
         self.latents: Callable[[], Tensor] | None = None  # (items, channels, height, width), what is being asked for
@@ -77,5 +77,5 @@ class Clock:
     def tick(self, sigma: float) -> None:
         """The next evaluation is at `sigma`."""
         after = self.place + 1
-        self.place = self.levels.index(sigma, after) if sigma in self.levels[after:] else after
+        self.place = self.sigmas.index(sigma, after) if sigma in self.sigmas[after:] else after
         self.sigma = sigma

@@ -94,7 +94,7 @@ class DualBlock(Cache):
         """Between front and back."""
         return min(self.front, blocks), max(self.front, blocks - self.back)
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """Similarity of the front's change."""
         return self._similar.open()
 

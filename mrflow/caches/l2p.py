@@ -92,11 +92,11 @@ class L2P(Cache):
         """The rows."""
         return _Table(self.rows)
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """The empty rows, and what they need."""
-        if levels and len(levels) != len(self.rows):
+        if sigmas and len(sigmas) != len(self.rows):
             raise PlanError(
-                f"this L2P was fitted to {len(self.rows)} evaluations, and the stage has {len(levels)}; give it that "
+                f"this L2P was fitted to {len(self.rows)} evaluations, and the stage has {len(sigmas)}; give it that "
                 "many steps, or fit another: L2P.calibrate(interval, model, prompts, schedule=...)"
             )
         table, done = self.extrapolation(), list[int]()

@@ -84,10 +84,10 @@ class MagCache(Cache):
         advice = f"measure them with MagCache.calibrate({self.threshold:g}, model, prompts) or give ratios="
         return require_numbers(self.ratios, RATIOS, info, "MagCache knows no ratios", advice)
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """The accumulated error."""
         known = self._ratios(info)
-        ratios = nearest(known, len(levels) or len(known))
+        ratios = nearest(known, len(sigmas) or len(known))
         first = int(self.retention * len(ratios) + 0.5)
         ratio, error, row, kept = 1.0, 0.0, 0, False
 

@@ -34,7 +34,7 @@ class Item:
 class Settings(Protocol):
     """What a step asks of its cache (`mrflow.caches.Cache`)."""
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """A fresh rule for one picture."""
         ...
 
@@ -111,7 +111,7 @@ class CachedStep:
     def _open(self, tokens: torch.Size, text: torch.Size) -> None:
         self.shapes, self.index = (tokens, text), 0
         self.items = [
-            Item(self.cache.rule(self.info, self.clock.levels), self.extrapolation.keep) for _ in range(tokens[0])
+            Item(self.cache.rule(self.info, self.clock.sigmas), self.extrapolation.keep) for _ in range(tokens[0])
         ]
 
     def _due(self, img: Tensor, front: Tensor, table: Tensor) -> list[bool]:

@@ -58,7 +58,7 @@ class SeaCache(Cache):
         """Of what all blocks added."""
         return Extrapolation(self.order)
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """The accumulated change."""
         total, row, before = 0.0, 0, list[Tensor]()
 

@@ -62,7 +62,7 @@ class Spectrum(Cache):
         """The curve."""
         return Chebyshev(self.degree, self.ridge, self.mix)
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """A fixed list of evaluations: 0 to 4, 6, 8, 11, 15, 20, 25, 31, 38, 46, ... by default."""
         windows = row = 0
 

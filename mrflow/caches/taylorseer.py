@@ -43,7 +43,7 @@ class TaylorSeer(Cache):
         """The curve."""
         return Extrapolation(self.order, self.series)
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """A fixed cadence: 0, 1, 2, 8, 14, 20, ... as published."""
 
         def due(look: Evaluation) -> bool:

@@ -78,7 +78,7 @@ class TeaCache(Cache):
         advice = f"fit them with TeaCache.calibrate({self.threshold:g}, model, prompts) or give coefficients="
         return require_numbers(self.coefficients, COEFFICIENTS, info, "TeaCache knows no coefficients", advice)
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """The accumulated rule."""
         coefficients = self._coefficients(info)
         total, before = 0.0, list[Tensor]()

@@ -66,7 +66,7 @@ class ToMA(Cache):
             check_whole(name, value, least)
         require(is_number(self.sharpness) and self.sharpness > 0, "sharpness", "above 0", self.sharpness)
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         """Every evaluation is computed."""
 
         def always(look: Evaluation) -> bool:

@@ -17,22 +17,22 @@ def step(
 
 
 class ModulationTables:
-    """Modulations by level: of all announced `levels` when the first is asked for, of another one when it is met.
+    """Modulations by level: of all announced `sigmas` when the first is asked for, of another one when it is met.
 
-    `levels=None` makes them anew each time.
+    `sigmas=None` makes them anew each time.
     """
 
-    def __init__(self, make: Callable[[Sequence[float]], list[Tensor]], levels: Sequence[float] | None) -> None:
-        self.make, self.levels = make, levels
+    def __init__(self, make: Callable[[Sequence[float]], list[Tensor]], sigmas: Sequence[float] | None) -> None:
+        self.make, self.sigmas = make, sigmas
         self.made: dict[float, Tensor] = {}
 
     def __call__(self, sigma: float) -> Tensor:
         """The modulations at a level."""
         if sigma in self.made:
             return self.made[sigma]
-        wanted = list(dict.fromkeys((sigma, *(self.levels or ()))))
+        wanted = list(dict.fromkeys((sigma, *(self.sigmas or ()))))
         tables = self.make(wanted)
-        if self.levels is not None:
-            self.levels = ()
+        if self.sigmas is not None:
+            self.sigmas = ()
             self.made.update(zip(wanted, tables, strict=True))
         return tables[0]

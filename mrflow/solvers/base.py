@@ -98,13 +98,15 @@ def integrate(
     sigmas: Sequence[float],
     *,
     on_step: Callable[[Step], None] | None = None,
+    on_evaluation: Callable[[float], None] | None = None,
     noise: Callable[[], Tensor] | None = None,
     facts: Sequence[str] = (),
 ) -> Tensor:
     """The state at the last of `sigmas`, from `x` at the first: d x / d sigma = velocity(x, sigma).
 
     The state is float32 (float64 where `x` is). `noise` is called once for each step of a `StochasticSolver` and never
-    for another solver. `facts` (a dtype, a model's name) are added to the text of a NonFiniteError.
+    for another solver. `on_evaluation` is told the sigma of each evaluation. `facts` (a dtype, a model's name) are
+    added to the text of a NonFiniteError.
 
     Raises:
         PlanError: the levels are not in [0, 1] and falling, `x` holds no floating-point numbers, noise is missing, or
@@ -126,6 +128,8 @@ def integrate(
     def checked(x: Tensor, sigma: float) -> Tensor:
         if not 0 < sigma <= 1 and not (sigma == 0 and solver.at_zero):
             raise PlanError(f"{solver!r} asks for the field at sigma {sigma:g}; {NOWHERE}")
+        if on_evaluation is not None:
+            on_evaluation(sigma)
         newest[:] = [_like(x, velocity(x, sigma), "the velocity")]
         return newest[0]
 

@@ -101,15 +101,15 @@ class Integrating(Stage[S, Latents]):
             )
         model.require(replace(self.options.needs, zero=self.solver.at_zero))
 
-    def check_beginning(self, levels: Sigmas, at: float) -> None:
+    def check_beginning(self, sigmas: Sigmas, at: float) -> None:
         """Refuse a schedule that does not begin at the noise level of what it is given.
 
         Raises:
             PlanError: it begins elsewhere; the text gives both levels.
         """
-        if abs(levels[0] - at) > BEGINNING:
+        if abs(sigmas[0] - at) > BEGINNING:
             raise PlanError(
-                f"the schedule begins at sigma {levels[0]:.6g}, but what it is given holds noise of level {at:.6g}; "
+                f"the schedule begins at sigma {sigmas[0]:.6g}, but what it is given holds noise of level {at:.6g}; "
                 "make both the same"
             )
 

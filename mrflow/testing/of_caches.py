@@ -125,7 +125,7 @@ class _Network:
 
     def field(self, step_of: StepFactory, pieces: Pieces, items: slice) -> Velocity:
         """The network's velocity, with the step that is made of its pieces."""
-        return FluxField(self.net, self.text[items], self.pooled[items], None, levels=POINTS, step=step_of(pieces))
+        return FluxField(self.net, self.text[items], self.pooled[items], None, sigmas=POINTS, step=step_of(pieces))
 
     def bare(self, look: _Look, items: slice) -> Tensor:
         """Without a cache, where an evaluation was."""
@@ -209,7 +209,7 @@ class SpoiledCache(Cache):
 
     how: str = ""
 
-    def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
         if self.how == "holds":
 
             def third(look: Evaluation) -> bool:

@@ -62,7 +62,7 @@ class Flux1(LatentModel):
             context,
             pooled,
             strength,
-            levels=options.sigmas if self._runtime.fold else None,
+            sigmas=options.sigmas if self._runtime.fold else None,
             step=self._step if step is None else step(self._pieces),
             using=partial(self._offload.using, "main"),
             positions=options.positions,

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Positions, in_parts
+from mrflow.backbone import Positions, split_parts
 from mrflow.errors import PlanError
 from mrflow.models.fields import ModulationTables
 from mrflow.models.flux.transformer import Flux, image_ids
@@ -18,8 +18,8 @@ from mrflow.tokens import PackedField
 class FluxField(PackedField):
     """The velocity (x, sigma) -> d x / d sigma for fixed conditions.
 
-    Embedded text and rotations are made at the first call and die with the field. So are the modulations of `levels`,
-    the sigmas it will be asked for; of another level when it is met. `levels=None` makes them anew in every call.
+    Embedded text and rotations are made at the first call and die with the field. So are the modulations of `sigmas`,
+    the sigmas it will be asked for; of another level when it is met. `sigmas=None` makes them anew in every call.
     `using` is entered while the network works, so that its weights can be brought where they are needed. `positions`
     says where tokens lie that are no grid.
     """
@@ -31,7 +31,7 @@ class FluxField(PackedField):
         pooled: Tensor,
         guidance: Tensor | None,
         *,
-        levels: Sequence[float] | None = (),
+        sigmas: Sequence[float] | None = (),
         step: Step,
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
         positions: Positions | None = None,
@@ -39,7 +39,7 @@ class FluxField(PackedField):
         self.positions = positions and positions.to(context.device)
         self.flow, self.context, self.pooled, self.guidance = flow, context, pooled, guidance
         self.step, self.using = step, using
-        self.table = ModulationTables(self._tables, levels)
+        self.table = ModulationTables(self._tables, sigmas)
         self.text: Tensor | None = None
         self.ropes: dict[tuple[int, int, int], Rope] = {}
 
@@ -47,12 +47,11 @@ class FluxField(PackedField):
         """The float32 velocities of h x w tokens (b, h w, d) at a level."""
         with self.using():
             text, table = self._prepare(len(tokens), sigma)
-
-            def one(part: Tensor, index: int) -> Tensor:
-                rope = self._rope(h, part.shape[1] // h, index)
-                return self.step(part, text, *rope, table, key=self.flow.attention).float()
-
-            return in_parts(self.positions, one, tokens)
+            outs = [
+                self.step(part, text, *self._rope(h, part.shape[1] // h, i), table, key=self.flow.attention)
+                for i, part in enumerate(split_parts(self.positions, tokens))
+            ]
+            return torch.cat(outs, 1).float()
 
     def _prepare(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
         """The embedded text, and the modulations of a level."""
@@ -72,6 +71,6 @@ class FluxField(PackedField):
             self.ropes[h, w, part] = self.flow.rope(ids, ids.new_zeros(self.context.shape[1], 3))
         return self.ropes[h, w, part]
 
-    def _tables(self, levels: Sequence[float]) -> list[Tensor]:
-        sigmas = [torch.full((len(self.pooled),), level, device=self.pooled.device) for level in levels]
-        return self.flow.tables(sigmas, self.guidance, self.pooled)
+    def _tables(self, sigmas: Sequence[float]) -> list[Tensor]:
+        times = [torch.full((len(self.pooled),), sigma, device=self.pooled.device) for sigma in sigmas]
+        return self.flow.tables(times, self.guidance, self.pooled)

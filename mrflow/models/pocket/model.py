@@ -274,7 +274,7 @@ class Pocket(TransformerModel):
             cond["context"],
             cond["pooled"],
             None,
-            levels=options.sigmas,
+            sigmas=options.sigmas,
             step=own,
             positions=options.positions,
         )

@@ -80,7 +80,7 @@ class Qwen(LanguageConditioned):
             return QwenField(
                 self._flow,
                 [self._states(each) for each in (cond, *options.beside)],
-                levels=sigmas,
+                sigmas=sigmas,
                 step=self._step if step is None else step(self._pieces),
                 tables=self._tables,
                 using=partial(self._offload.using, "main"),
@@ -94,7 +94,7 @@ class Qwen(LanguageConditioned):
             QwenField(
                 self._flow,
                 [group],
-                levels=None,  # `tables` remembers for all fields
+                sigmas=None,  # `tables` remembers for all fields
                 step=step(self._pieces),
                 tables=lambda wanted: [tables(sigma) for sigma in wanted],
                 using=partial(self._offload.using, "main"),
@@ -114,29 +114,29 @@ class Qwen(LanguageConditioned):
 
         return CombinedField(combine, tuple(fields))
 
-    def _tables(self, levels: Sequence[float]) -> list[Tensor]:
+    def _tables(self, sigmas: Sequence[float]) -> list[Tensor]:
         """Modulations at these levels: made beforehand, kept from an earlier picture, or made now."""
         if self._folded is None and not self._runtime.fold:
-            return self._made(levels)
+            return self._made(sigmas)
         if self._folded is None:
             with self._keeping:
-                if new := [level for level in levels if level not in self._kept]:
+                if new := [sigma for sigma in sigmas if sigma not in self._kept]:
                     self._kept.update(zip(new, self._made(new), strict=True))
-                found = [self._kept[level] for level in levels]
-                for level in levels:
-                    self._kept.move_to_end(level)
+                found = [self._kept[sigma] for sigma in sigmas]
+                for sigma in sigmas:
+                    self._kept.move_to_end(sigma)
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             return found
-        if unknown := [level for level in levels if level not in self._folded]:
+        if unknown := [sigma for sigma in sigmas if sigma not in self._folded]:
             raise PlanError(
                 f"{self._info.name} was loaded with fold=chain, for the levels of that chain; sigma {unknown[0]:g} is "
                 "not among them: load it with fold=True, or with the chain that is run"
             )
-        return [self._folded[level] for level in levels]
+        return [self._folded[sigma] for sigma in sigmas]
 
-    def _made(self, levels: Sequence[float]) -> list[Tensor]:
-        return self._flow.tables([torch.full((1,), level, device=self._device) for level in levels])
+    def _made(self, sigmas: Sequence[float]) -> list[Tensor]:
+        return self._flow.tables([torch.full((1,), sigma, device=self._device) for sigma in sigmas])
 
 
 def qwen_facts(vae: VaeQwen, curve: Shift | None) -> ModelInfo:

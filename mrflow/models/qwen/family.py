@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mrflow.checkpoints.safetensors import CheckedNetwork, Header
-from mrflow.cost import levels
+from mrflow.cost import evaluated_sigmas
 from mrflow.errors import PlanError
 from mrflow.model_info import QWEN, ModelInfo
 from mrflow.models.encoders import PREFIXES
@@ -80,7 +80,7 @@ class QwenFamily(TransformerFamily):
         """All weights; with a chain, the modulations of its levels instead of their linears."""
         if loading.chain is None:
             return prepared.read(), {}
-        asked = levels(loading.chain, qwen_facts(vae, loading.files.curve))
+        asked = evaluated_sigmas(loading.chain, qwen_facts(vae, loading.files.curve))
         key = hashlib.sha256(repr((loading.version, asked)).encode()).hexdigest()[:16]
         keep = cache_folder() / f"modulation-{key}.safetensors"
         flow, made = read_folded(prepared, asked, device=loading.device, keep=keep)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mrflow.backbone import Positions, in_parts
+from mrflow.backbone import Positions, split_parts
 from mrflow.errors import PlanError
 from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
@@ -45,7 +45,7 @@ class QwenField(PackedField):
         net: QwenImage,
         branches: Sequence[Sequence[Tensor]],
         *,
-        levels: Sequence[float] | None = (),
+        sigmas: Sequence[float] | None = (),
         step: Step,
         tables: Callable[[Sequence[float]], list[Tensor]],
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -54,7 +54,7 @@ class QwenField(PackedField):
     ) -> None:
         self.net, self.branches, self.padded = net, branches, padded
         self.positions = positions and positions.to(branches[0][0].device)
-        self.step, self.table, self.using = step, ModulationTables(tables, levels), using
+        self.step, self.table, self.using = step, ModulationTables(tables, sigmas), using
         items = [item for branch in branches for item in branch]
         # Equal lengths side by side, so that attention may treat them as a batch.
         self.order = sorted(range(len(items)), key=lambda i: 0 if padded else len(items[i]))
@@ -73,9 +73,9 @@ class QwenField(PackedField):
         """The float32 velocities (branches b, h w, d) of h x w tokens (b, h w, d) at a level, branch by branch."""
         with self.using():
             text, table = self._prepare(len(tokens), sigma)
-            return in_parts(
-                self.positions, lambda part, i: self._one(part, text, table, h, part.shape[1] // h, i), tokens
-            )
+            parts = enumerate(split_parts(self.positions, tokens))
+            outs = [self._one(part, text, table, h, part.shape[1] // h, i) for i, part in parts]
+            return torch.cat(outs, 1)
 
     def _prepare(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
         """The embedded texts, and the modulations of a level."""

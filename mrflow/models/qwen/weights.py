@@ -52,7 +52,7 @@ OTHER = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 def read_folded(
-    prepared: CheckedNetwork[QwenImage], levels: Sequence[float], *, device: torch.device, keep: Path | None = None
+    prepared: CheckedNetwork[QwenImage], sigmas: Sequence[float], *, device: torch.device, keep: Path | None = None
 ) -> tuple[QwenImage, dict[float, Tensor]]:
     """All weights but those of modulations, and the modulations of these levels, which are made once and kept.
 
@@ -69,7 +69,7 @@ def read_folded(
         assert isinstance(old, nn.Linear | Fp8Linear)
         setattr(net.get_submodule(owner), leaf, FoldedLinear(*reversed(old.weight.shape)))
     known = kept_tables(keep)
-    if set(levels) <= set(known):
+    if set(sigmas) <= set(known):
         return net, known
 
     def linear(name: str) -> nn.Module:
@@ -80,14 +80,14 @@ def read_folded(
     with torch.inference_mode():
         here = next(net.time_in.parameters()).device == device  # a copy, elsewhere in memory, may round differently
         embedder = net.time_in if here else copy.deepcopy(net.time_in).to(device)
-        vectors = [net.conditioning_vector(torch.full((1,), level, device=device), embedder) for level in levels]
+        vectors = [net.conditioning_vector(torch.full((1,), sigma, device=device), embedder) for sigma in sigmas]
         first = net.final_layer.scale_first
         made = tables((linear(name) for name in linears), vectors, net.params.hidden, scale_first=first)
-    out = {level: table.cpu() for level, table in zip(levels, made, strict=True)}
+    out = {sigma: table.cpu() for sigma, table in zip(sigmas, made, strict=True)}
     if keep is not None:
         try:
             keep.parent.mkdir(parents=True, exist_ok=True)
-            save_file({repr(level): table for level, table in out.items()}, keep)
+            save_file({repr(sigma): table for sigma, table in out.items()}, keep)
         except (OSError, ResourceError) as error:
             note(f"modulations could not be kept for the next time: {error}; $MRFLOW_CACHE names another folder")
     return net, out

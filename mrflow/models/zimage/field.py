@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrflow.backbone import Positions, in_parts
+from mrflow.backbone import Positions, split_parts
 from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
 from mrflow.models.zimage.transformer import ZImage, missing_tokens
@@ -47,9 +47,9 @@ class ZImageField(PackedField):
         """The float32 velocities of h x w tokens (b, h w, d) at a level."""
         with self.using():
             refined, table = self._prepare(sigma)
-            return in_parts(
-                self.positions, lambda part, i: self._one(part, refined, table, h, part.shape[1] // h, i), tokens
-            )
+            parts = enumerate(split_parts(self.positions, tokens))
+            outs = [self._one(part, refined, table, h, part.shape[1] // h, i) for i, part in parts]
+            return torch.cat(outs, 1)
 
     def _prepare(self, sigma: float) -> tuple[Tensor, Tensor]:
         """The refined texts, and the modulations of a level."""
