@@ -30,7 +30,7 @@ from experiments.train_pocket.data import rendered, unit
 from mrflow.errors import MrflowError
 from mrflow.models.pocket.model import SHIPPED, Pocket, facts, load_pocket, open_pocket
 from mrflow.records.pictures import check_writable, write_bytes
-from mrflow.scenes.hard import HARD, fill_hard, held_out_hard_captions, parse
+from mrflow.scenes.hard import HARD, fill_hard, held_out_hard_captions, parse_hard
 from mrflow.scenes.legible import READ_BY, hard_score
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
@@ -57,7 +57,8 @@ def others_of(dose: str, count: int) -> list[str]:
 def truths(captions: list[str], side: int, *, draw: int = 0) -> Tensor:
     """Each caption rendered once, (n, 3, side, side) in [0, 1]: the same draw at every side."""
     scenes = [
-        fill_hard(parse(c), HARD, random.Random(s + draw)) for c, s in zip(captions, seeds_of(captions), strict=True)
+        fill_hard(parse_hard(text), HARD, random.Random(seed + draw))
+        for text, seed in zip(captions, seeds_of(captions), strict=True)
     ]
     return unit(rendered(scenes, side))
 

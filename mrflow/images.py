@@ -44,7 +44,11 @@ def read_image(path: str | Path) -> Tensor:
         ResourceError: the file cannot be read. PlanError: it is no image in one of `FORMATS`, is broken, holds NaN or
             numbers of no known scale, or has more than `MAX_FILE` bytes or `MAX_PIXELS` pixels.
     """
-    data = _bytes(path)
+    return decode_image(image_bytes(path), path)
+
+
+def decode_image(data: bytes, path: str | Path) -> Tensor:
+    """`read_image` of a file's bytes; errors and notes name its `path`."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         pixels = _decode(data, str(path))
@@ -56,7 +60,12 @@ def read_image(path: str | Path) -> Tensor:
     return pixels
 
 
-def _bytes(path: str | Path) -> bytes:
+def image_bytes(path: str | Path) -> bytes:
+    """A picture's file, as it is.
+
+    Raises:
+        ResourceError: it cannot be read. PlanError: it has more than `MAX_FILE` bytes.
+    """
     try:
         return read_regular(check_path("the picture", path).resolve(), most=MAX_FILE)
     except OSError as error:

@@ -27,7 +27,7 @@ from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.notes import add_forwards
 from mrflow.policies import GM, PolicyField, automatic, follow
-from mrflow.records.readable import describe
+from mrflow.records.readable import describe_stage
 from mrflow.schedules import Sigmas
 from mrflow.solvers import FiniteCheck, Solver, Step, integrate
 from mrflow.spec import Latents, Pixels, Spec, Start, State
@@ -183,7 +183,7 @@ class Chain(Generic[A, B]):
 
     def _repr_html_(self) -> str:
         """For notebooks: every stage with its settings."""
-        lines = [(number, *describe(stage)) for number, stage in enumerate(self.stages, 1)]
+        lines = [(number, *describe_stage(stage)) for number, stage in enumerate(self.stages, 1)]
         return html.html_table(("", "stage", "settings"), lines)
 
 

@@ -93,7 +93,7 @@ def scale_of(upscaler: object, kind: "type[Upscaler | LatentUpscaler]" = Upscale
     return scale
 
 
-def enlarge(upscaler: Upscaler | LatentUpscaler, x: Tensor) -> Tensor:
+def apply_upscaler(upscaler: Upscaler | LatentUpscaler, x: Tensor) -> Tensor:
     """What an upscaler makes of pixels or latents (b, c, h, w), held against what it promises; without gradients.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -282,6 +283,16 @@ def test_start_and_own_stages_are_options(here: Path) -> None:  # noqa: F811
     assert call("replay", "q.png", "--start", "p.png", "--check")[0] == 0
     code, _, err = call("plan", "--start", "p.png")
     assert code == 2 and "--start does nothing with a recipe" in err
+
+
+def test_refine_reads_a_picture_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The note, the record and the pixels are of the same bytes, whatever becomes of the file meanwhile."""
+    Image.new("RGB", (16, 16), "red").save("p.png")
+    read, real = list[str](), os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest, **named: read.append(str(path)) or real(path, *rest, **named))
+    code, _, err = call("refine", "p.png", "--scale", "1e9")
+    assert code == 2 and "pocket knows only its own world" in err, err
+    assert [Path(path).name for path in read].count("p.png") == 1
 
 
 def test_replay_checks_the_pixels(here: Path) -> None:  # noqa: F811

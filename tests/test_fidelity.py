@@ -21,7 +21,7 @@ from mrflow.scenes.fit import Adjustable, Edge, FreePart, Slot, Values, fit
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
 from mrflow.sweep import metrics
-from mrflow.sweep.aims import BUILT_IN, NONE, Scale, scale_of
+from mrflow.sweep.aims import BUILT_IN, NONE, Scale, scale_for
 from mrflow.sweep.metrics import Fidelity, Measured, Metric, scales_of
 
 N = 256
@@ -345,11 +345,11 @@ def test_as_a_metric_of_a_sweep() -> None:
     found = Fidelity()(made)
     assert found == {f"fit.{name}": value for name, value in fidelity(picture, WORD).items()}
     assert Fidelity()(replace(made, prompt="a lighthouse")) == Fidelity()(replace(made, pixels=picture[:, :63])) == {}
-    scales = {name: scale_of(name, scales_of([Fidelity()])) for name in found}
+    scales = {name: scale_for(name, scales_of([Fidelity()])) for name in found}
     assert NONE not in scales.values()
     assert scales["fit.spectrum.3"].aim == "lower" and scales["fit.glyph.right"] == Scale("higher", 0, 1)
     assert scales["fit.rank.cast"].aim == "uniform"
     kinds = [k for k in vars(metrics).values() if isinstance(k, type) and issubclass(k, Metric)]
     assert {name: which for kind in kinds for name, which in kind.aims.items()} == BUILT_IN
-    assert scale_of("fit", BUILT_IN) == NONE and scale_of("lpips", BUILT_IN).aim == "lower"
-    assert scale_of("mine.part", {"mine": Scale("one")}) == Scale("one")
+    assert scale_for("fit", BUILT_IN) == NONE and scale_for("lpips", BUILT_IN).aim == "lower"
+    assert scale_for("mine.part", {"mine": Scale("one")}) == Scale("one")

@@ -111,11 +111,11 @@ def test_storage_halves_the_blocks_and_stays_close(tmp_path: Path) -> None:
 def test_storage_joins_what_a_file_keeps_apart(tmp_path: Path) -> None:
     net = Flux(SMALL)
     scatter(net, 2)
-    from mrflow.checkpoints.safetensors import export
+    from mrflow.checkpoints.safetensors import to_layout
 
     config = {"_class_name": "FluxTransformer2DModel", "axes_dims_rope": SMALL.axes}
     meta = {"config": json.dumps(config)}
-    save_file(export(net.state_dict(), flux_layout(net, flux_diffusers)), tmp_path / "f.safetensors", metadata=meta)
+    save_file(to_layout(net.state_dict(), flux_layout(net, flux_diffusers)), tmp_path / "f.safetensors", metadata=meta)
     flux = load_flux(tmp_path / "f.safetensors", storage="fp8")
     linear = flux.double_blocks[0].img_attn.qkv
     assert isinstance(linear, Fp8Linear) and linear.weight.shape == (3 * SMALL.hidden, SMALL.hidden)

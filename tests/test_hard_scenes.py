@@ -15,7 +15,7 @@ from mrflow.models.pocket.model import LONG_TEXT, VOCABULARY, WORDS
 from mrflow.models.pocket.networks import tokenise
 from mrflow.scenes import hard, legible
 from mrflow.scenes.grammar import CaptionError, Face, Object, Scene, Word, held_out
-from mrflow.scenes.hard import HARD, KINDS, caption_of, cells, fill_hard, held_out_hard_captions, parse, sample
+from mrflow.scenes.hard import HARD, KINDS, caption_of, cells, fill_hard, held_out_hard_captions, parse_hard, sample
 from mrflow.scenes.legible import hard_score, hard_score_many, read_parts
 from mrflow.scenes.render import render, render_window
 
@@ -32,7 +32,7 @@ CATEGORIES = {
 def drawn(captions: list[str], *, side: int = 256, seed: int = 0) -> NDArray[np.float32]:
     """Each caption rendered once, what it leaves open drawn at random: (n, 3, side, side) in [0, 1]."""
     rng = random.Random(seed)
-    images = [render(fill_hard(parse(caption), HARD, rng), side).transpose(2, 0, 1) for caption in captions]
+    images = [render(fill_hard(parse_hard(caption), HARD, rng), side).transpose(2, 0, 1) for caption in captions]
     return np.stack(images).astype(np.float32) / np.float32(255)
 
 
@@ -43,28 +43,28 @@ def test_captions_are_read_back(kind: str) -> None:
     captions = [caption_of(HARD, rng, kind) for _ in range(200)]
     ids, lost = tokenise(captions, WORDS, LONG_TEXT)
     assert not any(lost) and len(set(WORDS)) == len(WORDS) and WORDS[: len(VOCABULARY)] == VOCABULARY
-    assert {parse(caption).kind for caption in captions} == {kind}
+    assert {parse_hard(caption).kind for caption in captions} == {kind}
     assert len({tuple(row.tolist()) for row in ids}) == len(set(captions))  # tokens tell captions apart
 
 
 def test_a_caption_says_what_is_drawn() -> None:
-    scene = parse("a red star at the top left, an orange ring at the middle right")
+    scene = parse_hard("a red star at the top left, an orange ring at the middle right")
     assert [(o.shape, o.colour) for o in scene.objects] == [("star", "red"), ("ring", "orange")]
     assert [(round(o.x, 3), round(o.y, 3)) for o in scene.objects] == [(0.167, 0.167), (0.833, 0.5)]
-    scene = parse("a blue sign in 8% letters, CAT and DO and SUNS and X and ZOO")
+    scene = parse_hard("a blue sign in 8% letters, CAT and DO and SUNS and X and ZOO")
     assert [w.text for w in scene.words] == ["CAT", "DO", "SUNS", "X", "ZOO"]
     assert {(w.colour, w.height) for w in scene.words} == {("blue", 0.08)}
     assert [w.x < 0.5 for w in scene.words] == [True, False, True, False, True]  # five are set in two columns
-    assert {w.x for w in parse("a blue sign in 8% letters, CAT and DO").words} == {0.5}
-    scene = parse("three 12% faces, calm winking sad")
+    assert {w.x for w in parse_hard("a blue sign in 8% letters, CAT and DO").words} == {0.5}
+    scene = parse_hard("three 12% faces, calm winking sad")
     assert [f.expression for f in scene.faces] == ["calm", "winking", "sad"]
     assert scene.faces[0].radius == 0.06 and scene.faces[2].y > scene.faces[0].y == scene.faces[1].y
-    scene = parse("a 4x4 grid of red circles with a pink cross in row 2 column 3")
+    scene = parse_hard("a 4x4 grid of red circles with a pink cross in row 2 column 3")
     assert [i for i, o in enumerate(scene.objects) if (o.shape, o.colour) == ("cross", "pink")] == [6]
     assert len(scene.objects) == 16
-    scene = parse("1/32 checks with a black heart at the bottom")
+    scene = parse_hard("1/32 checks with a black heart at the bottom")
     assert (scene.background.texture, scene.background.period) == ("checks", 1 / 32)
-    assert parse("five purple stars").kind == "count"  # the older world's
+    assert parse_hard("five purple stars").kind == "count"  # the older world's
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_caption_says_what_is_drawn() -> None:
 )
 def test_what_the_grammar_does_not_know_is_named(caption: str, said: str) -> None:
     with pytest.raises(CaptionError, match=said.replace("(", r"\(")):
-        parse(caption)
+        parse_hard(caption)
     with pytest.raises(CaptionError, match="no scene of kind 'cube'"):
         caption_of(HARD, random.Random(0), "cube")
 
@@ -89,7 +89,7 @@ def test_what_the_grammar_does_not_know_is_named(caption: str, said: str) -> Non
 def test_what_a_caption_leaves_open_is_large(kind: str) -> None:
     """Two draws differ in places, tints and phase, and in nothing that the caption says."""
     rng = random.Random(2)
-    scene = parse(caption_of(HARD, rng, kind))
+    scene = parse_hard(caption_of(HARD, rng, kind))
     draws = [fill_hard(scene, HARD, rng) for _ in range(60)]
 
     def spread(values: list[float]) -> float:
@@ -151,7 +151,7 @@ def test_sizes_are_said_in_latent_cells_too() -> None:
 
 def test_a_window_is_a_part_of_the_picture() -> None:
     word = Word("KEY", "red", 0.43, 0.13, 0.125, 0.47, (0.7, 0.2, 0.1))
-    scene = Scene("sign", parse("a red sign in 13% letters, KEY").background, words=(word,))
+    scene = Scene("sign", parse_hard("a red sign in 13% letters, KEY").background, words=(word,))
     whole = render(scene, 128)
     assert np.array_equal(render_window(scene, 128, (30, 40, 90, 70)), whole[40:70, 30:90])
     assert render_window(scene, 128, (-8, 0, 8, 16)).shape == (16, 16, 3)
@@ -159,7 +159,7 @@ def test_a_window_is_a_part_of_the_picture() -> None:
 
 
 def test_a_phase_moves_a_texture() -> None:
-    ground = replace(parse("1/16 stripes with a black heart at the left").background, phase=(0.25, 0.0))
+    ground = replace(parse_hard("1/16 stripes with a black heart at the left").background, phase=(0.25, 0.0))
     moved, still = (render(Scene("texture", g), 64) for g in (ground, replace(ground, phase=(0.0, 0.0))))
     assert np.array_equal(moved[:, :-1], still[:, 1:]) and not np.array_equal(moved, still)
 
@@ -192,25 +192,25 @@ def test_one_wrong_part_is_one_wrong_part() -> None:
         return [(part.said, part.read) for part in read_parts(image, caption) if not part.right]
 
     caption = "a green sign in 6% letters, CAT and DOG and SUN"
-    scene = parse(caption)
+    scene = parse_hard(caption)
     assert missed(scene, caption) == []
     assert missed(replace(scene, words=(replace(scene.words[0], text="CAR"), *scene.words[1:])), caption) == [
         ("T", "R")
     ]
     assert missed(replace(scene, words=scene.words[:2]), caption) == [("S", ""), ("U", ""), ("N", "")]
     caption = "four 20% faces, happy sad winking surprised"
-    scene = parse(caption)
+    scene = parse_hard(caption)
     assert missed(replace(scene, faces=(Face("calm", *_at(scene.faces[0])), *scene.faces[1:])), caption) == [
         ("happy", "calm")
     ]
     caption = "a 5x5 grid of green circles with a red star in row 2 column 4"
-    scene = parse(caption)
+    scene = parse_hard(caption)
     odd = scene.objects[8]
     assert missed(
         replace(scene, objects=(*scene.objects[:8], replace(odd, colour="blue"), *scene.objects[9:])), caption
     ) == [("red star", "blue star")]
     caption = "1/24 stripes with a red star at the left"
-    scene = parse(caption)
+    scene = parse_hard(caption)
     assert missed(replace(scene, background=replace(scene.background, texture="checks")), caption) == [
         ("1/24 stripes", "1/24 checks")
     ]
@@ -218,7 +218,7 @@ def test_one_wrong_part_is_one_wrong_part() -> None:
         ("1/24 stripes", "")
     ]
     caption = "a red star at the top left, a blue ring at the middle right"
-    scene = parse(caption)
+    scene = parse_hard(caption)
     swapped = tuple(
         Object(b.shape, b.colour, a.x, a.y, a.radius) for a, b in zip(scene.objects, scene.objects[::-1], strict=True)
     )

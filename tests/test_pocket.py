@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mrflow as mf
+from experiments.pocket_scores import BLOCK
 from mrflow.errors import WeightsError
 from mrflow.models import info
 from mrflow.models.pocket.model import (
@@ -173,7 +174,7 @@ def test_golden(model: mf.Backbone) -> None:
     golden = json.loads(GOLDEN.read_text())
     assert model.info.version == golden["version"], "new weights: make the golden again as its 'how' says"
     pixels = mf.run(DEFAULT, model, golden["prompt"], seed=golden["seed"]).pixels[0]
-    means = torch.nn.functional.avg_pool2d(pixels, 8).numpy()
+    means = torch.nn.functional.avg_pool2d(pixels, BLOCK).numpy()
     assert np.abs(means - np.array(golden["means"])).max() < 2 / 255
 
 

@@ -29,7 +29,7 @@ from mrflow.models.pocket.model import (
     tensors_of,
 )
 from mrflow.scenes.grammar import held_out
-from mrflow.scenes.hard import HARD, KINDS, parse
+from mrflow.scenes.hard import HARD, KINDS, parse_hard
 
 LITTLE = replace(recipe.BROAD, autoencoder=2, sr=2, scenes=6, shards={128: 2, 256: 1}, batch={128: 4, 256: 2})
 WHOLE = ["--steps", "3", "--batch", "0.03", "--shards", "0.003", "--every", "0"]
@@ -118,7 +118,7 @@ def test_shards_hold_no_caption_that_is_held_out_and_differ() -> None:
     assert {scene.kind for scene in first} >= {*KINDS}
     assert all(held_out(caption) for caption in pictures(HARD, 12, 64, 3, held=True)[1])
     for shown in recipe.SHOWN:
-        parse(shown)
+        parse_hard(shown)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from mrflow.checkpoints.safetensors import save_file
 from mrflow.models import info
 from mrflow.models.pocket.model import NEWEST, VOCABULARY, WEIGHTS, WORDS, open_pocket, tensors_of
 from mrflow.scenes.grammar import held_out
-from mrflow.scenes.hard import parse
+from mrflow.scenes.hard import parse_hard
 from mrflow.scenes.looks import LOOKS
 from mrflow.sweep import Row
 from tests.test_statistics import row
@@ -69,7 +69,7 @@ def test_a_look_is_taught_its_own_scenes_and_none_that_is_held_out() -> None:
         assert all(scene.look is LOOKS[look] and not held_out(scene.caption) for scene in found)
         assert {scene.kind for scene in found} <= {*finetune.WORLDS[look].kinds}
         for shown in finetune.SHOWN[look]:
-            assert parse(shown).kind in finetune.WORLDS[look].kinds
+            assert parse_hard(shown).kind in finetune.WORLDS[look].kinds
         for name in transfer.CHANGED[look]:
             assert transfer.CATEGORIES[name].kind in finetune.WORLDS[look].kinds
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mrflow as mf
-from mrflow.upscaler import enlarge
+from mrflow.upscaler import apply_upscaler
 
 FACTORS = st.integers(1, 4)
 ALL = [
@@ -107,7 +107,7 @@ def test_an_upscaler_that_lies_is_named(what: str) -> None:
     with pytest.raises(error, match=rf"^stage 3 of 7, Upscale\(\.\.\.\): .*{words}"):
         mf.run(chain, mf.toy(), "a")
     with pytest.raises(error, match=words):
-        enlarge(Lies(scale, make), torch.rand(1, 3, 32, 32))
+        apply_upscaler(Lies(scale, make), torch.rand(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("given", [Lies, "lanczos", twice, mf.toy()])
@@ -118,5 +118,5 @@ def test_what_is_no_upscaler_is_refused_before_work(given: Any) -> None:
 
 
 def test_whole_numbers_of_numpy_and_overshoot_are_fine() -> None:
-    made = enlarge(Lies(np.int64(2), lambda x: twice(x) * 3 - 1), torch.rand(1, 3, 8, 8))
+    made = apply_upscaler(Lies(np.int64(2), lambda x: twice(x) * 3 - 1), torch.rand(1, 3, 8, 8))
     assert made.shape == (1, 3, 16, 16) and not made.requires_grad

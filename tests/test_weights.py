@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from mrflow.checkpoints.safetensors import (
     Source,
-    export,
     load_into,
     map_tensor,
     open_checkpoint,
     read_header,
     save_file,
+    to_layout,
 )
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.flux.initial import reset
@@ -67,7 +67,7 @@ def flux_file(path: Path, *, change: Callable[[dict[str, Tensor]], object] | Non
     """A small FLUX in diffusers' layout with its config, after a change to its tensors."""
     net = Flux(PARAMS)
     reset(net, torch.Generator().manual_seed(0))
-    tensors = export(net.state_dict(), flux_layout(net, flux_diffusers))
+    tensors = to_layout(net.state_dict(), flux_layout(net, flux_diffusers))
     if change:
         change(tensors)
     save_file(tensors, path)
@@ -466,7 +466,7 @@ def test_an_all_in_one_prefix_is_read(tmp_path: Path) -> None:
     path, net = tmp_path / "x.safetensors", Flux(PARAMS)
     layout = flux_layout(net, bfl("model.diffusion_model."))
     config = {"_class_name": "FluxTransformer2DModel", "axes_dims_rope": [2, 2, 4]}
-    save_file(export(net.state_dict(), layout), path, metadata={"config": json.dumps(config)})
+    save_file(to_layout(net.state_dict(), layout), path, metadata={"config": json.dumps(config)})
     again = load_flux(path)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
 

@@ -139,11 +139,11 @@ def read_adapter(path: str, sha256: str = "") -> tuple[AdapterFile, str]:
     Raises:
         WeightsError: the file is missing or another one than `sha256` says, or holds no LoRA.
     """
-    where, found = locate(str(fetch(path)), sha256)
+    where, found = locate(str(fetch_adapter(path)), sha256)
     return _opened(where, found), found
 
 
-def fetch(path: str) -> Path:
+def fetch_adapter(path: str) -> Path:
     """The local file of `owner/name/file.safetensors` on the hub, where no such path is here; else the path itself."""
     local = expand_home(path)
     parts = path.split("/")

@@ -455,7 +455,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[st
         raise ResourceError(f"{path} cannot be written: {why or error}") from error
 
 
-def export(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def to_layout(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Parameters under the names and in the shapes of `layout`: the reverse of loading."""
     out: dict[str, Tensor] = {}
     for name, source in layout.items():

@@ -26,7 +26,7 @@ def list_networks(err: Console, asked: ListOptions) -> None:
     rows: list[dict[str, str | None]] = []
     for word, known in shelf.KNOWN.items():
         try:
-            path: str | None = str(shelf.find(word))
+            path: str | None = str(shelf.find_network(word))
         except PlanError:
             path = None
         rows.append({"name": word, "title": known.title, "licence": known.licence, "path": path})

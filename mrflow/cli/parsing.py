@@ -141,7 +141,7 @@ def upscaler(name: str | None) -> Upscaler | str | None:
     if name == "lanczos":
         return Lanczos(2)
     if name in shelf.KNOWN:
-        return load_upscaler(shelf.find(name))
+        return load_upscaler(shelf.find_network(name))
     if name in FILTERS:
         return Interpolate(2, name)  # type: ignore[arg-type]  # pyright: ignore
     if name.startswith(LATENT) and name.removeprefix(LATENT) in FILTERS:

@@ -24,15 +24,16 @@ from mrflow.cli.parsing import (
     without_upscaler,
 )
 from mrflow.cli.verbs import RefineOptions
-from mrflow.errors import PlanError, RecordError, ResourceError
+from mrflow.errors import PlanError, RecordError
+from mrflow.images import decode_image, image_bytes
 from mrflow.model_info import ModelInfo
 from mrflow.models.pocket.model import embedded_file
-from mrflow.records.pictures import png, read_image, read_record, to_images
+from mrflow.records.pictures import png, read_image, record_in, to_images
 from mrflow.spec import MAX_SIDE
 from mrflow.stage import AnyChain
 from mrflow.stages import Crop
 from mrflow.stages.upscale import resize
-from mrflow.upscaler import enlarge, passes_to, scale_of
+from mrflow.upscaler import apply_upscaler, passes_to, scale_of
 
 PHOTOGRAPHS = (
     "pocket knows only its own world of shapes, faces and words; it makes mud of a photograph. "
@@ -51,8 +52,6 @@ def refine(err: Console, asked: RefineOptions) -> None:
         for path in _enlarge(asked.photo, asked.scale, sr, drawing.out, drawing.force):
             typer.echo(json.dumps({"paths": [str(path)]}) if drawing.as_json else path)
         return
-    if is_embedded(model) and not _own(asked.photo):
-        err.print(PHOTOGRAPHS)
     if sr in (None, "own") and not is_embedded(model):
         raise without_upscaler(model)
     if asked.refine_steps is not None:
@@ -60,7 +59,10 @@ def refine(err: Console, asked: RefineOptions) -> None:
     net = upscaler(sr)
     if isinstance(net, str):
         raise PlanError(f"--sr {net} enlarges latents; refining a picture goes over pixels")
-    pairs, pixels = pairs_of([asked.prompt], drawing), read_image(asked.photo)
+    pairs, data = pairs_of([asked.prompt], drawing), image_bytes(asked.photo)
+    if is_embedded(model) and not _own(data, asked.photo):
+        err.print(PHOTOGRAPHS)
+    pixels = decode_image(data, asked.photo)
 
     def make(info: ModelInfo) -> tuple[AnyChain, None]:
         height, width = pixels.shape[-2:]
@@ -73,11 +75,11 @@ def refine(err: Console, asked: RefineOptions) -> None:
     draw(err, make, partial(load_model, model, asked.loading), pairs, drawing, start=pixels, name=name)
 
 
-def _own(photo: Path) -> bool:
+def _own(data: bytes, photo: Path) -> bool:
     """Whether an embedded model drew a picture, as its record says."""
     try:
-        return bool(embedded_file(str(read_record(photo).get("model", ""))))
-    except (RecordError, ResourceError):
+        return bool(embedded_file(str(record_in(data, photo).get("model", ""))))
+    except RecordError:
         return False
 
 
@@ -97,6 +99,6 @@ def _enlarge(photo: Path, scale: float, sr: str | None, out: Path | None, force:
     target = free_path(out, default, 1, force)
     with blaming(type(net).__name__):
         for _ in range(passes):
-            pixels = enlarge(net, pixels)
+            pixels = apply_upscaler(net, pixels)
     image = png(to_images(resize(pixels, height, width).clamp(0, 1))[0])
     return save_free(lambda path: {path: image}, target, out, default, 1, force)

@@ -134,6 +134,15 @@ def read_record(path: str | Path) -> dict[str, object]:
         raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RuntimeError) as error:
         raise RecordError(f"{path} cannot be read: {error}") from None
+    return record_in(data, path)
+
+
+def record_in(data: bytes, path: str | Path) -> dict[str, object]:
+    """`read_record` of a file's bytes; errors name its `path`.
+
+    Raises:
+        RecordError: as `read_record`.
+    """
     if not data.startswith(SIGNATURE):
         raise RecordError(f"{path} is not a whole PNG")
     key, found = KEY.encode(), list[bytes]()

@@ -68,7 +68,7 @@ def _value(value: object, depth: int) -> str:
     return str(value)
 
 
-def describe(stage: object) -> tuple[str, str]:
+def describe_stage(stage: object) -> tuple[str, str]:
     """`stage_text` of a stage itself: of a frozen dataclass of settings."""
     return stage_text(_plain(stage))
 

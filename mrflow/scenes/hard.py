@@ -91,7 +91,7 @@ def sample(world: HardWorld | World, rng: random.Random) -> Scene:
         return grammar.sample_scene(world, rng)
     if rng.random() < world.plain:
         return grammar.sample_scene(FULL, rng)
-    return fill_hard(parse(caption_of(world, rng)), world, rng)
+    return fill_hard(parse_hard(caption_of(world, rng)), world, rng)
 
 
 def caption_of(world: HardWorld, rng: random.Random, kind: str = "") -> str:
@@ -166,7 +166,7 @@ def draw_scene(caption: str, rng: random.Random) -> Scene:
     Raises:
         CaptionError: the caption is of neither.
     """
-    scene = parse(caption)
+    scene = parse_hard(caption)
     return fill_hard(scene, HARD, rng) if scene.kind in KINDS else grammar.fill(scene, FULL, rng)
 
 
@@ -184,7 +184,7 @@ def held_out_hard_captions(world: HardWorld, count: int, *, kind: str = "", seed
     return list(out)
 
 
-def parse(caption: str) -> Scene:
+def parse_hard(caption: str) -> Scene:
     """Read a caption of the hard world, or of the older one, back into its scene, everything at its named place.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mrflow.errors import PlanError
 from mrflow.scenes.grammar import COLOURS, DAYLIGHT, LETTERS, SHAPES, SKIN, Background, Face, Object, Scene, Word
-from mrflow.scenes.hard import FEELINGS, HARD, PERIODS, WEAVES, parse
+from mrflow.scenes.hard import FEELINGS, HARD, PERIODS, WEAVES, parse_hard
 from mrflow.scenes.letters import Array, length
 from mrflow.scenes.looks import restyle
 from mrflow.scenes.reading import find_tint, scorable
@@ -55,7 +55,7 @@ def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[
         CaptionError: the caption is of neither grammar. PlanError: it is of the older world, the picture cannot be
             scored, or there is no such look.
     """
-    scene, image = restyle(parse(caption), look), _working_copy(scorable(pixels))
+    scene, image = restyle(parse_hard(caption), look), _working_copy(scorable(pixels))
     if scene.look is not None and scene.look.light != DAYLIGHT:
         image = (image / np.array(scene.look.light, np.float32)).astype(np.float32)
         scene = replace(scene, look=replace(scene.look, light=DAYLIGHT))

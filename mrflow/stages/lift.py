@@ -11,7 +11,7 @@ from mrflow.model_info import ModelInfo
 from mrflow.spec import Latents, State, check_size
 from mrflow.stage import Stage, Work
 from mrflow.stages.decode import check_known
-from mrflow.upscaler import LatentUpscaler, enlarge, passes_to, scale_of
+from mrflow.upscaler import LatentUpscaler, apply_upscaler, passes_to, scale_of
 from mrflow.upscalers.interpolate import Filter, check_filter
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Lift(Stage[Latents, Latents]):
         x, size = state.data, (out.height, out.width)
         if self.upscaler is not None:
             for _ in range(passes_to(size, x.shape[-2], x.shape[-1], self.upscaler.scale)):
-                x = enlarge(self.upscaler, x)
+                x = apply_upscaler(self.upscaler, x)
         if tuple(x.shape[-2:]) == size:
             return x
         if self.filter == "nearest":

@@ -10,7 +10,7 @@ from mrflow.model_info import ModelInfo
 from mrflow.spec import MAX_SIDE, Pixels, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.lift import check_rise
-from mrflow.upscaler import Upscaler, enlarge, passes_to, scale_of
+from mrflow.upscaler import Upscaler, apply_upscaler, passes_to, scale_of
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone
@@ -74,7 +74,7 @@ class Upscale(Stage[Pixels, Pixels]):
             raise PlanError(f"{ctx.model.info.name} has no super-resolution net of its own")
         pixels = state.data
         for _ in range(self.passes(state.spec, ctx.model.info)):
-            pixels = enlarge(upscaler, pixels)
+            pixels = apply_upscaler(upscaler, pixels)
         return resize(pixels, out.height, out.width).clamp(0, 1)
 
 

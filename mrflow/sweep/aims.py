@@ -81,7 +81,7 @@ def as_scale(said: "Aim | Scale") -> Scale:
     return said if isinstance(said, Scale) else Scale(said)
 
 
-def scale_of(name: str, scales: Mapping[str, Scale]) -> Scale:
+def scale_for(name: str, scales: Mapping[str, Scale]) -> Scale:
     """That of a number, else of the nearest name that it is a part of (`score.text` of `score`), else `NONE`."""
     while name:
         if name in scales:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from mrflow.errors import PlanError
 from mrflow.records.readable import stage_text
-from mrflow.sweep.aims import BUILT_IN, COSTS, Scale, from_plain, scale_of, to_plain
+from mrflow.sweep.aims import BUILT_IN, COSTS, Scale, from_plain, scale_for, to_plain
 from mrflow.sweep.rows import Row, row_key, seed_of
 from mrflow.sweep.statistics import (
     MIN_PROMPTS,
@@ -158,7 +158,7 @@ def summarise(
 def scales(rows: Sequence[Row], said: Mapping[str, Any]) -> dict[str, Scale]:
     """The scale of every number that rows have: what their metrics said, else the built-in one."""
     known = {**COSTS, **BUILT_IN, **from_plain(said.get("aims", {}))}
-    return {name: scale_of(name, known) for name in (*metrics_of(rows), *COSTS)}
+    return {name: scale_for(name, known) for name in (*metrics_of(rows), *COSTS)}
 
 
 def origin(rows: Sequence[Row]) -> dict[str, Any]:

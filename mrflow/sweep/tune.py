@@ -22,7 +22,7 @@ from mrflow.schedules import Schedule
 from mrflow.solvers import Solver
 from mrflow.spec import Pixels, Start
 from mrflow.stage import Chain, Plan, plan
-from mrflow.sweep.aims import Scale, as_scale, scale_of
+from mrflow.sweep.aims import Scale, as_scale, scale_for
 from mrflow.sweep.grid import Prompt, Sweep
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
@@ -143,7 +143,7 @@ class Tune:
             raise PlanError(f"the floor must be a number, got {self.floor!r}")
         if not self.metrics:
             raise PlanError("tuning needs metrics, such as metrics=[SceneScore()], metric='score'")
-        self._check_scale(scale_of(self.metric, {k: as_scale(v) for m in self.metrics for k, v in m.aims.items()}))
+        self._check_scale(scale_for(self.metric, {k: as_scale(v) for m in self.metrics for k, v in m.aims.items()}))
 
     def _check_scale(self, known: Scale) -> None:
         low, high = known.low, known.high

@@ -38,7 +38,7 @@ def folder() -> Path:
     return Path(named) if named else user_folder("XDG_DATA_HOME", ".local/share") / "mrflow" / "sr"
 
 
-def find(name: str) -> Path:
+def find_network(name: str) -> Path:
     """The file that was added under a name of `KNOWN`.
 
     Raises:
@@ -56,7 +56,7 @@ def find(name: str) -> Path:
 
 
 def add(file: Path, name: str | None = None) -> tuple[str, Path]:
-    """Copy a network's file (with its weights beside it, where it is ncnn's) to where `find` finds it.
+    """Copy a network's file (with its weights beside it, where it is ncnn's) to where `find_network` finds it.
 
     `name` is one of `KNOWN`; None recognises it by the file's name. The file stays where it is. Returns the name and
     the copy.
@@ -75,7 +75,7 @@ def add(file: Path, name: str | None = None) -> tuple[str, Path]:
         raise WeightsError(f"{file} is not {known.title}: its network is {net.params if net else 'of another kind'}")
     target = folder() / f"{word}{file.suffix if file.suffix in SUFFIXES else '.pth'}"
     sources = {target: file}
-    if file.suffix == ".param":  # the half that `find` looks for comes last
+    if file.suffix == ".param":  # the half that `find_network` looks for comes last
         sources = {target.with_suffix(".bin"): weights_beside(file), **sources}
     taken = [path for suffix in (*SUFFIXES, ".bin") if (path := folder() / f"{word}{suffix}").exists()]
     if taken:

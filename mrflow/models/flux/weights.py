@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, Source, export, save_file
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, Source, save_file, to_layout
 from mrflow.errors import WeightsError
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
@@ -124,7 +124,7 @@ def save_flux(flux: Flux, path: Path) -> None:
     config = {"_class_name": FLUX_CLASS, "axes_dims_rope": flux.params.axes, "theta": flux.params.theta}
     state = whole_state(flux)
     same = {name: Source((name,), (len(tensor),)) for name, tensor in state.items()}
-    save_file(export(state, same), path, metadata={"config": json.dumps(config)})
+    save_file(to_layout(state, same), path, metadata={"config": json.dumps(config)})
 
 
 def whole_state(flux: Flux) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ def save_vae_flux(vae: VaeFlux, path: Path) -> None:
         "shift_factor": p.shift,
         "norm_num_groups": p.groups,
     }
-    save_file(export(vae.state_dict(), vae_layout(vae, bfl(""))), path, metadata={"config": json.dumps(config)})
+    save_file(to_layout(vae.state_dict(), vae_layout(vae, bfl(""))), path, metadata={"config": json.dumps(config)})
 
 
 FLUX_CLASS, VAE_CLASS = "FluxTransformer2DModel", "AutoencoderKL"

@@ -111,7 +111,7 @@ SMALL = replace(
 BY_WIDTH = {128: SMALL, WIDTH: BASE}
 
 
-def describe(known: ModelInfo, said: Mapping[str, str], words: int, length: int) -> ModelInfo:
+def with_metadata(known: ModelInfo, said: Mapping[str, str], words: int, length: int) -> ModelInfo:
     """Facts with what a file's metadata say, and a text encoder of so many words and tokens."""
     assert known.architecture is not None and known.footprint is not None
     more = (words - len(VOCABULARY) + length - TEXT_LENGTH) * known.architecture.context * 4
@@ -128,7 +128,7 @@ def describe(known: ModelInfo, said: Mapping[str, str], words: int, length: int)
 
 
 SAID = {"cfg": "2", "size": "128", "low": "64", "sides": "64 128 256"}
-POCKET = describe(BASE, SAID, len(WORDS), LONG_TEXT)
+POCKET = with_metadata(BASE, SAID, len(WORDS), LONG_TEXT)
 """The facts of the newest version, as its file says them."""
 
 
@@ -227,7 +227,7 @@ class Pocket(TransformerModel):
         for prompt in prompts:
             check_prompt(prompt)
         words, length = self._text.tokens.num_embeddings, len(self._text.places)
-        read = hard.parse if words > len(VOCABULARY) else grammar.parse
+        read = hard.parse_hard if words > len(VOCABULARY) else grammar.parse
         ids, lost = tokenise(prompts, WORDS[:words], length)
         for prompt, words in dict(zip(prompts, lost, strict=True)).items():
             if words:
@@ -344,7 +344,7 @@ def facts(header: Header) -> ModelInfo:
     Raises:
         WeightsError: as `params_of`.
     """
-    return describe(BY_WIDTH[params_of(header).hidden], header.metadata, *text_sizes(header))
+    return with_metadata(BY_WIDTH[params_of(header).hidden], header.metadata, *text_sizes(header))
 
 
 def text_sizes(header: Header) -> tuple[int, int]:

@@ -38,8 +38,8 @@ class ZImageField(PackedField):
     ) -> None:
         self.net, self.texts, self.step, self.table, self.using = net, texts, step, table, using
         self.positions = positions and positions.to(texts[0].device)
-        self.rows = {fill(texts[rows[0]]): rows for rows in alike(texts)}
-        self.lengths = tuple(fill(text) for text in texts)
+        self.rows = {filled_length(texts[rows[0]]): rows for rows in alike(texts)}
+        self.lengths = tuple(filled_length(text) for text in texts)
         self.refined: Tensor | None = None
         self.fixed: dict[tuple[int, int, int], tuple[Tensor, Rope]] = {}
 
@@ -87,12 +87,12 @@ class ZImageField(PackedField):
         return Rope(*(torch.stack(tables) for tables in zip(*(ropes[n] for n in self.lengths), strict=True)))
 
 
-def fill(text: Tensor) -> int:
+def filled_length(text: Tensor) -> int:
     """Tokens of a text that is filled up."""
     return len(text) + missing_tokens(len(text))
 
 
 def alike(texts: Sequence[Tensor]) -> list[list[int]]:
     """Which items' texts fill up to one length, shortest first."""
-    lengths = [fill(text) for text in texts]
+    lengths = [filled_length(text) for text in texts]
     return [[i for i, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))]
