@@ -104,7 +104,7 @@ class Trials:
         return True
 
     def usual(self, items: Mapping[str, pytest.Item]) -> tuple[dict[str, Usual], list[str]]:
-        """What each test does on the code as it is, from a fork or, where its file is the same, from an earlier run."""
+        """What each test does on the code as it is; one that passed before, in a file as it was, is not run again."""
         kept = Path(self.task["results"]).with_name("usual.jsonl")
         digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in {i.path for i in items.values()}}
 
@@ -112,7 +112,8 @@ class Trials:
             rows = {test: row for test, *row in _lines(kept) if test in items}
             return {test: row for test, row in rows.items() if row[0] == digests[items[test].path]}
 
-        if new := [item for test, item in items.items() if test not in known()]:
+        passed = {test for test, row in known().items() if row[1]}
+        if new := [item for test, item in items.items() if test not in passed]:
             if (child := os.fork()) == 0:
                 self._measure(new, digests, kept)
             os.waitpid(child, 0)

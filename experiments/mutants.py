@@ -115,10 +115,17 @@ class Trial:
 def workplace(out: Path, name: str) -> Path:
     """A copy of the working tree for a part, with its mutants written, brought up to date."""
     part, place = PARTS[name], out.resolve() / name
-    listed = _git("ls-files", "-co", "--exclude-standard").splitlines()
-    for path in (Path(line) for line in listed):
-        if path.is_file() and path.parts[0] in {*COPIED, "mrflow"}:
-            _update(place / path, path.read_bytes())
+    listed = [Path(line) for line in _git("ls-files", "-co", "--exclude-standard").splitlines()]
+    copied = {path for path in listed if path.is_file() and path.parts[0] in {*COPIED, "mrflow"}}
+    for path in copied:
+        _update(place / path, path.read_bytes())
+        if path.parts[0] == "mrflow" and path.suffix != ".py":
+            _update(place / "mutants" / path, path.read_bytes())  # mutmut takes over the sources alone
+    for root in (place, place / "mutants"):
+        for gone in {path.relative_to(root) for path in (root / "mrflow").rglob("*.py")} - copied:
+            _remove(root / gone)
+    for path in interrupted(place):
+        path.unlink()  # or mutmut takes it for finished, as it is newer than its source
     settings = {
         "source_paths": ["mrflow"],
         "only_mutate": list(part.files),
@@ -134,14 +141,32 @@ def workplace(out: Path, name: str) -> Path:
 
 
 def mutants(place: Path) -> dict[str, str]:
-    """Every mutant that mutmut wrote, with the digest of its function."""
+    """Every mutant that mutmut wrote, of files that it finished, with the digest of its function."""
     out: dict[str, str] = {}
-    for meta in sorted((place / "mutants").rglob("*.meta")):
+    half = {_beside(source, "meta") for source in interrupted(place)}
+    for meta in sorted({*(place / "mutants").rglob("*.meta")} - half):
         found = json.loads(meta.read_text(encoding="utf-8"))
         for key in found["exit_code_by_key"]:
             module, _, function = key.partition("__mutmut_")[0].rpartition(".")
             out[key] = found["hash_by_function_name"].get(function, module)
     return out
+
+
+def interrupted(place: Path) -> list[Path]:
+    """Sources among the mutants that are not whole: mutmut was stopped before it wrote the meta file, its last one."""
+    found = (source for pattern in PARTS[place.name].files for source in (place / "mutants").glob(pattern))
+    sources = sorted(source for source in found if source.suffix == ".py")
+    return [s for s in sources if not (m := _beside(s, "meta")).exists() or m.stat().st_mtime_ns < s.stat().st_mtime_ns]
+
+
+def _beside(source: Path, kind: str) -> Path:
+    return source.with_name(f"{source.name}.{kind}")
+
+
+def _remove(source: Path) -> None:
+    """A copied source that the working tree has no longer, and what mutmut wrote beside it."""
+    for path in (source, _beside(source, "meta"), _beside(source, "spans")):
+        path.unlink(missing_ok=True)
 
 
 def drawn(names: Sequence[str], count: int, seed: int) -> list[str]:
@@ -220,9 +245,12 @@ def report(out: Path, count: int, seed: int, names: Sequence[str] = tuple(PARTS)
         "| part | mutants | drawn and run | killed | equivalent | score | s each |",
         "|---|---|---|---|---|---|---|",
     ]
-    survivors = list[str]()
+    rest = list[str]()
     for name in names:
         place = out.resolve() / name
+        if half := interrupted(place):
+            rest.append(f"{name}: stopped while mutants of {half[0].name} were written; run it again")
+            continue
         every = mutants(place)
         chosen = set(judged(place, count, seed))
         found = {key: trial for key, trial in trials(place).items() if key in chosen}
@@ -234,8 +262,8 @@ def report(out: Path, count: int, seed: int, names: Sequence[str] = tuple(PARTS)
         score = killed / max(1, len(found) - len(same))
         counts = f"{len(every)} | {len(found)} | {killed} | {len(same)}"
         lines.append(f"| {name} | {counts} | {score:.0%} | {seconds:.1f} |")
-        survivors += [key for key in lived if key not in same]
-    return [*lines, "", *(f"survived: {key}" for key in survivors)]
+        rest += [f"survived: {key}" for key in lived if key not in same]
+    return [*lines, "", *rest]
 
 
 def _update(path: Path, content: bytes) -> None:
@@ -274,7 +302,7 @@ def main() -> None:
         return
     if args.verb == "show":
         for key in args.names:
-            place = next((p for p in args.out.resolve().iterdir() if key in mutants(p)), None)
+            place = next((p for p in map(args.out.resolve().joinpath, PARTS) if key in mutants(p)), None)
             print(key, *(changed(place, key)[::2] if place else ["no part has this mutant"]), sep="\n")
         return
     if unknown := set(args.names) - set(PARTS):

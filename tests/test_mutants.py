@@ -1,6 +1,8 @@
 """The harness of mutation testing: its parts are there, its draw is recorded, and it counts what mutmut says."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,27 @@ def test_the_last_run_counts_and_what_is_equivalent_does_not(place: Path, monkey
 
 def test_equivalents_have_their_proof() -> None:
     assert all(len(proof) > 20 for proof in mutants.EQUIVALENT.values())
+
+
+def test_sources_that_mutmut_did_not_finish_are_named_and_not_counted(place: Path) -> None:
+    source, meta = (place / "mutants" / "mrflow" / f"flow.py{end}" for end in ("", ".meta"))
+    os.utime(meta, ns=(1, 1))
+    assert mutants.interrupted(place) == [source] and mutants.mutants(place) == {}
+    lines = mutants.report(place.parent, 100, 0)
+    assert lines[2:] == ["", "flow: stopped while mutants of flow.py were written; run it again"]
+    meta.unlink()
+    assert mutants.interrupted(place) == [source]
+
+
+def test_a_workplace_follows_the_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, place = tmp_path / "tree", tmp_path / "out" / "flow"
+    for name in ("mrflow/flow.py", "mrflow/weights.bin", "pyproject.toml", "notes/own.txt"):
+        mutants._update(tree / name, b"")
+    for name in ("mrflow/gone.py", "mutants/mrflow/gone.py", "mutants/mrflow/gone.py.meta", "mutants/mrflow/flow.py"):
+        mutants._update(place / name, b"half")
+    monkeypatch.chdir(tree)
+    subprocess.run(["git", "init", "-q"], check=True)
+    monkeypatch.setattr(mutants, "_python", lambda *_: None)
+    mutants.workplace(tmp_path / "out", "flow")
+    left = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+    assert left == {"mrflow/flow.py", "mrflow/weights.bin", "mutants/mrflow/weights.bin", "pyproject.toml"}
