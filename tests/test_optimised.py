@@ -75,14 +75,19 @@ def test_what_cannot_be_searched_says_which_setting() -> None:
             mf.schedules.optimise(mf.toy(), prompts=PROMPTS[:1], size=SIZE, **settings)  # type: ignore[arg-type]
 
 
-def test_each_prompt_is_searched_on_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, seen = mf.PerItem.__call__, list[tuple[tuple[int, ...], tuple[int, ...], int]]()
+def test_each_prompt_is_searched_on_the_noise_of_a_picture_of_a_seed_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, seen = mf.PerItem.__call__, list[torch.Tensor]()
 
     def call(self: mf.PerItem, seeds: list[int], shape: tuple[int, ...], *, scope: str, draw: int) -> torch.Tensor:
-        seen.append((tuple(seeds), tuple(shape), draw))
-        return own(self, seeds, shape, scope=scope, draw=draw)
+        seen.append(own(self, seeds, shape, scope=scope, draw=draw))
+        return seen[-1]
 
     monkeypatch.setattr(mf.PerItem, "__call__", call)
     mf.schedules.optimise(mf.toy(), 2, PROMPTS[:2], size=SIZE, fine=4, seed=7)
-    first = [row for row in seen if row[2] == 0]
-    assert first == [((7,), (1, 3, 16, 16), 0), ((8,), (1, 3, 16, 16), 0)]
+    searched = [noise.clone() for noise in seen]
+    seen.clear()
+    for seed in (7, 8):
+        mf.run(mf.Sample(*SIZE, mf.Shifted(2)), mf.toy(), PROMPTS[0], seed=seed)
+    assert len(searched) == 2 and all(map(torch.equal, searched, seen)) and not torch.equal(*seen)

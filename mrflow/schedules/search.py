@@ -32,8 +32,8 @@ def optimise(
 
     In the spirit of Align Your Steps (Sabour et al. 2024, arXiv 2404.14507), by dynamic programming over measured
     errors as in GITS (Chen et al. 2024, arXiv 2405.11326). Each prompt (with `seed`, `seed` + 1, ...) is integrated by
-    RK4 along `Shifted(fine)` twice, the second time from slightly other noise: 8 fine - 2 evaluations. The error of a
-    step from level s to t of that grid is
+    RK4 along `Shifted(fine)` twice, from the noise of a native picture of that seed and from slightly other noise:
+    8 fine - 2 evaluations. The error of a step from level s to t of that grid is
 
         rms(x_s + (t - s) v_s - x_t) d_0 / d_t,
 
@@ -62,7 +62,7 @@ def optimise(
     runs = list[tuple[Velocity, Tensor, Tensor]]()
     total = torch.zeros(fine + 1, fine + 1, dtype=torch.float64)
     for index, prompt in enumerate(prompts):
-        noise = PerItem()((seed + index,), shape, scope="Sample", draw=0).to(model.device)
+        noise = PerItem()((seed + index,), shape, scope="Sample/0", draw=0).to(model.device)
         field = chosen.field(model, model.condition([prompt]), away, options)
         wrong, end = _errors(field, noise, sigmas)
         total += wrong
