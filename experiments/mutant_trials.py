@@ -3,8 +3,8 @@
 The process imports everything and collects the tests once. A fork runs them on the code as it is, and notes how long
 each takes and which functions it reaches. Then each mutant gets a fork of its own, which runs the tests that reach the
 mutated function until one fails: first those that killed its neighbours, then the quickest. It may run as many as took
-`budget` seconds together; a test that takes ten times its usual time (and 10 s) counts as a kill. Counterexamples are
-not shrunk.
+`budget` seconds together; a test that takes ten times its usual time (and 10 s) counts as a kill. All this is time of
+the processor, so that a busy machine kills no mutant and leaves no test out. Counterexamples are not shrunk.
 A function that was called while modules were imported is tried in a process of its own, if its fork survived.
 """
 
@@ -31,15 +31,21 @@ from hypothesis import HealthCheck, Phase, settings
 from mutmut.mutation import trampoline
 
 MUTANT = "MUTANT_UNDER_TEST"  # which mutant the trampolines call; "stats": none, and each call is recorded
+PATIENCE = 60  # seconds by the clock for each usual one of the processor (and 5) before a mutant's tests count as stuck
 
 
 @dataclass(frozen=True)
 class Usual:
-    """What a test did on the code as it is: whether it passed, seconds, and the functions of the part it reached."""
+    """A test on the code as it is: whether it passed, seconds of the processor, functions of the part it reached."""
 
     passed: bool
     seconds: float
     reached: frozenset[str]
+
+
+def processor() -> float:
+    """Seconds of the processor that this process and its children took, however busy the machine is."""
+    return sum(os.times()[:4])
 
 
 def function(mutant: str) -> str:
@@ -105,7 +111,7 @@ class Trials:
 
     def usual(self, items: Mapping[str, pytest.Item]) -> tuple[dict[str, Usual], list[str]]:
         """What each test does on the code as it is; one that passed before, in a file as it was, is not run again."""
-        kept = Path(self.task["results"]).with_name("usual.jsonl")
+        kept = Path(self.task["results"]).with_name("reached.jsonl")
         digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in {i.path for i in items.values()}}
 
         def known() -> dict[str, list[Any]]:
@@ -126,9 +132,9 @@ class Trials:
     def _measure(self, items: list[pytest.Item], digests: Mapping[Path, str], kept: Path) -> None:
         os.environ[MUTANT] = "stats"
         for item, following in _pairs(items):
-            before, self.hits, self.failed, start = set(sys.modules), set(), False, time.monotonic()
+            before, self.hits, self.failed, start = set(sys.modules), set(), False, processor()
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
-            seconds, new = time.monotonic() - start, set(sys.modules) - before
+            seconds, new = processor() - start, set(sys.modules) - before
             modules = [module for module in new if module.partition(".")[0] not in {"mrflow", "tests", "experiments"}]
             row = [item.nodeid, digests[item.path], not self.failed, seconds, sorted(self.hits), sorted(modules)]
             with kept.open("a", encoding="utf-8") as file:
@@ -154,7 +160,7 @@ class Trials:
         number = -1
         try:
             while True:
-                limit = 120.0 if number < 0 else 60 + 20 * tests[items[number].nodeid].seconds
+                limit = PATIENCE * (5 + (tests[items[number].nodeid].seconds if number >= 0 else 0))
                 if not select.select([reader], [], [], limit)[0]:
                     os.kill(child, signal.SIGKILL)
                     break
@@ -181,7 +187,11 @@ class Trials:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
         with suppress(subprocess.TimeoutExpired):
             done = subprocess.run(
-                command, env=os.environ | {MUTANT: mutant}, capture_output=True, timeout=120 + 10 * spent, check=False
+                command,
+                env=os.environ | {MUTANT: mutant},
+                capture_output=True,
+                timeout=PATIENCE * (5 + spent),
+                check=False,
             )
             return None if done.returncode == 0 else "a process of its own"
         return "a process of its own: SIGKILL"

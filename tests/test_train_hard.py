@@ -1,5 +1,6 @@
 """The hard world's recipe in little: pieces end where one run would have, and what comes out loads."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -41,18 +42,30 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     recipe.main()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a little lesson that was learned in one run."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(recipe.LESSONS, "broad", LITTLE)
+        monkeypatch.setattr(recipe, "SHOWN", recipe.SHOWN[:1])
+        run_main(monkeypatch, *WHOLE, "--out", str(folder))
+    return folder
+
+
 @pytest.mark.slow
-def test_pieces_end_where_one_run_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_end_where_one_run_would_have(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(recipe.LESSONS, "broad", LITTLE)
     monkeypatch.setattr(recipe, "SHOWN", recipe.SHOWN[:1])
-    run_main(monkeypatch, *WHOLE, "--out", str(tmp_path / "whole"))
     file = tmp_path / "cut" / "pocket-4.safetensors"
-    for _ in range(3):  # each piece ends after one step of the flow
+    for piece in range(3):  # each ends after one step of the flow
         assert not file.exists()
         run_main(monkeypatch, *WHOLE, "--out", str(tmp_path / "cut"), "--minutes", "1e-9")
+        if piece == 0:
+            check_the_last_checkpoint_can_be_written(tmp_path / "cut", tmp_path / "early", monkeypatch)
     assert file.exists()
-    whole, cut = (load_file(tmp_path / name / "pocket-4.safetensors") for name in ("whole", "cut"))
-    assert set(whole) == set(cut) and all(torch.equal(whole[key], cut[key]) for key in whole)
+    once, cut = (load_file(folder / "pocket-4.safetensors") for folder in (whole, tmp_path / "cut"))
+    assert set(once) == set(cut) and all(torch.equal(once[key], cut[key]) for key in once)
     start = tensors_of(open_pocket(WEIGHTS))
     assert not torch.equal(cut["flow.img_in.weight"], start["flow.img_in.weight"])
     model = load_pocket(tmp_path / "cut" / "pocket-4.safetensors")
@@ -62,33 +75,29 @@ def test_pieces_end_where_one_run_would_have(tmp_path: Path, monkeypatch: pytest
     assert mf.run(chain, model, recipe.SHOWN[0]).pixels.shape == (1, 3, 128, 128)
 
 
-@pytest.mark.slow
-def test_the_last_checkpoint_can_be_written_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(recipe.LESSONS, "broad", LITTLE)
-    for _ in range(3):
-        run_main(monkeypatch, *WHOLE, "--out", str(tmp_path), "--minutes", "1e-9")
-    run_main(monkeypatch, *WHOLE, "--out", str(tmp_path), "--finish")
-    average = torch.load(tmp_path / "flow.pt", weights_only=True)["average"]
-    written = load_file(tmp_path / "pocket-4.safetensors") | load_file(tmp_path / "pocket-4-autoencoder.safetensors")
+def check_the_last_checkpoint_can_be_written(cut: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any time: here after the first step, in a copy."""
+    shutil.copytree(cut, copy)
+    run_main(monkeypatch, *WHOLE, "--out", str(copy), "--finish")
+    average = torch.load(copy / "flow.pt", weights_only=True)["average"]
+    written = load_file(copy / "pocket-4.safetensors") | load_file(copy / "pocket-4-autoencoder.safetensors")
     assert torch.equal(written["text.places"], average["text.places"].half())
-    auto = finished(Run(tmp_path), "autoencoder")
+    auto = finished(Run(copy), "autoencoder")
     assert auto is not None and torch.equal(written["autoencoder.std"], auto["std"].half())
 
 
 @pytest.mark.slow
 def test_another_lesson_goes_on_from_a_run_which_stays_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(recipe.LESSONS, "broad", LITTLE)
     small = {"scenes": 6, "sr": 2, "shards": {64: 1, 128: 1}, "batch": {64: 2, 128: 2}, "share": {64: 0.5, 128: 0.5}}
     monkeypatch.setitem(recipe.LESSONS, "readable", replace(recipe.READABLE, **small))
     monkeypatch.setattr(recipe, "SHOWN", recipe.SHOWN[:1])
-    run_main(monkeypatch, *WHOLE, "--out", str(tmp_path / "first"))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir() if path.is_file()}
-    more = ["--steps", "5", "--batch", "0.5", "--shards", "0.5", "--every", "0", "--start", str(tmp_path / "first")]
+    before = {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()}
+    more = ["--steps", "5", "--batch", "0.5", "--shards", "0.5", "--every", "0", "--start", str(whole)]
     for _ in range(3):  # a step, another, and the end
         run_main(monkeypatch, *more, "--lesson", "readable", "--out", str(tmp_path / "second"), "--minutes", "1e-9")
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir() if path.is_file()}
+    assert before == {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()}
     model = load_pocket(tmp_path / "second" / "pocket-4.safetensors")
     assert model.info.size == (128, 128) and model.info.low == (64, 64) and model.info.sides == (64, 128)
     assert torch.load(tmp_path / "second" / "flow.pt", weights_only=True)["step"] == 5

@@ -1,5 +1,6 @@
 """Transfer to fine-tunes: a look is learned by a LoRA in little, and the table says what its rows say."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,16 +46,24 @@ def teach(monkeypatch: pytest.MonkeyPatch, look: str, model: Path, folder: Path,
     finetune.main()
 
 
+@pytest.fixture(scope="module")
+def taught(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the LoRA of a look, learned in one run."""
+    folder = tmp_path_factory.mktemp("taught")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        teach(monkeypatch, "runes", untrained, folder)
+    return folder
+
+
 @pytest.mark.slow
 def test_a_look_is_taught_in_pieces_and_leaves_the_model_alone(
-    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    untrained: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teach(monkeypatch, "runes", untrained, tmp_path / "whole")
     cut = tmp_path / "cut" / "runes-lora.safetensors"
     for _ in range(LITTLE.steps):
         assert not cut.exists()
         teach(monkeypatch, "runes", untrained, tmp_path / "cut", "--minutes", "1e-9")
-    whole = load_file(tmp_path / "whole" / "runes-lora.safetensors")
+    whole = load_file(taught / "runes-lora.safetensors")
     assert whole and all(torch.equal(value, load_file(cut)[key]) for key, value in whole.items())
     assert any(bool(value.any()) for key, value in whole.items() if "lora_B" in key)
     chain = mf.recipes.native(size=(64, 64), steps=1)
@@ -170,7 +179,7 @@ def test_rows_of_every_look_can_be_planned() -> None:
 
 @pytest.mark.slow
 def test_the_study_runs_to_its_last_line(
-    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    untrained: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--model", str(untrained), "--loras", str(tmp_path), "--looks", "runes", "--captions", "1", "--size", "64"]
     words += ["--steps", "2", "--few", "1", "--student", check_loras(mf.students.POCKET.lora)[0].path]
@@ -179,8 +188,7 @@ def test_the_study_runs_to_its_last_line(
     assert "runes-lora.safetensors is not there; make it with python -m experiments.train_pocket.finetune runes" in (
         capsys.readouterr().err
     )
-    teach(monkeypatch, "runes", untrained, tmp_path)
-    monkeypatch.setattr("sys.argv", ["transfer", *words])
+    shutil.copytree(taught, tmp_path, dirs_exist_ok=True)
     assert transfer.main() == 0
     said = capsys.readouterr().out
     assert "| runes | letters 13% |" in said and "**runes, base**" in said and "| truth |  | 1.00" in said
