@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.bench import full, protocol
+from experiments.bench import chain, full, protocol
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 BENCH, ROOT = Path(full.__file__).parent, protocol.ROOT
@@ -42,11 +42,19 @@ def processes(*codes: str, repeats: int = 1) -> list[list[protocol.Fresh]]:
     return [[once[code]] * repeats for code in codes]
 
 
+def pair(reference: protocol.Call, ours: protocol.Call, *, limit: float | None = None, **how: Any) -> protocol.Runs:
+    """Each side called once and compared; `protocol.paired`, which test_bench holds, calls them seven times or more."""
+    want, got = reference(), ours()
+    error = None if limit is None else protocol.equal(got, want, limit=limit, oracle=how.get("oracle"))
+    once = [protocol.Sample(1.0, 1.0)]
+    return protocol.Runs(once, once, once, error=error)
+
+
 def run(name: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bench's main, which writes into a folder of its own."""
     bench: Any = import_module(f"experiments.bench.{name}")
     into = partial(protocol.publish, folder=folder / "runs" / "bench")
-    for what, other in (("publish", into), ("fresh", processes), ("process", here)):
+    for what, other in (("publish", into), ("fresh", processes), ("process", here), ("paired", pair)):
         if hasattr(bench, what):
             monkeypatch.setattr(bench, what, other)
     monkeypatch.setattr("sys.argv", [name, *words.split()])
@@ -76,6 +84,8 @@ def test_what_was_loaded_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_chains_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Whole chains beside the published procedure; one process each where memory is measured."""
+    monkeypatch.setattr(chain, "NATIVE", 4)
+    monkeypatch.setattr(chain, "STEPS", 2)
     run("chain", "--sizes tiny --repeats 1", tmp_path, monkeypatch)
     assert "ms a step" in capsys.readouterr().out
 

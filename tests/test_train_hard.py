@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import mrflow as mf
 from experiments import hard_scores
+from experiments.train_pocket import flow
 from experiments.train_pocket import hard as recipe
 from experiments.train_pocket.data import pictures
 from experiments.train_pocket.flow import Trainee, losses_at
@@ -39,6 +40,7 @@ WHOLE = ["--steps", "3", "--batch", "0.03", "--shards", "0.003", "--every", "0"]
 def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr("sys.argv", ["hard", *words])
     monkeypatch.setattr(recipe, "start_log", lambda folder: None)
+    monkeypatch.setattr(flow, "SHOWN_STEPS", 2)
     recipe.main()
 
 

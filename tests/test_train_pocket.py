@@ -38,7 +38,9 @@ class Stop(Exception):
 def test_a_whole_recipe_makes_what_is_shipped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (flow, student):
         monkeypatch.setattr(module, "SHOWN", flow.SHOWN[:1])
-    run = Run(tmp_path / "run", scale=TINY, batch=0.01)
+    monkeypatch.setattr(flow, "SHOWN_STEPS", 2)
+    run, lessons = Run(tmp_path / "run", scale=TINY, batch=0.01), recipe.RECIPES[name].lessons
+    monkeypatch.setitem(recipe.RECIPES, name, replace(recipe.RECIPES[name], lessons=replace(lessons, inner=1)))
     model_file, adapter_file = recipe.train(run, recipe.RECIPES[name], "trial")
     model = load_pocket(model_file)
     assert model.info.version.startswith("trial+")
@@ -148,6 +150,7 @@ def test_an_interrupted_training_ends_where_it_would_have(
 ) -> None:
     for module in (flow, student):
         monkeypatch.setattr(module, "SHOWN", flow.SHOWN[:1])
+    monkeypatch.setattr(flow, "SHOWN_STEPS", 2)
     whole = train(part, Run(tmp_path / "whole", scale=TINY, grid=3))
     learn = Loop.learn
 

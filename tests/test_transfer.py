@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import mrflow as mf
 from experiments import transfer
 from experiments.failures.questions import Setting
-from experiments.train_pocket import finetune, student
+from experiments.train_pocket import finetune, flow, student
 from experiments.train_pocket.export import export
 from experiments.train_pocket.hard import start_from
 from mrflow.adapters import check_loras
@@ -42,6 +42,8 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teach(monkeypatch: pytest.MonkeyPatch, look: str, model: Path, folder: Path, *words: str) -> None:
     monkeypatch.setattr(finetune, "LESSONS", LITTLE)
     monkeypatch.setattr(finetune, "start_log", lambda folder: None)
+    monkeypatch.setattr(flow, "SHOWN_STEPS", 2)
+    monkeypatch.setitem(finetune.SHOWN, look, finetune.SHOWN[look][:1])
     monkeypatch.setattr("sys.argv", ["finetune", look, "--model", str(model), "--out", str(folder), *words])
     finetune.main()
 

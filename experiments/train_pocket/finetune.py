@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 import mrflow as mf
+from experiments.train_pocket import flow
 from experiments.train_pocket.autoencoder import State
 from experiments.train_pocket.data import KEPT, grid, rendered, start_log, unit
 from experiments.train_pocket.flow import Trainee, losses_at
@@ -124,7 +125,7 @@ def train(run: Run, look: str, lessons: Lessons, file: Path) -> State:
 
     def draw() -> Image.Image:
         drawer, sizes = model.with_flow(student, f"/{look}"), (model.info.low, model.info.size)
-        chains = [mf.recipes.native(size=size, steps=12) for size in sizes]
+        chains = [mf.recipes.native(size=size, steps=flow.SHOWN_STEPS) for size in sizes]
         return grid([mf.run(chain, drawer, SHOWN[look], seed=0).pixels.cpu() for chain in chains])
 
     total = run.count(lessons.steps)

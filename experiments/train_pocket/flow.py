@@ -30,6 +30,7 @@ from mrflow.scenes.grammar import World
 from mrflow.tokens import pack
 
 RATE = 2e-3
+SHOWN_STEPS = 12
 SHOWN = (
     "a big red circle at the left on coarse dots",
     "a green triangle left of a blue square",
@@ -161,9 +162,9 @@ def drawn(
     sizes: Iterable[int],
     shown: Sequence[str] | None = None,
 ) -> Image.Image:
-    """What it draws now, 12 guided steps: a row at each size."""
+    """What it draws now, `SHOWN_STEPS` guided steps: a row at each size."""
     model = backbone(net, autoencoder, device, info)
-    chains = [mf.recipes.native(size=(size, size), steps=12) for size in sizes]
+    chains = [mf.recipes.native(size=(size, size), steps=SHOWN_STEPS) for size in sizes]
     with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call,unused-ignore]
         rows = [mf.run(chain, model, SHOWN if shown is None else shown, seed=0).pixels.cpu() for chain in chains]
     net.train()
