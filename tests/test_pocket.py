@@ -180,7 +180,7 @@ def test_golden(model: mf.Backbone) -> None:
 
 @pytest.mark.slow
 def test_pictures_show_what_the_caption_says(model: mf.Backbone) -> None:
-    captions = held_out_captions(FULL, 32, seed=5)
+    captions = held_out_captions(FULL, 14, seed=5)
     pixels = mf.run(CHAIN, model, captions, seed=0).pixels.numpy()
     right = score_many(pixels, captions)
     wrong = score_many(pixels, captions[1:] + captions[:1])
