@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from experiments.bench import chain, full, protocol
 
@@ -117,3 +118,9 @@ def test_a_budget_leaves_out_and_says_what(tmp_path: Path, monkeypatch: pytest.M
     found = json.loads((tmp_path / "f.json").read_text())
     assert not found["rows"] and found["left_out"] == [f"Qwen-Image {lane.name}" for lane in full.LANES]
     assert "Left out, for want of time: Qwen-Image 12 + 1;" in capsys.readouterr().out
+
+
+def test_two_sides_that_differ_are_not_reported() -> None:
+    """The control of `pair`."""
+    with pytest.raises(protocol.Unequal):
+        pair(lambda: torch.ones(2), lambda: torch.zeros(2), limit=1e-5)
