@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mrflow.checkpoints.safetensors import open_checkpoint
+from mrflow.checkpoints.safetensors import finite_8bit, open_checkpoint
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.weights import flux_diffusers, flux_layout, load_flux, whole_state
@@ -79,6 +79,49 @@ def test_scaled_files_give_what_their_values_stand_for(style: str, tmp_path: Pat
     assert flux.dtype == torch.bfloat16
     for name, tensor in flux.state_dict().items():
         assert torch.equal(tensor, want[name]), name
+
+
+@pytest.mark.parametrize("style", ["older", "newer", "by row", "unmarked"])
+def test_wider_weights_are_scaled_where_the_file_says_so(
+    style: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The values of a scaled file in 16 bits stand for the same; scales that nothing calls for are left out."""
+    path = tmp_path / "f.safetensors"
+    want = scaled(path, "newer" if style == "unmarked" else style)
+    with safe_open(path, "pt") as file:
+        meta, data = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    marks = ("comfy_quant",) if style == "unmarked" else ()
+    data = {n: t.to(torch.bfloat16) if t.dtype == F8 and t.ndim == 2 else t for n, t in data.items()}
+    save_file({n: t for n, t in data.items() if not n.endswith(marks)}, path, metadata=meta)
+    for name, tensor in load_flux(path).state_dict().items():
+        assert torch.equal(tensor, data[name] if style == "unmarked" else want[name]), name
+    assert ("scales for 13 weights of more than 8 bits" in caplog.text) == (style == "unmarked"), caplog.text
+
+
+@pytest.mark.parametrize("storage", [None, "fp8"])
+@pytest.mark.parametrize(("dtype", "bits"), [
+    (F8, 0x7F), (F8, 0xFF), (torch.float8_e5m2, 0x7C), (torch.float8_e5m2, 0xFD), (torch.float8_e5m2, 0x7F),
+    (torch.float8_e4m3fnuz, 0x80), (torch.float8_e5m2fnuz, 0x80),
+])  # fmt: skip
+def test_8_bit_values_that_are_not_finite_are_seen_when_loaded(
+    storage: str | None, dtype: torch.dtype, bits: int, tmp_path: Path
+) -> None:
+    data, spoiled = {name: t.to(dtype) for name, t in tensors().items()}, "single_blocks.0.linear1.weight"
+    save_file(data, tmp_path / "good.safetensors", metadata=CONFIG)
+    load_flux(tmp_path / "good.safetensors", storage=storage)
+    data[spoiled].view(torch.uint8)[5, 7] = bits
+    save_file(data, tmp_path / "bad.safetensors", metadata=CONFIG)
+    with pytest.raises(WeightsError, match=f"{spoiled} holds values that are NaN or infinite"):
+        load_flux(tmp_path / "bad.safetensors", storage=storage)
+
+
+@pytest.mark.parametrize("dtype", [
+    F8, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu
+])  # fmt: skip
+def test_bits_are_told_finite_as_torch_converts_them(dtype: torch.dtype) -> None:
+    for bits in range(256):
+        value = torch.tensor([0, bits], dtype=torch.uint8).view(dtype)
+        assert finite_8bit(value) == bool(torch.isfinite(value.float()).all()), bits
 
 
 def test_a_plain_cast_is_read_as_bfloat16(tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def fill_module(
         parent = modules[owner]
         take = getattr(parent, "take", None)
         if take is not None and leaf == "weight":
-            take([value_and_scale(header.tensors[part], files) for part in layout[name].names], device)
+            take([value_and_scale(header, part, files, device) for part in layout[name].names], device)
             continue
         tensor = assemble(header, layout[name], files, dtype=dtype, device=device).reshape(target.shape)
         old = getattr(parent, leaf)
@@ -400,7 +400,7 @@ def assemble(
     device: torch.device | str,
 ) -> Tensor:
     """One parameter from its parts; `files` keeps the mappings that were made."""
-    pairs = [value_and_scale(header.tensors[name], files) for name in source.names]
+    pairs = [value_and_scale(header, name, files, device) for name in source.names]
     parts = [v if s is None else (v.to(device).float() * by_row(s.to(device), v)).to(dtype) for v, s in pairs]
     if source.frame:
         parts = [part[:, :, -1].contiguous() for part in parts]
@@ -414,9 +414,36 @@ def assemble(
     return out
 
 
-def value_and_scale(entry: Entry, files: dict[Path, torch.UntypedStorage]) -> tuple[Tensor, Tensor | None]:
-    """A tensor as it lies in the file, and what its values are to be multiplied with."""
-    return map_tensor(entry, files), None if entry.scale is None else map_tensor(entry.scale, files)
+def value_and_scale(
+    header: Header, name: str, files: dict[Path, torch.UntypedStorage], device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
+    """A tensor as it lies in the file, of 8 bits on `device`, and what its values are to be multiplied with.
+
+    Raises:
+        WeightsError: some of its 8-bit values are NaN or infinite. Wider values are read when they are used.
+    """
+    entry = header.tensors[name]
+    values = map_tensor(entry, files)
+    if entry.dtype.itemsize == 1 and entry.dtype.is_floating_point:
+        values = values.to(device)
+        if not finite_8bit(values):
+            raise WeightsError(f"{entry.file}: {name} holds values that are NaN or infinite; fetch the file again")
+    return values, None if entry.scale is None else map_tensor(entry.scale, files)
+
+
+# Of each sign, the first pattern of bits that stands for no finite number; the types without one sign have 0x80 alone.
+NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C, torch.float8_e8m0fnu: 0xFF}
+
+
+def finite_8bit(values: Tensor) -> bool:
+    """Whether all of these 8-bit floating-point values are finite, by their bits: a fiftieth of what a cast takes."""
+    if not values.numel():
+        return True
+    signed, unsigned = values.view(torch.int8), values.view(torch.uint8)
+    first = NOT_FINITE.get(values.dtype, 0x80)
+    if first == 0x80:
+        return int(signed.amin()) > -0x80
+    return int(unsigned.amax()) < first | 0x80 and int(signed.amax()) < first
 
 
 def by_row(scale: Tensor, values: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from mrflow.checkpoints.configs import parse_config
 from mrflow.checkpoints.names import ends
 from mrflow.checkpoints.safetensors import Entry, Header, map_tensor, some
 from mrflow.errors import PlanError, WeightsError
+from mrflow.notes import note
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 SCALES = (".scale_weight", ".weight_scale")
@@ -38,6 +39,9 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 def with_scales(header: Header) -> Header:
     """The same checkpoint with every 8-bit weight's scale beside it, and without the tensors that say so.
+
+    Wider weights are multiplied with their scales where the file says that these layers are scaled, as ComfyUI does;
+    else what stands there is the weight, the scale is left out, and a note says so.
 
     Raises:
         WeightsError: another quantisation, or an 8-bit weight that should have a scale has none: one that the file
@@ -70,6 +74,12 @@ def with_scales(header: Header) -> Header:
     lost = [name for name in scales if name not in tensors]
     if lost:
         raise WeightsError(f"{header.path} has scales of {len(lost)} weights that it does not have: {some(lost)}")
+    older = any(name.endswith("scaled_fp8") for name in header.tensors)
+    if idle := [n for n in scales if tensors[n].dtype.itemsize > 1 and n not in listed and not older]:
+        note(
+            f"{header.path} has scales for {len(idle)} weights of more than 8 bits, and nothing in it says that they "
+            f"are scaled ({some(idle)}): the weights are taken as they are"
+        )
     bare = [n for n, e in tensors.items() if (whole or n in listed) and _wants_scale(n, e) and n not in scales]
     if bare:
         raise WeightsError(
@@ -84,7 +94,8 @@ def with_scales(header: Header) -> Header:
             raise WeightsError(f"{header.path}: the scale of {name} is {scale.dtype}, expected float32")
         if not bool((map_tensor(scale, files).float().abs() < torch.finfo(torch.float32).max / FP8_MAX).all()):
             raise WeightsError(f"{header.path}: the scale of {name} is NaN, infinite or beyond what numbers hold")
-        tensors[name] = replace(tensors[name], scale=scale)
+        if name not in idle:
+            tensors[name] = replace(tensors[name], scale=scale)
     return replace(header, tensors=tensors)
 
 
