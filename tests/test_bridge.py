@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mrflow as mf
-from mrflow.bridge import Control, from_diffusers
-from mrflow.errors import MrflowError, PlanError
+from mrflow.bridge import Control, from_diffusers, to_diffusers
+from mrflow.errors import MrflowError, PlanError, PromptError
 from tests import tiny_bridge
 from tests.parity.test_bridge import CALLS, FAMILIES, MAKERS, PROMPTS, UP, native, pipes
 from tests.parity.test_flux import relative
@@ -288,6 +288,84 @@ def test_a_text_encoder_that_fails_is_named(pipes: Pipes) -> None:
     pipe.encode_prompt = broken
     with pytest.raises(MrflowError, match="FluxPipeline's text_encoder CLIPTextModel.*IndexError: index out of range"):
         model.condition(["a cat"])
+
+
+def with_config(pipe: Any, part: str, **config: Any) -> Any:
+    """The same pipeline with a part whose config says something else."""
+    own, other = copy(pipe), deepcopy(getattr(pipe, part))
+    other.register_to_config(**config)
+    setattr(own, part, other)
+    return own
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *(("dev", {"scaling_factor": bad}) for bad in (0.0, -1.0, None, float("nan"), "x")),
+        ("sd3", {"shift_factor": float("inf")}),
+        ("qwen", {"latents_mean": [0.0]}),
+        ("qwen", {"latents_std": [0.0] * 16}),
+        ("krea2", {"latents_mean": [float("nan")] * 16}),
+    ],
+)
+def test_numbers_that_cannot_normalise_latents_are_refused(name: str, config: dict[str, Any], pipes: Pipes) -> None:
+    with pytest.raises(PlanError, match="the autoencoder's config must have"):
+        from_diffusers(with_config(pipes(name), "vae", **config))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_that_were_never_loaded_are_refused(part: str, pipes: Pipes) -> None:
+    pipe = copy(pipes("dev"))
+    setattr(pipe, part, deepcopy(getattr(pipe, part)).to("meta"))
+    with pytest.raises(PlanError, match=f"FluxPipeline's {part} is on the meta device, without weights: load it"):
+        from_diffusers(pipe)
+
+
+@pytest.mark.parametrize("name", ["dev", "qwen", "sd3", "klein", "krea2", "z-image"])
+def test_encoders_may_compute_in_another_dtype_than_the_transformer(name: str, pipes: Pipes) -> None:
+    pipe = pipes(name)
+    model, chain = from_diffusers(pipe), mf.Sample(32, 32, mf.Shifted(2), noise=mf.Stream(0))
+    whole = model.condition(["a cat"])
+    want = mf.run(chain, model, "a cat", seed=0, condition=whole).data
+    cast = {k: t.half().float() if t.is_floating_point() else t for k, t in whole.tensors.items()}
+    near = mf.run(chain, model, "a cat", seed=0, condition=mf.Condition(cast)).data
+    half = mf.Condition({k: t.half() if t.is_floating_point() else t for k, t in whole.tensors.items()})
+    assert torch.equal(mf.run(chain, model, "a cat", seed=0, condition=half).data, near)
+    assert relative(near, want) < 0.02
+    own = copy(pipe)
+    own.text_encoder = deepcopy(pipe.text_encoder).bfloat16()
+    assert relative(mf.run(chain, from_diffusers(own), "a cat", seed=0).data, want) < 0.2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"guidance": float("inf")}, {"guidance": True}, {"guidance": "3"}]
+    + [{"text_tokens": bad} for bad in (0, 7.5, True, 10**9)]
+    + [{"upscaler": "lanczos"}, {"control": "edges.png"}],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_refused(given: dict[str, Any], pipes: Pipes) -> None:
+    with pytest.raises(PlanError, match=f"^{next(iter(given))} must be"):
+        from_diffusers(pipes("dev"), **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"prompt": bad} for bad in (3, None, [])]
+    + [{"negative_prompt": 3}, {"generator": "x"}, {"generator": [3]}, {"callback_on_step_end": 3}]
+    + [{"guidance_scale": "x"}, {"num_inference_steps": "2"}, {"height": 1.5}],
+    ids=str,
+)
+def test_calls_of_another_kind_are_refused(given: dict[str, Any]) -> None:
+    pipe = to_diffusers(mf.recipes.native(size=(32, 32), steps=2), mf.toy())
+    with pytest.raises(PlanError, match=f"^{next(iter(given))} must be"):
+        pipe(**{"prompt": "a cat", **given})
+
+
+@pytest.mark.parametrize("prompt", ["a\0b", "\ud800"])
+def test_prompts_that_are_no_text_are_refused(prompt: str, pipes: Pipes) -> None:
+    with pytest.raises(PromptError, match="holds characters that are no text"):
+        from_diffusers(pipes("dev")).condition([prompt])
 
 
 def test_wrong_arguments_are_refused(pipes: Pipes) -> None:

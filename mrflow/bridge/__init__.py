@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mrflow._checks import check_number, check_whole, require
 from mrflow.bridge.base import Bridged as Bridged
 from mrflow.bridge.flux import BridgedFlux as BridgedFlux
 from mrflow.bridge.flux import Control as Control
@@ -20,6 +21,7 @@ from mrflow.bridge.zimage import BridgedZImage as BridgedZImage
 from mrflow.errors import PlanError
 from mrflow.upscaler import Upscaler
 
+MAX_TOKENS = 4096  # far more than any of these text encoders is trained for
 FAMILIES: tuple[type[Bridged], ...] = (
     BridgedFlux,
     BridgedQwen,
@@ -64,9 +66,12 @@ def from_diffusers(
             f"from_diffusers takes a pipeline object that diffusers loaded, got {type(pipe).__name__}; a hub id, "
             "folder or file goes to mrflow.load"
         )
-    for name, value in (("guidance", guidance), ("text_tokens", text_tokens)):
-        if value is not None and not (isinstance(value, int | float) and value == value and value >= 0):
-            raise PlanError(f"{name} must be a number of at least 0, got {value!r}")
+    if guidance is not None:
+        check_number("guidance", guidance, 0)
+    if text_tokens is not None:
+        check_whole("text_tokens", text_tokens, 1, MAX_TOKENS)
+    require(control is None or isinstance(control, Control), "control", "a Control(pixels)", control)
+    require(upscaler is None or isinstance(upscaler, Upscaler), "upscaler", "an upscaler, as Lanczos(2)", upscaler)
     for family in FAMILIES:
         if names & set(family.accepts):
             if family is BridgedFlux:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from mrflow._checks import is_number
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.bridge.blocks import BlockNames, opened_forward
 from mrflow.bridge.facts import check_encoders
@@ -21,6 +22,7 @@ from mrflow.error_context import name_stage, passes
 from mrflow.errors import MrflowError, PlanError, words_of
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, ModelInfo
+from mrflow.models.encoders import check_prompt
 from mrflow.models.latent_model import encoded_once
 from mrflow.notes import note
 from mrflow.pieces import StepFactory
@@ -75,7 +77,10 @@ class Bridged(ABC):
         try:
             self.check_parts()
             check_encoders(pipe, self.words + self.more_words, self.widths())
+            self.check_present()
+            self.normal()
             self.facts()
+            _ = self.device
         except MrflowError:
             raise
         except Exception as error:  # parts may be of any class
@@ -86,6 +91,25 @@ class Bridged(ABC):
     @abstractmethod
     def check_parts(self) -> None:
         """Raise PlanError for a transformer or autoencoder that is not of this family."""
+
+    def check_present(self) -> None:
+        """Refuse networks whose weights were never loaded, but those that accelerate's hooks bring.
+
+        Raises:
+            PlanError: naming the first of them.
+        """
+        for name, part in self.parts.items():
+            brought = any(hasattr(m, "_hf_hook") for m in part.modules())
+            if any(p.is_meta for p in part.parameters()) and not brought:
+                raise PlanError(f"{type(self.pipe).__name__}'s {name} is on the meta device, without weights: load it")
+
+    def normal(self) -> object:
+        """What the configuration of the autoencoder says of how latents are normalised, if it is that which says it.
+
+        Raises:
+            PlanError: it says numbers that cannot be.
+        """
+        return None
 
     def widths(self) -> dict[str, int]:
         """How wide the transformer needs the states of each text encoder, where that is one number."""
@@ -146,9 +170,17 @@ class Bridged(ABC):
             PlanError: the pipeline cannot do what is asked.
         """
         self.check(options)
+        cond = self.suited(cond)
         if options.cache is not None:
             return options.cache.field(partial(self.make_field, cond, options), options.sigmas, self.info)
         return self.make_field(cond, options, None)
+
+    def suited(self, cond: Condition) -> Condition:
+        """The condition in the transformer's dtype: encoders may compute in another, and so may a saved condition."""
+        dtype = self.pipe.transformer.dtype
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            return cond
+        return Condition({k: t.to(dtype) if t.is_floating_point() else t for k, t in cond.tensors.items()})
 
     @abstractmethod
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -202,7 +234,7 @@ class Bridged(ABC):
         """Prompts encoded by the pipeline's own text encoders; equal prompts once.
 
         Raises:
-            PlanError: the pipeline has no text encoder or tokenizer.
+            PlanError: the pipeline has no text encoder or tokenizer. PromptError: a prompt is no text.
             MrflowError: they cannot encode; it names them and what they raised.
         """
         for name in self.words:
@@ -211,6 +243,9 @@ class Bridged(ABC):
                     f"{type(self.pipe).__name__} was loaded without {name}: load it whole, or give encoded prompts, "
                     "run(..., condition=Condition.load(file))"
                 )
+
+        for prompt in prompts:
+            check_prompt(prompt)
 
         def encode(different: list[str]) -> dict[str, Tensor]:
             with _TURN, outside_inference():
@@ -267,18 +302,25 @@ class KLBridged(Bridged):
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it: mean + std noise."""
-        scale, shift = self._normal()
+        scale, shift = self.normal()
         z = posterior(self, pixels, noise)
         return (z - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped."""
-        scale, shift = self._normal()
+        scale, shift = self.normal()
         return decoded(self, latents / scale + shift)
 
-    def _normal(self) -> tuple[float, float]:
+    def normal(self) -> tuple[float, float]:
+        """scaling_factor, above 0, and shift_factor, 0 where there is none."""
         config = self.pipe.vae.config
-        return float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+        scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        if not (is_number(scale, 1e-6, 1e6) and is_number(shift, -1e6, 1e6)):
+            raise PlanError(
+                f"the autoencoder's config must have a scaling_factor above 0 and a finite shift_factor, got {scale!r} "
+                f"and {shift!r}"
+            )
+        return float(scale), float(shift)
 
 
 def posterior(model: Bridged, pixels: Tensor, noise: Tensor | None, *, frame: bool = False) -> Tensor:

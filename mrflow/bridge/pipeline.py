@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mrflow._checks import check_whole
+from mrflow._checks import check_whole, is_number, is_whole, require
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.noise import MAX_SEED
@@ -75,7 +75,13 @@ class ChainPipeline:
             raise PlanError(f"output_type must be 'pil', 'pt', 'np' or 'latent', got {output_type!r}")
         if odd := sorted(set(callback_on_step_end_tensor_inputs) - {"latents"}):
             raise PlanError(f"a callback can be given latents, not {odd[0]}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        require(isinstance(prompts, Sequence) and len(prompts) > 0, "prompt", "text, or a list of texts", prompt)
+        for name, value in (("height", height), ("width", width), ("num_inference_steps", num_inference_steps)):
+            require(value is None or is_whole(value), name, "a whole number", value)
+        require(guidance_scale is None or is_number(guidance_scale), "guidance_scale", "a number", guidance_scale)
+        listens = callback_on_step_end is None or callable(callback_on_step_end)
+        require(listens, "callback_on_step_end", "a function", callback_on_step_end)
         prompts = [each for each in prompts for _ in range(num_images_per_prompt)]
         seeds = seeds_of(generator, len(prompts))
         chain = self._chain(output_type)
@@ -160,6 +166,9 @@ def seeds_of(generator: Generators | None, count: int) -> list[int]:
     """Seeds for `count` pictures."""
     if generator is None:
         return [int(seed) for seed in torch.randint(2**62, (count,))]
+    given = [generator] if isinstance(generator, torch.Generator) else generator
+    right = isinstance(given, Sequence) and all(isinstance(each, torch.Generator) for each in given)
+    require(right, "generator", "a torch.Generator, or a list of them", generator)
     if isinstance(generator, torch.Generator):
         return [(generator.initial_seed() + i) % MAX_SEED for i in range(count)]
     if len(generator) != count:
@@ -171,6 +180,7 @@ def one(negative: str | Sequence[str] | None) -> str | None:
     """The negative prompt of all pictures."""
     if negative is None or isinstance(negative, str):
         return negative
+    require(isinstance(negative, Sequence), "negative_prompt", "text, or a list of equal texts", negative)
     different = set(negative)
     if len(different) != 1:
         raise PlanError(f"{len(different)} different negative prompts were given; a run takes one for all its pictures")

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mrflow._checks import is_number
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.bridge.base import Bridged, check_batch, decoded, keepable, posterior, thousandths
 from mrflow.bridge.blocks import QWEN as FAMILY
@@ -99,16 +100,23 @@ class BridgedQwen(Bridged):
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it, each channel to mean 0 and deviation 1."""
-        mean, std = self._normal()
+        mean, std = self.normal()
         return (posterior(self, pixels, noise, frame=True) - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped."""
-        mean, std = self._normal()
+        mean, std = self.normal()
         return decoded(self, latents * std + mean, frame=True)
 
-    def _normal(self) -> tuple[Tensor, Tensor]:
+    def normal(self) -> tuple[Tensor, Tensor]:
+        """latents_mean and latents_std, one number a channel."""
         config = self.pipe.vae.config
-        values = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
-        mean, std = values.view(2, 1, -1, 1, 1)
+        means, stds = list(config.latents_mean), list(config.latents_std)
+        whole = len(means) == len(stds) == config.z_dim and all(is_number(each) for each in means)
+        if not (whole and all(is_number(each, 1e-6, 1e6) for each in stds)):
+            raise PlanError(
+                f"the autoencoder's config must have {config.z_dim} finite latents_mean and latents_std above 0, got "
+                f"{means!r} and {stds!r}"
+            )
+        mean, std = torch.tensor([means, stds], device=self.device).view(2, 1, -1, 1, 1)
         return mean, std

@@ -130,10 +130,10 @@ class BridgedQwen21(BridgedQwen):
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it, each channel to mean 0 and deviation 1."""
         opaque = torch.cat((pixels, torch.ones_like(pixels[:, :1])), 1)
-        mean, std = self._normal()
+        mean, std = self.normal()
         return (posterior(self, opaque, noise, frame=True) - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped, without alpha."""
-        mean, std = self._normal()
+        mean, std = self.normal()
         return decoded(self, latents * std + mean, frame=True)[:, :3]
