@@ -45,10 +45,10 @@ figure: $(VENV)/.installed-dev ## Every method at equal speeds (MODEL=FILE; resu
 	$(BIN)/python -m experiments.failures frontier --model $(or $(MODEL),pocket) --steps 50 --details letters grid \
 		--sizes 13% 5x5 --figure docs/images/studies/frontier.svg --page docs/how-to/rivals.md # what pocket can show
 
-pocket: $(VENV)/.installed-dev ## Train the embedded model on, into runs/pocket-4 (eight hours on two cores; goes on where it stopped)
+pocket: $(VENV)/.installed-dev ## Train the embedded model on, into runs/pocket-4 (eight hours on two cores; resumes)
 	$(BIN)/python -m experiments.train_pocket.hard --device auto --bf16
 
-evidence: $(VENV)/.installed-dev ## All questions asked of MODEL=file (and its STUDENT=file): an hour and a half on two cores; goes on where it stopped
+evidence: $(VENV)/.installed-dev ## All questions asked of MODEL=file (and its STUDENT=file): an hour and a half on two cores; resumes
 	$(BIN)/python -m experiments.evidence --model $(MODEL) $(if $(STUDENT),--student $(STUDENT))
 
 site: $(VENV)/.installed-dev ## The documentation as a site, with the API, into build/site; every warning is an error
@@ -57,7 +57,7 @@ site: $(VENV)/.installed-dev ## The documentation as a site, with the API, into 
 	$(BIN)/python -m pytest -q --nbmake docs/notebooks
 	@echo "open build/site/index.html, or with search: $(BIN)/python -m http.server -d build/site"
 
-mutate: $(VENV)/.installed-dev ## How many small changes of the code does the suite see? (hours; goes on where it stopped)
+mutate: $(VENV)/.installed-dev ## How many small changes of the code does the suite see? (hours; resumes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,mutate]'
 	$(BIN)/python -m experiments.mutants run
 

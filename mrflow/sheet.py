@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
@@ -76,24 +77,24 @@ def compare(staged: Result, native: Result) -> Image.Image:
     down = -(-len(staged.images) // across)
     font, small = _font(15), _font(12)
     head, foot, pair = 24, 22, 2 * width + MARGIN + GAP
-    sheet = Image.new(
-        "RGB", (2 * MARGIN - GAP + across * pair, MARGIN + 2 * head + down * (height + foot + head)), PAPER
-    )
-    draw = ImageDraw.Draw(sheet)
     gain = native.seconds / staged.seconds
     lines = (
         f"staged: {staged.seconds:.2f} s, {staged.nfe} forwards, {gain:.1f}x as fast",
         f"native: {native.seconds:.2f} s, {native.nfe} forwards",
     )
+    inner = max(across * pair - GAP, *(ceil(font.getlength(line)) for line in lines))  # small pictures, whole lines
+    sheet = Image.new("RGB", (inner + 2 * MARGIN, MARGIN + 2 * head + down * (height + foot + head)), PAPER)
+    draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
-        draw.text((MARGIN, 5 + i * head), _fit(draw, line, sheet.width - 2 * MARGIN, font), fill=INK, font=font)
+        draw.text((MARGIN, 5 + i * head), line, fill=INK, font=font)
     for i, (prompt, seed) in enumerate(zip(staged.prompts, staged.seeds, strict=True)):
         left, top = MARGIN + i % across * pair, 2 * head + i // across * (height + foot + head)
         for place, (name, result) in enumerate((("staged", staged), ("native", native))):
             x = left + place * (width + MARGIN)
             draw.text((x, top + 6), name, fill=INK, font=small)
             sheet.paste(result.images[i], (x, top + head))
-        text = _fit(draw, f"{prompt} (seed {seed})", pair - GAP, small)
+        room = pair - GAP if across > 1 else inner
+        text = _fit(draw, f"{prompt} (seed {seed})", room, small)
         draw.text((left, top + head + height + 2), text, fill=INK, font=small)
     return sheet
 

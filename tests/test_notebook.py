@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import mrflow as mf
 from mrflow import html
@@ -156,3 +156,19 @@ def test_pairs_stand_side_by_side(result: mf.Result) -> None:
             left = MARGIN + i * (2 * width + MARGIN + GAP) + place * (width + MARGIN)
             part = sheet.crop((left, 72, left + width, 72 + height))
             assert part.tobytes() == made.images[i].tobytes(), (i, place)
+
+
+def test_small_pictures_cut_no_line_of_their_sheet(result: mf.Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = list[tuple[float, str]]()
+    write = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, xy: tuple[float, float], words: str, **more: Any) -> None:
+        drawn.append((xy[0] + self.textlength(words, more["font"]), words))
+        write(self, xy, words, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    one = mf.run(paper(), mf.toy(), "a red ring at the top", seed=1)
+    sheet = compare(one, one)
+    assert any(words.endswith("x as fast") for _, words in drawn)
+    assert "a red ring at the top (seed 1)" in [words for _, words in drawn]
+    assert max(right for right, _ in drawn) <= sheet.width - MARGIN + 1

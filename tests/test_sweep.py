@@ -320,7 +320,7 @@ def test_a_signal_ends_it_after_the_batch(tmp_path: Path, number: signal.Signals
     assert worker.returncode == code, err
     summary = json.loads(out)
     assert summary["stopped"] and summary["left"] == 400 - len(read(tmp_path / "s-sweep")) > 0
-    assert "the same command goes on" in err
+    assert "run the same command again to resume" in err
     assert not list((tmp_path / "s-sweep" / "leases").glob("*.json"))
 
 

@@ -256,6 +256,6 @@ def test_rows_that_stay_failed_and_the_table_are_printed(here: Path) -> None:  #
     assert "| method | rows" in err and "2 (1 failed)" in err and "speed-up over ok" in err
     code, _, err = call("sweep", "run", "s.py")
     assert code == 4 and "0 rows made, 4 were there, 0 failed, 1 failed before and stay failed, 0 left" in err
-    assert "--retry makes them again" in err
+    assert "--retry generates them again" in err
     code, _, err = call("sweep", "s.py", "--retry")
     assert code == 4 and "1 failed, 0 left" in err and "stay failed" not in err

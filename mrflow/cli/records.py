@@ -98,7 +98,7 @@ def replay_picture(err: Console, asked: ReplayOptions) -> None:
     if target is not None:
         paths = save_free(lambda path: result_files(result, path), target, out, default, 1, force)
         said["paths"] = [str(path) for path in paths]
-        err.print(f"made again in {result.seconds:.2f} s")
+        err.print(f"reproduced in {result.seconds:.2f} s")
     if before is not None:
         said |= pixel_difference(before, result.pixels)
     if asked.as_json:

@@ -78,15 +78,15 @@ def sweep(err: Console, asked: SweepOptions) -> None:
     else:
         typer.echo(folder)
     if done.stopped:
-        err.print("stopped after the batch that was being made; the same command goes on")
+        err.print("stopped after the current batch; run the same command again to resume")
         raise SystemExit(code[0])
     if done.left:
         err.print(f"other processes are making {done.left} rows, or died with them; run the same command again")
         raise SystemExit(RETRY)
     if done.failed or done.stayed:
-        err.print(f"failed rows are in {folder}/rows with their errors; --retry makes them again")
+        err.print(f"failed rows are in {folder}/rows with their errors; --retry generates them again")
     if done.unmeasured:
-        err.print(f"{done.unmeasured} rows lack a metric that failed; the same command measures them again")
+        err.print(f"{done.unmeasured} rows lack a metric that failed; run the same command again to measure them")
     if done.failed or done.stayed or done.unmeasured:
         raise SystemExit(4)
 
