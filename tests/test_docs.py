@@ -1,8 +1,11 @@
 """The documentation runs: every Python block, every mrflow command in README, every docstring example, every link."""
 
 import ast
+import contextlib
+import importlib.util
 import re
 import shlex
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,18 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
     names: dict[str, object] = {"__name__": "page"}
     for line, code in blocks(page, "python"):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_imports_of_python_blocks_are_there(page: Path) -> None:
+    """Fast, so that a renamed function is found at once and not when the blocks run."""
+    for line, code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mrflow":
+                for alias in node.names:
+                    room, name = importlib.import_module(str(node.module)), f"{node.module}.{alias.name}"
+                    is_file = hasattr(room, "__path__") and importlib.util.find_spec(name) is not None
+                    assert hasattr(room, alias.name) or is_file, f"line {line}: {name}"
 
 
 @pytest.mark.slow
@@ -99,6 +114,20 @@ def test_every_public_name_is_in_the_reference() -> None:
         - {"caches", "metrics", "sweep", "recipes", "schedules", "solvers", "students", "testing"}
     )
     assert not sorted(n for n in names if not re.search(rf"`(?:[\w.]*\.)?{n}[`(]", page))
+
+
+def test_every_name_of_the_reference_is_there() -> None:
+    def there(name: str) -> bool:
+        for room in ("mrflow", "mrflow.sweep", "mrflow.flow", "mrflow.schedules"):
+            with contextlib.suppress(AttributeError):
+                attrgetter(name.removeprefix("mrflow."))(importlib.import_module(room))
+                return True
+        return importlib.util.find_spec(f"mrflow.{name.removeprefix('mrflow.')}") is not None
+
+    page = (ROOT / "docs/reference/names.md").read_text(encoding="utf-8")
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    names = {name for line in tables for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\([^`]*)?`", line)}
+    assert len(names) > 150 and not sorted(name for name in names if not there(name))
 
 
 def test_the_site_shows_every_page_and_every_public_name() -> None:
