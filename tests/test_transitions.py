@@ -158,7 +158,7 @@ def test_ralus_levels_are_the_published_ones() -> None:
         (RALU_7X, (0.9359, 0.8336, 0.7052, 0.5390, 0.3158, 0)),
     )
     for number, (setting, levels) in enumerate(want):
-        assert mf.SampleRegions(1024, 1024, *setting).sigmas()[number % 3] == pytest.approx(levels, abs=6e-5)
+        assert mf.SampleRegions(1024, 1024, *setting).sigmas(mf.FLUX)[number % 3] == pytest.approx(levels, abs=6e-5)
     assert [restart(e, 6.317) for e in (0.3, 0.45)] == pytest.approx([0.06353, 0.11467], abs=5e-6)
     assert [restart(e, 6.261) for e in (0.2, 0.3)] == pytest.approx([0.03840, 0.06407], abs=5e-6)
     assert mf.SampleRegions(1024, 1024, *RALU_4X).tokens(mf.FLUX) == (1024, 1945, 4096)

@@ -1,6 +1,6 @@
 """Noise to latents over growing grids that share one noise field (Fresco)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -8,17 +8,14 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mrflow._checks import is_number, is_whole, require
-from mrflow.errors import PlanError
-from mrflow.guidance import Guidance, own_guidance
-from mrflow.model_info import Capabilities, ModelInfo
-from mrflow.noise import Noise, PerItem
+from mrflow._checks import is_number, require
+from mrflow.guidance import own_guidance
+from mrflow.model_info import ModelInfo
 from mrflow.rivals.ralu import children, places_of, take
-from mrflow.rivals.shared import at_places, forwards, shared_out
+from mrflow.rivals.shared import GrowingTokens, at_places, shared_out
 from mrflow.schedules import Schedule, Shifted, Sigmas, shift_static
 from mrflow.solvers import Euler
-from mrflow.spec import Latents, Start, State, check_size
-from mrflow.stage import Stage, Work
+from mrflow.spec import Latents, Start, State
 from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SampleConverged(Stage[Start, Latents]):
+class SampleConverged(GrowingTokens):
     """Fresco (arXiv 2601.07462): one noise field for all sizes, and tokens grow first where they have converged.
 
     The field is noise of the whole picture's tokens, fixed by seed and place (eq. 3). Sampling begins on half the sides
@@ -48,57 +45,24 @@ class SampleConverged(Stage[Start, Latents]):
     """
 
     scope: ClassVar[str] = "SampleConverged"
-    height: int
-    width: int
     steps: tuple[int, int, int] = (8, 4, 6)
     share: float = 0.5
     schedule: Schedule | None = None
-    guidance: Guidance | None = field(default=None, kw_only=True)
-    noise: Noise = field(default=PerItem(), kw_only=True)
 
     def __post_init__(self) -> None:
-        right = len(self.steps) == 3 and all(is_whole(n, 1) for n in self.steps)
-        require(right, "steps", "three whole numbers above 0", self.steps)
+        super().__post_init__()
         require(is_number(self.share) and 0 < self.share < 1, "share", "between 0 and 1", self.share)
 
     def sigmas(self, model: ModelInfo) -> tuple[Sigmas, Sigmas, Sigmas]:
-        """The noise levels of each stage.
-
-        Raises:
-            PlanError: the schedule has another number of steps than the stages together.
-        """
+        """Those of the schedule, begun again where growth leads."""
         chosen = self.schedule or Shifted(sum(self.steps))
         grid = chosen(1.0, model.tokens(self.height, self.width), model)
         one, two, three = shared_out(grid, self.steps)
         return one, (sigma_after_growth(two[0]), *two[1:]), (sigma_after_growth(three[0]), *three[1:])
 
-    def evaluations(self, spec: Start, model: ModelInfo) -> tuple[float, ...]:
-        """Where the model's field is asked."""
-        return tuple(sigma for stage in self.sigmas(model) for sigma in Euler().points(stage))
-
-    def tokens(self, model: ModelInfo) -> tuple[int, int, int]:
-        """Tokens of each stage."""
-        fine = model.tokens(self.height, self.width)
-        coarse = fine // 4
-        return coarse, coarse + 3 * self.chosen(coarse), fine
-
     def chosen(self, coarse: int) -> int:
         """How many of the coarse tokens grow first."""
         return max(1, int(coarse * self.share))
-
-    def plan(self, spec: Start, model: ModelInfo) -> Latents:
-        """Clean latents of the picture's size."""
-        model.require(Capabilities(positions=True))
-        check_size(self.height, self.width, model.space)
-        if self.height % (2 * model.space.multiple) or self.width % (2 * model.space.multiple):
-            raise PlanError(f"half of {self.height}x{self.width} is not a whole number of tokens")
-        _ = self.sigmas(model)
-        scale = model.space.downscale
-        return Latents(spec.batch, self.height // scale, self.width // scale, model.space)
-
-    def work(self, spec: Start, out: Latents, model: ModelInfo) -> Work:
-        """Forwards on each grid."""
-        return forwards(self.guidance, self.sigmas(model), self.tokens(model), spec.batch, model)
 
     def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
         """Three integrations and two growths."""

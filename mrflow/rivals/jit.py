@@ -1,7 +1,7 @@
 """Noise to latents where only some tokens go through the network at first (JiT)."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -9,17 +9,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mrflow._checks import is_number, is_whole, require
+from mrflow._checks import is_number, require
 from mrflow.backbone import Backbone, Condition, FieldOptions, Positions
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance, own_guidance
-from mrflow.model_info import Capabilities, ModelInfo
-from mrflow.noise import Noise, PerItem
-from mrflow.rivals.shared import forwards, shared_out
+from mrflow.model_info import ModelInfo
+from mrflow.rivals.shared import ThreeStages, shared_out
 from mrflow.schedules import Beta, Schedule, Sigmas
 from mrflow.solvers import Euler, Step
-from mrflow.spec import Latents, Start, State, check_size
-from mrflow.stage import Stage, Work
+from mrflow.spec import Latents, Start, State
 from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ CHUNK = 256  # tokens at once, in the search for the nearest anchors
 
 
 @dataclass(frozen=True)
-class SampleAnchors(Stage[Start, Latents]):
+class SampleAnchors(ThreeStages):
     """Just-in-Time (arXiv 2603.10744): few anchor tokens drive the whole picture, more join, in the end all.
 
     `steps` are Euler steps of three stages, `shares` the parts of the tokens that go through the network in the first
@@ -50,52 +48,27 @@ class SampleAnchors(Stage[Start, Latents]):
     """
 
     scope: ClassVar[str] = "SampleAnchors"
-    height: int
-    width: int
     steps: tuple[int, int, int] = (7, 4, 7)
     shares: tuple[float, float] = (0.35, 0.62)
     schedule: Schedule | None = None
-    guidance: Guidance | None = field(default=None, kw_only=True)
-    noise: Noise = field(default=PerItem(), kw_only=True)
 
     def __post_init__(self) -> None:
-        right = len(self.steps) == 3 and all(is_whole(n, 1) for n in self.steps)
-        require(right, "steps", "three whole numbers above 0", self.steps)
+        super().__post_init__()
         right = len(self.shares) == 2 and all(map(is_number, self.shares)) and 0 < self.shares[0] < self.shares[1] < 1
         require(right, "shares", "two rising parts of the tokens, between 0 and 1", self.shares)
 
     def sigmas(self, model: ModelInfo) -> tuple[Sigmas, Sigmas, Sigmas]:
-        """The noise levels of each stage.
-
-        Raises:
-            PlanError: the schedule has another number of steps than the stages together.
-        """
+        """Those of one schedule, shared out."""
         total = sum(self.steps)
         chosen = self.schedule or Beta(total, alpha=1.4, beta=0.42, low=1 / total)
         grid = chosen(1.0, model.tokens(self.height, self.width), model)
         return shared_out(grid, self.steps)
-
-    def evaluations(self, spec: Start, model: ModelInfo) -> tuple[float, ...]:
-        """Where the model's field is asked."""
-        return tuple(sigma for stage in self.sigmas(model) for sigma in Euler().points(stage))
 
     def tokens(self, model: ModelInfo) -> tuple[int, int, int]:
         """Tokens that go through the network in each stage."""
         whole = model.tokens(self.height, self.width)
         few, more = (max(1, math.floor(whole * share)) for share in self.shares)
         return few, max(few, more), whole
-
-    def plan(self, spec: Start, model: ModelInfo) -> Latents:
-        """Clean latents of the picture's size."""
-        model.require(Capabilities(positions=True))
-        check_size(self.height, self.width, model.space)
-        _ = self.sigmas(model)
-        scale = model.space.downscale
-        return Latents(spec.batch, self.height // scale, self.width // scale, model.space)
-
-    def work(self, spec: Start, out: Latents, model: ModelInfo) -> Work:
-        """Forwards over the tokens of each stage."""
-        return forwards(self.guidance, self.sigmas(model), self.tokens(model), spec.batch, model)
 
     def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
         """Two integrations of anchors, item by item since each has its own, and one of all tokens."""

@@ -1,7 +1,7 @@
 """Noise to latents over three grids: coarse, then finer where there are edges, then fine (RALU)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,17 +13,16 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mrflow._checks import is_number, is_whole, require
+from mrflow._checks import is_number, require
 from mrflow.cost import decode_flops
 from mrflow.errors import PlanError
-from mrflow.guidance import Guidance, own_guidance
-from mrflow.model_info import Capabilities, ModelInfo
-from mrflow.noise import Noise, PerItem
-from mrflow.rivals.shared import at_places, forwards
+from mrflow.guidance import own_guidance
+from mrflow.model_info import ModelInfo
+from mrflow.rivals.shared import GrowingTokens, at_places
 from mrflow.schedules import Sigmas, shift_static
 from mrflow.solvers import Euler, Step
-from mrflow.spec import Latents, Start, State, check_size
-from mrflow.stage import Stage, Work
+from mrflow.spec import Latents, Start, State
+from mrflow.stage import Work
 from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ Three = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class SampleRegions(Stage[Start, Latents]):
+class SampleRegions(GrowingTokens):
     """Region-adaptive latent upsampling, RALU (arXiv 2507.08422): the coarse grid grows first where the edges are.
 
     In data time t = 1 - sigma, stage i takes `steps[i]` Euler steps to `ends[i]` (the last one to 1) on a grid bent by
@@ -49,19 +48,14 @@ class SampleRegions(Stage[Start, Latents]):
     """
 
     scope: ClassVar[str] = "SampleRegions"
-    height: int
-    width: int
     steps: tuple[int, int, int] = (5, 6, 7)
     ends: tuple[float, float] = (0.3, 0.45)
     shifts: Three = (5.019, 2.589, 2.226)
     z: float = 6.317
     share: float = 0.3
-    guidance: Guidance | None = field(default=None, kw_only=True)
-    noise: Noise = field(default=PerItem(), kw_only=True)
 
     def __post_init__(self) -> None:
-        right = len(self.steps) == 3 and all(is_whole(n, 1) for n in self.steps)
-        require(right, "steps", "three whole numbers above 0", self.steps)
+        super().__post_init__()
         right = len(self.ends) == 2 and 0 < self.ends[0] < self.ends[1] < 1
         require(right, "ends", "two rising times between 0 and 1", self.ends)
         right = len(self.shifts) == 3 and all(is_number(h) and h > 0 for h in self.shifts)
@@ -70,7 +64,7 @@ class SampleRegions(Stage[Start, Latents]):
             raise PlanError(f"z must be at least 2, got {self.z!r}: below, no noise makes four copies white")
         require(is_number(self.share) and 0 < self.share < 1, "share", "between 0 and 1", self.share)
 
-    def sigmas(self) -> tuple[Sigmas, Sigmas, Sigmas]:
+    def sigmas(self, model: ModelInfo) -> tuple[Sigmas, Sigmas, Sigmas]:
         """The noise levels of each stage."""
         starts = (0.0, *(restart(e, self.z) for e in self.ends))
         one, two, three = (
@@ -79,39 +73,19 @@ class SampleRegions(Stage[Start, Latents]):
         )
         return one, two, three
 
-    def evaluations(self, spec: Start, model: ModelInfo) -> tuple[float, ...]:
-        """Where the model's field is asked."""
-        return tuple(sigma for stage in self.sigmas() for sigma in Euler().points(stage))
-
-    def tokens(self, model: ModelInfo) -> tuple[int, int, int]:
-        """Tokens of each stage."""
-        fine = model.tokens(self.height, self.width)
-        coarse = fine // 4
-        return coarse, coarse + 3 * self.chosen(coarse), fine
-
     def chosen(self, coarse: int) -> int:
         """How many of the coarse tokens are copied first."""
         return max(1, math.floor(coarse * self.share))
 
-    def plan(self, spec: Start, model: ModelInfo) -> Latents:
-        """Clean latents of the picture's size."""
-        model.require(Capabilities(positions=True))
-        check_size(self.height, self.width, model.space)
-        if self.height % (2 * model.space.multiple) or self.width % (2 * model.space.multiple):
-            raise PlanError(f"half of {self.height}x{self.width} is not a whole number of tokens")
-        _ = self.sigmas()
-        scale = model.space.downscale
-        return Latents(spec.batch, self.height // scale, self.width // scale, model.space)
-
     def work(self, spec: Start, out: Latents, model: ModelInfo) -> Work:
         """Forwards on each grid, and one decoding of the small picture."""
         decoding = Work(flops=spec.batch * decode_flops(model, self.height // 2, self.width // 2))
-        return forwards(self.guidance, self.sigmas(), self.tokens(model), spec.batch, model) + decoding
+        return super().work(spec, out, model) + decoding
 
     def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
         """Three integrations and two transitions."""
         guidance, patch = self.guidance or own_guidance(ctx.model.info), out.space.patch
-        first, second, third = self.sigmas()
+        first, second, third = self.sigmas(ctx.model.info)
         h, w = out.height // (2 * patch), out.width // (2 * patch)  # coarse tokens
         last: list[Step] = []
         x = ctx.noise(out.shape, source=self.noise)[..., ::2, ::2].contiguous()
