@@ -10,11 +10,27 @@ import torch
 from tests.parity.test_flux import CASES, scatter
 
 VAES: dict[str, dict[str, Any]] = {
-    "guided": dict(block_out_channels=(32, 32, 64, 64), layers_per_block=1),
-    "plain": dict(block_out_channels=(32, 64, 64, 96), layers_per_block=2),
-    "uneven": dict(block_out_channels=(32, 96, 32, 64), layers_per_block=1),
+    "guided": dict(channels=(32, 32, 64, 64), layers_per_block=1),
+    "plain": dict(channels=(32, 64, 64, 96), layers_per_block=2),
+    "uneven": dict(channels=(32, 96, 32, 64), layers_per_block=1),
 }
 WORDS = 27 + 3
+
+
+def kl(channels: tuple[int, ...] = (32, 64), *, latent: int = 16, **settings: Any) -> Any:
+    """An AutoencoderKL with FLUX's normalisation; two channels give a downscale of 2, four of 8."""
+    from diffusers import AutoencoderKL
+
+    usual = {"layers_per_block": 1, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        latent_channels=latent,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **(usual | settings),
+    )
 
 
 def bytes_as_letters() -> list[str]:
@@ -60,23 +76,14 @@ def write_flux_repo(
     shard: str = "10GB",
 ) -> Path:
     """A FluxPipeline with every part, saved by diffusers; all parameters are far from where they start."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
     scratch = folder / "scratch"
     clip_size, t5_size = clip_tokenizer(scratch / "tokenizer"), t5_tokenizer(scratch / "tokenizer_2")
     sizes = {**CASES[case], "in_channels": 64, "out_channels": None, "guidance_embeds": guidance}
     transformer = FluxTransformer2DModel(**sizes)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **VAES[case],
-    )
+    vae = kl(**VAES[case])
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=clip_size,
@@ -248,7 +255,7 @@ def write_zimage_repo(
     folder: Path, *, case: str = "two", dtype: torch.dtype = torch.float32, factor: float = 3.0, shard: str = "10GB"
 ) -> Path:
     """A ZImagePipeline with every part, saved by diffusers; all parameters are far from where they start."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
     scratch, width = folder / "scratch", ZIMAGE_WIDTHS[case]
@@ -256,16 +263,7 @@ def write_zimage_repo(
     tokenizer = Qwen2Tokenizer.from_pretrained(scratch / "tokenizer")
     tokenizer.chat_template = CHAT
     transformer = ZImageTransformer2DModel(cap_feat_dim=width, axes_lens=[1024, 64, 64], **ZIMAGES[case])
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **VAES["guided"],
-    )
+    vae = kl(**VAES["guided"])
     encoder = Qwen3Model(
         Qwen3Config(
             vocab_size=size,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tests.parity.test_flux import scatter
-from tests.tiny import CHAT, clip_tokenizer, qwen_tokenizer, t5_tokenizer
+from tests.tiny import CHAT, clip_tokenizer, kl, qwen_tokenizer, t5_tokenizer
 
 SCATTERED = 5
 
@@ -15,23 +15,6 @@ def spread(*modules: Any) -> None:
     """All parameters far from where they start."""
     for seed, module in enumerate(modules, SCATTERED):
         scatter(module.eval(), seed)
-
-
-def kl(channels: tuple[int, ...] = (32, 64), *, latent: int = 16) -> Any:
-    """An AutoencoderKL with FLUX's normalisation; two channels give a downscale of 2, four of 8."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
-        layers_per_block=1,
-        latent_channels=latent,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
 
 
 def qwen3(folder: Path, *, width: int, layers: int) -> tuple[Any, Any]:

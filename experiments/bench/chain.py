@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mrflow as mf
 from experiments.bench.forward import scatter
 from experiments.bench.protocol import Row, Runs, fresh, paired, publish, seconds
+from experiments.bench.vae import autoencoder
 
 STEPS, NATIVE = 12, 50
 SEED = 5
@@ -50,7 +51,7 @@ POOLED = 64
 
 def pipeline(size: Size) -> Any:  # noqa: ANN401
     """A FluxPipeline of random weights without text encoders."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from diffusers.utils.logging import set_verbosity_error
 
     set_verbosity_error()
@@ -65,17 +66,7 @@ def pipeline(size: Size) -> Any:  # noqa: ANN401
         guidance_embeds=True,
         axes_dims_rope=size.axes,
     )
-    vae: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=size.channels,
-        layers_per_block=2,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae: Any = autoencoder(size.channels)
     scatter(transformer, 3)
     scatter(vae, 4)
     pipe: Any = FluxPipeline(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.bench.forward import scatter
 from experiments.bench.protocol import FAST, Row, paired, publish
@@ -25,16 +25,14 @@ LIMIT = 1e-5
 Call = Callable[[], Tensor]
 
 
-def both(folder: Path) -> tuple[Any, VaeFlux]:
-    """diffusers' autoencoder with random weights, and ours with the same."""
+def autoencoder(channels: tuple[int, ...]) -> nn.Module:
+    """diffusers' autoencoder with FLUX's settings."""
     from diffusers import AutoencoderKL
-    from diffusers.utils.logging import set_verbosity_error
 
-    set_verbosity_error()
-    net: Any = AutoencoderKL(
-        block_out_channels=CHANNELS,
-        down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
-        up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
+    net: nn.Module = AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=2,
         latent_channels=16,
         scaling_factor=0.3611,
@@ -42,7 +40,15 @@ def both(folder: Path) -> tuple[Any, VaeFlux]:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    theirs = net.eval()
+    return net
+
+
+def both(folder: Path) -> tuple[Any, VaeFlux]:
+    """diffusers' autoencoder with random weights, and ours with the same."""
+    from diffusers.utils.logging import set_verbosity_error
+
+    set_verbosity_error()
+    theirs: Any = autoencoder(CHANNELS).eval()
     scatter(theirs)
     theirs.save_pretrained(folder)
     ours = load_vae_flux(folder).eval()

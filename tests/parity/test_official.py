@@ -10,6 +10,7 @@ from torch import Tensor
 import mrflow as mf
 from tests.parity.reenact import official
 from tests.parity.test_flux import CASES, relative, scatter
+from tests.tiny import kl
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 UP = mf.Lanczos(2)
@@ -18,20 +19,10 @@ CONTEXT, POOLED = 24, 12
 
 def pipeline(folder: Path, *, guidance: bool, dtype: torch.dtype = torch.float32) -> Any:
     """A FluxPipeline without text encoders, saved by diffusers."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     transformer = FluxTransformer2DModel(**{**CASES["guided"], "guidance_embeds": guidance}).eval()
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 32, 64, 64),
-        layers_per_block=1,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+    vae = kl((32, 32, 64, 64)).eval()
     scatter(transformer, 3)
     scatter(vae, 4)
     published = dict(base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from mrflow.errors import PlanError
 from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.flux.weights import load_vae_flux, save_vae_flux
+from tests.parity.test_flux import relative
+from tests.tiny import kl
 
 # channels, blocks, groups, latent channels, scale, shift, and a picture's sides.
 CASES: dict[str, tuple[tuple[int, ...], int, int, int, float, float, tuple[int, int]]] = {
@@ -31,27 +33,16 @@ def scatter(module: nn.Module) -> None:
                 p.copy_(0.3 * noise + (0.8 if "norm" in name and name.endswith("weight") else 0.1))
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
 def diffusers_vae(case: str, folder: Path) -> Any:
     """A random model of diffusers, saved by diffusers."""
-    from diffusers import AutoencoderKL
-
     channels, blocks, groups, latent, scale, shift, _ = CASES[case]
-    theirs = AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
+    theirs = kl(
+        channels,
+        latent=latent,
         layers_per_block=blocks,
         norm_num_groups=groups,
-        latent_channels=latent,
         scaling_factor=scale,
         shift_factor=shift,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
     ).eval()
     scatter(theirs)
     theirs.save_pretrained(folder)
