@@ -2,14 +2,15 @@
 
 import logging
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from mrflow._checks import require
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
 from mrflow.devices import Stopwatch
@@ -104,6 +105,9 @@ def run(
         raise PlanError(f"run wants a loaded model, such as mf.load({model if isinstance(model, str) else 'pocket'!r})")
     if keep not in (False, True, "path"):
         raise PlanError(f'keep takes False, True or "path", got {keep!r}')
+    require(condition is None or isinstance(condition, Condition), "condition", "a Condition", condition)
+    require(cache is None or isinstance(cache, StageCache), "cache", "a StageCache(folder)", cache)
+    require(on_event is None or callable(on_event), "on_event", "a function of one event", on_event)
     check_process(model.device)
     prompts, seeds = _batch(prompt, seed, condition)
     whole = chain if isinstance(chain, Chain) else Chain[A, B]((chain,))
@@ -204,8 +208,10 @@ def _same(planned: Plan, stages: tuple[AnyStage, ...], model: ModelInfo, start: 
 def _batch(
     prompt: str | Sequence[str], seed: int | Sequence[int], condition: Condition | None
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    require(isinstance(prompt, Iterable), "prompt", "text, or a list of texts", prompt)
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-    seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+    one = not isinstance(seed, Iterable) or isinstance(seed, str)
+    seeds = (seed,) if one else tuple(cast("Sequence[int]", seed))
     for each in prompts:
         if not isinstance(each, str):
             raise PlanError(f"a prompt must be text, got {each!r}")

@@ -56,6 +56,17 @@ def test_seeds_and_prompts_pair_up() -> None:
         mf.run(CHAIN, TOY, [])
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"prompt": 3}, {"seed": 1.5}, {"seed": "7"}, {"condition": "x"}, {"cache": "folder"}, {"on_event": 3}],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_refused(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(mf.PlanError, match=f"{name} must be"):
+        mf.run(CHAIN, TOY, **{"prompt": "a", **given})
+
+
 @pytest.mark.parametrize("solver", [mf.Euler(), mf.Heun(), mf.RK4(), mf.AB3(), mf.DPMpp2M(), mf.StochasticEuler(0.3)])
 def test_the_planned_forwards_are_the_real_ones(solver: mf.Solver) -> None:
     model = Counting()

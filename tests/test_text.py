@@ -311,6 +311,11 @@ def more_words(folder: Path) -> None:
     path.write_text(json.dumps(saved))
 
 
+def endless(folder: Path) -> None:
+    path = folder / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_ids": 10**20}))
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -331,6 +336,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (no_vocabulary, "tokenizer_2 holds no tokenizer that can be read"),
     "a tokenizer without words": (no_words, "tokenizer holds a tokenizer that knows no words"),
     "another encoder's tokenizer": (more_words, r"tokenizer holds a tokenizer of 1009 tokens, but .* embeds \d+"),
+    "tokens without end": (endless, "tokenizer_2 holds no tokenizer .*_config.json says extra_ids = 1000.*, 100000 at"),
     "a cut tokenizer": (
         lambda f: cut(f / "tokenizer_2" / "tokenizer.json"),
         "tokenizer_2 holds no tokenizer that can be read",
@@ -346,6 +352,13 @@ def test_what_is_wrong_is_said(what: str, repo: Path, tmp_path: Path) -> None:
     for takes in (loaded, planned):
         with pytest.raises(WeightsError, match=said):
             takes(tmp_path / "r")
+
+
+def test_a_tokenizer_may_say_that_it_has_no_limit(repo: Path, tmp_path: Path) -> None:
+    shutil.copytree(repo, tmp_path / "r")
+    for path in (tmp_path / "r").glob("tokenizer*/tokenizer_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": int(1e30)}))
+    planned(tmp_path / "r")
 
 
 def test_words_from_elsewhere(repo: Path, tmp_path: Path) -> None:

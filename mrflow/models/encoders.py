@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mrflow.checkpoints.blueprint import blueprint
+from mrflow.checkpoints.configs import MAX_BYTES
 from mrflow.checkpoints.safetensors import Header, Layout, Source
 from mrflow.errors import PromptError, WeightsError
 from mrflow.models.headers import agree
+from mrflow.records.files import parse_table, read_regular
 
 # Of the language model, from the newest way to save it to the network alone.
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
@@ -79,7 +81,7 @@ NOT_READ_SETTINGS = frozenset({
     "experts_implementation", "_experts_implementation",
     "quantization_config", "num_labels", "id2label", "label2id", "_name_or_path",
 })  # fmt: skip
-MAX_LAYERS, MAX_SETTING = 1000, 1 << 24
+MAX_LAYERS, MAX_SETTING, MAX_TOKENS = 1000, 1 << 24, 100_000
 
 
 def _harmless(config: Mapping[str, Any], where: object) -> dict[str, Any]:
@@ -113,6 +115,11 @@ def built(kind: Any, config: Any, header: Header) -> nn.Module:  # noqa: ANN401
         raise WeightsError(f"{header.path}: its config.json makes no network: {why}") from None
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """A tokenizer's settings; unlike in models', numbers may be as large as they like (`model_max_length` is 1e30)."""
+    return parse_table(read_regular(path.resolve(), most=MAX_BYTES)) if path.is_file() else {}
+
+
 def tokenizer_of(kind: str, folder: Path, rows: int) -> Tokenizer:
     """A tokenizer of transformers, by its class, from local files only, for an encoder that embeds `rows` tokens.
 
@@ -121,7 +128,11 @@ def tokenizer_of(kind: str, folder: Path, rows: int) -> Tokenizer:
     """
     import transformers
 
+    settings, most = folder / "tokenizer_config.json", max(rows, MAX_TOKENS)
     try:
+        for name, value in _settings(settings).items():
+            if name != "model_max_length" and isinstance(value, int) and value > most:  # such as tokens to be made up
+                raise ValueError(f"{settings.name} says {name} = {value}, {most} at most")
         found = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
         last = max(found.get_vocab().values(), default=-1)
         known = [i for i in found("a picture", add_special_tokens=False).input_ids if i != found.unk_token_id]
