@@ -31,6 +31,7 @@ from PIL import Image
 from experiments.drawing import Task, draw, guarded, options, quantiles, read_lines, resampled, write_text
 from mrflow.errors import PlanError
 from mrflow.records.pictures import write_bytes, write_png
+from mrflow.sweep.metrics import edit_distance
 
 FOLDERS = {"anime": "anime", "portrait": "human", "human": "human", "object": "object", "text": "text",
            "reasoning": "reasoning", "multilingual": "multilingualism"}  # fmt: skip
@@ -141,22 +142,12 @@ def cleaned(text: str) -> str:
     return re.sub(r"\s+", " ", KEPT.sub("", text)).strip()
 
 
-def distance(a: str, b: str) -> int:
-    """Levenshtein: the least number of insertions, deletions and substitutions."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
-
-
 def counted(id: str, tile: int, wanted: str, read: str) -> Reading:
     """The counts of one picture."""
     want, have = cleaned(wanted), cleaned(read)
     words = Counter(want.split())
     matched = sum((words & Counter(have.split())).values())
-    edits = distance(have, want)
+    edits = edit_distance(have, want)
     return Reading(id, tile, edits, len(want), int(edits == 0), matched, sum(words.values()))
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device; to a GPU through page-locked memory, so that the copy is asked for and not waited for."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return pin(tensor).to(device, non_blocking=True)
+        return pin_memory(tensor).to(device, non_blocking=True)
     return tensor.to(device)
 
 
-def pin(tensor: Tensor) -> Tensor:
+def pin_memory(tensor: Tensor) -> Tensor:
     """A copy in page-locked memory, from which copies to a GPU run beside its work."""
     return tensor.pin_memory()
 

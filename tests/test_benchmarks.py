@@ -200,7 +200,7 @@ def test_edge_cases_of_the_text_score(wanted: str, read: str, edits: int, matche
 
 @given(st.text("abc ", max_size=12), st.text("abc ", max_size=12), st.text("abc ", max_size=12))
 def test_the_distance_is_a_metric(a: str, b: str, c: str) -> None:
-    d = oneig.distance
+    d = oneig.edit_distance
     assert d(a, a) == 0 and d(a, b) == d(b, a) <= max(len(a), len(b))
     assert abs(len(a) - len(b)) <= d(a, b) <= d(a, c) + d(c, b)
 

@@ -26,7 +26,7 @@ from mrflow.caches import (
     TeaCache,
     memory,
 )
-from mrflow.caches.calibrate import inner_products
+from mrflow.caches.calibrate import Calibration
 from mrflow.cli.plan import report
 from mrflow.models.block_runner import BlockRunner
 from mrflow.records.chains import decode_chain, encode_chain, fingerprint
@@ -439,7 +439,7 @@ def test_inner_products_are_those_of_the_features(
 
     monkeypatch.setattr(BlockRunner, "head", watched)
     settings: dict[str, Any] = dict(size=(64, 48), schedule=mf.Shifted(4), guidance=mf.Distilled(), seed=1)
-    [gram] = inner_products(models("pocket"), ["a cat"], of=of, **settings)
+    [gram] = Calibration(models("pocket"), ["a cat"], **settings).inner_products(of)
     features = torch.stack(seen)
     assert torch.from_numpy(gram).allclose(features @ features.T, rtol=1e-9)
 

@@ -117,82 +117,64 @@ class RecordingModel(Wrapper):
         return self.model.field(cond, replace(options, cache=self._cache))
 
 
-def record(
-    step: StepFactory,
-    model: Backbone,
-    prompts: Sequence[str],
-    *,
-    size: tuple[int, int] | None,
-    schedule: Schedule,
-    guidance: Guidance | None,
-    seed: int,
-) -> None:
-    """Sample each prompt by itself with `schedule`, through a new `step` in each branch of the guidance.
+@dataclass(frozen=True)
+class Calibration:
+    """What a cache is fitted to: each prompt sampled by itself at `size` (None: the model's low size)."""
 
-    Raises:
-        PlanError: the model cannot be taken apart, or there are no prompts.
-    """
-    model.info.require(Capabilities(cache=True))
-    if not prompts:
-        raise PlanError("calibration needs at least one prompt; a dozen different ones are better")
-    info = model.info
-    height, width = size or info.low
-    check_size(height, width, info.space)
-    scale = info.space.downscale
-    out = Latents(1, height // scale, width // scale, info.space, 1.0)
-    sigmas, chosen = schedule(1.0, out.tokens, info), guidance or own_guidance(info)
-    watched = RecordingModel(model, step)
-    with torch.inference_mode():
-        negative = model.condition([info.negative]) if chosen.passes > 1 else None
-        for prompt in prompts:
-            ctx = Context(watched, model.condition([prompt]), negative, (seed,), "Sample/0", prompts=(prompt,))
-            ctx.integrate(Euler(), chosen, ctx.noise(out.shape), sigmas)
+    model: Backbone
+    prompts: Sequence[str]
+    size: tuple[int, int] | None
+    schedule: Schedule
+    guidance: Guidance | None
+    seed: int
 
+    def record(self, step: StepFactory) -> None:
+        """Sample all prompts, through a new `step` in each branch of the guidance.
 
-def observe(
-    model: Backbone,
-    prompts: Sequence[str],
-    *,
-    size: tuple[int, int] | None,
-    schedule: Schedule,
-    guidance: Guidance | None,
-    seed: int,
-) -> list[Track]:
-    """The changes of each prompt in each branch of the guidance, while it is sampled with `schedule`.
+        Raises:
+            PlanError: the model cannot be taken apart, or there are no prompts.
+        """
+        info = self.model.info
+        info.require(Capabilities(cache=True))
+        if not self.prompts:
+            raise PlanError("calibration needs at least one prompt; a dozen different ones are better")
+        height, width = self.size or info.low
+        check_size(height, width, info.space)
+        scale = info.space.downscale
+        out = Latents(1, height // scale, width // scale, info.space, 1.0)
+        sigmas, guidance = self.schedule(1.0, out.tokens, info), self.guidance or own_guidance(info)
+        watched = RecordingModel(self.model, step)
+        with torch.inference_mode():
+            negative = self.model.condition([info.negative]) if guidance.passes > 1 else None
+            for prompt in self.prompts:
+                cond = self.model.condition([prompt])
+                ctx = Context(watched, cond, negative, (self.seed,), "Sample/0", prompts=(prompt,))
+                ctx.integrate(Euler(), guidance, ctx.noise(out.shape), sigmas)
 
-    Raises:
-        PlanError: the model cannot be taken apart, or there are no prompts.
-    """
-    tracks: list[Track] = []
-    step = partial(RecordingStep, tracks=tracks)
-    record(step, model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
-    return tracks
+    def observe(self) -> list[Track]:
+        """The changes of each prompt in each branch of the guidance.
 
+        Raises:
+            PlanError: as `record`.
+        """
+        tracks: list[Track] = []
+        self.record(partial(RecordingStep, tracks=tracks))
+        return tracks
 
-def inner_products(
-    model: Backbone,
-    prompts: Sequence[str],
-    *,
-    of: Of,
-    size: tuple[int, int] | None,
-    schedule: Schedule,
-    guidance: Guidance | None,
-    seed: int,
-) -> list[NDArray[np.float64]]:
-    """<F_s, F_t> (evaluations, evaluations) for each prompt in each branch; F is the last block's output or the
-    velocity, as `of` says.
+    def inner_products(self, of: Of) -> list[NDArray[np.float64]]:
+        """<F_s, F_t> (evaluations, evaluations) for each prompt in each branch; F is the last block's output or the
+        velocity, as `of` says.
 
-    Raises:
-        PlanError: the model cannot be taken apart, or there are no prompts.
-    """
-    tracks: list[list[NDArray[np.float64]]] = []
-    step = partial(ProductsStep, rows=tracks, of=of)
-    record(step, model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
-    found = list[NDArray[np.float64]]()
-    for rows in tracks:
-        lower = np.stack([np.pad(row, (0, len(rows) - len(row))) for row in rows])
-        found.append(lower + np.tril(lower, -1).T)
-    return found
+        Raises:
+            PlanError: as `record`.
+        """
+        tracks: list[list[NDArray[np.float64]]] = []
+        self.record(partial(ProductsStep, rows=tracks, of=of))
+        found = list[NDArray[np.float64]]()
+        for rows in tracks:
+            lower = np.stack([np.pad(row, (0, len(rows) - len(row))) for row in rows])
+            found.append(lower + np.tril(lower, -1).T)
+        return found
 
 
 def fit_polynomial(pairs: Sequence[tuple[float, float]], degree: int) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mrflow._checks import check_whole
 from mrflow.backbone import Backbone
 from mrflow.caches.base import Cache
-from mrflow.caches.calibrate import inner_products
+from mrflow.caches.calibrate import Calibration
 from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Gram
 from mrflow.caches.taylorseer import Of, check_of, regular
@@ -78,7 +78,7 @@ class L2P(Cache):
         check_whole("warmup", warmup, 1)
         check_whole("history", history, 1)
         check_of(of)
-        grams = inner_products(model, prompts, of=of, size=size, schedule=schedule, guidance=guidance, seed=seed)
+        grams = Calibration(model, prompts, size, schedule, guidance, seed).inner_products(of)
         steps = max(map(len, grams))
         computed = [regular(i, interval, warmup) for i in range(steps)]
         whole = [gram for gram in grams if len(gram) == steps]  # not of a branch that was asked in an interval only

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mrflow._checks import check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone
 from mrflow.caches.base import Cache, require_numbers
-from mrflow.caches.calibrate import observe
+from mrflow.caches.calibrate import Calibration
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -72,7 +72,7 @@ class MagCache(Cache):
         Raises:
             PlanError: the model cannot be taken apart, or there are no prompts.
         """
-        seen = observe(model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
+        seen = Calibration(model, prompts, size, schedule, guidance, seed).observe()
         steps = [sum(step.ratio for step in at) / len(at) for at in zip(*seen, strict=False)]
         return MagCache(threshold, limit=limit, retention=retention, ratios=(1.0, *steps))
 

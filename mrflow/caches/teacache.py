@@ -8,7 +8,7 @@ from torch import Tensor
 from mrflow._checks import check_number
 from mrflow.backbone import Backbone
 from mrflow.caches.base import Cache, difference, interpolate, require_numbers
-from mrflow.caches.calibrate import fit_polynomial, observe
+from mrflow.caches.calibrate import Calibration, fit_polynomial
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -66,7 +66,7 @@ class TeaCache(Cache):
         Raises:
             PlanError: the model cannot be taken apart, or there are too few steps for the degree.
         """
-        seen = observe(model, prompts, size=size, schedule=schedule, guidance=guidance, seed=seed)
+        seen = Calibration(model, prompts, size, schedule, guidance, seed).observe()
         pairs = [(step.modulated_input, step.output) for track in seen for step in track]
         return TeaCache(threshold, coefficients=fit_polynomial(pairs, degree))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mrflow._checks import is_whole, require
 from mrflow.checkpoints.safetensors import check_uncut
+from mrflow.devices import pin_memory
 from mrflow.errors import PlanError
 from mrflow.model_info import Offload
 
@@ -78,7 +79,7 @@ class WeightGroup:
         left = {id(t) for module in without for t in module_tensors(module)}
         found = {id(t): t for module in modules for t in module_tensors(module) if id(t) not in left}
         self.tensors = list(found.values())
-        self.host = [pin(t.data) if pin and device.type == "cuda" else t.data for t in self.tensors]
+        self.host = [pin_memory(t.data) if pin and device.type == "cuda" else t.data for t in self.tensors]
         self.bytes = sum(t.nbytes for t in self.host)
         self.here = False
         self.arrived: torch.cuda.Event | None = None
