@@ -211,7 +211,7 @@ def _batch(
     require(isinstance(prompt, Iterable), "prompt", "text, or a list of texts", prompt)
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
     one = not isinstance(seed, Iterable) or isinstance(seed, str)
-    seeds = (seed,) if one else tuple(cast("Sequence[int]", seed))
+    seeds: tuple[int, ...] = (cast("int", seed),) if one else tuple(cast("Sequence[int]", seed))
     for each in prompts:
         if not isinstance(each, str):
             raise PlanError(f"a prompt must be text, got {each!r}")

@@ -1,6 +1,6 @@
 """What a pipeline's parts say of themselves: the schedule its scheduler runs, and sizes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -46,7 +46,7 @@ def check_encoders(pipe: Any, words: Sequence[str], widths: Mapping[str, int]) -
         if net is None or not hasattr(net, "get_input_embeddings"):
             continue
         who, rows = f"{encoder} ({type(net).__name__})", int(net.get_input_embeddings().weight.shape[0])
-        if hasattr(reader, "__len__") and len(reader) > rows:
+        if isinstance(reader, Sized) and len(reader) > rows:
             raise PlanError(
                 f"{type(pipe).__name__}: {tokenizer} ({type(reader).__name__}) knows {len(reader)} tokens, {who} has "
                 f"{rows}, so they are not of one model: {advice}"
