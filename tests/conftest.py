@@ -4,11 +4,14 @@ import atexit
 import os
 import pkgutil
 import shutil
+import signal
 import tempfile
 import zlib
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["MRFLOW_CACHE"] = tempfile.mkdtemp()  # nobody's own, and nothing of another day
 atexit.register(shutil.rmtree, os.environ["MRFLOW_CACHE"], ignore_errors=True)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -380,7 +380,7 @@ def test_wrong_arguments_are_refused(pipes: Pipes) -> None:
         Control(picture, low=0.5, high=0.5)
     with pytest.raises(PlanError, match="this FLUX has no guidance embedding"):
         from_diffusers(pipes("schnell"), guidance=3.5)
-    with pytest.raises(PlanError, match="guidance must be a number of at least 0, got nan"):
+    with pytest.raises(PlanError, match="guidance must be a finite number of at least 0, got nan"):
         from_diffusers(pipes("dev"), guidance=float("nan"))
     model = from_diffusers(pipes("sd3"))
     with pytest.raises(PlanError, match="knows positions up to 384 pixels a side; make it smaller"):

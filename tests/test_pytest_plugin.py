@@ -61,9 +61,9 @@ class Twice(mf.Stage[mf.Latents, mf.Latents]):
         return replace(spec, **sides, sigma=mf.schedules.shift_static(spec.sigma, 2.0))
 
     def apply(self, state, out, ctx):
-        from mrflow.rivals.growth import grown
+        from mrflow.rivals.growth import grow
 
-        return grown(state.data, ctx.noise(out.shape), state.spec.sigma)FLIP
+        return grow(state.data, ctx.noise(out.shape), state.spec.sigma)FLIP
 
 
 EXAMPLES

@@ -225,11 +225,11 @@ import mrflow as mf
 from mrflow.sweep import leases, maker, run_sweep
 from tests.test_sweep import small
 leases.BEAT = 0.2
-make = maker.Maker._made
+make = maker.Maker._make_group
 def slow(self, label, group):
     time.sleep({pause})
     return make(self, label, group)
-maker.Maker._made = slow
+maker.Maker._make_group = slow
 print("begun", flush=True)
 sys.stdin.readline()
 done = run_sweep(small(), mf.toy(), {folder!r}, batch=2)
