@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.bench.forward import scatter
 from experiments.bench.protocol import FAST, Row, paired, publish
@@ -25,11 +25,11 @@ LIMIT = 1e-5
 Call = Callable[[], Tensor]
 
 
-def autoencoder(channels: tuple[int, ...]) -> nn.Module:
+def autoencoder(channels: tuple[int, ...]) -> Any:  # noqa: ANN401
     """diffusers' autoencoder with FLUX's settings."""
     from diffusers import AutoencoderKL
 
-    net: nn.Module = AutoencoderKL(
+    return AutoencoderKL(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -40,7 +40,6 @@ def autoencoder(channels: tuple[int, ...]) -> nn.Module:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    return net
 
 
 def both(folder: Path) -> tuple[Any, VaeFlux]:
