@@ -116,6 +116,11 @@ def split_parts(positions: Positions | None, x: Tensor, *, axis: int = 1) -> tup
     return tuple(part.contiguous() for part in x.chunk(positions.parts, axis))
 
 
+def join_parts(parts: Sequence[Tensor], *, axis: int = 1) -> Tensor:
+    """The reverse of `split_parts`: one behind the other; a single one as it is, not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), axis)
+
+
 Mix = Callable[[Tensor, Tensor], Tensor]
 """What image tokens are given by attention, (b, heads, n, channels), under the first condition and under the other."""
 

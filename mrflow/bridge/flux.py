@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition, FieldOptions, split_parts
+from mrflow.backbone import Condition, FieldOptions, join_parts, split_parts
 from mrflow.bridge.base import (
     BRIDGED,
     KLBridged,
@@ -184,7 +184,7 @@ class BridgedFlux(KLBridged):
         def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
             check_batch(tokens, cond.batch)
             parts = enumerate(split_parts(options.positions, tokens))
-            return torch.cat([one(part, sigma, h, part.shape[1] // h, i) for i, part in parts], 1)
+            return join_parts([one(part, sigma, h, part.shape[1] // h, i) for i, part in parts])
 
         return PackedCall(velocity)
 

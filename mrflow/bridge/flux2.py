@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mrflow.backbone import Condition, FieldOptions, split_parts
+from mrflow.backbone import Condition, FieldOptions, join_parts, split_parts
 from mrflow.bridge.base import (
     BRIDGED,
     Bridged,
@@ -123,7 +123,7 @@ class BridgedFlux2(Bridged):
         def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
             check_batch(tokens, cond.batch)
             parts = enumerate(split_parts(options.positions, tokens))
-            return torch.cat([one(part, sigma, h, part.shape[1] // h, i) for i, part in parts], 1)
+            return join_parts([one(part, sigma, h, part.shape[1] // h, i) for i, part in parts])
 
         return PackedCall(velocity, patch=1)
 

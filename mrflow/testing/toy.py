@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrflow.backbone import Condition, FieldOptions, split_parts
+from mrflow.backbone import Condition, FieldOptions, join_parts, split_parts
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, LatentSpace, ModelInfo, Shift
@@ -106,7 +106,7 @@ class Toy:
             return torch.cat(items).view_as(x)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            return torch.cat([one(part, sigma) for part in split_parts(options.positions, x, axis=-1)], -1)
+            return join_parts([one(part, sigma) for part in split_parts(options.positions, x, axis=-1)], axis=-1)
 
         return velocity
 

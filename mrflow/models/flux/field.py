@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Positions, split_parts
+from mrflow.backbone import Positions, join_parts, split_parts
 from mrflow.errors import PlanError
 from mrflow.models.fields import ModulationTables
 from mrflow.models.flux.transformer import Flux, image_ids
@@ -51,7 +51,7 @@ class FluxField(PackedField):
                 self.step(part, text, *self._rope(h, part.shape[1] // h, i), table, key=self.flow.attention)
                 for i, part in enumerate(split_parts(self.positions, tokens))
             ]
-            return torch.cat(outs, 1).float()
+            return join_parts(outs).float()
 
     def _prepare(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
         """The embedded text, and the modulations of a level."""

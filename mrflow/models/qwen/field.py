@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mrflow.backbone import Positions, split_parts
+from mrflow.backbone import Positions, join_parts, split_parts
 from mrflow.errors import PlanError
 from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
@@ -75,7 +75,7 @@ class QwenField(PackedField):
             text, table = self._prepare(len(tokens), sigma)
             parts = enumerate(split_parts(self.positions, tokens))
             outs = [self._one(part, text, table, h, part.shape[1] // h, i) for i, part in parts]
-            return torch.cat(outs, 1)
+            return join_parts(outs)
 
     def _prepare(self, batch: int, sigma: float) -> tuple[Tensor, Tensor]:
         """The embedded texts, and the modulations of a level."""

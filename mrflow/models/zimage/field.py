@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrflow.backbone import Positions, split_parts
+from mrflow.backbone import Positions, join_parts, split_parts
 from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
 from mrflow.models.zimage.transformer import ZImage, missing_tokens
@@ -49,7 +49,7 @@ class ZImageField(PackedField):
             refined, table = self._prepare(sigma)
             parts = enumerate(split_parts(self.positions, tokens))
             outs = [self._one(part, refined, table, h, part.shape[1] // h, i) for i, part in parts]
-            return torch.cat(outs, 1)
+            return join_parts(outs)
 
     def _prepare(self, sigma: float) -> tuple[Tensor, Tensor]:
         """The refined texts, and the modulations of a level."""
