@@ -75,10 +75,11 @@ def with_scales(header: Header) -> Header:
     if lost:
         raise WeightsError(f"{header.path} has scales of {len(lost)} weights that it does not have: {some(lost)}")
     older = any(name.endswith("scaled_fp8") for name in header.tensors)
-    if idle := [n for n in scales if tensors[n].dtype.itemsize > 1 and n not in listed and not older]:
+    idle = {n: None for n in scales if tensors[n].dtype.itemsize > 1 and n not in listed and not older}
+    if idle:
         note(
             f"{header.path} has scales for {len(idle)} weights of more than 8 bits, and nothing in it says that they "
-            f"are scaled ({some(idle)}): the weights are taken as they are"
+            f"are scaled ({some(list(idle))}): the weights are taken as they are"
         )
     bare = [n for n, e in tensors.items() if (whole or n in listed) and _wants_scale(n, e) and n not in scales]
     if bare:
