@@ -114,7 +114,7 @@ def compare(facts: Facts, caption: str) -> Scores:
         right_size = nearest_size(best.radius, FACE_RADIUS) == nearest_size(said_face.radius, FACE_RADIUS)
         return Scores(
             alignment=right_size / len(facts.faces),
-            position=float(_place(best, said_face)),
+            position=float(_is_placed(best, said_face)),
             faces=float(best.expression == said_face.expression),
             detail=detail,
         )
@@ -137,7 +137,7 @@ def _compare_objects(found: tuple[Object, ...], wanted: Scene) -> tuple[float, f
         looks = sum(_look(o, said, sized=sized) for o, said in pairs) / max(len(found), len(wanted.objects))
         there = len(pairs) == len(wanted.objects) and all(_look(o, said, sized=False) > 0 for o, said in pairs)
         if there and len(pairs) == 1:
-            there = _place(*pairs[0])
+            there = _is_placed(*pairs[0])
         elif there:
             (a, said_a), (b, said_b) = pairs
             along = (b.x - a.x) * (said_b.x - said_a.x) + (b.y - a.y) * (said_b.y - said_a.y)
@@ -154,7 +154,7 @@ def _look(found: Object, said: Object, *, sized: bool) -> float:
     return sum(right) / len(right)
 
 
-def _place(found: Object | Face, said: Object | Face) -> bool:
+def _is_placed(found: Object | Face, said: Object | Face) -> bool:
     nearest = min(PLACES.values(), key=lambda place: math.dist(place, (found.x, found.y)))
     return nearest == (said.x, said.y) and math.dist(nearest, (found.x, found.y)) < PLACE_RADIUS
 
