@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from mrflow._checks import check_path
-from mrflow.errors import PlanError, ResourceError
+from mrflow.errors import MrflowError, PlanError, ResourceError
 from mrflow.notes import note
 from mrflow.records.files import read_regular
 
@@ -60,18 +60,18 @@ def decode_image(data: bytes, path: str | Path) -> Tensor:
     return pixels
 
 
-def image_bytes(path: str | Path) -> bytes:
+def image_bytes(path: str | Path, *, wrong: type[MrflowError] = PlanError) -> bytes:
     """A picture's file, as it is.
 
     Raises:
-        ResourceError: it cannot be read. PlanError: it has more than `MAX_FILE` bytes.
+        ResourceError: it cannot be read. `wrong`: it has more than `MAX_FILE` bytes, or cannot be a path.
     """
     try:
         return read_regular(check_path("the picture", path).resolve(), most=MAX_FILE)
     except OSError as error:
         raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RuntimeError) as error:  # too large, a circle of links
-        raise PlanError(f"{path} cannot be read: {error}") from None
+        raise wrong(f"{path} cannot be read: {error}") from None
 
 
 def _decode(data: bytes, path: str) -> Tensor:

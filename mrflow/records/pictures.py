@@ -16,13 +16,13 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from mrflow._checks import check_path, check_whole, is_whole
-from mrflow.errors import PlanError, RecordError, ResourceError
-from mrflow.images import MAX_FILE, MAX_TEXT, SIGNATURE, chunks, png_text
+from mrflow._checks import check_whole, is_whole
+from mrflow.errors import PlanError, RecordError
+from mrflow.images import MAX_TEXT, SIGNATURE, chunks, image_bytes, png_text
 from mrflow.images import read_image as read_image
 from mrflow.records.expressions import expression
 from mrflow.records.files import check_writable as check_writable
-from mrflow.records.files import parse_table, read_regular
+from mrflow.records.files import parse_table
 from mrflow.records.files import write_bytes as write_bytes
 from mrflow.records.files import writing as writing
 
@@ -128,13 +128,7 @@ def read_record(path: str | Path) -> dict[str, object]:
     Raises:
         ResourceError: the file cannot be read. RecordError: it carries no record, a broken one, or several.
     """
-    try:
-        data = read_regular(check_path("the picture", path).resolve(), most=MAX_FILE)
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RuntimeError) as error:
-        raise RecordError(f"{path} cannot be read: {error}") from None
-    return record_in(data, path)
+    return record_in(image_bytes(path, wrong=RecordError), path)
 
 
 def record_in(data: bytes, path: str | Path) -> dict[str, object]:
