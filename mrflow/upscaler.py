@@ -71,7 +71,7 @@ def passes_to(size: tuple[int, int], height: int, width: int, scale: int) -> int
 
 
 MOST = 64  # times the side, in one pass
-BEYOND = 4.0  # what networks overshoot is far less; what counts to 255 is far more
+BEYOND = 16.0  # what networks overshoot is less, with random weights too; what counts to 255 is far more
 
 
 def scale_of(upscaler: object, kind: "type[Upscaler | LatentUpscaler]" = Upscaler) -> int:

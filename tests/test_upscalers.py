@@ -118,5 +118,6 @@ def test_what_is_no_upscaler_is_refused_before_work(given: Any) -> None:
 
 
 def test_whole_numbers_of_numpy_and_overshoot_are_fine() -> None:
-    made = apply_upscaler(Lies(np.int64(2), lambda x: twice(x) * 3 - 1), torch.rand(1, 3, 8, 8))
+    as_random_weights = Lies(np.int64(2), lambda x: twice(x) * 12 - 5)
+    made = apply_upscaler(as_random_weights, torch.rand(1, 3, 8, 8))
     assert made.shape == (1, 3, 16, 16) and not made.requires_grad
