@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 import mrflow as mf
 from experiments.train_pocket.data import WORLDS
+from mrflow.display.sheet import warm_up
 from mrflow.records.chains import encode_chain
 from mrflow.records.pictures import check_writable, write_bytes
 from mrflow.scenes.grammar import held_out_captions
 from mrflow.scenes.score import other_captions, score
-from mrflow.sheet import warm_up
 from mrflow.sweep import controls, family, paired, seed_of
 from mrflow.sweep import interval as mean_of
 

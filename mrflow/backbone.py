@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrflow._checks import check_path
-from mrflow.adapters import Lora, PiFlow
+from mrflow.checkpoints.adapters import Lora, PiFlow
 from mrflow.checkpoints.safetensors import map_tensor, read_header, save_file
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.model_info import CacheLike, Capabilities, ModelInfo
-from mrflow.upscaler import Upscaler
+from mrflow.protocols.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mrflow.adapters import flops_per_token
+from mrflow.checkpoints.adapters import flops_per_token
 from mrflow.errors import PlanError
 from mrflow.guidance import own_guidance
 from mrflow.model_info import CacheLike, ModelInfo
@@ -18,7 +18,7 @@ from mrflow.stage import AnyChain, Plan, Work, plan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mrflow.adapters import Lora
+    from mrflow.checkpoints.adapters import Lora
     from mrflow.guidance import Guidance
     from mrflow.model_info import Offload
     from mrflow.schedules import Sigmas

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mrflow._checks import check_path
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Entry, Header, Source, load_into, open_checkpoint
-from mrflow.decoder import Decoder
 from mrflow.errors import PlanError, WeightsError
+from mrflow.protocols.decoder import Decoder
 from mrflow.records.files import locate
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 from mrflow._checks import is_number, require
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.pieces import StepFactory
+from mrflow.protocols.pieces import StepFactory
 
 Offload = Literal["none", "phase", "block"]
 """Where weights are while they are not used; `mrflow.models.offload` says how."""

@@ -7,11 +7,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, cast
 
 from mrflow._checks import is_whole, require
-from mrflow.adapters import Loras, PiFlow
+from mrflow.checkpoints.adapters import Loras, PiFlow
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem, Stream
+from mrflow.protocols.upscaler import LatentUpscaler, Upscaler
 from mrflow.rivals import Grow, SampleAnchors, SampleConverged, SampleRegions, SelfLift
 from mrflow.rivals.growth import PowerSpectrum
 from mrflow.rivals.jit import JIT_4X, JIT_7X
@@ -23,7 +24,6 @@ from mrflow.spec import Pixels, Start
 from mrflow.stage import Chain
 from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Sample, Tiles, Upscale
 from mrflow.students import Student
-from mrflow.upscaler import LatentUpscaler, Upscaler
 from mrflow.upscalers.interpolate import Filter
 
 if TYPE_CHECKING:

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrflow import __version__, html
+from mrflow import __version__
 from mrflow._checks import check_path
+from mrflow.display import html
 from mrflow.errors import PlanError, RecordError
 from mrflow.guidance import CFG, Distilled, own_guidance
-from mrflow.machine import machine
+from mrflow.machine.hardware import machine
 from mrflow.records.chains import encode_chain
 from mrflow.records.expressions import expression
 from mrflow.records.files import check_writable

@@ -13,14 +13,14 @@ from torch import Tensor
 from mrflow._checks import require
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
-from mrflow.devices import Stopwatch
+from mrflow.display.notes import collect_notes, note, tally_work
 from mrflow.error_context import name_stage, passes
 from mrflow.errors import Interruption, PlanError, PromptError
 from mrflow.flow import finite
-from mrflow.forks import check_process
+from mrflow.machine.devices import Stopwatch
+from mrflow.machine.forks import check_process
 from mrflow.model_info import ModelInfo
 from mrflow.noise import check_seed
-from mrflow.notes import collect_notes, note, tally_work
 from mrflow.records.stage_cache import StageCache
 from mrflow.result import PathStep, Result, StageRecord
 from mrflow.solvers import Step

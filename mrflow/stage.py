@@ -14,24 +14,24 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, overlo
 import torch
 from torch import Tensor
 
-from mrflow import html
 from mrflow._checks import check_whole
-from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Backbone, Condition, FieldOptions
-from mrflow.devices import to_device
+from mrflow.checkpoints.adapters import Lora, PiFlow
+from mrflow.display import html
+from mrflow.display.notes import add_forwards
 from mrflow.error_context import name_stage, passes
 from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, words_of
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
+from mrflow.machine.devices import to_device
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
-from mrflow.notes import add_forwards
-from mrflow.policies import GM, PolicyField, automatic, follow
+from mrflow.protocols.policies import GM, PolicyField, automatic, follow
+from mrflow.protocols.tokens import on_tokens
 from mrflow.records.readable import describe_stage
 from mrflow.schedules import Sigmas
 from mrflow.solvers import FiniteCheck, Solver, Step, integrate
 from mrflow.spec import Latents, Pixels, Spec, Start, State
-from mrflow.tokens import on_tokens
 
 A = TypeVar("A", bound=Spec)
 B = TypeVar("B", bound=Spec)

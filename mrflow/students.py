@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mrflow._checks import check_whole
-from mrflow.adapters import Lora, Loras, check_loras
+from mrflow.checkpoints.adapters import Lora, Loras, check_loras
 from mrflow.guidance import Distilled, Guidance
 from mrflow.model_info import Shift
 from mrflow.schedules import Schedule, Shifted

@@ -19,8 +19,8 @@ from mrflow.caches.clock import Clock
 from mrflow.caches.extrapolate import Series
 from mrflow.caches.memory import CachedStep
 from mrflow.caches.teacache import COEFFICIENTS, polynomial
+from mrflow.display.notes import tally_work
 from mrflow.model_info import FLUX, QWEN
-from mrflow.notes import tally_work
 
 
 class Numbers:

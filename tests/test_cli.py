@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mrflow as mf
-from mrflow.adapters import check_loras
+from mrflow.checkpoints.adapters import check_loras
 from mrflow.cli.app import app
 from mrflow.cli.options import ModelOptions, option_of
 from mrflow.models.pocket.model import NEWEST

@@ -24,10 +24,10 @@ from mrflow.cli.options import RECIPE_WORDS, DrawOptions, ModelOptions, SlotOpti
 from mrflow.cli.parsing import load_model, pairs_of, parse_seeds, parse_shift, read_prompts
 from mrflow.cli.plan import plan_text
 from mrflow.cli.records import difference_text, pixel_difference
+from mrflow.display.sheet import stage_table
 from mrflow.errors import PlanError
 from mrflow.models.pocket.model import NEWEST
 from mrflow.records.pictures import describe_record
-from mrflow.sheet import stage_table
 from tests.test_cli import call, here  # noqa: F401
 
 SMALL = ["--size", "64x64", "--low", "32x32", "--steps", "2"]

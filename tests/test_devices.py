@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from mrflow import devices
-from mrflow.devices import Stopwatch, to_device
-from mrflow.machine import machine
+from mrflow.machine import devices
+from mrflow.machine.devices import Stopwatch, to_device
+from mrflow.machine.hardware import machine
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -19,8 +19,8 @@ from mrflow.cli import parsing as words
 from mrflow.cli.app import app
 from mrflow.cli.display import Plain, console
 from mrflow.cli.sweeps import bar
+from mrflow.display.notes import printable
 from mrflow.errors import ChainError, PlanError, ResourceError
-from mrflow.notes import printable
 from mrflow.records import pictures as io
 from mrflow.records import publish
 from mrflow.sweep.local import Progress

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import mrflow as mf
-from mrflow.adapters import PiFlow
 from mrflow.backbone import Backbone, Positions, Wrapper
 from mrflow.caches import TaylorSeer
+from mrflow.checkpoints.adapters import PiFlow
 
 TOY = mf.toy()
 PROMPT = "a big red circle at the left"

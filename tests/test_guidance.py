@@ -11,11 +11,11 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.backbone import Backbone, Condition
+from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import CFG, Distilled, Guidance, Interval, own_guidance, token_norm
 from mrflow.model_info import FLUX, QWEN, SCHNELL, ModelInfo
-from mrflow.notes import collect_notes
 from mrflow.schedules import Linear
 from mrflow.solvers import RK4, Heun, Solver, integrate
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 import mrflow as mf
-from mrflow import images
-from mrflow.notes import collect_notes
+from mrflow.display.notes import collect_notes
+from mrflow.records import images
 
 RAMP = np.linspace(0, 1, 24 * 32).reshape(24, 32)
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)

@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 import mrflow as mf
-from mrflow import interrupts
 from mrflow.cli.app import app
 from mrflow.cli.display import STOPPED, console
+from mrflow.machine import interrupts
 from mrflow.records.files import TEMPORARY, write_bytes
 from mrflow.records.publish import publish
 
@@ -38,7 +38,7 @@ PHASES = {
     "writing": ("os:fsync", [*GENERATE, "--stages"]),
     "naming": ("os:link", [*GENERATE, "--stages"]),
     "removing drafts": ("pathlib:Path.unlink", [*GENERATE, "--stages"]),
-    "comparing": ("mrflow.sheet:compare", [*GENERATE, "--compare", "native"]),
+    "comparing": ("mrflow.display.sheet:compare", [*GENERATE, "--compare", "native"]),
     "refining": ("mrflow.models.flux.field:FluxField.velocity", ["refine", "mine.png", "--scale", "2"]),
     "replaying": ("mrflow.models.flux.field:FluxField.velocity", ["replay", "mine.png"]),
     "inspecting a picture": ("mrflow.cli.records:read_record", ["inspect", "mine.png", "--json"]),
@@ -208,7 +208,7 @@ def test_what_cannot_be_interrupted_ends_with_the_process(tmp_path: Path, how: s
 
 FORKED = """
 import os, signal, time
-from mrflow.interrupts import listening
+from mrflow.machine.interrupts import listening
 told = []
 with listening(lambda number, frame: None, told.append):
     if (child := os.fork()) == 0:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrflow import notes
+from mrflow.display import notes
 from mrflow.models import kernels
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.kernels import errors, fused_kernels

@@ -17,12 +17,13 @@ import mrflow as mf
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.caches import Rule
 from mrflow.caches.clock import Clock
+from mrflow.display.notes import add_forwards
 from mrflow.errors import PromiseError
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Forecast, ModelInfo
 from mrflow.noise import Noise
-from mrflow.notes import add_forwards
-from mrflow.pieces import Pieces, Step
+from mrflow.protocols.pieces import Pieces, Step
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.rivals.growth import grow
 from mrflow.solvers import History
 from mrflow.stage import Work
@@ -42,7 +43,6 @@ from mrflow.testing import (
 from mrflow.testing.of_caches import SpoiledCache
 from mrflow.testing.of_schedules import Even
 from mrflow.testing.of_stages import SpoiledGrowth
-from mrflow.upscaler import Upscaler
 
 WORDS = {  # of each law's own counterexample
     "schedule: floats": (

@@ -21,12 +21,12 @@ import mrflow as mf
 from mrflow.bridge.facts import bridged_shift
 from mrflow.checkpoints.safetensors import map_tensor, open_checkpoint
 from mrflow.cost import memory
+from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.models.describe import describe
 from mrflow.models.flux.backbone import Flux1
 from mrflow.models.flux.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
 from mrflow.models.scheduler import shift_of
-from mrflow.notes import collect_notes
 from tests.live import LiveBytes
 from tests.parity.test_flux import relative
 from tests.parity.test_official import UP, pipeline, words

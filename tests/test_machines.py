@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import mrflow as mf
-from mrflow import machine, runner
+from mrflow import runner
 from mrflow.cli import parsing
+from mrflow.machine import hardware
 from mrflow.records import files, publish
 from mrflow.sweep import leases, limits, rows
 from mrflow.upscalers import network

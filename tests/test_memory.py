@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError
 from mrflow.models.cuda_graphs import CudaGraph, GraphPool
 from mrflow.models.offload import (
@@ -19,7 +20,6 @@ from mrflow.models.offload import (
     WeightGroup,
     check_offload,
 )
-from mrflow.notes import collect_notes
 from mrflow.tiling import in_tiles, ramp, starts
 
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ from mrflow.models.flux.transformer import image_ids
 from mrflow.models.layers import Rope
 from mrflow.models.qwen.transformer import positions_qwen as qwen_positions
 from mrflow.models.zimage.transformer import positions_zimage as zimage_positions
+from mrflow.protocols.tokens import pack, unpack
 from mrflow.testing import check_guidance
-from mrflow.tokens import pack, unpack
 from tests.parity.test_flux import relative
 from tests.test_guidance import Mock
 from tests.tiny import write_flux_repo, write_qwen_repo, write_zimage_repo

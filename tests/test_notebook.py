@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import mrflow as mf
-from mrflow import html
+from mrflow.display import html
+from mrflow.display.sheet import GAP, MARGIN, compare
 from mrflow.records.pictures import Images, strip
-from mrflow.sheet import GAP, MARGIN, compare
 from mrflow.sweep import run_sweep
 from tests.test_sweep import SIZE, paper
 
@@ -105,7 +105,7 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     parts.HTML, parts.display = str, display  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", parts)
-    monkeypatch.setattr("mrflow.progress.EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("mrflow.display.progress.EVERY_SECONDS", 0.0)
     return shown
 
 

@@ -14,7 +14,7 @@ import torch
 
 import mrflow as mf
 from mrflow.errors import PlanError, ResourceError
-from mrflow.forks import check_process
+from mrflow.machine.forks import check_process
 from mrflow.models.pocket.model import NEWEST
 from mrflow.records.files import cache_folder, expand_home, known_file
 from mrflow.records.pictures import read_record
@@ -68,7 +68,7 @@ def test_a_forked_process_draws_with_one_thread_and_does_not_wait_for_ever(tmp_p
 def test_cuda_that_a_fork_broke_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True, raising=False)
     check_process(torch.device("cuda"))  # here nothing was forked
-    monkeypatch.setattr("mrflow.forks._pid", -1)
+    monkeypatch.setattr("mrflow.machine.forks._pid", -1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     check_process(torch.device("cpu"))
     with pytest.raises(PlanError, match=r"CUDA was initialised before this process was forked.*'spawn'"):

@@ -16,7 +16,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.piflow import read_head
-from mrflow.policies import DX, GM, automatic, follow, raw, substeps
+from mrflow.protocols.policies import DX, GM, automatic, follow, raw, substeps
 from mrflow.schedules import shift_static
 from tests.lora_files import dotted, low_rank
 from tests.parity.test_flux import relative

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.cost import evaluated_sigmas, memory
+from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models import info
 from mrflow.models.describe import describe
@@ -25,7 +26,6 @@ from mrflow.models.layers import attention
 from mrflow.models.qwen.backbone import Qwen
 from mrflow.models.qwen.transformer import packed_attention, positions_qwen
 from mrflow.models.qwen.weights import prepare_vae_qwen, wan
-from mrflow.notes import collect_notes
 from tests.parity.test_flux import relative
 from tests.tiny import write_qwen_repo
 

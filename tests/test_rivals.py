@@ -14,11 +14,11 @@ import mrflow as mf
 from mrflow.backbone import Wrapper
 from mrflow.cost import decode_flops, forward_flops
 from mrflow.flow import Velocity
+from mrflow.protocols.tokens import pack, unpack
 from mrflow.rivals.fresco import add_noise, by_parent, four_each, groups, hadamard, sigma_after_growth
 from mrflow.rivals.jit import JIT_4X, JIT_7X, Spread, activate, add_anchors, anchors
 from mrflow.rivals.ralu import children, places_of
 from mrflow.testing import check_stage, check_transition
-from mrflow.tokens import pack, unpack
 
 
 def order(n: int) -> Tensor:

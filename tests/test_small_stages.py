@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.decoder import Decoder
 from mrflow.errors import PlanError, PromiseError
 from mrflow.guidance import Guidance
 from mrflow.model_info import ModelInfo
+from mrflow.protocols.decoder import Decoder
+from mrflow.protocols.upscaler import LatentUpscaler, Upscaler
 from mrflow.stages.crop import Crop
 from mrflow.stages.integrating import check_policy
 from mrflow.stages.lift import nearest_rise
 from mrflow.stages.truth import Truth
 from mrflow.testing import TOY
-from mrflow.upscaler import LatentUpscaler, Upscaler
 from tests.strategies import FEW
 
 SPACE = TOY.space

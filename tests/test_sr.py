@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mrflow as mf
-from mrflow.notes import collect_notes
+from mrflow.display.notes import collect_notes
 from mrflow.upscalers import network as module
 from mrflow.upscalers.nets import CompactParams, RRDBNet, RRDBParams, SRVGGNetCompact
 from mrflow.upscalers.network import Network, NetworkFacts, OpenedNetwork, pad_to_multiple

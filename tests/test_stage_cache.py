@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mrflow as mf
-from mrflow.notes import collect_notes
+from mrflow.display.notes import collect_notes
 from mrflow.records import stage_cache as module
 
 TOY = mf.toy()

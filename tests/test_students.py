@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mrflow as mf
-from mrflow.adapters import check_loras
+from mrflow.checkpoints.adapters import check_loras
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.models.pocket.model import NEWEST
 from mrflow.records.files import known_file

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mrflow as mf
+from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError, PromptError, WeightsError
 from mrflow.models import info
 from mrflow.models.encoders import check_prompt
 from mrflow.models.flux.backbone import Flux1
 from mrflow.models.flux.text import find_text, prepare_text
-from mrflow.notes import collect_notes
 from tests.parity.reenact import official
 from tests.parity.test_flux import relative, scatter
 from tests.tiny import clip_tokenizer, t5_tokenizer, write_flux_repo

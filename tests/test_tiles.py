@@ -15,9 +15,9 @@ import mrflow as mf
 from mrflow.backbone import Positions
 from mrflow.cost import decode_flops, encode_flops, forward_flops, memory
 from mrflow.models.pocket.model import Pocket
+from mrflow.protocols.tokens import pack, unpack
 from mrflow.stages.tiles import Layout
 from mrflow.testing import check_stage
-from mrflow.tokens import pack, unpack
 from tests.live import LiveBytes
 from tests.parity.test_flux import relative
 from tests.parity.test_official import pipeline, words

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 import mrflow as mf
-from mrflow import solvers, tokens
+from mrflow import solvers
 from mrflow.caches import SeaCache
 from mrflow.models.flux.backbone import Flux1
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
+from mrflow.protocols import tokens
+from mrflow.protocols.tokens import TokenField
 from mrflow.solvers import Solver, Step
-from mrflow.tokens import TokenField
 from tests.tiny import write_flux_repo, write_qwen_repo, write_zimage_repo
 
 POINTWISE = [

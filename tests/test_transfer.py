@@ -16,7 +16,7 @@ from experiments.failures.questions import Setting
 from experiments.train_pocket import finetune, flow, student
 from experiments.train_pocket.export import export
 from experiments.train_pocket.hard import start_from
-from mrflow.adapters import check_loras
+from mrflow.checkpoints.adapters import check_loras
 from mrflow.checkpoints.safetensors import save_file
 from mrflow.models import info
 from mrflow.models.pocket.model import NEWEST, VOCABULARY, WEIGHTS, WORDS, open_pocket, tensors_of

@@ -16,6 +16,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.backbone import Positions
 from mrflow.errors import PlanError
+from mrflow.protocols.tokens import pack, unpack
 from mrflow.recipes import speed_steps
 from mrflow.rivals.growth import PowerSpectrum, dct_matrix, grow
 from mrflow.rivals.ralu import (
@@ -32,7 +33,6 @@ from mrflow.rivals.ralu import (
 )
 from mrflow.rivals.selflift import mix
 from mrflow.schedules import shift_static
-from mrflow.tokens import pack, unpack
 from tests.parity.test_flux import relative
 from tests.parity.test_official import pipeline, words
 from tests.test_qwen import repo as qwen_repo  # noqa: F401  (fixture)

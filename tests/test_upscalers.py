@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mrflow as mf
-from mrflow.upscaler import apply_upscaler
+from mrflow.protocols.upscaler import apply_upscaler
 
 FACTORS = st.integers(1, 4)
 ALL = [

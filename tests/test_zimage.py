@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import mrflow as mf
 from mrflow.cost import memory
+from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.zimage.backbone import ZImageModel
-from mrflow.notes import collect_notes
 from tests.parity.test_flux import relative
 from tests.tiny import write_zimage_repo
 

@@ -32,7 +32,7 @@ from experiments.bench.protocol import ROOT, RUNS, environment
 from mrflow.backbone import FieldOptions
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.cost import memory
-from mrflow.devices import synchronise
+from mrflow.machine.devices import synchronise
 from mrflow.models.flux.backbone import Flux1
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams

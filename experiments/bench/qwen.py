@@ -67,7 +67,7 @@ def step_rows(name: str, dtypes: Sequence[torch.dtype], repeats: int | None) -> 
     words = [torch.randn(1, length, size.context, generator=g) for length in TEXTS]
 
     def reference(dtype: torch.dtype) -> Callable[[], Tensor]:
-        from mrflow.tokens import pack
+        from mrflow.protocols.tokens import pack
 
         tokens, level = pack(x).to(dtype), torch.tensor([1000 * LEVEL]).to(dtype) / 1000
         net = theirs.to(dtype)
@@ -97,7 +97,7 @@ def step_rows(name: str, dtypes: Sequence[torch.dtype], repeats: int | None) -> 
             net = prepare_qwen(folder, dtype=dtype, fuse=True).read().eval().requires_grad_(False)  # noqa: FBT003
 
             def ours(net: Any = net) -> Tensor:  # noqa: ANN401
-                from mrflow.tokens import pack
+                from mrflow.protocols.tokens import pack
 
                 with torch.no_grad():
                     return pack(field_of(net)(x, LEVEL))

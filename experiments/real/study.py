@@ -27,9 +27,9 @@ from torch import Tensor
 from experiments.legibility import Box, legible
 from experiments.real.packages import NETWORKS, PHOTOGRAPHS, network, photograph, shipped
 from experiments.real.reader import read_line
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.sweep.metrics import Lpips
 from mrflow.sweep.statistics import interval
-from mrflow.upscaler import Upscaler
 from mrflow.upscalers import Interpolate, Lanczos, load_upscaler
 
 WORDS = (

@@ -26,8 +26,8 @@ from mrflow.models.flux.initial import reset
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.pocket.model import TEXT_LENGTH, VOCABULARY, Pocket, pocket_params, text_encoder
 from mrflow.models.pocket.networks import CompactSR, tokenise
+from mrflow.protocols.tokens import pack
 from mrflow.scenes.grammar import World
-from mrflow.tokens import pack
 
 RATE = 2e-3
 SHOWN_STEPS = 12

@@ -36,10 +36,10 @@ from mrflow.models import choose_device
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.lora import AdaptedLinear, Change, graft, targets
 from mrflow.models.pocket.model import WEIGHTS, Pocket, facts, load_pocket
+from mrflow.protocols.tokens import pack
 from mrflow.records.pictures import check_writable
 from mrflow.scenes.grammar import World, held_out
 from mrflow.scenes.hard import HardWorld, sample
-from mrflow.tokens import pack
 
 WINDOWS, RANK, RATE = 2, 32, 2e-3
 NAMES = (("lora_A.weight", "down"), ("lora_B.weight", "up"))

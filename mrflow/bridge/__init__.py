@@ -19,7 +19,7 @@ from mrflow.bridge.qwen21 import BridgedQwen21 as BridgedQwen21
 from mrflow.bridge.sd3 import BridgedSD3 as BridgedSD3
 from mrflow.bridge.zimage import BridgedZImage as BridgedZImage
 from mrflow.errors import PlanError
-from mrflow.upscaler import Upscaler
+from mrflow.protocols.upscaler import Upscaler
 
 MAX_TOKENS = 4096  # far more than any of these text encoders is trained for
 FAMILIES: tuple[type[Bridged], ...] = (

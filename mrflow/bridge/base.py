@@ -18,15 +18,15 @@ from mrflow.backbone import Condition, FieldOptions
 from mrflow.bridge.blocks import BlockNames, opened_forward
 from mrflow.bridge.facts import check_encoders
 from mrflow.bridge.version import Watch, version_of
+from mrflow.display.notes import note
 from mrflow.error_context import name_stage, passes
 from mrflow.errors import MrflowError, PlanError, words_of
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.models.encoders import check_prompt
 from mrflow.models.latent_model import encoded_once
-from mrflow.notes import note
-from mrflow.pieces import StepFactory
-from mrflow.upscaler import Upscaler
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.upscaler import Upscaler
 
 Pipeline: TypeAlias = Any
 Network: TypeAlias = Any

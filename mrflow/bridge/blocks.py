@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mrflow.bridge.version import unwrap
 from mrflow.errors import PlanError
 from mrflow.models.lora import graft
-from mrflow.pieces import Step, StepFactory
+from mrflow.protocols.pieces import Step, StepFactory
 
 Call = Mapping[str, Any]
 

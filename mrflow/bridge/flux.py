@@ -26,10 +26,10 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity, finite
 from mrflow.model_info import Architecture, LatentSpace, ModelInfo, flux_facts
 from mrflow.models.flux.transformer import image_ids
-from mrflow.pieces import StepFactory
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.tokens import PackedCall, pack
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.stages.upscale import resize
-from mrflow.tokens import PackedCall, pack
-from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True, eq=False)

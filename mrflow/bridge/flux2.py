@@ -21,12 +21,12 @@ from mrflow.bridge.base import (
 )
 from mrflow.bridge.blocks import FLUX2
 from mrflow.bridge.facts import bridged_shift, downscale, parameters_of, vae_flops
+from mrflow.display.notes import note
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, ByStep, LatentSpace, ModelInfo, Shift
-from mrflow.notes import note
-from mrflow.pieces import StepFactory
-from mrflow.tokens import PackedCall
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.tokens import PackedCall
 
 # mu as a line in the tokens, for many steps and for ten (diffusers `compute_empirical_mu`).
 MANY, TEN = (0.00016927, 0.45666666), (8.73809524e-05, 1.89833333)

@@ -12,8 +12,8 @@ from mrflow.bridge.qwen import PUBLISHED_BASE, BridgedQwen
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
-from mrflow.pieces import StepFactory
-from mrflow.tokens import PackedCall
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.tokens import PackedCall
 
 MU = 1.15  # of the distilled checkpoint, at every size
 

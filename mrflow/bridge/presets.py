@@ -10,11 +10,11 @@ from mrflow import recipes
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Stream
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.schedules import DirectSigma, Shifted, shift, shift_linear
 from mrflow.spec import Pixels, Start
 from mrflow.stage import Chain
 from mrflow.stages import Decode, Encode, Refine, Reinject, Sample, Upscale
-from mrflow.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

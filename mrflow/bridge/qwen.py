@@ -14,8 +14,8 @@ from mrflow.bridge.facts import bridged_shift, parameters_of
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
-from mrflow.pieces import StepFactory
-from mrflow.tokens import PackedCall
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.tokens import PackedCall
 
 PUBLISHED_BASE = 96
 FLAGS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")

@@ -23,8 +23,8 @@ from mrflow.bridge.qwen import BridgedQwen
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo
-from mrflow.pieces import StepFactory
-from mrflow.tokens import PackedCall
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.tokens import PackedCall
 
 DOWNSCALE = 16  # pixels of a latent cell, which is a token; cells come in blocks of 2 x 2
 TEXT = 50  # tokens of an average prompt: its pipeline has no limit

@@ -14,7 +14,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, LatentSpace, ModelInfo
 from mrflow.models.transformer_model import repeat, side_by_side
-from mrflow.pieces import StepFactory
+from mrflow.protocols.pieces import StepFactory
 
 
 class BridgedSD3(KLBridged):

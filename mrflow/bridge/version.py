@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mrflow.notes import note
+from mrflow.display.notes import note
 
 SAMPLES = 8  # values read of each tensor
 

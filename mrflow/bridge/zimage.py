@@ -15,7 +15,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, LatentSpace, ModelInfo
 from mrflow.models.transformer_model import repeat, side_by_side
-from mrflow.pieces import StepFactory
+from mrflow.protocols.pieces import StepFactory
 
 GATED = 4.0  # its gated MLP of three matrices of 8/3 widths counts as two of four
 

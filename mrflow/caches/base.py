@@ -23,9 +23,9 @@ from mrflow.caches.memory import CachedStep
 from mrflow.errors import PlanError, RecordError
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, Forecast, ModelInfo
-from mrflow.pieces import Pieces, Step, StepFactory
+from mrflow.protocols.pieces import Pieces, Step, StepFactory
+from mrflow.protocols.tokens import TokenVelocity, on_tokens
 from mrflow.records.chains import fingerprint
-from mrflow.tokens import TokenVelocity, on_tokens
 
 
 class Cache(ABC):

@@ -18,7 +18,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance, own_guidance
 from mrflow.model_info import Capabilities, ModelInfo
-from mrflow.pieces import Pieces, Step, StepFactory
+from mrflow.protocols.pieces import Pieces, Step, StepFactory
 from mrflow.schedules import Schedule
 from mrflow.solvers import Euler
 from mrflow.spec import Latents, check_size

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mrflow.caches.clock import Clock, Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Predictor
+from mrflow.display.notes import add_forwards
 from mrflow.flow import double
 from mrflow.model_info import ModelInfo
-from mrflow.notes import add_forwards
-from mrflow.pieces import Pieces
+from mrflow.protocols.pieces import Pieces
 
 Streams = tuple[Tensor, ...]
 

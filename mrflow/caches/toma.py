@@ -15,11 +15,11 @@ from mrflow._checks import check_whole, is_number, require
 from mrflow.caches.base import Cache
 from mrflow.caches.clock import Clock, Evaluation, Rule
 from mrflow.cost import forward_flops
+from mrflow.display.notes import add_forwards
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.models.layers import Merge, Rope, TokenMerge
-from mrflow.notes import add_forwards
-from mrflow.pieces import Pieces, Step
+from mrflow.protocols.pieces import Pieces, Step
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 
-from mrflow.interrupts import GRACE, SIGNALS, end_at_once
+from mrflow.machine.interrupts import GRACE, SIGNALS, end_at_once
 
 
 def main() -> None:

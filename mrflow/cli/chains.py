@@ -16,12 +16,12 @@ from mrflow.error_context import name_stage
 from mrflow.errors import PlanError
 from mrflow.guidance import CFG, Distilled, Guidance
 from mrflow.model_info import ModelInfo
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.records.expressions import parse
 from mrflow.schedules import Schedule
 from mrflow.solvers import Solver
 from mrflow.spec import Pixels, Start
 from mrflow.stage import Chain
-from mrflow.upscaler import Upscaler
 from mrflow.upscalers.latent import LatentCheckpoint
 
 T = TypeVar("T")

@@ -18,9 +18,9 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from mrflow.display.notes import printable
 from mrflow.errors import MrflowError, words_of
-from mrflow.interrupts import GRACE, end_at_once, listening
-from mrflow.notes import printable
+from mrflow.machine.interrupts import GRACE, end_at_once, listening
 
 CRASHED = 1
 WORDS: ContextVar[Mapping[str, str] | None] = ContextVar("words", default=None)  # options of the verb, by argument

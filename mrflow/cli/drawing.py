@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
-from mrflow import sheet
 from mrflow.backbone import Backbone
 from mrflow.cli.chains import build
 from mrflow.cli.display import duration, width
@@ -32,6 +31,7 @@ from mrflow.cli.parsing import (
     without_upscaler,
 )
 from mrflow.cli.verbs import GenerateOptions, RunOptions
+from mrflow.display import sheet
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.records.pictures import batch_paths, png, read_image, slug

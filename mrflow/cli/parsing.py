@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from mrflow import models
-from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
+from mrflow.checkpoints.adapters import Lora
 from mrflow.cli.options import SR_WORDS, DrawOptions, ModelOptions
 from mrflow.error_context import name_stage, passes
 from mrflow.errors import MrflowError, PlanError, words_of
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.offload import check_offload
 from mrflow.models.pocket.model import embedded_file
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.records.expressions import parse
 from mrflow.records.pictures import batch_paths, check_writable
 from mrflow.records.publish import publish, publish_numbered
@@ -30,7 +31,6 @@ from mrflow.spec import check_size
 from mrflow.spec import size as size_of
 from mrflow.stage import AnyChain, Chain, Stage
 from mrflow.stages import Tiles
-from mrflow.upscaler import Upscaler
 from mrflow.upscalers import BasicSR, Interpolate, Lanczos, load_upscaler, shelf
 
 MOST = 1024  # pictures of one command

@@ -13,9 +13,9 @@ from mrflow.cli.display import width, wrap
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import free_path, load_model, own_types, save_free
 from mrflow.cli.verbs import InspectOptions, ReplayOptions
+from mrflow.display.notes import printable
 from mrflow.errors import PlanError
 from mrflow.models.digests import verify
-from mrflow.notes import printable
 from mrflow.records.files import cache_folder
 from mrflow.records.pictures import read_image, read_record, to_images
 from mrflow.records.replay import inspect_file, is_checkpoint, recorded_model, replay

@@ -25,15 +25,15 @@ from mrflow.cli.parsing import (
 )
 from mrflow.cli.verbs import RefineOptions
 from mrflow.errors import PlanError, RecordError
-from mrflow.images import decode_image, image_bytes
 from mrflow.model_info import ModelInfo
 from mrflow.models.pocket.model import embedded_file
+from mrflow.protocols.upscaler import apply_upscaler, passes_to, scale_of
+from mrflow.records.images import decode_image, image_bytes
 from mrflow.records.pictures import png, read_image, record_in, to_images
 from mrflow.spec import MAX_SIDE
 from mrflow.stage import AnyChain
 from mrflow.stages import Crop
 from mrflow.stages.upscale import resize
-from mrflow.upscaler import apply_upscaler, passes_to, scale_of
 
 PHOTOGRAPHS = (
     "pocket knows only its own world of shapes, faces and words; it makes mud of a photograph. "

@@ -21,7 +21,7 @@ from mrflow.cli.options import refuse
 from mrflow.cli.parsing import load_file, load_model, module_name
 from mrflow.cli.verbs import SweepOptions
 from mrflow.errors import PlanError
-from mrflow.interrupts import end_at_once, listening
+from mrflow.machine.interrupts import end_at_once, listening
 from mrflow.models import info
 from mrflow.records.sources import own_files
 from mrflow.stage import human

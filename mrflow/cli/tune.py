@@ -13,8 +13,8 @@ from mrflow._checks import check_whole
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import load_file, load_model
 from mrflow.cli.verbs import TuneOptions
+from mrflow.display.notes import printable
 from mrflow.errors import PlanError
-from mrflow.notes import printable
 from mrflow.scenes import FULL, held_out_captions
 from mrflow.sweep import SceneScore
 from mrflow.sweep.report import write_report

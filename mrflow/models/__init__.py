@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 
 from mrflow._checks import check_path, check_whole, is_number
-from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
+from mrflow.checkpoints.adapters import Lora
 from mrflow.checkpoints.blueprint import pause_collection
 from mrflow.checkpoints.safetensors import compute_dtype, read_header
 from mrflow.errors import MrflowError, PlanError, WeightsError
-from mrflow.forks import check_process
+from mrflow.machine.forks import check_process
 from mrflow.model_info import ModelInfo, Offload, Shift
 from mrflow.models.family import Family, Loading, families
 from mrflow.models.fp8 import check_fp8
@@ -22,8 +22,8 @@ from mrflow.models.lora import as_loras, mark_of
 from mrflow.models.offload import RuntimeOptions, check_offload
 from mrflow.models.pocket.model import SHIPPED, embedded_file, facts, load_pocket
 from mrflow.models.sources import find, weights_fingerprint
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.stage import Chain
-from mrflow.upscaler import Upscaler
 
 
 @pause_collection()

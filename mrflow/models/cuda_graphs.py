@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrflow.notes import note
+from mrflow.display.notes import note
 
 Function = Callable[..., Tensor]
 Capture = Callable[[Function, tuple[Tensor, ...]], tuple[Callable[[], None], Tensor]]

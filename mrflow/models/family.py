@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from mrflow.adapters import Lora
 from mrflow.backbone import Backbone
+from mrflow.checkpoints.adapters import Lora
 from mrflow.checkpoints.safetensors import Header
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.blocks import Transformer
 from mrflow.models.offload import RuntimeOptions
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.stage import Chain
-from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

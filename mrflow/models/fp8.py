@@ -21,8 +21,8 @@ from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import parse_config
 from mrflow.checkpoints.names import ends
 from mrflow.checkpoints.safetensors import Entry, Header, map_tensor, some
+from mrflow.display.notes import note
 from mrflow.errors import PlanError, WeightsError
-from mrflow.notes import note
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 SCALES = (".scale_weight", ".weight_scale")

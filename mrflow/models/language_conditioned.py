@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition
-from mrflow.devices import to_device
 from mrflow.errors import PlanError
+from mrflow.machine.devices import to_device
 from mrflow.models.encoders import pad_states
 from mrflow.models.language import LanguageText
 from mrflow.models.latent_model import LatentModel, encoded_once

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast, runtim
 import torch
 from torch import Tensor, nn
 
-from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition
+from mrflow.checkpoints.adapters import Lora, PiFlow
 from mrflow.checkpoints.hub import located_folder
 from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
+from mrflow.display.notes import note
 from mrflow.error_context import is_out_of_memory
 from mrflow.errors import PlanError
 from mrflow.model_info import Footprint, ModelInfo
@@ -40,9 +41,8 @@ from mrflow.models.offload import (
 )
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.models.wide import widen
-from mrflow.notes import note
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.tiling import in_tiles
-from mrflow.upscaler import Upscaler
 
 if TYPE_CHECKING:
     from mrflow.models.piflow import Policies

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mrflow.adapters import Lora
+from mrflow.checkpoints.adapters import Lora
 from mrflow.checkpoints.lora import AXES, is_text, number_of, read_adapter, scale_factors, squeeze
 from mrflow.checkpoints.names import bare
 from mrflow.checkpoints.safetensors import Entry, map_tensor, some

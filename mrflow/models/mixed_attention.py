@@ -12,7 +12,7 @@ from mrflow.backbone import Mix
 from mrflow.models.block_runner import BlockRunner
 from mrflow.models.blocks import DoubleStreamBlock, Transformer
 from mrflow.models.layers import Attention, Rope
-from mrflow.pieces import Pieces
+from mrflow.protocols.pieces import Pieces
 
 
 class MixedStep:

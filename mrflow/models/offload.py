@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mrflow._checks import is_whole, require
 from mrflow.checkpoints.safetensors import check_uncut
-from mrflow.devices import pin_memory
 from mrflow.errors import PlanError
+from mrflow.machine.devices import pin_memory
 from mrflow.model_info import Offload
 
 OFFLOADS: tuple[Offload, ...] = ("none", "phase", "block")

@@ -16,8 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mrflow.adapters import Lora
 from mrflow.backbone import Condition, FieldOptions
+from mrflow.checkpoints.adapters import Lora
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.safetensors import Header, map_tensor, open_checkpoint, some
@@ -25,7 +25,7 @@ from mrflow.errors import WeightsError
 from mrflow.flow import Velocity
 from mrflow.models.blocks import Transformer
 from mrflow.models.transformer_model import PolicyModel
-from mrflow.policies import DX, GM, Policy
+from mrflow.protocols.policies import DX, GM, Policy
 
 PATCH = 2  # latent cells a side of a token
 SHIFT, SEGMENT = 3.2, 1 / 3.5  # of the published adapters: 4 evaluations, the last half as long

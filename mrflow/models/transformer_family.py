@@ -10,13 +10,13 @@ from torch import nn
 
 from mrflow.backbone import Backbone
 from mrflow.checkpoints.safetensors import CheckedNetwork, Header
+from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.models.blocks import Transformer
 from mrflow.models.family import Family, Files, Loading
 from mrflow.models.latent_model import count_parameters, text_bytes
 from mrflow.models.lora import changes, merge
-from mrflow.notes import collect_notes
 
 
 class TransformerFamily(Family):

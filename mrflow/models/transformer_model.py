@@ -8,15 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mrflow.adapters import Lora, PiFlow
 from mrflow.backbone import Condition, FieldOptions
+from mrflow.checkpoints.adapters import Lora, PiFlow
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import ModelInfo
 from mrflow.models.mixed_attention import MixedStep
-from mrflow.pieces import StepFactory
-from mrflow.policies import PolicyField
-from mrflow.tokens import CombinedField
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.policies import PolicyField
+from mrflow.protocols.tokens import CombinedField
 
 
 class TransformerModel(ABC):

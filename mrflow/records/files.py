@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn, cast
 
 from mrflow._checks import check_path
 from mrflow.errors import ResourceError, WeightsError
-from mrflow.interrupts import hold_signals
+from mrflow.machine.interrupts import hold_signals
 
 _known: ContextVar[tuple[Path, ...]] = ContextVar("known", default=())
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from mrflow._checks import check_whole, is_whole
 from mrflow.errors import PlanError, RecordError
-from mrflow.images import MAX_TEXT, SIGNATURE, chunks, image_bytes, png_text
-from mrflow.images import read_image as read_image
 from mrflow.records.expressions import expression
 from mrflow.records.files import check_writable as check_writable
 from mrflow.records.files import parse_table
 from mrflow.records.files import write_bytes as write_bytes
 from mrflow.records.files import writing as writing
+from mrflow.records.images import MAX_TEXT, SIGNATURE, chunks, image_bytes, png_text
+from mrflow.records.images import read_image as read_image
 
 KEY = "mrflow"
 FORMAT = 1

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mrflow.errors import PlanError, ResourceError
-from mrflow.interrupts import hold_signals
+from mrflow.machine.interrupts import hold_signals
 from mrflow.records.files import check_replaceable, temporary_beside
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)

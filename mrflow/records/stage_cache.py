@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mrflow._checks import check_path, check_whole
+from mrflow.display.notes import note
 from mrflow.flow import finite
-from mrflow.notes import note
 from mrflow.records.chains import fingerprint
 from mrflow.records.files import read_regular
 from mrflow.records.publish import publish

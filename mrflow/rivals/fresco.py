@@ -11,12 +11,12 @@ from torch import Tensor
 from mrflow._checks import is_number, require
 from mrflow.guidance import own_guidance
 from mrflow.model_info import ModelInfo
+from mrflow.protocols.tokens import pack, unpack
 from mrflow.rivals.ralu import children, places_of, take
 from mrflow.rivals.shared import GrowingTokens, at_places, shared_out
 from mrflow.schedules import Schedule, Shifted, Sigmas, shift_static
 from mrflow.solvers import Euler
 from mrflow.spec import Latents, Start, State
-from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
     from mrflow.stage import Context

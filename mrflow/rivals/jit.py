@@ -14,11 +14,11 @@ from mrflow.backbone import Backbone, Condition, FieldOptions, Positions
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance, own_guidance
 from mrflow.model_info import ModelInfo
+from mrflow.protocols.tokens import pack, unpack
 from mrflow.rivals.shared import ThreeStages, shared_out
 from mrflow.schedules import Beta, Schedule, Sigmas
 from mrflow.solvers import Euler, Step
 from mrflow.spec import Latents, Start, State
-from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
     from mrflow.stage import Context

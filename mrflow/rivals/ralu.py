@@ -18,12 +18,12 @@ from mrflow.cost import decode_flops
 from mrflow.errors import PlanError
 from mrflow.guidance import own_guidance
 from mrflow.model_info import ModelInfo
+from mrflow.protocols.tokens import pack, unpack
 from mrflow.rivals.shared import GrowingTokens, at_places
 from mrflow.schedules import Sigmas, shift_static
 from mrflow.solvers import Euler, Step
 from mrflow.spec import Latents, Start, State
 from mrflow.stage import Work
-from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
     from mrflow.stage import Context

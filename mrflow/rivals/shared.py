@@ -15,11 +15,11 @@ from mrflow.errors import PlanError
 from mrflow.guidance import Guidance, own_guidance
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.noise import Noise, PerItem
+from mrflow.protocols.tokens import pack, unpack
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Euler
 from mrflow.spec import Latents, Start, check_size
 from mrflow.stage import Stage, Work
-from mrflow.tokens import pack, unpack
 
 if TYPE_CHECKING:
     from mrflow.stage import Context

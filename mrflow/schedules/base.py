@@ -13,7 +13,7 @@ from statistics import NormalDist
 from mrflow._checks import check_number, check_whole, require
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo, Shift
-from mrflow.quantiles import beta_grid
+from mrflow.schedules.quantiles import beta_grid
 
 Sigmas = tuple[float, ...]
 """Noise levels, falling strictly; n steps are n + 1 levels."""

@@ -7,8 +7,8 @@ from typing import Literal
 from mrflow._checks import check_whole
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo, Shift
-from mrflow.quantiles import beta_grid
 from mrflow.schedules.base import Schedule, Sigmas, check_between, check_steps, check_within, scale, shift, shift_static
+from mrflow.schedules.quantiles import beta_grid
 
 Name = Literal["simple", "sgm_uniform", "beta", "linear_quadratic", "kl_optimal", "bong_tangent"]
 TABLED = ("simple", "sgm_uniform", "beta")

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from mrflow.cost import decode_flops
-from mrflow.decoder import Decoder
 from mrflow.errors import PlanError, PromiseError
 from mrflow.model_info import ModelInfo
+from mrflow.protocols.decoder import Decoder
 from mrflow.spec import Latents, Pixels, State
 from mrflow.stage import Stage, Work
 

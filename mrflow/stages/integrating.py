@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from mrflow.adapters import Lora, Loras, PiFlow, check_loras
 from mrflow.backbone import FieldOptions
 from mrflow.caches.base import Cache, check_fits
+from mrflow.checkpoints.adapters import Lora, Loras, PiFlow, check_loras
 from mrflow.cost import sampling_work
+from mrflow.display.notes import note
 from mrflow.errors import PlanError
 from mrflow.guidance import Distilled, Guidance, own_guidance
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
-from mrflow.notes import note
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Euler, Solver, StochasticEuler
 from mrflow.spec import Latents, Spec

@@ -8,10 +8,10 @@ from torch.nn.functional import interpolate
 
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
+from mrflow.protocols.upscaler import LatentUpscaler, apply_upscaler, passes_to, scale_of
 from mrflow.spec import Latents, State, check_size
 from mrflow.stage import Stage, Work
 from mrflow.stages.decode import check_known
-from mrflow.upscaler import LatentUpscaler, apply_upscaler, passes_to, scale_of
 from mrflow.upscalers.interpolate import Filter, check_filter
 
 if TYPE_CHECKING:

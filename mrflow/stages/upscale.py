@@ -7,10 +7,10 @@ from torch import Tensor
 
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
+from mrflow.protocols.upscaler import Upscaler, apply_upscaler, passes_to, scale_of
 from mrflow.spec import MAX_SIDE, Pixels, State
 from mrflow.stage import Stage, Work
 from mrflow.stages.lift import check_rise
-from mrflow.upscaler import Upscaler, apply_upscaler, passes_to, scale_of
 
 if TYPE_CHECKING:
     from mrflow.backbone import Backbone

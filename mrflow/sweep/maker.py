@@ -15,17 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, Wrapper
+from mrflow.display.sheet import warm_up
 from mrflow.error_context import is_out_of_memory, passes
 from mrflow.errors import DeviceLostError, MrflowError, PlanError, ResourceError, words_of
-from mrflow.forks import check_process
-from mrflow.images import read_image
-from mrflow.machine import machine
+from mrflow.machine.forks import check_process
+from mrflow.machine.hardware import machine
 from mrflow.records.files import beneath
+from mrflow.records.images import read_image
 from mrflow.records.pictures import png, to_images
 from mrflow.records.stage_cache import StageCache
 from mrflow.result import Result, make_record
 from mrflow.runner import run
-from mrflow.sheet import warm_up
 from mrflow.spec import Latents, Pixels
 from mrflow.sweep.failures import is_device_lost
 from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions, weights

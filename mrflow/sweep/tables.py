@@ -9,7 +9,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
-from mrflow import html
+from mrflow.display import html
 from mrflow.errors import PlanError
 from mrflow.records.files import write_bytes
 from mrflow.sweep.aims import Scale

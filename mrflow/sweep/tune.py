@@ -16,6 +16,7 @@ from mrflow._checks import check_whole
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.model_info import ModelInfo
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.records.expressions import expression
 from mrflow.records.pictures import write_bytes
 from mrflow.schedules import Schedule
@@ -30,7 +31,6 @@ from mrflow.sweep.metrics import Metric
 from mrflow.sweep.rows import Row
 from mrflow.sweep.statistics import Interval, interval, pareto, values
 from mrflow.sweep.store import Store
-from mrflow.upscaler import Upscaler
 from mrflow.upscalers import Interpolate, Lanczos
 
 if TYPE_CHECKING:

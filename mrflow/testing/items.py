@@ -9,12 +9,12 @@ import pytest
 
 from mrflow.errors import MrflowError, PlanError
 from mrflow.guidance import Guidance
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.schedules import Schedule
 from mrflow.solvers import Solver, StochasticSolver
 from mrflow.spec import Latents
 from mrflow.stage import Chain, Stage
 from mrflow.testing import LAWS, TOY, Law, LawBroken, measured_order
-from mrflow.upscaler import Upscaler
 
 
 class LawFile(pytest.Module):

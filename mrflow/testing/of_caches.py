@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mrflow.caches import Cache, Evaluation, Rule
 from mrflow.caches.clock import Clock
+from mrflow.display.notes import Tally, tally_work
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, ModelInfo
 from mrflow.models.block_runner import BlockRunner
@@ -17,8 +18,7 @@ from mrflow.models.fields import step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.layers import Merge
-from mrflow.notes import Tally, tally_work
-from mrflow.pieces import Pieces, Step, StepFactory
+from mrflow.protocols.pieces import Pieces, Step, StepFactory
 from mrflow.testing.laws import Law, demand
 from mrflow.testing.of_slots import ALONE, POINTS
 

@@ -11,9 +11,9 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise, PerItem
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.testing.laws import Law, demand
 from mrflow.testing.toy import Toy, toy
-from mrflow.upscaler import Upscaler
 
 POINTS = (1.0, 0.8, 0.55, 0.3, 0.1)
 ALONE = "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`"

@@ -16,8 +16,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from mrflow.adapters import Lora
 from mrflow.backbone import Condition
+from mrflow.checkpoints.adapters import Lora
 from mrflow.guidance import CFG, Distilled, Guidance, Interval
 from mrflow.model_info import FLUX, QWEN, SCHNELL, LatentSpace, ModelInfo, Shift
 from mrflow.noise import Nested, Noise, PerItem, Stream

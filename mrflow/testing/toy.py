@@ -12,7 +12,7 @@ from mrflow.backbone import Condition, FieldOptions, join_parts, split_parts
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, LatentSpace, ModelInfo, Shift
-from mrflow.upscaler import Upscaler
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.upscalers import Interpolate
 
 TOY = ModelInfo(

@@ -1,6 +1,6 @@
 """The upscaler slot and what fills it: interpolation, networks from files, and combinations of them."""
 
-from mrflow.upscaler import Upscaler as Upscaler
+from mrflow.protocols.upscaler import Upscaler as Upscaler
 from mrflow.upscalers.basicsr import BasicSR as BasicSR
 from mrflow.upscalers.basicsr import basicsr_package as basicsr_package
 from mrflow.upscalers.composite import Blend as Blend

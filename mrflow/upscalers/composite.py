@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mrflow._checks import check_number, check_whole
 from mrflow.errors import PlanError
-from mrflow.upscaler import Upscaler
+from mrflow.protocols.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

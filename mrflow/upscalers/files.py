@@ -13,7 +13,7 @@ from mrflow.upscalers.spandrel import Spandrel
 from mrflow.upscalers.weights import network, read_state, recognise, rename
 
 if TYPE_CHECKING:
-    from mrflow.upscaler import Upscaler
+    from mrflow.protocols.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

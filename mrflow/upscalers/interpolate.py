@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mrflow._checks import check_whole
 from mrflow.errors import PlanError
-from mrflow.upscaler import Upscaler
+from mrflow.protocols.upscaler import Upscaler
 
 Filter = Literal["nearest", "bilinear", "bicubic"]
 

@@ -15,8 +15,8 @@ from mrflow._checks import check_path
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import read_config
 from mrflow.errors import PlanError, WeightsError
+from mrflow.protocols.upscaler import LatentUpscaler
 from mrflow.records.files import locate
-from mrflow.upscaler import LatentUpscaler
 from mrflow.upscalers.weights import State, read_state
 
 Skip = Literal["nearest", "bilinear", "bicubic"]

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrflow._checks import is_whole, require
+from mrflow.display.notes import note
 from mrflow.error_context import is_out_of_memory
 from mrflow.errors import NonFiniteError, PlanError, ResourceError, WeightsError
-from mrflow.notes import note
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.records.files import locate
 from mrflow.tiling import in_tiles
-from mrflow.upscaler import Upscaler
 
 FADE = 16  # pixels over which one tile fades into the next
 # The most of a tile's border that is thrown away, where a network reaches farther: in pixels that come in, or in cells

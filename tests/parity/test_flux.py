@@ -12,7 +12,7 @@ from mrflow.errors import PlanError
 from mrflow.models.flux.initial import reset
 from mrflow.models.flux.transformer import Flux, FluxParams, image_ids
 from mrflow.models.flux.weights import load_flux, save_flux
-from mrflow.tokens import pack, unpack
+from mrflow.protocols.tokens import pack, unpack
 
 # One row a checkpoint; no two share a size. The last two numbers are the picture's grid of tokens.
 CASES: dict[str, dict[str, Any]] = {

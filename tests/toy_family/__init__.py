@@ -17,8 +17,8 @@ from mrflow.models.latent_model import LatentModel, footprint
 from mrflow.models.layers import Merge, Rope
 from mrflow.models.prepared import prepare_autoencoder, prepare_transformer
 from mrflow.models.transformer_family import TransformerFamily
-from mrflow.pieces import StepFactory
-from mrflow.tokens import pack, unpack
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.tokens import pack, unpack
 
 SPACE = mf.LatentSpace("toy-family", 4, 2)
 

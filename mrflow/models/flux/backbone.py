@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.devices import to_device
+from mrflow.display.notes import note
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.machine.devices import to_device
 from mrflow.model_info import Architecture, LatentSpace, ModelInfo, Shift, flux_facts
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.text import ClipT5
@@ -18,8 +19,7 @@ from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.latent_model import LatentModel, encoded_once, footprint
 from mrflow.models.transformer_model import repeat, side_by_side
-from mrflow.notes import note
-from mrflow.pieces import StepFactory
+from mrflow.protocols.pieces import StepFactory
 
 
 class Flux1(LatentModel):

@@ -11,8 +11,8 @@ from mrflow.errors import PlanError
 from mrflow.models.fields import ModulationTables
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.layers import Rope
-from mrflow.pieces import Step
-from mrflow.tokens import PackedField
+from mrflow.protocols.pieces import Step
+from mrflow.protocols.tokens import PackedField
 
 
 class FluxField(PackedField):

@@ -26,6 +26,7 @@ from mrflow.checkpoints.safetensors import (
     open_checkpoint,
     readable,
 )
+from mrflow.display.notes import note
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.encoders import (
     Tokenizer,
@@ -41,7 +42,6 @@ from mrflow.models.encoders import (
 )
 from mrflow.models.fp8 import with_scales
 from mrflow.models.headers import looks_like, part
-from mrflow.notes import note
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
 CLIP, T5 = "a CLIP text encoder", "a T5 encoder"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from mrflow.display.notes import note
 from mrflow.models.layers import PLAIN, QKV, Ops, Rope
-from mrflow.notes import note
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mrflow.adapters import Lora
 from mrflow.backbone import Condition, FieldOptions
+from mrflow.checkpoints.adapters import Lora
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.lora import read_adapter
 from mrflow.checkpoints.safetensors import Header, read_header
@@ -32,10 +32,10 @@ from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.pocket.networks import CompactSR, PocketAutoencoder, PocketTextEncoder, tokenise
 from mrflow.models.transformer_model import TransformerModel, repeat, side_by_side
-from mrflow.pieces import StepFactory
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.scenes import grammar, hard
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, LETTERS, NUMBERS, PLACES, SHAPES, TEXTURES, plural
-from mrflow.upscaler import Upscaler
 
 log = logging.getLogger(__name__)
 

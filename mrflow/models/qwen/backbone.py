@@ -22,8 +22,8 @@ from mrflow.models.latent_model import footprint
 from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
-from mrflow.pieces import StepFactory
-from mrflow.tokens import CombinedField
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.tokens import CombinedField
 
 # Values alive at once per pixel in bfloat16, where norms work in float32: measured on the networks themselves.
 ENCODE, DECODE = 587.0, 676.0

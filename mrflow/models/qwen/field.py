@@ -15,8 +15,8 @@ from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
 from mrflow.models.qwen.transformer import QwenImage, packed_attention
 from mrflow.models.qwen.transformer import positions_qwen as grid_positions
-from mrflow.pieces import Step
-from mrflow.tokens import PackedField
+from mrflow.protocols.pieces import Step
+from mrflow.protocols.tokens import PackedField
 
 
 def qwen_step(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, Source, assemble, fill_module, save_file
+from mrflow.display.notes import note
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.blocks import tables
 from mrflow.models.folded import FoldedLinear
@@ -26,7 +27,6 @@ from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, c
 from mrflow.models.prepared import network_header, prepare_autoencoder, prepare_transformer, sizes_of
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
-from mrflow.notes import note
 
 CLASS, VAE_CLASS = "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
 TRANSFORMER, AUTOENCODER = "a Qwen-Image transformer", "a Qwen-Image autoencoder"

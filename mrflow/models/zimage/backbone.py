@@ -14,8 +14,8 @@ from mrflow.models.fields import ModulationTables
 from mrflow.models.language_conditioned import LanguageConditioned
 from mrflow.models.zimage.field import ZImageField, alike
 from mrflow.models.zimage.transformer import ZImage
-from mrflow.pieces import StepFactory
-from mrflow.tokens import CombinedField
+from mrflow.protocols.pieces import StepFactory
+from mrflow.protocols.tokens import CombinedField
 
 if TYPE_CHECKING:
     pass

@@ -12,8 +12,8 @@ from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
 from mrflow.models.zimage.transformer import ZImage, missing_tokens
 from mrflow.models.zimage.transformer import positions_zimage as grid_positions
-from mrflow.pieces import Step
-from mrflow.tokens import PackedField
+from mrflow.protocols.pieces import Step
+from mrflow.protocols.tokens import PackedField
 
 
 class ZImageField(PackedField):

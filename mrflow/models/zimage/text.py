@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mrflow.display.notes import note
 from mrflow.models.encoders import make_config, shorten
 from mrflow.models.language import MAX_STATES, LanguageFiles, LanguageText, find_language, prepare_language
-from mrflow.notes import note
 
 ENCODER = "a Qwen3 text encoder"
 # The template of Qwen3's tokenizer for one turn of a user, thinking on.

@@ -4,8 +4,8 @@ import os
 
 import torch
 
+from mrflow.display.notes import note
 from mrflow.errors import PlanError
-from mrflow.notes import note
 
 _pid = os.getpid()
 

@@ -18,8 +18,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from mrflow._checks import check_path
+from mrflow.display.notes import note
 from mrflow.errors import MrflowError, PlanError, ResourceError
-from mrflow.notes import note
 from mrflow.records.files import read_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from mrflow import html
 from mrflow._checks import check_whole
-from mrflow.notes import printable
+from mrflow.display import html
+from mrflow.display.notes import printable
 from mrflow.records.pictures import png, strip, to_images
 from mrflow.runner import Event, Noted, StageBegan, StageEnded, Stepped
 

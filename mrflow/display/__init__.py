@@ -1,0 +1,1 @@
+"""What people see: notes, progress, sheets of pictures, HTML for notebooks."""
