@@ -50,7 +50,7 @@ PARTS: Mapping[str, Part] = {
     ),
     "solvers": Part(("mrflow/solvers/*",), _tests("solvers", "integrate", "adaptive", "exponential", "ground_truths")),
     "guidance": Part(("mrflow/guidance.py", "mrflow/guidance/*"), _tests("guidance", "guidance_variants", "nag")),
-    "noise": Part(("mrflow/noise.py", "mrflow/seeds.py"), _tests("noise", "flow", "stage", "run")),
+    "noise": Part(("mrflow/noise.py",), _tests("noise", "flow", "stage", "run")),
     "stages": Part(
         ("mrflow/stages/*",),
         _tests(

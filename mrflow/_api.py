@@ -15,10 +15,10 @@ from mrflow.bridge import from_diffusers as from_diffusers
 from mrflow.bridge import to_diffusers as to_diffusers
 from mrflow.checkpoints.adapters import Lora as Lora
 from mrflow.checkpoints.adapters import PiFlow as PiFlow
-from mrflow.decoders import POCKET_PREVIEW as POCKET_PREVIEW
-from mrflow.decoders import LinearDecoder as LinearDecoder
-from mrflow.decoders import TinyDecoder as TinyDecoder
-from mrflow.decoders import linear_decoder as linear_decoder
+from mrflow.decoders.linear import POCKET_PREVIEW as POCKET_PREVIEW
+from mrflow.decoders.linear import LinearDecoder as LinearDecoder
+from mrflow.decoders.linear import linear_decoder as linear_decoder
+from mrflow.decoders.tiny import TinyDecoder as TinyDecoder
 from mrflow.display.progress import ShowProgress as ShowProgress
 from mrflow.errors import ChainError as ChainError
 from mrflow.errors import MrflowError as MrflowError

@@ -15,9 +15,9 @@ from mrflow import flow
 from mrflow._checks import check_number, check_whole
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.display.notes import note
-from mrflow.error_context import is_out_of_memory
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
+from mrflow.machine.failures import is_out_of_memory
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.protocols.tokens import CombinedField, TokenVelocity, on_tokens
 

@@ -14,10 +14,10 @@ from mrflow._checks import require
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
 from mrflow.display.notes import collect_notes, note, tally_work
-from mrflow.error_context import name_stage, passes
 from mrflow.errors import Interruption, PlanError, PromptError
 from mrflow.flow import finite
 from mrflow.machine.devices import Stopwatch
+from mrflow.machine.failures import name_stage, passes
 from mrflow.machine.forks import check_process
 from mrflow.model_info import ModelInfo
 from mrflow.noise import check_seed

@@ -122,7 +122,7 @@ def no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "read_text", read)
     monkeypatch.setattr(os, "readlink", link)
-    for each in (leases.boot, machine.machine):
+    for each in (leases.boot, hardware.machine):
         each.cache_clear()
 
 
@@ -178,8 +178,8 @@ def test_memory_and_processor_are_told_where_the_system_tells_them(monkeypatch: 
     monkeypatch.delattr(os, "sysconf")
     monkeypatch.setitem(sys.modules, "resource", None)
     assert runner._peak(cpu) == 0 and network.free_memory(cpu) is None
-    assert "processor, " in machine.machine(cpu)
-    machine.machine.cache_clear()
+    assert "processor, " in hardware.machine(cpu)
+    hardware.machine.cache_clear()
     result = mf.run(mf.Sample(16, 16, mf.Linear(2)) >> mf.Decode(), mf.toy(), "a")
     assert result.record()["peak_bytes"] == 0
 

@@ -12,9 +12,9 @@ from mrflow.caches import Cache
 from mrflow.cli.options import RECIPE_WORDS, RECIPES
 from mrflow.cli.parsing import LATENT, LATENT_FILE, load_file, parse_size, parse_tiles, upscaler
 from mrflow.cost import half
-from mrflow.error_context import name_stage
 from mrflow.errors import PlanError
 from mrflow.guidance import CFG, Distilled, Guidance
+from mrflow.machine.failures import name_stage
 from mrflow.model_info import ModelInfo
 from mrflow.protocols.upscaler import Upscaler
 from mrflow.records.expressions import parse

@@ -1,1 +1,1 @@
-"""The machine below: devices and their clocks, forked processes, signals, and what to call the hardware."""
+"""The machine below: devices and their clocks, forked processes, signals, memory that ran out, names of hardware."""

@@ -19,8 +19,8 @@ from mrflow.checkpoints.adapters import Lora, PiFlow
 from mrflow.checkpoints.hub import located_folder
 from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.display.notes import note
-from mrflow.error_context import is_out_of_memory
 from mrflow.errors import PlanError
+from mrflow.machine.failures import is_out_of_memory
 from mrflow.model_info import Footprint, ModelInfo
 from mrflow.models import lora, piflow
 from mrflow.models.block_runner import BlockRunner

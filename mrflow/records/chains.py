@@ -16,8 +16,8 @@ from pathlib import Path, PurePath
 from typing import cast
 
 import mrflow
-from mrflow.error_context import passes
 from mrflow.errors import ChainError, RecordError, WeightsError
+from mrflow.machine.failures import passes
 from mrflow.records import sources
 from mrflow.records.files import known_file
 from mrflow.stage import AnyChain, AnyStage, Chain, Stage

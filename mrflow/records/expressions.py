@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from typing import TypeVar, cast, get_type_hints
 
 import mrflow
-from mrflow.error_context import name_stage, passes
 from mrflow.errors import MrflowError, PlanError
+from mrflow.machine.failures import name_stage, passes
 from mrflow.records.chains import ROOMS, name_of, public
 
 T = TypeVar("T")

@@ -11,9 +11,9 @@ from mrflow import __version__
 from mrflow.errors import PlanError, RecordError
 from mrflow.model_info import ModelInfo
 from mrflow.models.digests import weights_of
+from mrflow.noise import check_seed
 from mrflow.records.chains import Plain, encode_chain, fingerprint
 from mrflow.records.files import cache_folder
-from mrflow.seeds import check_seed
 from mrflow.spec import Pixels, Start
 from mrflow.stage import AnyChain, AnyStage, Chain, Plan, plan
 from mrflow.sweep.rows import row_key as row_key

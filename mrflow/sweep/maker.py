@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, Wrapper
 from mrflow.display.sheet import warm_up
-from mrflow.error_context import is_out_of_memory, passes
 from mrflow.errors import DeviceLostError, MrflowError, PlanError, ResourceError, words_of
+from mrflow.machine.failures import is_out_of_memory, passes
 from mrflow.machine.forks import check_process
 from mrflow.machine.hardware import machine
 from mrflow.records.files import beneath

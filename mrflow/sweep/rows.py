@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from mrflow.noise import check_seed
 from mrflow.records.files import parse_table, read_regular
-from mrflow.seeds import check_seed
 
 FORMAT = 1
 MAX_BYTES = 16 << 20  # of a row's file, and of sweep.json without its chains

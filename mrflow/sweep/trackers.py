@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from mrflow._checks import check_path
-from mrflow.error_context import passes
 from mrflow.errors import PlanError, ResourceError
+from mrflow.machine.failures import passes
 from mrflow.records.files import check_writable
 from mrflow.records.readable import stage_text
 from mrflow.sweep.rows import Row

@@ -20,7 +20,7 @@ from mrflow.backbone import Condition
 from mrflow.checkpoints.adapters import Lora
 from mrflow.guidance import CFG, Distilled, Guidance, Interval
 from mrflow.model_info import FLUX, QWEN, SCHNELL, LatentSpace, ModelInfo, Shift
-from mrflow.noise import Nested, Noise, PerItem, Stream
+from mrflow.noise import MAX_SEED, Nested, Noise, PerItem, Stream
 from mrflow.records.chains import encode_chain
 from mrflow.runner import run
 from mrflow.schedules import (
@@ -36,7 +36,6 @@ from mrflow.schedules import (
     Shifted,
     WithShift,
 )
-from mrflow.seeds import MAX_SEED
 from mrflow.solvers import AB2, AB3, RES2S, RK4, DPMpp2M, Euler, Heun, Midpoint, Solver, UniPC
 from mrflow.spec import Latents, Pixels, Spec
 from mrflow.stage import AnyChain, AnyStage

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mrflow._checks import is_whole, require
 from mrflow.display.notes import note
-from mrflow.error_context import is_out_of_memory
 from mrflow.errors import NonFiniteError, PlanError, ResourceError, WeightsError
+from mrflow.machine.failures import is_out_of_memory
 from mrflow.protocols.upscaler import Upscaler
 from mrflow.records.files import locate
 from mrflow.tiling import in_tiles
