@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 MPS = torch.device("mps")
@@ -21,6 +21,7 @@ class Mps(TorchFunctionMode):
 
     Raises:
         TypeError: a tensor of float64 on the device, in the words of torch.
+        RuntimeError: a tensor there is computed with one on the CPU.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Mps(TorchFunctionMode):
             if name == "__get__" and func == Tensor.device.__get__:
                 return MPS if isinstance(args[0], OnMps) else func(*args)
             given, sent = list(leaves((args, kwargs))), None
+            refuse_mixed(name, [v for v in given if isinstance(v, Tensor)])
             devices = [v for v in given if isinstance(v, torch.device) or v in ("mps", "cpu")]
             if devices:
                 sent = torch.device(devices[0]).type
@@ -51,6 +53,19 @@ class Mps(TorchFunctionMode):
         return mapped(there, out)
 
 
+# what takes tensors of two devices: what sends, what asks for a shape or type, what reads or writes at places
+MIXED = {"to", "type_as", "copy_", "view_as", "expand_as", "reshape_as", "__getitem__", "__setitem__", "is_same_size"}
+
+
+def refuse_mixed(name: str, tensors: list[Tensor]) -> None:
+    """Both devices in one computation; a number of the CPU, without axes, may be computed with anything."""
+    if name in MIXED and isinstance(tensors[0], OnMps):
+        return
+    there, here = (any(isinstance(t, OnMps) == on and (t.ndim or on) for t in tensors) for on in (True, False))
+    if there and here and name not in MIXED - {"__getitem__"}:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got tensors of mps:0 and of cpu")
+
+
 def plain(value: Any) -> Any:
     """The device that computes."""
     if isinstance(value, torch.device) and value.type == "mps":
@@ -65,6 +80,21 @@ def there(value: Any) -> Any:
     if value.dtype in (torch.float64, torch.complex128):
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
     return value.as_subclass(OnMps)
+
+
+def move(model: Any) -> None:
+    """A model whose networks lie there: what its attributes hold."""
+    model._device = MPS
+    for module in [m for held in vars(model).values() for m in modules(held)]:
+        for kept in (module._parameters, module._buffers):
+            kept.update({name: there(tensor) for name, tensor in kept.items()})
+
+
+def modules(held: object) -> Iterable[nn.Module]:
+    """The networks of an attribute: it is one, or has one, as an upscaler does."""
+    inside = [held, *vars(held).values()] if hasattr(held, "__dict__") else []
+    nets = [net for net in inside if isinstance(net, nn.Module)]
+    return [m for net in nets for m in net.modules()]
 
 
 def leaves(value: Any) -> Iterable[Any]:

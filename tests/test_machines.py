@@ -20,7 +20,7 @@ from mrflow.machine import hardware
 from mrflow.records import files, publish
 from mrflow.sweep import leases, limits, rows
 from mrflow.upscalers import network
-from tests.mps import MPS, Mps
+from tests.mps import MPS, Mps, move
 
 ROOT = Path(mf.__file__).parent
 POSIX_MODULES = {"resource", "fcntl", "pwd", "grp", "termios", "pty", "tty", "syslog"}
@@ -218,15 +218,25 @@ CHAINS = {
     "adaptive": mf.Sample(16, 16, mf.Linear(2), solver=mf.BogackiShampine(0.1)) >> mf.Decode(),
     "latents": mf.Sample(16, 16, mf.Linear(2)) >> mf.Lift((32, 32)) >> mf.Reinject(0.3) >> mf.Refine() >> mf.Decode(),
     "cubic": mf.Sample(16, 16, mf.Linear(1)) >> mf.Decode() >> mf.Upscale(mf.Interpolate(2, "bicubic")),
+    "selflift": mf.recipes.selflift(low=16, size=32, steps=(2, 2)),
+    "speed": mf.recipes.speed(sizes=(16, 32), steps=(2, 2)),
+    "ralu": mf.recipes.ralu(size=32, steps=(2, 2, 2)),
+    "jit": mf.SampleAnchors(32, 32, (2, 2, 2)) >> mf.Decode(),
+    "fresco": mf.SampleConverged(32, 32, (2, 2, 2)) >> mf.Decode(),
+    "tiles": mf.Sample(16, 24, mf.Linear(2))
+    >> mf.Lift((32, 48))
+    >> mf.Reinject(0.5)
+    >> mf.Refine(tiles=mf.Tiles(8, 4))
+    >> mf.Decode(),
 }
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_nothing_is_float64_on_apples_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.mps, "synchronize", lambda: None)
-    want = mf.run(CHAINS[name], mf.toy(), "a red circle", seed=3).data
+    want = mf.run(CHAINS[name], mf.toy(positions=True), "a red circle", seed=3).data
     with Mps() as device:
-        model = mf.toy()
+        model = mf.toy(positions=True)
         model._device = MPS
         result = mf.run(CHAINS[name], model, "a red circle", seed=3)
         assert result.data.device == MPS and device.computed > 20
@@ -247,8 +257,8 @@ def test_no_cache_is_float64_on_apples_gpu(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.mps, "synchronize", lambda: None)
     model, chain = mf.load("pocket"), mf.Sample(64, 64, mf.Shifted(9), cache=CACHES[name]) >> mf.Decode()
     want = mf.run(chain, model, "a red circle", seed=3).data
-    model._device = MPS
     with Mps():
+        move(model)
         found = mf.run(chain, model, "a red circle", seed=3).data
         assert found.device == MPS
     # an extrapolation in float32 differs by its rounding (1e-7), of which nine evaluations make more
@@ -267,6 +277,23 @@ def test_no_metric_is_float64_on_apples_gpu() -> None:
         assert mf.metrics.sharpness(x).device == MPS
         assert mf.linear_decoder(model, a) == decoder
     assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: torch.zeros(2, device="mps") + torch.zeros(2),
+        lambda: torch.stack((torch.zeros(2), torch.zeros(2, device="mps"))),
+        lambda: torch.zeros(2)[torch.zeros(2, device="mps").long()],
+        lambda: torch.where(torch.zeros(2, device="mps") > 0, torch.zeros(2), 0.0),
+    ],
+)
+def test_the_stand_in_refuses_two_devices_in_one_computation(wrong: "object") -> None:
+    with Mps():
+        there = torch.zeros(2, device="mps")
+        assert (there + torch.tensor(1.0) + 1 + torch.zeros(2).to(there))[torch.tensor([0])].device == MPS
+        with pytest.raises(RuntimeError, match="all tensors to be on the same device"):
+            wrong()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

@@ -182,10 +182,13 @@ STAGES: dict[str, Callable[[int, int], mf.Stage[mf.Start, mf.Latents]]] = {
 }
 
 
+@pytest.mark.parametrize("patch", [1, 2, 4])
 @pytest.mark.parametrize("name", STAGES)
-def test_stages_hold_their_laws(name: str) -> None:
+def test_stages_hold_their_laws(name: str, patch: int) -> None:
     """Among them: at every evaluation the tokens that the network is given hold white noise of that level."""
-    check_stage(STAGES[name](64, 96), model=mf.toy(positions=True))
+    model = mf.toy(positions=True)
+    model._info = replace(model.info, space=replace(model.info.space, patch=patch))
+    check_stage(STAGES[name](64, 96), model=model)
 
 
 class Tokens(Wrapper):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.fft import dctn, idctn
+from scipy.ndimage import sobel
 from torch import Tensor
 
 import mrflow as mf
@@ -203,6 +204,16 @@ def test_edges_come_first() -> None:
     picture = torch.full((1, 3, 32, 48), 0.05)
     picture[:, :, 20:28, 36:44] = 0.2  # dark on dark, in the cell (1, 2) of 2 x 3
     assert edge_order(picture, 2, 3)[0].tolist() == [5, 0, 1, 2, 3, 4]
+
+
+def test_edges_are_those_of_sobels_operator_in_luma() -> None:
+    """Against scipy's, on noise, which has slopes in every direction and colour."""
+    pictures = torch.rand(4, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    for picture, order in zip(pictures.double().numpy(), edge_order(pictures, 6, 10), strict=True):
+        grey = np.tensordot([0.299, 0.587, 0.114], picture, 1)
+        slope = np.hypot(sobel(grey, 0, mode="nearest"), sobel(grey, 1, mode="nearest"))
+        strength = slope.reshape(6, 4, 10, 4).mean((1, 3)).ravel()
+        assert order.tolist() == np.argsort(-strength).tolist()
 
 
 def test_ralus_distance_and_fit() -> None:
