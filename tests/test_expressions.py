@@ -1,6 +1,7 @@
 """Slots as text: the words of Python, read without being run, and written so that they are read again."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,6 +79,16 @@ def test_readings() -> None:
     own = {"Mine": Mine, "three": Mine(3)}
     assert parse("Mine(2)", mf.Solver, names=own) == Mine(2)
     assert parse("three", mf.Solver, names=own) == Mine(3)
+
+
+def test_a_value_that_can_be_called_is_a_value() -> None:
+    even = mf.Linear(3)
+    names = {"even": even, "make": lambda: even, "part": partial(mf.Linear, 3)}
+    for text in ("even", "make", "make()", "part"):
+        assert parse(text, mf.Schedule, names=names) == even
+    assert parse("WithShift(even)", mf.Schedule, names=names) == mf.WithShift(even)
+    with pytest.raises(mf.PlanError, match="even is a value; leave out what follows it"):
+        parse("even(3)", mf.Schedule, names=names)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def _at(face: Face) -> tuple[float, float, float]:
 def test_what_cannot_be_read_is_refused_or_read_as_nothing() -> None:
     black = np.zeros((3, 256, 256), np.float32)
     assert hard_score(black, "two 12% faces, calm sad") == {"expressions": 0.0, "overall": 0.0}
-    with pytest.raises(PlanError, match="'five purple stars' is of the older world; mrflow.scenes.score reads it"):
+    with pytest.raises(CaptionError, match="'five purple stars' is of the older world; mrflow.scenes.score reads it"):
         read_parts(black, "five purple stars")
     with pytest.raises(PlanError, match="1 pictures but 2 captions"):
         hard_score_many(black[None], ["a", "b"])

@@ -1,6 +1,7 @@
 """Other looks of the same scenes: each is read exactly in its own look, and not in another."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,5 +70,7 @@ def test_stage_and_metric_know_looks() -> None:
     made = Measured(shown, caption, 0, {}, model)
     assert Legible("runes")(made) == {"legible.letters": 1.0, "legible": 1.0}
     assert Legible()(made)["legible"] < 0.3
+    for other in ("five purple stars", "a lighthouse"):  # not of the hard world: no number, and no failure
+        assert Legible()(replace(made, prompt=other)) == {}
     with pytest.raises(mf.PlanError, match=r"no look is called 'night'; there are dusk, shapes, runes"):
         mf.plan(mf.Chain((mf.Truth(256, 256, "night"),)), info("pocket"))

@@ -258,8 +258,13 @@ def test_a_metric_that_fails_costs_its_own_number_only(tmp_path: Path) -> None:
     rows = {r.prompt: r for r in read(tmp_path)}
     assert set(rows["a"].metrics) == {"sharpness"} and set(rows["b"].metrics) == {"sharpness", "picky"}
     assert "cannot measure this" in rows["a"].unmeasured["Picky()"]
+    again = run_sweep(sweep, mf.toy(), tmp_path)
+    assert (again.made, again.unmeasured) == (0, 1) and "cannot measure this" in again.errors[
+        0
+    ]  # said as long as it is so
     ACTING.clear()
-    assert run_sweep(sweep, mf.toy(), tmp_path).made == 0  # it is measured, not drawn
+    again = run_sweep(sweep, mf.toy(), tmp_path)
+    assert (again.made, again.unmeasured) == (0, 0)  # it is measured, not drawn
     assert all(set(r.metrics) == {"sharpness", "picky"} and not r.unmeasured for r in read(tmp_path))
 
 

@@ -86,7 +86,9 @@ def sweep(err: Console, asked: SweepOptions) -> None:
     if done.failed or done.stayed:
         err.print(f"failed rows are in {folder}/rows with their errors; --retry generates them again")
     if done.unmeasured:
-        err.print(f"{done.unmeasured} rows lack a metric that failed; run the same command again to measure them")
+        err.print(
+            f"{done.unmeasured} rows lack a metric that failed; once its cause is gone, the same command measures them"
+        )
     if done.failed or done.stayed or done.unmeasured:
         raise SystemExit(4)
 

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import TypeVar, cast, get_type_hints
 
 import mrflow
@@ -83,7 +84,7 @@ class _Reader:
             return self._call(node, wanted=wanted)
         if isinstance(node, ast.Name | ast.Attribute):
             found = self._name(ast.unparse(node), wanted=wanted)
-            return self._make(found, (), {}) if callable(found) else found
+            return self._make(found, (), {}) if _makes(found) else found
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError, SyntaxError):
@@ -93,7 +94,7 @@ class _Reader:
 
     def _call(self, node: ast.Call, *, wanted: bool) -> object:
         found = self._name(ast.unparse(node.func), wanted=wanted)
-        if not callable(found):
+        if not _makes(found):
             raise PlanError(f"{ast.unparse(node.func)} is a value; leave out what follows it")
         if any(isinstance(each, ast.Starred) for each in node.args) or any(k.arg is None for k in node.keywords):
             raise PlanError("* and ** spread nothing here; write the arguments out")
@@ -145,6 +146,11 @@ class _Reader:
             if passes(error):
                 raise
             raise PlanError(f"{_written(make, form)}: {type(error).__name__}: {error}") from None
+
+
+def _makes(found: object) -> bool:
+    """Whether a name stands for a type or a function, not for a value: a schedule can be called too."""
+    return isinstance(found, type | partial) or inspect.isroutine(found)
 
 
 def _is(value: object, kind: type) -> bool:

@@ -15,7 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.scenes.grammar import COLOURS, DAYLIGHT, LETTERS, SHAPES, SKIN, Background, Face, Object, Scene, Word
+from mrflow.scenes.grammar import (
+    COLOURS,
+    DAYLIGHT,
+    LETTERS,
+    SHAPES,
+    SKIN,
+    Background,
+    CaptionError,
+    Face,
+    Object,
+    Scene,
+    Word,
+)  # fmt: skip
 from mrflow.scenes.hard import FEELINGS, HARD, PERIODS, WEAVES, parse_hard
 from mrflow.scenes.letters import Array, length
 from mrflow.scenes.looks import restyle
@@ -52,7 +64,7 @@ def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[
     `look` names another way to draw (`mrflow.scenes.looks`): its letters and shapes are what is looked for.
 
     Raises:
-        CaptionError: the caption is of neither grammar. PlanError: it is of the older world, the picture cannot be
+        CaptionError: the caption is of neither grammar, or of the older world. PlanError: the picture cannot be
             scored, or there is no such look.
     """
     scene, image = restyle(parse_hard(caption), look), _working_copy(scorable(pixels))
@@ -60,7 +72,7 @@ def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[
         image = (image / np.array(scene.look.light, np.float32)).astype(np.float32)
         scene = replace(scene, look=replace(scene.look, light=DAYLIGHT))
     if scene.kind not in _READERS:
-        raise PlanError(f"caption {caption[:80]!r} is of the older world; mrflow.scenes.score reads it")
+        raise CaptionError(f"caption {caption[:80]!r} is of the older world; mrflow.scenes.score reads it")
     tint = find_tint(image)
     if tint is None or tint.max() > LIGHTEST:
         return [replace(part, read="") for part in _named_scene(scene)]

@@ -88,7 +88,10 @@ class Step:
     denoised: Tensor
 
 
-NOWHERE = "no solver may ask for the field at sigma 0 unless it was told so, nor outside [0, 1]"
+NOWHERE = (
+    "no solver may ask for the field at sigma 0 unless it was told so, nor outside [0, 1]: in a step to 0 (`to == 0`) "
+    "take points above it, as Heun takes Euler's step"
+)
 
 
 def integrate(

@@ -108,7 +108,7 @@ def run_sweep(
             open_ = [pair for pair, n in zip(open_, maker.lacking(open_), strict=True) if n]
         stopped = stop is not None and stop.is_set()
         if not stopped:
-            maker.refresh()
+            maker.refresh(on_row=tally.look)
         left = sum(maker.lacking(open_))
     logs.finish()
     return tally.summary(before, left, str(folder), stopped=stopped, stayed=maker.stayed)
@@ -120,14 +120,18 @@ class RowTally:
 
     made: int = 0
     failed: int = 0
-    unmeasured: int = 0
+    unmeasured: set[str] = field(default_factory=set[str])
     errors: dict[str, None] = field(default_factory=dict[str, None])
 
     def add(self, row: Row) -> None:
         """Count one."""
         self.made += row.done
         self.failed += not row.done
-        self.unmeasured += bool(row.unmeasured)
+        self.look(row)
+
+    def look(self, row: Row) -> None:
+        """Note which metrics a row lacks, and no longer lacks."""
+        (self.unmeasured.add if row.unmeasured else self.unmeasured.discard)(row.key)
         for text in (row.error, *row.unmeasured.values()):
             if text and len(self.errors) < 3:
                 self.errors.setdefault(f"{row.chain}: {text}")
@@ -135,7 +139,7 @@ class RowTally:
     def summary(self, before: int, left: int, folder: str, *, stopped: bool, stayed: int = 0) -> Summary:
         """All of it."""
         errors = tuple(self.errors)
-        return Summary(self.made, before, self.failed, left, stopped, folder, self.unmeasured, errors, stayed)
+        return Summary(self.made, before, self.failed, left, stopped, folder, len(self.unmeasured), errors, stayed)
 
 
 def check_run(batch: int, shard: tuple[int, int], row_timeout: float | None) -> None:

@@ -143,11 +143,11 @@ class Maker:
         """Metrics that a row may still get from its picture; those that need latents only come with new rows."""
         return [m for m in self.sweep.metrics if not m.needs_latents and repr(m) not in row.measured]
 
-    def refresh(self, pairs: Sequence[Pair] = ()) -> int:
+    def refresh(self, pairs: Sequence[Pair] = (), *, on_row: Callable[[Row], None] | None = None) -> int:
         """Give rows that are there the labels, tags and metrics that the sweep has now; how many changed.
 
-        Looks at what `survey` and `make` found to be behind, and at `pairs`. New metrics are computed on the saved
-        pictures; those that need latents only come with new rows.
+        Looks at what `survey` and `make` found to be behind, and at `pairs`; `on_row` hears of each as it is then. New
+        metrics are computed on the saved pictures; those that need latents only come with new rows.
         """
         behind = self._stale | {self.key(label, pair): (label, pair) for pair in pairs for label in self.labels}
         self._stale = {}
@@ -177,6 +177,8 @@ class Maker:
             if now != row:
                 self.store.commit(now)
                 changed += 1
+            if on_row is not None:
+                on_row(now)
         return changed
 
     def _numbers(
