@@ -5,7 +5,7 @@ import os
 from hypothesis import settings
 
 from mrflow.testing.strategies import counted_schedules as schedules
-from mrflow.testing.strategies import falling, levels, models, shifts, starts, step_counts, tokens
+from mrflow.testing.strategies import falling, models, shifts, sigmas, starts, step_counts, tokens
 
 
 def law(profile: str) -> settings:
@@ -19,4 +19,4 @@ LAW = law(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 FEW = settings(LAW, max_examples=25)
 """The same for a test whose examples are slow."""
 
-__all__ = ["FEW", "LAW", "falling", "levels", "models", "schedules", "shifts", "starts", "step_counts", "tokens"]
+__all__ = ["FEW", "LAW", "falling", "models", "schedules", "shifts", "sigmas", "starts", "step_counts", "tokens"]

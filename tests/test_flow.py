@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mrflow.errors import PlanError
 from mrflow.flow import denoised, finite, raise_noise, renoise, to_noise, velocity_from_denoised
-from tests.strategies import LAW, levels
+from tests.strategies import LAW, sigmas
 
 
 def pair(seed: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def test_a_point_on_the_line_gives_both_ends_back(seed: int, sigma: float) -> No
 
 
 @LAW
-@given(st.integers(0, 99), levels)
+@given(st.integers(0, 99), sigmas)
 def test_velocity_from_denoised_inverts_denoised(seed: int, sigma: float) -> None:
     x, v = pair(seed)
     torch.testing.assert_close(velocity_from_denoised(x, denoised(x, v, sigma), sigma), v, rtol=1e-9, atol=1e-9)
@@ -61,8 +61,8 @@ def test_raised_noise_has_the_marginal_of_the_flow(sigma: float, part: float) ->
 
 @LAW
 @given(st.lists(st.floats(0.0, 0.99), min_size=3, max_size=3).map(sorted))
-def test_two_rises_are_one(levels: list[float]) -> None:
-    low, middle, high = levels
+def test_two_rises_are_one(sigmas: list[float]) -> None:
+    low, middle, high = sigmas
     a1, b1 = coefficients(low, middle)
     a2, b2 = coefficients(middle, high)
     a, b = coefficients(low, high)

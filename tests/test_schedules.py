@@ -37,7 +37,7 @@ from mrflow.schedules import (
     unshift,
 )
 from mrflow.schedules.base import scale
-from tests.strategies import FEW, LAW, falling, levels, models, schedules, starts, step_counts, tokens
+from tests.strategies import FEW, LAW, falling, models, schedules, sigmas, starts, step_counts, tokens
 
 stats: Any = importlib.import_module("scipy.stats")
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
@@ -223,7 +223,7 @@ def test_beta_one_one_is_linear() -> None:
 
 
 @LAW
-@given(levels, st.floats(-5, 5), st.floats(-5, 5))
+@given(sigmas, st.floats(-5, 5), st.floats(-5, 5))
 def test_shifts_are_a_group(s: float, first: float, second: float) -> None:
     assert shift(shift(s, first), second) == pytest.approx(shift(s, first + second), rel=1e-9)
     assert unshift(shift(s, first), first) == pytest.approx(s, rel=1e-9)
@@ -231,14 +231,14 @@ def test_shifts_are_a_group(s: float, first: float, second: float) -> None:
 
 
 @LAW
-@given(levels, st.floats(-5, 5))
+@given(sigmas, st.floats(-5, 5))
 def test_shift_adds_mu_to_the_logit(s: float, mu: float) -> None:
     bent = shift(s, mu)
     assert math.log(bent / (1 - bent)) == pytest.approx(math.log(s / (1 - s)) + mu, abs=1e-9)
 
 
 @LAW
-@given(levels, st.floats(0.01, 100))
+@given(sigmas, st.floats(0.01, 100))
 def test_three_names_of_one_shift(s: float, k: float) -> None:
     assert shift_static(s, k) == pytest.approx(shift(s, math.log(k)), rel=1e-12)
     assert shift_linear(s, k) == pytest.approx(k / (k + (1 / s - 1)), rel=1e-12)
@@ -256,7 +256,7 @@ def test_a_linear_shift_is_used_where_the_model_has_one() -> None:
 
 
 @LAW
-@given(falling(first=1.0, last=0.0), levels)
+@given(falling(first=1.0, last=0.0), sigmas)
 def test_stretch_is_linear_and_keeps_the_ends(sigmas: tuple[float, ...], terminal: float) -> None:
     got = stretch(sigmas, terminal)
     assert (got[0], got[-2], got[-1]) == (1.0, terminal, 0.0)
@@ -275,7 +275,7 @@ def test_stretch_of_one_step() -> None:
 
 
 @LAW
-@given(falling(first=1.0, last=0.0), levels)
+@given(falling(first=1.0, last=0.0), sigmas)
 def test_cut_ends_at_stop_and_keeps_what_is_above(sigmas: tuple[float, ...], stop: float) -> None:
     got = cut(sigmas, stop)
     assert got[-1] == stop

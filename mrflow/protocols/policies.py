@@ -162,8 +162,8 @@ def follow(policy: Velocity, x: Tensor, sigma: float, to: float, *, shift: float
         raise PlanError(f"a policy leads down, got {sigma!r} -> {to!r}")
     count = substeps(sigma, to, shift=shift, total=total)
     start, end = raw(sigma, shift), raw(to, shift)
-    levels = [shift_static(start + (end - start) * i / count, shift) for i in range(1, count)]
-    for now, after in zip((sigma, *levels), (*levels, to), strict=True):
+    sigmas = [shift_static(start + (end - start) * i / count, shift) for i in range(1, count)]
+    for now, after in zip((sigma, *sigmas), (*sigmas, to), strict=True):
         x = x + (after - now) * policy(x, now)
     return x
 

@@ -83,12 +83,12 @@ class SampleAnchors(ThreeStages):
         for i in range(len(x)):
             row, only, last = x[i : i + 1], ctx.only(i), list[Step]()
             spread = Spread(anchors(h, w, few, order[i]), h, w)
-            for levels, count in ((first, more), (second, h * w)):
-                row = only.integrate(Euler(), AtAnchors(guidance, spread), row, levels, watch=last.append)
+            for sigmas, count in ((first, more), (second, h * w)):
+                row = only.integrate(Euler(), AtAnchors(guidance, spread), row, sigmas, watch=last.append)
                 clean = pack(last[-1].denoised, patch=patch)
-                velocity = (pack(row, patch=patch) - clean) / levels[-1]
+                velocity = (pack(row, patch=patch) - clean) / sigmas[-1]
                 grown = Spread(add_anchors(velocity, spread, count), h, w)
-                tokens = activate(pack(row, patch=patch), clean, fresh[i : i + 1], spread, grown, levels[-1])
+                tokens = activate(pack(row, patch=patch), clean, fresh[i : i + 1], spread, grown, sigmas[-1])
                 row, spread = unpack(tokens, h, w, patch=patch), grown
             rows.append(row)
         return ctx.integrate(Euler(), guidance, torch.cat(rows), third)

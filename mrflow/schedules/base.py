@@ -58,24 +58,24 @@ def stretch(sigmas: Sequence[float], terminal: float) -> Sigmas:
     Levels 1 and 0 stay (diffusers `stretch_shift_to_terminal`, used by Qwen-Image). Where 1 is the last level before 0
     there is nothing to stretch (the reference gives 0/0 there).
     """
-    levels = check_sigmas(sigmas)
+    sigmas = check_sigmas(sigmas)
     check_between("terminal", terminal, 0.0, 1.0)
-    if levels[-1] != 0.0:
-        raise PlanError(f"only a schedule that ends at 0 can be stretched, this one ends at {levels[-1]:g}")
-    last = levels[-2]
+    if sigmas[-1] != 0.0:
+        raise PlanError(f"only a schedule that ends at 0 can be stretched, this one ends at {sigmas[-1]:g}")
+    last = sigmas[-2]
     if last == 1.0:
-        return levels
+        return sigmas
     ratio = (1.0 - terminal) / (1.0 - last)
-    return check_sigmas([*(1.0 - (1.0 - s) * ratio for s in levels[:-2]), float(terminal), 0.0])
+    return check_sigmas([*(1.0 - (1.0 - s) * ratio for s in sigmas[:-2]), float(terminal), 0.0])
 
 
 def cut(sigmas: Sequence[float], stop: float) -> Sigmas:
     """The schedule ended early: its levels above `stop`, then `stop`."""
-    levels = check_sigmas(sigmas)
+    sigmas = check_sigmas(sigmas)
     check_number("stop", stop)
-    if not levels[-1] <= stop < levels[0]:
-        raise PlanError(f"stop must be from {levels[-1]:g} to below {levels[0]:g} (this schedule), got {stop!r}")
-    return (*(s for s in levels if s > stop), float(stop))
+    if not sigmas[-1] <= stop < sigmas[0]:
+        raise PlanError(f"stop must be from {sigmas[-1]:g} to below {sigmas[0]:g} (this schedule), got {stop!r}")
+    return (*(s for s in sigmas if s > stop), float(stop))
 
 
 def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
@@ -89,14 +89,14 @@ def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
     for i, s in enumerate(sigmas):
         if type(s) is not float or not 0.0 <= s <= 1.0:  # most are right, and are checked several times a run
             check_within(f"noise level {i + 1} of {len(sigmas)}", s, 0.0, 1.0)
-    levels = tuple(float(s) for s in sigmas)
-    for i in range(1, len(levels)):
-        if not levels[i] < levels[i - 1]:
+    sigmas = tuple(float(s) for s in sigmas)
+    for i in range(1, len(sigmas)):
+        if not sigmas[i] < sigmas[i - 1]:
             raise PlanError(
-                f"noise levels must fall strictly, but level {i + 1} of {len(levels)} is {levels[i]!r} "
-                f"after {levels[i - 1]!r}"
+                f"noise levels must fall strictly, but level {i + 1} of {len(sigmas)} is {sigmas[i]!r} "
+                f"after {sigmas[i - 1]!r}"
             )
-    return levels
+    return sigmas
 
 
 class Schedule(ABC):
@@ -148,10 +148,10 @@ class Explicit(Schedule):
     sigmas: Sigmas
 
     def __post_init__(self) -> None:
-        levels = check_sigmas(self.sigmas)
-        if levels[-1] != 0.0:
-            raise PlanError(f"explicit levels must end in 0, got {levels}; try {(*levels, 0.0)}")
-        object.__setattr__(self, "sigmas", levels)
+        sigmas = check_sigmas(self.sigmas)
+        if sigmas[-1] != 0.0:
+            raise PlanError(f"explicit levels must end in 0, got {sigmas}; try {(*sigmas, 0.0)}")
+        object.__setattr__(self, "sigmas", sigmas)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         _check_start(start)
@@ -217,8 +217,8 @@ class Karras(Schedule):
             return scale((1.0, 0.0), start)
         low = _shifted(n, tokens, model.shift)[-2] if self.low is None else self.low
         end = low ** (1.0 / self.rho)
-        levels = ((1.0 + i / (n - 1) * (end - 1.0)) ** self.rho for i in range(1, n - 1))
-        return scale((1.0, *levels, low, 0.0), start)
+        sigmas = ((1.0 + i / (n - 1) * (end - 1.0)) ** self.rho for i in range(1, n - 1))
+        return scale((1.0, *sigmas, low, 0.0), start)
 
 
 @dataclass(frozen=True)
@@ -353,8 +353,8 @@ def _bend(grid: Sigmas, tokens: int, curve: Shift) -> Sigmas:
     check_whole("tokens", tokens, 1)
     mu = curve.mu(tokens, steps=len(grid) - 1)
     bend = shift if curve.kind == "exponential" else shift_linear
-    levels = tuple(bend(s, mu) for s in grid)
-    return levels if curve.terminal is None else stretch(levels, curve.terminal)
+    sigmas = tuple(bend(s, mu) for s in grid)
+    return sigmas if curve.terminal is None else stretch(sigmas, curve.terminal)
 
 
 def scale(unit: Iterable[float], start: float) -> Sigmas:
@@ -364,14 +364,14 @@ def scale(unit: Iterable[float], start: float) -> Sigmas:
         PlanError: two of the levels are the same.
     """
     _check_start(start)
-    levels = tuple(start * s for s in unit)
-    for i in range(1, len(levels)):
-        if not levels[i] < levels[i - 1]:
+    sigmas = tuple(start * s for s in unit)
+    for i in range(1, len(sigmas)):
+        if not sigmas[i] < sigmas[i - 1]:
             raise PlanError(
-                f"these settings give level {i} and level {i + 1} of {len(levels)} the same value {levels[i]!r}; "
+                f"these settings give level {i} and level {i + 1} of {len(sigmas)} the same value {sigmas[i]!r}; "
                 "take fewer steps or a milder curve"
             )
-    return levels
+    return sigmas
 
 
 def _check_start(start: float) -> None:

@@ -123,8 +123,8 @@ class KLOptimal(Schedule):
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         last, top, bottom = self.steps - 1, math.atan(1.0), math.atan(self.low)
-        levels = (math.tan((1 - i / last) * top + i / last * bottom) for i in range(1, last))
-        return scale((1.0, *levels, self.low, 0.0) if last else (1.0, 0.0), start)
+        sigmas = (math.tan((1 - i / last) * top + i / last * bottom) for i in range(1, last))
+        return scale((1.0, *sigmas, self.low, 0.0) if last else (1.0, 0.0), start)
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,15 @@ class Part(Schedule):
         last = len(grid) - 1 if self.last is None else self.last
         if last > len(grid) - 1 or self.first >= last:
             raise PlanError(f"the grid has {len(grid) - 1} steps, and this part wants {self.first} to {last}")
-        levels = (start, *grid[self.first + 1 : last + 1])
+        sigmas = (start, *grid[self.first + 1 : last + 1])
         if self.clean:
-            levels = (*levels[:-1], 0.0)
-        if len(levels) > 1 and not levels[1] < start:
+            sigmas = (*sigmas[:-1], 0.0)
+        if len(sigmas) > 1 and not sigmas[1] < start:
             raise PlanError(
                 f"the latents hold noise of level {start:g}, and step {self.first + 1} of the grid goes to "
-                f"{levels[1]:g}: begin the part later"
+                f"{sigmas[1]:g}: begin the part later"
             )
-        return levels
+        return sigmas
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from functools import lru_cache
 @lru_cache(maxsize=64)
 def beta_grid(steps: int, a: float, b: float) -> tuple[float, ...]:
     """Quantiles of Beta(a, b) at 1 - i / steps, from 1 to 0; for a and b from 0.25 to 100."""
-    levels = [1.0]
+    sigmas = [1.0]
     for i in range(1, steps):
         # Each tail is solved as a lower tail, so that levels near 1 stay as exact as those near 0.
         upper = 2 * i <= steps
-        levels.append(1.0 - beta_quantile(i / steps, b, a) if upper else beta_quantile((steps - i) / steps, a, b))
-    return (*levels, 0.0)
+        sigmas.append(1.0 - beta_quantile(i / steps, b, a) if upper else beta_quantile((steps - i) / steps, a, b))
+    return (*sigmas, 0.0)
 
 
 def beta_quantile(p: float, a: float, b: float) -> float:

@@ -68,9 +68,9 @@ def optimise(
         total += wrong
         runs.append((chosen.field(model, model.condition([prompt]), away), noise, end))
 
-    def miss(levels: Sigmas) -> float:
+    def miss(sigmas: Sigmas) -> float:
         with torch.no_grad():
-            return sum(float((integrate(Euler(), field, x, levels) - end).norm()) for field, x, end in runs)
+            return sum(float((integrate(Euler(), field, x, sigmas) - end).norm()) for field, x, end in runs)
 
     found = tuple(sigmas[i] for i in shortest(total.tolist(), steps))
     return Explicit(min((found, Shifted(steps)(1.0, tokens, info)), key=miss))

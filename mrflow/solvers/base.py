@@ -117,13 +117,13 @@ def integrate(
         PromiseError: the velocity or the noise has another shape than `x`.
         NonFiniteError: NaN or infinity after a step; on a GPU once all steps were asked for.
     """
-    levels = check_sigmas(sigmas)
+    sigmas = check_sigmas(sigmas)
     if not x.is_floating_point():
         raise PlanError(f"a state must hold floating-point numbers, got {x.dtype}; call x.float()")
     if isinstance(solver, StochasticSolver) and noise is None:
         raise PlanError(f"{solver!r} adds noise; give integrate(..., noise=...), a function that draws it")
     x = x if x.dtype == torch.float64 else x.float()
-    steps = len(levels) - 1
+    steps = len(sigmas) - 1
     past: History = ()
     newest: list[Tensor] = []
     check = FiniteCheck()
@@ -137,7 +137,7 @@ def integrate(
         return newest[0]
 
     for index in range(1, steps + 1):
-        sigma, to = levels[index - 1], levels[index]
+        sigma, to = sigmas[index - 1], sigmas[index]
         if isinstance(solver, StochasticSolver):
             assert noise is not None
             x, past = solver.step(checked, x, sigma, to, past, noise=_like(x, noise(), "the noise"))

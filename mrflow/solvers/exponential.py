@@ -197,9 +197,9 @@ def add_changes(
     out: Tensor, scale: float, sigma: float, to: float, base: Tensor, estimates: History, *, factor: float
 ) -> Tensor:
     """`out` with scale h sum w_j (E_j - base) added, for the step from `sigma` to `to` and weights at z = factor h."""
-    levels = [half_log_snr(min(level, ALMOST)) for level in (sigma, to, *(level for level, _ in estimates))]
-    h = levels[1] - levels[0]
-    weights = exponential_weights([(level - levels[0]) / h for level in levels[2:]], factor * h)
+    lambdas = [half_log_snr(min(sigma, ALMOST)) for sigma in (sigma, to, *(sigma for sigma, _ in estimates))]
+    h = lambdas[1] - lambdas[0]
+    weights = exponential_weights([(each - lambdas[0]) / h for each in lambdas[2:]], factor * h)
     for weight, (_, estimate) in zip(weights, estimates, strict=True):
         if estimate is not base:
             out = torch.add(out, estimate - base, alpha=scale * h * weight)

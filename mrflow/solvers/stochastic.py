@@ -47,15 +47,15 @@ class StochasticEuler(StochasticSolver):
         def true(s: float) -> float:
             return s * s + (1.0 - s) ** 2
 
-        levels = check_sigmas(sigmas)
-        have = true(levels[0])
-        for sigma, to in pairwise(levels):
+        sigmas = check_sigmas(sigmas)
+        have = true(sigmas[0])
+        for sigma, to in pairwise(sigmas):
             at = sigma if sigma == 1.0 else shift(sigma, self.churn * (sigma - to))
             if sigma < 1.0:
                 kept = (1.0 - at) / (1.0 - sigma)
                 have = kept**2 * have + at**2 - (kept * sigma) ** 2
             have *= (1.0 + (to - at) * (2.0 * at - 1.0) / true(at)) ** 2
-        return have / true(levels[-1])
+        return have / true(sigmas[-1])
 
     def step(
         self, v: Velocity, x: Tensor, sigma: float, to: float, past: History, *, noise: Tensor | None = None

@@ -38,8 +38,8 @@ class Sample(Integrating[Start]):
 
     def sigmas(self, begin: Latents, model: ModelInfo) -> Sigmas:
         """From 1 to `stop`."""
-        levels = self.schedule(begin.sigma, begin.tokens, model)
-        return cut(levels, self.stop) if self.stop else levels
+        sigmas = self.schedule(begin.sigma, begin.tokens, model)
+        return cut(sigmas, self.stop) if self.stop else sigmas
 
     def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
         """Draw noise and integrate."""

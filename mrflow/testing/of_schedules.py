@@ -95,18 +95,18 @@ class Even(Schedule):
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         n = self.steps + self.extra
-        levels = [start ** (1 + self.power * i / n) * (1 - i / n) for i in range(n + 1)]
-        levels[0], levels[-1] = start * self.begins, self.ends
+        sigmas = [start ** (1 + self.power * i / n) * (1 - i / n) for i in range(n + 1)]
+        sigmas[0], sigmas[-1] = start * self.begins, self.ends
         if self.rises:
-            levels[2] = levels[1]
+            sigmas[2] = sigmas[1]
         if self.counts:
             calls.append(1)
-            levels[1] -= 1e-6 * len(calls)
+            sigmas[1] -= 1e-6 * len(calls)
         if self.numpy:
             from numpy import float64
 
-            return tuple(float64(s) for s in levels)
-        return tuple(levels)
+            return tuple(float64(s) for s in sigmas)
+        return tuple(sigmas)
 
 
 calls: list[int] = []

@@ -92,10 +92,10 @@ def _point(solver: Solver, order: float) -> None:
     def towards(x: Tensor, sigma: float) -> Tensor:
         return (x - target) / sigma
 
-    for levels in ([0.12, 0.0], [1.0, 0.75, 0.5, 0.25, 0.0], uneven(8, to=0.0), uneven(3, start=0.4, to=0.0)):
-        end = integrate(solver, towards, torch.ones_like(target), levels, noise=_noise(target))
+    for sigmas in ([0.12, 0.0], [1.0, 0.75, 0.5, 0.25, 0.0], uneven(8, to=0.0), uneven(3, start=0.4, to=0.0)):
+        end = integrate(solver, towards, torch.ones_like(target), sigmas, noise=_noise(target))
         error = float((end - target).abs().max())
-        demand(error < 1e-9, f"a point mass is missed by {error:.2g} over {[round(s, 3) for s in levels]}")
+        demand(error < 1e-9, f"a point mass is missed by {error:.2g} over {[round(s, 3) for s in sigmas]}")
 
 
 def _noise(like: Tensor) -> Callable[[], Tensor]:
@@ -161,7 +161,7 @@ def _items(solver: Solver, order: float) -> None:
 
 
 def _evals(solver: Solver, order: float) -> None:
-    levels, counted = _even(5), list[list[float]]()
+    sigmas, counted = _even(5), list[list[float]]()
 
     def counting(x: Tensor, sigma: float) -> Tensor:
         counted[-1].append(sigma)
@@ -169,11 +169,11 @@ def _evals(solver: Solver, order: float) -> None:
 
     counted.append([])
     x = _data()
-    integrate(solver, counting, x, levels, noise=_noise(x), on_step=lambda step: counted.append([]))
+    integrate(solver, counting, x, sigmas, noise=_noise(x), on_step=lambda step: counted.append([]))
     asked = tuple(sigma for step in counted for sigma in step)
-    claimed = tuple(solver.points(levels))
+    claimed = tuple(solver.points(sigmas))
     if solver.estimated:
-        demand(bool(claimed) and max(claimed) <= levels[0] and min(claimed) >= 0, f"its points are {claimed}")
+        demand(bool(claimed) and max(claimed) <= sigmas[0] and min(claimed) >= 0, f"its points are {claimed}")
         return
     demand(asked == claimed, f"it asks for the field at {asked}, and its points say {claimed}")
     full = len(counted[2])
@@ -184,12 +184,12 @@ def _tolerance(solver: Solver, order: float) -> None:
     if not isinstance(solver, AdaptiveSolver):
         return
     x, wrong = _data(5), list[float]()
-    for levels in ([0.9, 0.2], [1.0, 0.4, 0.0]):
+    for sigmas in ([0.9, 0.2], [1.0, 0.4, 0.0]):
         want = integrate(
-            RK4(), MIXTURE.velocity, x, [levels[0] + (levels[-1] - levels[0]) * i / 1000 for i in range(1001)]
+            RK4(), MIXTURE.velocity, x, [sigmas[0] + (sigmas[-1] - sigmas[0]) * i / 1000 for i in range(1001)]
         )
         for tolerance in (1e-3, 1e-6):
-            got = integrate(replace(solver, tolerance=tolerance), MIXTURE.velocity, x, levels)
+            got = integrate(replace(solver, tolerance=tolerance), MIXTURE.velocity, x, sigmas)
             wrong.append(float((got - want).abs().max()) / tolerance)
     demand(max(wrong) < 30, f"its error is {max(wrong):.2g} times its tolerance")
 
@@ -200,7 +200,7 @@ def _variance(solver: StochasticSolver, n: int) -> float:
     Both are linear, so the end is a sum of unit responses: item 0 begins at 1 without noise, item i begins at 0 and has
     noise 1 in step i alone. Its variance is the sum of their squares, the first times the variance at the start.
     """
-    levels = [0.9 - 0.8 * i / n for i in range(n + 1)]
+    sigmas = [0.9 - 0.8 * i / n for i in range(n + 1)]
 
     def true(s: float) -> float:
         return s * s + (1 - s) ** 2
@@ -210,8 +210,8 @@ def _variance(solver: StochasticSolver, n: int) -> float:
 
     unit = torch.eye(n + 1, dtype=torch.float64)[:, :, None]
     draws = iter(range(1, n + 1))
-    response = integrate(solver, velocity, unit[0], levels, noise=lambda: unit[next(draws)]).square().flatten()
-    return float(response[0] * true(levels[0]) + response[1:].sum()) / true(levels[-1])
+    response = integrate(solver, velocity, unit[0], sigmas, noise=lambda: unit[next(draws)]).square().flatten()
+    return float(response[0] * true(sigmas[0]) + response[1:].sum()) / true(sigmas[-1])
 
 
 def _marginal(solver: Solver, order: float) -> None:

@@ -49,7 +49,7 @@ step_counts: SearchStrategy[int] = st.integers(1, 1000) | st.sampled_from([1, 2,
 starts: SearchStrategy[float] = st.sampled_from([1.0, 0.12]) | st.floats(0.001, 1.0)
 """Levels that a schedule begins at, in (0, 1]; 1 and 0.12 (refinement) more often."""
 
-levels: SearchStrategy[float] = st.floats(0.001, 0.999)
+sigmas: SearchStrategy[float] = st.floats(0.001, 0.999)
 """Noise levels that are neither clean nor noise alone."""
 
 models: SearchStrategy[ModelInfo] = st.sampled_from([FLUX, SCHNELL, QWEN])
@@ -161,7 +161,7 @@ def specs(draw: DrawFn, *, space: LatentSpace = TOY.space) -> Spec:
     """Facts of pictures or latents that are not square, a batch of 1 to 3; latents clean or at any level."""
     batch, (height, width) = draw(st.integers(1, 3)), draw(sizes(space=space))
     if draw(st.booleans()):
-        sigma = draw(st.just(0.0) | levels)
+        sigma = draw(st.just(0.0) | sigmas)
         return Latents(batch, height // space.downscale, width // space.downscale, space, sigma)
     return Pixels(batch, height, width)
 
@@ -181,7 +181,7 @@ def chains(draw: DrawFn, *, model: ModelInfo = TOY) -> AnyChain:
     few = plain_schedules(steps=st.integers(1, 4))
     stages: list[AnyStage] = [Sample(height, width, draw(few), solver=draw(solvers)), Decode()]
     if draw(st.booleans()):
-        stages += [Upscale(Lanczos(2)), Encode(), Reinject(draw(levels)), Refine(draw(few)), Decode()]
+        stages += [Upscale(Lanczos(2)), Encode(), Reinject(draw(sigmas)), Refine(draw(few)), Decode()]
     if draw(st.booleans()):
         stages.append(Quantise())
     return AnyChain(tuple(stages))
