@@ -30,7 +30,7 @@ from mrflow.records.chains import encode_chain
 from mrflow.records.pictures import check_writable, write_bytes
 from mrflow.scenes.grammar import held_out_captions
 from mrflow.scenes.score import other_captions, score
-from mrflow.sweep import controls, family, paired, seed_of
+from mrflow.sweep import compare_differences, controls, family, seed_of
 from mrflow.sweep import interval as mean_of
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
@@ -189,7 +189,9 @@ def scored(
         category: by_caption([(c, a[category] - b[category]) for c, a, b in triples if category in a])
         for category in (categories if both else [])
     }
-    judged = family({name: paired("score", each, draws=4000) for name, each in differences.items() if each})
+    judged = family(
+        {name: compare_differences("score", each, draws=4000) for name, each in differences.items() if each}
+    )
 
     heads = [*columns, *(["staged - native 50, paired"] if both else [])]
     lines = [f"| category | pictures | captions | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]

@@ -28,9 +28,21 @@ from mrflow.models import info
 from mrflow.scenes.hard import HARD, HardWorld, held_out_hard_captions
 from mrflow.scenes.looks import LOOKS
 from mrflow.stage import AnyChain
-from mrflow.sweep import Comparison, Legible, Prompt, Row, Sweep, compare, family, interval, paired, run_sweep, values
+from mrflow.sweep import (
+    Comparison,
+    Legible,
+    Prompt,
+    Row,
+    Sweep,
+    compare,
+    compare_differences,
+    family,
+    interval,
+    run_sweep,
+    values,
+)
 from mrflow.sweep.control_rows import controls
-from mrflow.sweep.statistics import MIN_PROMPTS, by_pair, differences, grouped
+from mrflow.sweep.statistics import MIN_PROMPTS, by_pair, differences, group_rows
 from mrflow.sweep.summary import load_rows
 from mrflow.sweep.timing import speedup
 
@@ -114,9 +126,9 @@ def losses(rows: Rows, label: str) -> dict[tuple[str, str], tuple[Comparison, Co
                 for text in lost[1]
                 if len(lost[0].get(text, ())) == len(lost[1][text])
             }
-            base[look, name] = paired(metric, lost[0], draws=4000)
+            base[look, name] = compare_differences(metric, lost[0], draws=4000)
             for i, each in enumerate((lost[1], both)):
-                tested[look, name, i] = paired(metric, each, draws=4000, share=None if i == 0 else False)
+                tested[look, name, i] = compare_differences(metric, each, draws=4000, share=None if i == 0 else False)
     tested = family(tested)
     return {key: (found, tested[*key, 0], tested[*key, 1]) for key, found in base.items()}
 
@@ -161,7 +173,7 @@ def every_row(rows: Rows) -> list[str]:
     """For each model a table of all its chains: the share read, beside native sampling's; one family a model."""
     lines = list[str]()
     for model, mine in rows.items():
-        by_chain = grouped(mine, lambda r: r.chain)
+        by_chain = group_rows(mine, lambda r: r.chain)
         names = [name for name in CATEGORIES if any(r.tags["category"] == name for r in mine)]
         tests: dict[tuple[str, str], Comparison] = {}
         for label in by_chain:

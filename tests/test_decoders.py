@@ -87,7 +87,7 @@ def test_a_tiny_autoencoder_decodes_as_diffusers_does(tmp_path: Path) -> None:
     save_file(own, tmp_path / "taef1_decoder.safetensors")
     alone = mf.TinyDecoder(str(tmp_path / "taef1_decoder.safetensors"))
     assert torch.equal(alone(z), ours(z))
-    assert alone.recorded()["path"] == "taef1_decoder.safetensors" and alone.sha256 != ours.sha256
+    assert alone.to_record()["path"] == "taef1_decoder.safetensors" and alone.sha256 != ours.sha256
 
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 
 from mrflow.backbone import Backbone
 from mrflow.errors import NonFiniteError, PlanError
-from mrflow.scenes import FULL, CaptionError, Scene, fidelity, fidelity_many, law_distance, parse, render, sample_scene
+from mrflow.scenes import (
+    FULL,
+    CaptionError,
+    Scene,
+    fidelity,
+    fidelity_many,
+    law_distance,
+    parse_caption,
+    render,
+    sample_scene,
+)
 from mrflow.scenes.fidelity import _displacement, _spectrum  # pyright: ignore[reportPrivateUsage]
 from mrflow.scenes.fit import Adjustable, Edge, FreePart, Slot, Values, fit
 from mrflow.scenes.letters import Array
@@ -120,7 +130,7 @@ def test_the_distance_from_the_law_is_the_area_between_the_distributions() -> No
 
 @pytest.mark.parametrize(("right", "down"), [(2, 0), (0, -2), (-1, 2)])
 def test_a_shift_that_the_caption_leaves_open_moves_the_place_alone(right: int, down: int) -> None:
-    picture = np.roll(pixels(parse(STAR)), (down, right), (1, 2))
+    picture = np.roll(pixels(parse_caption(STAR)), (down, right), (1, 2))
     unmoved(fidelity(picture, STAR))
     image = picture.transpose(1, 2, 0)
     x, y = fit(image, OpenScene.of(STAR, image)).parts[1].values
@@ -129,7 +139,7 @@ def test_a_shift_that_the_caption_leaves_open_moves_the_place_alone(right: int, 
 
 def test_a_shift_that_the_caption_does_not_leave_open_displaces_edges() -> None:
     """Words are centred: two pixels to the right displace an upright stroke by 2 and a level one by 0."""
-    picture = np.roll(pixels(parse("the big blue word HHI")), 2, 2)
+    picture = np.roll(pixels(parse_caption("the big blue word HHI")), 2, 2)
     found = fidelity(picture, "the big blue word HHI")
     assert 1.4 < found["edge"] < 2
     assert found["boundary_iou"] < 0.4 and found["psnr"] < 25
@@ -147,7 +157,7 @@ def test_a_shift_that_the_caption_does_not_leave_open_displaces_edges() -> None:
 def test_a_thing_of_another_size_displaces_its_edges_by_as_many_pixels(
     caption: str, per_radius: float, width: float, more: float
 ) -> None:
-    found = fidelity(pixels(grown(parse(caption), more)), caption)
+    found = fidelity(pixels(grown(parse_caption(caption), more)), caption)
     apart = abs(more) * per_radius
     assert found["edge"] == pytest.approx(apart, rel=0.1)
     assert found["boundary_iou"] == pytest.approx((2 * width - apart) / (2 * width + apart), abs=0.09)
@@ -156,7 +166,7 @@ def test_a_thing_of_another_size_displaces_its_edges_by_as_many_pixels(
 
 @pictures
 def test_a_blur_takes_each_band_s_known_part_and_little_else(caption: str) -> None:
-    found = fidelity(blurred(pixels(parse(caption)), 1.0), caption)
+    found = fidelity(blurred(pixels(parse_caption(caption)), 1.0), caption)
     unmoved(found, but=("psnr", "boundary_iou", "edge", "corner", "glyph", "expression", "spectrum"))
     for band in (2, 3, 4):
         low, high = (1 - math.exp(-2 * (math.pi * f / 8) ** 2) for f in (band - 1, band))
@@ -168,7 +178,7 @@ def test_a_blur_takes_each_band_s_known_part_and_little_else(caption: str) -> No
 
 @pictures
 def test_ringing_overshoots_at_corners_and_in_fine_bands(caption: str) -> None:
-    picture = pixels(parse(caption))
+    picture = pixels(parse_caption(caption))
     found = fidelity(np.clip(2 * picture - blurred(picture, 1.5), 0, 1), caption)
     assert found["spectrum.1"] < 0.2 and min(found["spectrum.2"], found["spectrum.3"], found["spectrum.4"]) > 0.35
     assert found.get("corner", 2) > 1.3 and found["edge"] < 0.15
@@ -177,7 +187,7 @@ def test_ringing_overshoots_at_corners_and_in_fine_bands(caption: str) -> None:
 @pytest.mark.parametrize("caption", [PICTURES[1], WORD, FACE])
 @pytest.mark.parametrize("band", [2, 4])
 def test_noise_in_a_band_shows_in_that_band_by_its_power(caption: str, band: int) -> None:
-    picture, ring = pixels(parse(caption)), frequency() * 8
+    picture, ring = pixels(parse_caption(caption)), frequency() * 8
     noise = filtered(np.random.default_rng(0).standard_normal((N, N)), ((ring >= band - 1) & (ring < band)) * 1.0)
     noise *= 0.01 / noise.std()
     found = fidelity(0.03 + 0.94 * picture + noise, caption)  # away from 0 and 1, where noise would be cut
@@ -194,7 +204,7 @@ def test_noise_in_a_band_shows_in_that_band_by_its_power(caption: str, band: int
 
 @pictures
 def test_another_tint_moves_its_ranks_alone(caption: str) -> None:
-    scene = parse(caption)
+    scene = parse_caption(caption)
     tints = ((0.80, 0.95, 0.95), (0.99, 0.99, 0.99), (0.83, 0.83, 0.83))
     scenes = [replace(scene, background=replace(scene.background, tint=tint)) for tint in tints]
     cyan, light, dark = (fidelity(pixels(s), caption) for s in scenes)
@@ -208,7 +218,7 @@ def test_a_cut_corner_lowers_the_corners_and_little_else() -> None:
     """Each of a square's four tips is overpainted by the ground, 1 x 1 to 3 x 3 pixels in a picture of 256."""
     kept = [1.0]
     for cut in (1, 2, 3):
-        picture, corners = pixels(parse(SQUARE)), OpenScene(parse(SQUARE)).corners
+        picture, corners = pixels(parse_caption(SQUARE)), OpenScene(parse_caption(SQUARE)).corners
         for x, y in corners:
             column, row = (math.floor(v * N) if v < 0.5 else math.ceil(v * N) - cut for v in (x, y))
             picture[:, row : row + cut, column : column + cut] = picture[:, :1, :1]
@@ -225,7 +235,7 @@ def test_a_symbol_on_its_way_to_another_has_that_margin(share: float) -> None:
     """O and Q, happy and surprised: 1 - 2 share, until another wrong symbol is nearer."""
 
     def mixed(a: str, b: str) -> dict[str, float]:
-        return fidelity((1 - share) * pixels(parse(a)) + share * pixels(parse(b)), a)
+        return fidelity((1 - share) * pixels(parse_caption(a)) + share * pixels(parse_caption(b)), a)
 
     word = mixed("the big blue word QQQ", "the big blue word QQO")
     assert word["glyph"] == pytest.approx(1 - 2 * share / 3, abs=0.04)
@@ -236,7 +246,7 @@ def test_a_symbol_on_its_way_to_another_has_that_margin(share: float) -> None:
 
 
 def test_many_are_scored_one_by_one_and_bad_ones_refused() -> None:
-    two = np.stack([pixels(parse(STAR), 64), pixels(parse(WORD), 64)])
+    two = np.stack([pixels(parse_caption(STAR), 64), pixels(parse_caption(WORD), 64)])
     assert fidelity_many(two, [STAR, WORD]) == [fidelity(two[0], STAR), fidelity(two[1], WORD)]
     with pytest.raises(PlanError, match="2 pictures but 1 captions"):
         fidelity_many(two, [STAR])
@@ -340,7 +350,7 @@ def test_colours_places_and_phases_of_another_world_are_fitted() -> None:
 
 
 def test_as_a_metric_of_a_sweep() -> None:
-    picture = torch.from_numpy(pixels(parse(WORD), 64))
+    picture = torch.from_numpy(pixels(parse_caption(WORD), 64))
     made = Measured(picture, WORD, 0, {}, cast("Backbone", None))
     found = Fidelity()(made)
     assert found == {f"fit.{name}": value for name, value in fidelity(picture, WORD).items()}

@@ -22,7 +22,7 @@ from mrflow.errors import PromiseError
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Forecast, ModelInfo
 from mrflow.noise import Noise
-from mrflow.protocols.pieces import Pieces, Step
+from mrflow.protocols.pieces import Pieces, TransformerStep
 from mrflow.protocols.upscaler import Upscaler
 from mrflow.rivals.growth import grow
 from mrflow.solvers import History
@@ -309,7 +309,7 @@ class Caches(SpoiledCache):
     def rule(self, info: ModelInfo, levels: Sequence[float]) -> Rule:
         return super().rule(info, levels)
 
-    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> TransformerStep:
         step = super().make_step(pieces, clock, info)
 
         def twice(*args: Tensor, key: object = None) -> Tensor:

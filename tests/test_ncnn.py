@@ -202,4 +202,4 @@ def test_is_taken_by_its_word(tmp_path: Path, net: RRDBNet) -> None:
 
     taken = upscaler(str(path))
     assert isinstance(taken, mrflow.Checkpoint) and taken.scale == 4
-    assert taken.recorded()["path"] == "x4.param"
+    assert taken.to_record()["path"] == "x4.param"

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 import mrflow as mf
 from mrflow.display import html
-from mrflow.display.sheet import GAP, MARGIN, compare
+from mrflow.display.sheet import GAP, MARGIN, draw_comparison
 from mrflow.records.pictures import Images, strip
 from mrflow.sweep import run_sweep
 from tests.test_sweep import SIZE, paper
@@ -149,7 +149,7 @@ def test_real_ipython_picks_the_tables_and_the_strip(result: mf.Result) -> None:
 
 def test_pairs_stand_side_by_side(result: mf.Result) -> None:
     other = mf.run(mf.recipes.native(size=SIZE, steps=2), mf.toy(), ["a", EVIL], seed=(1, 2))
-    sheet = compare(result, other)
+    sheet = draw_comparison(result, other)
     width, height = SIZE[1], SIZE[0]
     for i in range(2):
         for place, made in enumerate((result, other)):
@@ -168,7 +168,7 @@ def test_small_pictures_cut_no_line_of_their_sheet(result: mf.Result, monkeypatc
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
     one = mf.run(paper(), mf.toy(), "a red ring at the top", seed=1)
-    sheet = compare(one, one)
+    sheet = draw_comparison(one, one)
     assert any(words.endswith("x as fast") for _, words in drawn)
     assert "a red ring at the top (seed 1)" in [words for _, words in drawn]
     assert max(right for right, _ in drawn) <= sheet.width - MARGIN + 1

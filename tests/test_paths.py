@@ -31,7 +31,7 @@ TAKERS: dict[str, Callable[..., object]] = {
     "record": mf.read_record,
     "replay": mf.replay,
     "replay files": lambda path: mf.replay("nowhere.png", files=[path]),
-    "lora": lambda path: mf.Lora(path).recorded(),
+    "lora": lambda path: mf.Lora(path).to_record(),
     "upscaler": mf.load_upscaler,
     "checkpoint": mf.Checkpoint,
     "latent checkpoint": mf.LatentCheckpoint,

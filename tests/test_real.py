@@ -148,13 +148,13 @@ def test_a_real_reader_scores_words(
 
 
 def test_the_reader_reads_the_embedded_worlds_words() -> None:
-    from mrflow.scenes.grammar import parse
+    from mrflow.scenes.grammar import parse_caption
     from mrflow.scenes.render import render
 
     captions = [f"the big blue word {w}" for w in ("CAT", "SUN", "HAPPY", "TREE")]
     read = []
     for caption in captions:
-        picture = render(parse(caption), 256)
+        picture = render(parse_caption(caption), 256)
         read.append(read_array((255 * picture).round().astype(np.uint8)))
     right = [a.upper() == c.rsplit(" ", 1)[1] for a, c in zip(read, captions, strict=True)]
     assert sum(right) >= 3, read

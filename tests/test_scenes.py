@@ -20,12 +20,12 @@ from mrflow.scenes import (
     CaptionError,
     World,
     chance,
-    compare,
-    parse,
-    read,
+    parse_caption,
+    read_facts,
     render,
     sample_scene,
     score,
+    score_facts,
     score_many,
     stray,
 )
@@ -49,7 +49,7 @@ def blurred(drawn: Array) -> Array:
 
 
 def picture(caption: str, *, size: int = 128) -> Array:
-    return pixels(render(parse(caption), size))
+    return pixels(render(parse_caption(caption), size))
 
 
 @cache
@@ -67,7 +67,7 @@ def examples(world: World, *, count: int = 120) -> tuple[Array, list[str]]:
 @given(seed=seeds)
 def test_a_caption_says_all_facts_but_jitter_and_tint(world: World, seed: int) -> None:
     drawn = sample_scene(world, random.Random(seed))
-    said = parse(drawn.caption)
+    said = parse_caption(drawn.caption)
     assert said.kind == drawn.kind
     assert replace(said.background, tint=drawn.background.tint) == drawn.background
     assert [replace(o, x=0, y=0) for o in said.objects] == [replace(o, x=0, y=0) for o in drawn.objects]
@@ -106,7 +106,7 @@ def test_sampling_depends_on_the_seed_alone_and_stays_in_its_world(world: World,
 )
 def test_errors_name_the_word_where_reading_stopped(caption: str, message: str) -> None:
     with pytest.raises(CaptionError) as caught:
-        parse(caption)
+        parse_caption(caption)
     assert message in str(caught.value)
 
 
@@ -168,8 +168,8 @@ def test_slightly_bad_pictures_are_still_read(fault: str) -> None:
 def test_blank_pictures_score_zero(level: float) -> None:
     _, captions = examples(FULL)
     blank = np.full((3, 128, 128), level, np.float32)
-    facts = read(blank)
-    assert all(compare(facts, caption).overall == 0 for caption in captions)
+    facts = read_facts(blank)
+    assert all(score_facts(facts, caption).overall == 0 for caption in captions)
 
 
 def test_noise_scores_near_zero() -> None:
@@ -248,11 +248,11 @@ def test_tensors_and_arrays_score_alike() -> None:
 
 
 def test_facts_are_told_in_one_line() -> None:
-    circle = str(read(picture("a big red circle at the left on coarse stripes")))
+    circle = str(read_facts(picture("a big red circle at the left on coarse stripes")))
     assert circle == "red circle of radius 0.21 at (0.25, 0.50); stripes ground of period 0.25"
-    assert "word 'FOX' of height 0.20; plain ground" in str(read(picture("the medium pink word FOX")))
-    assert "face (sad)" in str(read(picture("a small sad face at the left")))
-    assert str(read(np.zeros((3, 64, 64), np.float32))) == "nothing: no pale ground"
+    assert "word 'FOX' of height 0.20; plain ground" in str(read_facts(picture("the medium pink word FOX")))
+    assert "face (sad)" in str(read_facts(picture("a small sad face at the left")))
+    assert str(read_facts(np.zeros((3, 64, 64), np.float32))) == "nothing: no pale ground"
 
 
 def test_a_caption_outside_the_grammar_is_refused_before_the_picture_is_read() -> None:
@@ -262,9 +262,9 @@ def test_a_caption_outside_the_grammar_is_refused_before_the_picture_is_read() -
 
 def test_unusable_pictures_are_refused() -> None:
     with pytest.raises(PlanError, match=r"shape \(128, 128, 3\) cannot be scored; give \(3, side, side\)"):
-        read(np.zeros((128, 128, 3), np.float32))
+        read_facts(np.zeros((128, 128, 3), np.float32))
     with pytest.raises(NonFiniteError, match="NaN"):
-        read(np.full((3, 64, 64), np.nan, np.float32))
+        read_facts(np.full((3, 64, 64), np.nan, np.float32))
     with pytest.raises(PlanError, match="2 pictures but 1 captions"):
         score_many(np.ones((2, 3, 64, 64), np.float32), ["two red circles"])
 
@@ -306,7 +306,7 @@ def test_what_the_caption_does_not_name_is_stray() -> None:
 def test_a_thing_far_from_its_place_is_not_there(away: float, right: float) -> None:
     """`left` is still the nearest place of what lies further left, but not where it is."""
     caption = "a small red circle at the left"
-    scene = parse(caption)
+    scene = parse_caption(caption)
     moved = replace(scene, objects=tuple(replace(o, x=0.25 - 0.7 * away, y=0.5 - 0.7 * away) for o in scene.objects))
     found = score(render(moved, 256).transpose(2, 0, 1) / 255, caption)
     assert (found.alignment, found.position) == (1.0, right)

@@ -245,13 +245,13 @@ def test_tiles_equal_the_whole(state: State, tmp_path: Path) -> None:
 
 
 def _count(up: Network) -> list[int]:
-    calls, call = [0], up.opened.call
+    calls, call = [0], up.network.call
 
     def counted(net: nn.Module, x: Tensor) -> Tensor:
         calls[0] += 1
         return call(net, x)
 
-    up.opened.call = counted
+    up.network.call = counted
     return calls
 
 
@@ -290,7 +290,7 @@ class Made(Network):
     dtype: Any = None
 
     @cached_property
-    def opened(self) -> OpenedNetwork:
+    def network(self) -> OpenedNetwork:
         def call(net: nn.Module, x: Tensor) -> Tensor:
             sides.append((len(x), *x.shape[-2:], x.dtype))
             if x.shape[-1] * x.shape[-2] > self.limit:
@@ -397,7 +397,7 @@ def test_a_picture_with_a_network_from_a_file_is_replayed(tmp_path: Path, monkey
 def test_one_file_is_read_once_and_two_files_of_one_name_are_two(tmp_path: Path) -> None:
     file = _file(tmp_path, compact())
     a, b = mf.Checkpoint(file), mf.Checkpoint(file, tile=64)
-    assert a.opened is b.opened and a != b and a == mf.Checkpoint(file)
+    assert a.network is b.network and a != b and a == mf.Checkpoint(file)
     _file(tmp_path, compact(seed=1))
     c = mf.Checkpoint(file)
-    assert c.opened is not a.opened and c != a
+    assert c.network is not a.network and c != a

@@ -16,7 +16,7 @@ import mrflow as mf
 from mrflow import metrics
 from mrflow.sweep import ClipScore, Lpips, Measured, ReadText, Row, compare, interval, pareto, seed_of, values
 from mrflow.sweep.significance import clopper_pearson, holm, sign_flip, student
-from mrflow.sweep.statistics import family, paired
+from mrflow.sweep.statistics import compare_differences, family
 from mrflow.sweep.timing import seconds, speedup
 
 
@@ -131,9 +131,11 @@ def test_where_all_succeed_the_interval_is_exact() -> None:
     assert (half.low, half.high) == pytest.approx((0.0667, 0.6525), abs=1e-4)
     mixed = interval({"a": [1.0, 0.0], "b": [1.0]}, share=True)  # no plain shares: as before
     assert mixed == interval({"a": [1.0, 0.0], "b": [1.0]})
-    same = paired("score", {str(i): [0.0] for i in range(48)}).difference
+    same = compare_differences("score", {str(i): [0.0] for i in range(48)}).difference
     assert -same.low == same.high == pytest.approx(1 - 0.025 ** (1 / 48))
-    assert paired("sharpness", {str(i): [0.0] for i in range(48)}).difference.high == 0  # no share: nothing is known
+    assert (
+        compare_differences("sharpness", {str(i): [0.0] for i in range(48)}).difference.high == 0
+    )  # no share: nothing is known
 
 
 def null(rng: np.random.Generator, prompts: int) -> dict[str, list[float]]:
@@ -147,7 +149,7 @@ def test_a_table_of_methods_that_are_alike_shows_an_arrow_in_at_most_6_per_cent(
     rng, tables = np.random.default_rng(5), 500
     corrected = alone = 0
     for _ in range(tables):
-        found = {i: paired("m", null(rng, 24), draws=1) for i in range(8)}
+        found = {i: compare_differences("m", null(rng, 24), draws=1) for i in range(8)}
         alone += any(one.verdict in ("higher", "lower") for one in found.values())
         corrected += any(one.verdict in ("higher", "lower") for one in family(found).values())
     assert corrected / tables <= 0.06
@@ -177,7 +179,7 @@ def test_skewed_differences_show_more_false_verdicts_the_fewer_the_prompts(
 
 def test_a_family_still_finds_what_differs() -> None:
     rng = np.random.default_rng(6)
-    found = {i: paired("m", {k: [v[0] + (i == 3)] for k, v in null(rng, 24).items()}) for i in range(12)}
+    found = {i: compare_differences("m", {k: [v[0] + (i == 3)] for k, v in null(rng, 24).items()}) for i in range(12)}
     judged = family(found)
     assert {i for i, one in judged.items() if one.verdict == "higher"} == {3} and judged[3].family == 12
     assert judged[3].p is not None and judged[3].adjusted == pytest.approx(12 * judged[3].p)
@@ -185,7 +187,9 @@ def test_a_family_still_finds_what_differs() -> None:
 
 def test_few_prompts_get_no_verdict_and_do_not_weaken_others() -> None:
     many, few = ({str(i): [1.0 + i / 100] for i in range(n)} for n in (20, 19))
-    found = family({"many": paired("m", many), **{f"few {i}": paired("m", few) for i in range(9)}})
+    found = family(
+        {"many": compare_differences("m", many), **{f"few {i}": compare_differences("m", few) for i in range(9)}}
+    )
     assert found["many"].verdict == "higher" and found["many"].family == 1
     assert found["few 0"].verdict == "too few prompts" and found["few 0"].adjusted is None
 

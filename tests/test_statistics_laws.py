@@ -7,7 +7,7 @@ from scipy import stats
 import mrflow as mf
 from mrflow.sweep import compare, interval
 from mrflow.sweep.significance import clopper_pearson, rule_of_three, sign_flip
-from mrflow.sweep.statistics import SHARES, array, caveat, is_share, number, paired
+from mrflow.sweep.statistics import SHARES, array, caveat, compare_differences, is_share, number
 from tests.test_statistics import row
 
 
@@ -60,8 +60,10 @@ def test_a_share_with_spread_has_no_caveat() -> None:
 
 def test_level_and_draws_reach_the_interval() -> None:
     groups = {str(i): [v] for i, v in enumerate(np.random.default_rng(0).normal(0, 1, 30))}
-    assert paired("m", groups, level=0.7, draws=9, seed=5).difference == interval(groups, level=0.7, draws=9, seed=5)
-    same = paired("m", {str(i): [0.0] for i in range(30)}, level=0.7, share=True)
+    assert compare_differences("m", groups, level=0.7, draws=9, seed=5).difference == interval(
+        groups, level=0.7, draws=9, seed=5
+    )
+    same = compare_differences("m", {str(i): [0.0] for i in range(30)}, level=0.7, share=True)
     assert (same.difference.low, same.difference.high) == (
         -clopper_pearson(0, 30, 0.7)[1],
         clopper_pearson(0, 30, 0.7)[1],

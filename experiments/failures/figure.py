@@ -6,7 +6,7 @@ from pathlib import Path
 from experiments.failures.details import DETAILS
 from experiments.failures.tables import CELL, curve
 from mrflow.sweep import Row, interval
-from mrflow.sweep.statistics import grouped
+from mrflow.sweep.statistics import group_rows
 
 STRONG = {"native": "#0072b2", "staged": "#d55e00", "truth, staged path": "#d55e00", "truth, autoencoder": "#0072b2"}
 PALETTE = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b", "#bcbd22", "#17becf")
@@ -23,7 +23,7 @@ def draw(rows: Sequence[Row], path: Path, *, size: int, low: int, methods: Seque
     from matplotlib import pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "mrflow"
-    chains = grouped(rows, lambda r: r.chain)
+    chains = group_rows(rows, lambda r: r.chain)
     labels = [label for label in methods or chains if label in chains and label != "truth"]
     kinds = [name for name, d in DETAILS.items() if any(len(curve(chains[label], d)) > 1 for label in labels)]
     figure, panels = plt.subplots(1, len(kinds), figsize=(3.4 * len(kinds), 4.4), layout="constrained", squeeze=False)

@@ -10,8 +10,8 @@ from typing import Any
 import mrflow as mf
 from experiments.failures.questions import SPEEDS
 from mrflow.records.files import write_bytes
-from mrflow.sweep import Comparison, Interval, Row, compare, family, interval, values
-from mrflow.sweep.statistics import MIN_PROMPTS, grouped
+from mrflow.sweep import Comparison, ConfidenceInterval, Row, compare, family, interval, values
+from mrflow.sweep.statistics import MIN_PROMPTS, group_rows
 from mrflow.sweep.timing import speedup
 
 METRIC = "legible"
@@ -25,7 +25,7 @@ def table_of(rows: Sequence[Row], reference: str, *, size: int, low: int) -> Tab
     At each speed, every method is held against the one that reads most there: sign-flip tests, corrected together over
     all speeds (Holm, 5 %). Differences from the reference are another such family.
     """
-    chains = grouped(rows, lambda r: r.chain)
+    chains = group_rows(rows, lambda r: r.chain)
     scores = {label: values(mine, METRIC) for label, mine in chains.items()}
     means = {label: interval(found, draws=4000, share=True) for label, found in scores.items() if found}
     at = {label: place(label) for label in means if label != reference}
@@ -174,7 +174,7 @@ def _flops(rows: Sequence[Row]) -> float:
     return sum(found) / len(found)
 
 
-def _ends(found: Interval | None) -> list[float | None] | None:
+def _ends(found: ConfidenceInterval | None) -> list[float | None] | None:
     """Mean, low and high, rounded; None for an end that is not known."""
     if found is None:
         return None

@@ -9,7 +9,7 @@ from experiments.failures.details import DETAILS, Detail
 from experiments.failures.questions import LOSSES
 from experiments.studies.common import SIGNS
 from mrflow.sweep import Comparison, Row, compare, family, interval, values
-from mrflow.sweep.statistics import MIN_PROMPTS, grouped
+from mrflow.sweep.statistics import MIN_PROMPTS, group_rows
 from mrflow.sweep.timing import speedup
 
 CELL = 8  # pixels of a latent cell
@@ -28,7 +28,7 @@ def curve(rows: Sequence[Row], detail: Detail) -> Curve:
 def crossings(rows: Sequence[Row]) -> dict[str, dict[str, Crossing]]:
     """By method and kind of detail: the size at which half is legible."""
     out: dict[str, dict[str, Crossing]] = {}
-    for label, mine in grouped(rows, lambda r: r.chain).items():
+    for label, mine in group_rows(rows, lambda r: r.chain).items():
         curves = {name: curve(mine, detail) for name, detail in DETAILS.items()}
         out[label] = {name: crossing(each) for name, each in curves.items() if len(each) > 1}
     return out
@@ -36,7 +36,7 @@ def crossings(rows: Sequence[Row]) -> dict[str, dict[str, Crossing]]:
 
 def half_legible(rows: Sequence[Row], *, size: int, low: int, reference: str) -> list[str]:
     """A line a method: the size at which half is legible, in per cent of the side, pixels and low-stage cells."""
-    chains, found = grouped(rows, lambda r: r.chain), crossings(rows)
+    chains, found = group_rows(rows, lambda r: r.chain), crossings(rows)
     kinds = [name for name in DETAILS if any(name in each for each in found.values())]
     if not kinds:
         return ["No size at which half is legible can be said: each detail was asked at one size alone."]
@@ -63,7 +63,7 @@ def by_size(rows: Sequence[Row], reference: str) -> list[str]:
 
     All arrows are one family of sign-flip tests (Holm); rows that begin with the truth have none.
     """
-    chains = grouped(rows, lambda r: r.chain)
+    chains = group_rows(rows, lambda r: r.chain)
     columns = [
         (name, size)
         for name, detail in DETAILS.items()
@@ -103,7 +103,7 @@ def by_size(rows: Sequence[Row], reference: str) -> list[str]:
 
 def budget(rows: Sequence[Row]) -> list[str]:
     """What each stage loses, by kind and size of detail: paired differences, which add up to the whole loss."""
-    chains = grouped(rows, lambda r: r.chain)
+    chains = group_rows(rows, lambda r: r.chain)
     sizes = [(n, s) for n, d in DETAILS.items() for s in d.sizes if _part(rows, n, s)]
     names = [name for name, pair in LOSSES.items() if all(label in chains for label in pair)]
     found: dict[tuple[str, str, str], Comparison] = {}
@@ -137,7 +137,7 @@ def cheapest(rows: Sequence[Row], reference: str, *, keep: float = 0.95) -> list
     Kept is said where the whole interval of the paired difference lies above -(1 - keep) of the reference's score. With
     fewer than 72 captions of a size, no method can be shown to keep 95 %.
     """
-    chains = grouped(rows, lambda r: r.chain)
+    chains = group_rows(rows, lambda r: r.chain)
     lines = [
         f"The fastest that keeps {keep:.0%} of what {reference} reads, its 95 % interval included.",
         "",

@@ -18,11 +18,22 @@ from pathlib import Path
 import mrflow as mf
 from experiments.studies.common import LOW, SCORE, SIGNS, SIZE
 from mrflow.models import info
-from mrflow.sweep import Comparison, Interval, Row, Sweep, compare, controls, family, interval, run_sweep, values
+from mrflow.sweep import (
+    Comparison,
+    ConfidenceInterval,
+    Row,
+    Sweep,
+    compare,
+    controls,
+    family,
+    interval,
+    run_sweep,
+    values,
+)
 from mrflow.sweep.local import Progress
 from mrflow.sweep.plots import write_plots
 from mrflow.sweep.report import write_report
-from mrflow.sweep.statistics import MIN_PROMPTS, grouped
+from mrflow.sweep.statistics import MIN_PROMPTS, group_rows
 from mrflow.sweep.summary import load_rows, summarise
 from mrflow.sweep.timing import speedup
 
@@ -78,7 +89,7 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
 
     All arrows of a table are one family of tests; rows that begin with the truth have none, and no speed.
     """
-    chains = grouped(rows, lambda r: r.chain)
+    chains = group_rows(rows, lambda r: r.chain)
     base = chains[reference]
     yardsticks = {label for label, mine in chains.items() if any(r.rendered for r in mine)}
     apart = {reference, *yardsticks}
@@ -143,7 +154,7 @@ def _part(rows: list[Row], by: str | None, group: str | None) -> list[Row]:
     return rows if by is None or group is None else [r for r in rows if r.tags.get(by) == group]
 
 
-def _speed(fast: Interval | None) -> str:
+def _speed(fast: ConfidenceInterval | None) -> str:
     if fast is None:
         return ""
     return f"{fast.mean:.1f}" + ("" if math.isnan(fast.low) else f" [{fast.low:.1f}, {fast.high:.1f}]")

@@ -7,7 +7,7 @@ from experiments.studies.common import SCORE
 from mrflow.sweep import Row, interval, values
 from mrflow.sweep.aims import BUILT_IN
 from mrflow.sweep.plots import axis_label
-from mrflow.sweep.statistics import grouped, is_share
+from mrflow.sweep.statistics import group_rows, is_share
 from mrflow.sweep.timing import speedup
 
 METHODS = {  # colour and marker, the same in every figure
@@ -34,7 +34,7 @@ def speed_figure(
 
     plt.rcParams["svg.hashsalt"] = "mrflow"
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(9, 8), layout="constrained", sharex=True)
-    by_chain = grouped(rows, lambda r: r.chain)
+    by_chain = group_rows(rows, lambda r: r.chain)
     fast = {label: speedup(by_chain[reference], mine) for label, mine in by_chain.items()}
     for axes, metric in ((upper, SCORE), (lower, f"{SCORE}.letters")):
         lines: dict[str, list[tuple[float, float, float, float]]] = {}

@@ -30,7 +30,7 @@ from mrflow.errors import MrflowError
 from mrflow.models import choose_device
 from mrflow.models.pocket.model import SMALL
 from mrflow.records.pictures import write_bytes
-from mrflow.scenes.grammar import POCKET_1, held_out_captions, parse
+from mrflow.scenes.grammar import POCKET_1, held_out_captions, parse_caption
 from mrflow.sweep import seed_of
 
 SIZE, AUTOENCODER_STEPS, WIDTH, HEAD = 128, 1700, 128, 32
@@ -80,7 +80,7 @@ def arm(run: Run, name: str, captions: list[str]) -> None:
     model = flow.backbone(net, auto, run.device, SMALL)
     chain = mf.recipes.native(size=(SIZE, SIZE), steps=12)
     drawn = pocket_scores.pictures(chain, model, captions, [seed_of(c, 0) for c in captions], batch=25)
-    renders = unit(rendered([parse(caption) for caption in captions], SIZE))
+    renders = unit(rendered([parse_caption(caption) for caption in captions], SIZE))
     with torch.inference_mode():
         back = autoencoder.round_trip(autoencoder.loaded(auto, run.device), renders)
     result = {

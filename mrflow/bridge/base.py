@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mrflow._checks import is_number
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.blocks import BlockNames, opened_forward
+from mrflow.bridge.blocks import BlockNames, open_forward
 from mrflow.bridge.facts import check_encoders
 from mrflow.bridge.version import Watch, version_of
 from mrflow.display.notes import note
@@ -153,7 +153,7 @@ class Bridged(ABC):
 
     def network(self, step: StepFactory | None) -> Callable[..., Any]:
         """The transformer's forward, with a cache's step in the place of its blocks where one is given."""
-        return self.pipe.transformer if step is None else opened_forward(self.pipe.transformer, self.family, step)
+        return self.pipe.transformer if step is None else open_forward(self.pipe.transformer, self.family, step)
 
     def check(self, options: FieldOptions) -> None:
         """Refuse what the pipeline cannot do; adapters are its own business.
@@ -309,7 +309,7 @@ class KLBridged(Bridged):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped."""
         scale, shift = self.normal()
-        return decoded(self, latents / scale + shift)
+        return decode(self, latents / scale + shift)
 
     def normal(self) -> tuple[float, float]:
         """scaling_factor, above 0, and shift_factor, 0 where there is none."""
@@ -338,7 +338,7 @@ def posterior(model: Bridged, pixels: Tensor, noise: Tensor | None, *, frame: bo
         return z.to(model.device)
 
 
-def decoded(model: Bridged, z: Tensor, *, frame: bool = False) -> Tensor:
+def decode(model: Bridged, z: Tensor, *, frame: bool = False) -> Tensor:
     """Pixels in [0, 1] of the autoencoder's own latents."""
     vae = model.pipe.vae
     with model.working(moved=frame or has_hooks(vae)):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mrflow.bridge.version import unwrap
 from mrflow.errors import PlanError
 from mrflow.models.lora import graft
-from mrflow.protocols.pieces import Step, StepFactory
+from mrflow.protocols.pieces import StepFactory, TransformerStep
 
 Call = Mapping[str, Any]
 
@@ -117,7 +117,7 @@ class Held(nn.Module):
 class Stack(nn.Module):
     """In the place of all blocks: a step decides which of them run."""
 
-    def __init__(self, pieces: BridgedPieces, step: Step, before: Held | None = None) -> None:
+    def __init__(self, pieces: BridgedPieces, step: TransformerStep, before: Held | None = None) -> None:
         super().__init__()
         self.pieces, self.step = pieces, step
         self.before = [before]  # in a list, so that it is no submodule
@@ -164,7 +164,7 @@ class OpenedForward:
         return hook.post_forward(self.inner, type(self.inner).forward(self.copy, *args, **kwargs))
 
 
-def opened_forward(net: Any, family: BlockNames, factory: StepFactory) -> OpenedForward:  # noqa: ANN401
+def open_forward(net: Any, family: BlockNames, factory: StepFactory) -> OpenedForward:  # noqa: ANN401
     """A transformer's forward with a step in the place of its blocks. `net` is left as it is.
 
     Raises:

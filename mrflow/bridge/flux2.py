@@ -13,7 +13,7 @@ from mrflow.bridge.base import (
     Bridged,
     check_batch,
     check_condition,
-    decoded,
+    decode,
     has_hooks,
     keepable,
     posterior,
@@ -147,7 +147,7 @@ class BridgedFlux2(Bridged):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped."""
         mean, std = self._normal(latents)
-        return decoded(self, unpatchify(latents * std + mean))
+        return decode(self, unpatchify(latents * std + mean))
 
     def _normal(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The batch norm's running mean and deviation, (1, channels, 1, 1)."""

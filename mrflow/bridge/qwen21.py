@@ -12,7 +12,7 @@ from mrflow.bridge.base import (
     BRIDGED,
     check_batch,
     check_condition,
-    decoded,
+    decode,
     has_hooks,
     keepable,
     posterior,
@@ -136,4 +136,4 @@ class BridgedQwen21(BridgedQwen):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped, without alpha."""
         mean, std = self.normal()
-        return decoded(self, latents * std + mean, frame=True)[:, :3]
+        return decode(self, latents * std + mean, frame=True)[:, :3]

@@ -23,7 +23,7 @@ from mrflow.caches.memory import CachedStep
 from mrflow.errors import PlanError, RecordError
 from mrflow.flow import Velocity
 from mrflow.model_info import Capabilities, Forecast, ModelInfo
-from mrflow.protocols.pieces import Pieces, Step, StepFactory
+from mrflow.protocols.pieces import Pieces, StepFactory, TransformerStep
 from mrflow.protocols.tokens import TokenVelocity, on_tokens
 from mrflow.records.chains import fingerprint
 
@@ -84,7 +84,7 @@ class Cache(ABC):
             return Forecast(asked, min(asked, max(1, self.estimate(asked))), kept, exact=False)
         return Forecast(asked, computed, kept, exact=True)
 
-    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> TransformerStep:
         """The step that one field takes; what it remembers dies with it."""
         return CachedStep(self, pieces, clock, info)
 

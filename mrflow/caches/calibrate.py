@@ -18,7 +18,7 @@ from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance, own_guidance
 from mrflow.model_info import Capabilities, ModelInfo
-from mrflow.protocols.pieces import Pieces, Step, StepFactory
+from mrflow.protocols.pieces import Pieces, StepFactory, TransformerStep
 from mrflow.schedules import Schedule
 from mrflow.solvers import Euler
 from mrflow.spec import Latents, check_size
@@ -94,7 +94,7 @@ class Recording(Cache):
         """Everything is computed."""
         return lambda look: True
 
-    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> TransformerStep:
         """The step that writes down."""
         return self.step(pieces)
 

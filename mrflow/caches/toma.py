@@ -19,7 +19,7 @@ from mrflow.display.notes import add_forwards
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.models.layers import Merge, Rope, TokenMerge
-from mrflow.protocols.pieces import Pieces, Step
+from mrflow.protocols.pieces import Pieces, TransformerStep
 
 
 @runtime_checkable
@@ -92,7 +92,7 @@ class ToMA(Cache):
         per_tile = self.tile**2
         return tokens // per_tile * math.floor(per_tile * self.ratio)
 
-    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> TransformerStep:
         """The step that merges.
 
         Raises:

@@ -29,7 +29,7 @@ class Lora:
         object.__setattr__(self, "path", str(self.path))
         require(is_number(self.strength, -100, 100), "strength", "a number from -100 to 100", self.strength)
 
-    def recorded(self) -> dict[str, object]:
+    def to_record(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
         digest = self.sha256 or read_adapter(self.path)[1]
         return {
@@ -61,7 +61,7 @@ class PiFlow:
         require(t is None or t == "auto" or is_number(t, 0, 1), "temperature", "from 0 to 1, 'auto' or None", t)
         check_whole("substeps", self.substeps, 1, 4096)
 
-    def recorded(self) -> dict[str, object]:
+    def to_record(self) -> dict[str, object]:
         """The fields that go into a record: no folder names but the adapter's own."""
         file, digest = located_folder(self.path, self.sha256)
         name = file.name if file.parent.name in ("", ".") else f"{file.parent.name}/{file.name}"

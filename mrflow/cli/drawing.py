@@ -175,7 +175,7 @@ def draw(
         native = run(ready.other, ready.others)
         err.print(sheet.stage_table(native, width(err)))
         speedup = native.seconds / result.seconds
-        side = png(sheet.compare(result, native))
+        side = png(sheet.draw_comparison(result, native))
         beside = ready.target.with_stem(f"{ready.target.stem}-compare")
         paths += save_free(lambda path: {path: side}, beside, options.out, beside, 1, options.force)
         err.print(f"staged {result.seconds:.2f} s, native {native.seconds:.2f} s: {speedup:.1f}x faster")

@@ -18,7 +18,7 @@ from mrflow.errors import PlanError
 from mrflow.models.digests import verify
 from mrflow.records.files import cache_folder
 from mrflow.records.pictures import read_image, read_record, to_images
-from mrflow.records.replay import inspect_file, is_checkpoint, recorded_model, replay
+from mrflow.records.replay import inspect_file, is_checkpoint, model_of_record, replay
 from mrflow.result import result_files
 from mrflow.sweep.rows import Row
 from mrflow.sweep.store import Store
@@ -92,7 +92,7 @@ def replay_picture(err: Console, asked: ReplayOptions) -> None:
     types = [kind for each in asked.own or () for kind in own_types(each)]
     pixels = read_image(asked.start) if asked.start is not None else None
     before = read_image(picture) if asked.check else None
-    backbone = load_model(asked.model or recorded_model(record), asked.loading)
+    backbone = load_model(asked.model or model_of_record(record), asked.loading)
     result = replay(picture, model=backbone, types=types, start=pixels, files=asked.file or ())
     said: dict[str, object] = {"paths": [], "seconds": result.seconds}
     if target is not None:

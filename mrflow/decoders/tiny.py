@@ -49,7 +49,7 @@ class TinyDecoder(Decoder):
         object.__setattr__(self, "sha256", found)
         _ = self.net
 
-    def recorded(self) -> dict[str, object]:
+    def to_record(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
         return {"path": Path(self.path).name, "space": self.space, "sha256": self.sha256}
 

@@ -70,7 +70,7 @@ def warm_up(chains: Sequence[AnyChain], model: "Backbone", batch: int, prompt: s
         run(brief, model, [prompt] * batch)
 
 
-def compare(staged: Result, native: Result) -> Image.Image:
+def draw_comparison(staged: Result, native: Result) -> Image.Image:
     """One labelled sheet: for each prompt and seed the two pictures side by side, two such pairs a row."""
     width, height = staged.images[0].size
     across = min(PAIRS, len(staged.images))

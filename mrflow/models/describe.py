@@ -49,7 +49,7 @@ def enlarges(file: Path) -> list[str]:
     """The super-resolution network of a file, mrflow's own or spandrel's; a problem where it is none."""
     try:
         found = load_upscaler(file)
-        net = type(cast(Any, found).opened.net).__name__
+        net = type(cast(Any, found).network.net).__name__
         return [f"network   super-resolution, {net}, scale {found.scale} (--sr {file.name})"]
     except MrflowError as error:
         return [f"problem   {error}"]

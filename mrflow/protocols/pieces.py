@@ -35,7 +35,7 @@ class Pieces(Protocol):
 
 
 @runtime_checkable
-class Step(Protocol):
+class TransformerStep(Protocol):
     """Image tokens, the text stream, rotations and modulations to the velocity's tokens."""
 
     def __call__(
@@ -45,5 +45,5 @@ class Step(Protocol):
         ...
 
 
-StepFactory = Callable[[Pieces], Step]
+StepFactory = Callable[[Pieces], TransformerStep]
 """Given a network's pieces, the step to take in the network's own place; it may remember what it likes."""

@@ -39,7 +39,7 @@ def encode(value: object) -> Plain:
     if isinstance(value, Sequence):
         return [encode(v) for v in cast(Sequence[object], value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = getattr(value, "recorded", None)  # a class may say what of its fields belongs into a record
+        own = getattr(value, "to_record", None)  # a class may say what of its fields belongs into a record
         plain = (
             own() if own is not None else {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         )
@@ -110,7 +110,7 @@ def _decode(data: object, allowed: Mapping[str, type], depth: int = 0) -> object
     if unknown := sorted(set(fields) - known):
         raise RecordError(f"the record gives {name} the unknown field {unknown[0]!r}; was it made by a newer mrflow?")
     values = {k: _decode(v, allowed, depth + 1) for k, v in fields.items()}
-    if hasattr(cls, "recorded"):
+    if hasattr(cls, "to_record"):
         values |= {k: _given(values[k]) for k in FILES if k in values}
     try:
         return cls(**values)

@@ -19,7 +19,7 @@ from mrflow.runner import run
 from mrflow.stage import AnyChain
 
 
-def recorded_model(record: dict[str, object]) -> str:
+def model_of_record(record: dict[str, object]) -> str:
     """The file of the embedded model that made a picture: a record is data from outside, and loads no other.
 
     Raises:
@@ -59,7 +59,7 @@ def replay(
         raise RecordError(f"{path}: its record lacks the prompt, seed, negative or model")
     if "start" in record and start is None:
         raise RecordError(f"{path} was made from a picture ({record['start']}); give it, --start FILE or start=")
-    backbone = load(recorded_model(record)) if model is None else model
+    backbone = load(model_of_record(record)) if model is None else model
     weights = record.get("weights")
     if backbone.info.name != name or backbone.info.version != weights:
         raise RecordError(

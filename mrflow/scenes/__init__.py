@@ -10,7 +10,7 @@ from mrflow.scenes.grammar import Scene as Scene
 from mrflow.scenes.grammar import World as World
 from mrflow.scenes.grammar import held_out as held_out
 from mrflow.scenes.grammar import held_out_captions as held_out_captions
-from mrflow.scenes.grammar import parse as parse
+from mrflow.scenes.grammar import parse_caption as parse_caption
 from mrflow.scenes.grammar import sample_caption as sample_caption
 from mrflow.scenes.grammar import sample_scene as sample_scene
 from mrflow.scenes.hard import HARD as HARD
@@ -20,13 +20,13 @@ from mrflow.scenes.legible import hard_score as hard_score
 from mrflow.scenes.legible import hard_score_many as hard_score_many
 from mrflow.scenes.legible import read_parts as read_parts
 from mrflow.scenes.reading import Facts as Facts
-from mrflow.scenes.reading import read as read
+from mrflow.scenes.reading import read_facts as read_facts
 from mrflow.scenes.render import render as render
 from mrflow.scenes.score import CATEGORIES as CATEGORIES
 from mrflow.scenes.score import Scores as Scores
 from mrflow.scenes.score import chance as chance
-from mrflow.scenes.score import compare as compare
 from mrflow.scenes.score import other_captions as other_captions
 from mrflow.scenes.score import score as score
+from mrflow.scenes.score import score_facts as score_facts
 from mrflow.scenes.score import score_many as score_many
 from mrflow.scenes.stray import stray as stray

@@ -1,8 +1,8 @@
 """What a procedural scene is, how it is said in words, and how the words are read back.
 
 A `Scene` is a small tree of facts (objects, faces, words, background). `caption` says the facts in plain English;
-`parse` reads such a sentence back into the same facts, so that a picture can be scored against its caption alone.
-Coordinates are fractions of the picture's side, x to the right and y down, so a scene has no resolution.
+`parse_caption` reads such a sentence back into the same facts, so that a picture can be scored against its caption
+alone. Coordinates are fractions of the picture's side, x to the right and y down, so a scene has no resolution.
 """
 
 import hashlib
@@ -194,7 +194,7 @@ def sample_scene(world: World, rng: random.Random) -> Scene:
     names = [name for name, _ in world.kinds]
     kind = rng.choices(names, [weight for _, weight in world.kinds])[0]
     caption = _sample_caption(world, kind, rng)
-    return fill(parse(caption), world, rng)
+    return fill(parse_caption(caption), world, rng)
 
 
 def fill(scene: Scene, world: World, rng: random.Random) -> Scene:
@@ -274,7 +274,7 @@ def plural(shape: str) -> str:
 _SINGULAR = {plural(shape): shape for shape in SHAPES}
 
 
-def parse(caption: str) -> Scene:
+def parse_caption(caption: str) -> Scene:
     """Read a caption back into its scene, without jitter and on the default tint.
 
     Raises:

@@ -197,7 +197,7 @@ def parse_hard(caption: str) -> Scene:
             scene = _BODIES[kind](cursor)
             cursor.end()
             return replace(scene, caption=caption)
-    return grammar.parse(caption)
+    return grammar.parse_caption(caption)
 
 
 class _Cursor(grammar.Words):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrflow.scenes.fit import Box, Edge, FreePart, Slot, Values
-from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, FULL, LETTERS, SKIN, Face, Object, Scene, Word, parse
+from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, FULL, LETTERS, SKIN, Face, Object, Scene, Word, parse_caption
 from mrflow.scenes.letters import Array
 from mrflow.scenes.reading import find_tint
 from mrflow.scenes.render import INK, STROKE, letter_boxes, render
@@ -36,7 +36,7 @@ class OpenScene:
         Raises:
             CaptionError: the caption is outside the grammar.
         """
-        scene, tint = parse(caption), find_tint(image)
+        scene, tint = parse_caption(caption), find_tint(image)
         if tint is not None:
             scene = replace(scene, background=replace(scene.background, tint=_three(tint.tolist())))
         return cls(scene)
@@ -44,7 +44,7 @@ class OpenScene:
     @property
     def parts(self) -> Sequence[FreePart]:
         """The ground's three channels, then (x, y) of objects and faces and y of words."""
-        named = parse(self.scene.caption)
+        named = parse_caption(self.scene.caption)
         ground = FreePart((0.0, 0.0, 1.0, 1.0), self.scene.background.tint, ("paint",) * 3, ((0.0, 1.0),) * 3)
         parts = [ground]
         things: list[Object | Face] = [*self.scene.objects, *self.scene.faces]
@@ -92,7 +92,7 @@ class OpenScene:
         """Of the tint's mean (`tint`), its channels' spread (`cast`) and the things' RMS jitter (`place`)."""
         tint = np.asarray(self.scene.background.tint)
         means, spreads = _tints()
-        moved, named = self.parts[1:], OpenScene(parse(self.scene.caption)).parts[1:]
+        moved, named = self.parts[1:], OpenScene(parse_caption(self.scene.caption)).parts[1:]
         jitter = [a - b for p, q in zip(moved, named, strict=True) for a, b in zip(p.values, q.values, strict=True)]
         rms = math.sqrt(sum(v * v for v in jitter) / len(jitter)) / self.jitter
         return {

@@ -69,7 +69,7 @@ class Facts:
         return "; ".join([*parts, f"{texture} ground" + ("" if texture == "plain" else f" of period {period:g}")])
 
 
-def read(pixels: Array | Tensor) -> Facts:
+def read_facts(pixels: Array | Tensor) -> Facts:
     """What is in a picture, float (3, side, side) in [0, 1], without knowing what should be."""
     image = _working_copy(pixels)
     tint = find_tint(image)

@@ -1,7 +1,8 @@
 """Holds the facts that were read from a picture against its caption, without a network.
 
-`read` never sees the caption, `compare` never sees the picture. A thing counts as *the named thing* if its shape or its
-colour is the named one, so that a picture with one wrong fact loses the category of that fact and no other.
+`read_facts` never sees the caption, `score_facts` never sees the picture. A thing counts as *the named thing* if its
+shape or its colour is the named one, so that a picture with one wrong fact loses the category of that fact and no
+other.
 """
 
 import math
@@ -12,9 +13,9 @@ from itertools import permutations
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.scenes.grammar import FACE_RADIUS, OBJECT_RADIUS, PLACES, Face, Object, Scene, Word, parse
+from mrflow.scenes.grammar import FACE_RADIUS, OBJECT_RADIUS, PLACES, Face, Object, Scene, Word, parse_caption
 from mrflow.scenes.letters import Array
-from mrflow.scenes.reading import Facts, nearest_size, read
+from mrflow.scenes.reading import Facts, nearest_size, read_facts
 
 CATEGORIES = ("alignment", "counting", "position", "text", "faces", "detail")
 PLACE_RADIUS = 0.15  # how far from its named place a thing may be, as a fraction of the side
@@ -48,8 +49,8 @@ def score(pixels: Array | Tensor, caption: str) -> Scores:
     Raises:
         CaptionError: the caption is outside the grammar. PlanError: the picture cannot be scored.
     """
-    parse(caption)  # refused before the picture is read
-    return compare(read(pixels), caption)
+    parse_caption(caption)  # refused before the picture is read
+    return score_facts(read_facts(pixels), caption)
 
 
 def score_many(pixels: Array | Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -70,7 +71,7 @@ def chance(pixels: Array | Tensor, captions: Sequence[str]) -> dict[str, float]:
 
 def other_captions(captions: Sequence[str]) -> list[str | None]:
     """For each caption the next different one of its own kind, going round; None where there is no such caption."""
-    kinds = [parse(caption).kind for caption in captions]
+    kinds = [parse_caption(caption).kind for caption in captions]
     out: list[str | None] = []
     for i, caption in enumerate(captions):
         later = (j % len(captions) for j in range(i + 1, i + len(captions)))
@@ -92,14 +93,14 @@ def _means(scores: Iterable[Scores]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- facts to scores
 
 
-def compare(facts: Facts, caption: str) -> Scores:
+def score_facts(facts: Facts, caption: str) -> Scores:
     """Hold the facts of a picture against a caption.
 
     alignment: the share of named looks (shape, colour, size) that is right; objects beyond the named ones count as
     wrong, except where their number is itself named (counting). counting, position, faces, detail: right or wrong.
     text: letters right over the longer of the two words.
     """
-    wanted = parse(caption)
+    wanted = parse_caption(caption)
     detail: float | None = None
     if wanted.background.texture != "plain":
         ground, said = facts.ground, wanted.background

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mrflow.scenes.grammar import COLOURS, SKIN, parse
+from mrflow.scenes.grammar import COLOURS, SKIN, parse_caption
 from mrflow.scenes.letters import Array, length
 from mrflow.scenes.reading import find_tint, scorable
 from mrflow.scenes.render import INK, TEXTURE
@@ -31,7 +31,7 @@ def stray(pixels: Array | Tensor, caption: str) -> float:
 
 def stray_mask(pixels: Array | Tensor, caption: str) -> NDArray[np.bool_]:
     """Which pixels are stray, (side, side)."""
-    scene, image = parse(caption), scorable(pixels)
+    scene, image = parse_caption(caption), scorable(pixels)
     tint = find_tint(image)
     if tint is None:
         return np.ones(image.shape[:2], bool)

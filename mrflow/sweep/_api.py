@@ -26,11 +26,11 @@ from mrflow.sweep.metrics import Ssim as Ssim
 from mrflow.sweep.metrics import Stray as Stray
 from mrflow.sweep.rows import Row as Row
 from mrflow.sweep.statistics import Comparison as Comparison
-from mrflow.sweep.statistics import Interval as Interval
+from mrflow.sweep.statistics import ConfidenceInterval as ConfidenceInterval
 from mrflow.sweep.statistics import compare as compare
+from mrflow.sweep.statistics import compare_differences as compare_differences
 from mrflow.sweep.statistics import family as family
 from mrflow.sweep.statistics import interval as interval
-from mrflow.sweep.statistics import paired as paired
 from mrflow.sweep.statistics import pareto as pareto
 from mrflow.sweep.statistics import values as values
 from mrflow.sweep.store import Store as Store

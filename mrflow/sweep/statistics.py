@@ -28,7 +28,7 @@ CHUNK = 4_000_000  # indices drawn at once, to bound memory
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A mean and its interval; `units` are the prompts (of times: the timed batches) that it was made from.
 
     The ends are NaN where there is no interval.
@@ -56,7 +56,7 @@ class Comparison:
     """
 
     metric: str
-    difference: Interval
+    difference: ConfidenceInterval
     p: float | None
     verdict: Verdict
     missing: int = 0
@@ -73,7 +73,7 @@ def interval(
     draws: int = 10_000,
     seed: int = 0,
     share: bool = False,
-) -> Interval:
+) -> ConfidenceInterval:
     """The mean over all pictures and its interval; `values` are those of each prompt's pictures.
 
     Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): prompts are drawn with replacement; with more than
@@ -94,12 +94,12 @@ def interval(
     each = sums / sizes
     if share and np.isin(each, (0, 1)).all() and 1 in (len({*sizes}), len({*each})):
         ends = clopper_pearson(int(each.sum()), len(groups), level)
-        return Interval(float(each.mean()), *ends, len(groups), int(sizes.sum()))
+        return ConfidenceInterval(float(each.mean()), *ends, len(groups), int(sizes.sum()))
     mean = float(sums.sum() / sizes.sum())
     if len(groups) > MANY:
         reach = NormalDist().inv_cdf((1 + level) / 2) * float(np.square(sums - mean * sizes).sum()) ** 0.5
         reach /= float(sizes.sum())
-        return Interval(mean, mean - reach, mean + reach, len(groups), int(sizes.sum()))
+        return ConfidenceInterval(mean, mean - reach, mean + reach, len(groups), int(sizes.sum()))
     if draws * len(groups) <= CHUNK:
         times = _times(len(groups), draws, seed)
         means = (times @ sums) / (times @ sizes)
@@ -110,10 +110,10 @@ def interval(
             pick = rng.integers(0, len(groups), (min(step, draws - start), len(groups)))
             means[start : start + step] = sums[pick].sum(1) / sizes[pick].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high), len(groups), int(sizes.sum()))
+    return ConfidenceInterval(mean, float(low), float(high), len(groups), int(sizes.sum()))
 
 
-def caveat(values: Mapping[str, Sequence[float]], found: Interval, *, share: bool) -> str:
+def caveat(values: Mapping[str, Sequence[float]], found: ConfidenceInterval, *, share: bool) -> str:
     """What a reader must know of an interval that shows no spread; empty for all others.
 
     A share that is 1 (or 0) for each of n prompts: failures (successes) may still be as frequent as 1 - 0.05^(1/n),
@@ -185,7 +185,7 @@ def compare(
 
     def one(keys: Sequence[tuple[str, int]]) -> Comparison:
         kept = {key: mine[key] for key in keys}
-        return paired(metric, differences(kept, theirs), level=level, draws=draws, seed=seed)
+        return compare_differences(metric, differences(kept, theirs), level=level, draws=draws, seed=seed)
 
     tags = {(row.prompt, row.draw): row.tags.get(by, "") for row in a} if by is not None else {}
     names = sorted({tags[key] for key in shared}) if by is not None else []
@@ -210,7 +210,7 @@ def differences(
     return out
 
 
-def paired(
+def compare_differences(
     metric: str,
     differences: Mapping[str, Sequence[float]],
     *,
@@ -251,19 +251,19 @@ def family(found: Mapping[K, Comparison], *, level: float = 0.95) -> dict[K, Com
     tested = [(key, group, one.p) for key, group, one in flat if one.p is not None]
     adjusted = {(key, g): p for (key, g, _), p in zip(tested, holm([p for *_, p in tested]), strict=True)}
 
-    def judged(key: K, group: str | None, one: Comparison) -> Comparison:
+    def judge(key: K, group: str | None, one: Comparison) -> Comparison:
         p, verdict = adjusted.get((key, group)), one.verdict
         if p is not None:
             verdict = "no difference shown" if p > 1 - level else "higher" if one.difference.mean > 0 else "lower"
         return replace(one, adjusted=p, verdict=verdict, family=len(tested))
 
     return {
-        key: replace(judged(key, None, c), groups={name: judged(key, name, g) for name, g in c.groups.items()})
+        key: replace(judge(key, None, c), groups={name: judge(key, name, g) for name, g in c.groups.items()})
         for key, c in found.items()
     }
 
 
-def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+def group_rows(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
     """Rows by what `key` says, in the order of first appearance."""
     out: dict[str, list[Row]] = {}
     for row in rows:

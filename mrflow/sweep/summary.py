@@ -14,16 +14,16 @@ from mrflow.sweep.rows import Row, row_key, seed_of
 from mrflow.sweep.statistics import (
     MIN_PROMPTS,
     Comparison,
-    Interval,
+    ConfidenceInterval,
     by_pair,
     caveat,
+    compare_differences,
     differences,
     family,
-    grouped,
+    group_rows,
     interval,
     is_share,
     number,
-    paired,
     values,
 )
 from mrflow.sweep.store import Store, read
@@ -90,12 +90,12 @@ def summarise(
     Comparisons of the table of methods, over all metrics, are one family; those of a tag's table are one each. Rows
     that begin with the truth are yardsticks: they have no speed-up, and are not compared.
     """
-    by_chain, said = grouped(rows, lambda r: r.chain), said or {}
+    by_chain, said = group_rows(rows, lambda r: r.chain), said or {}
     metrics = metrics_of(rows)
     tags = sorted({tag for row in rows for tag in row.tags})
     base = by_chain.get(reference, [])
     parts = {
-        (label, tag): grouped((r for r in mine if tag in r.tags), lambda r, t=tag: r.tags[t])  # type: ignore[misc]
+        (label, tag): group_rows((r for r in mine if tag in r.tags), lambda r, t=tag: r.tags[t])  # type: ignore[misc]
         for label, mine in by_chain.items()
         for tag in tags
     }
@@ -225,7 +225,7 @@ def missing(rows: Sequence[Row], metric: str, said: Mapping[str, Any]) -> list[t
     return found.most_common()
 
 
-def _plain(found: Interval | None) -> dict[str, Any] | None:
+def _plain(found: ConfidenceInterval | None) -> dict[str, Any] | None:
     if found is None:
         return None
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.__dict__.items()}
@@ -258,7 +258,7 @@ def _family(
         theirs = by_pair(base, metric)
         for place, rows in parts.items():
             if between := differences(by_pair(rows, metric), theirs):
-                found[place, metric] = paired(metric, between, draws=draws)
+                found[place, metric] = compare_differences(metric, between, draws=draws)
     out: dict[Place, dict[str, Any]] = {}
     size = 0
     for (place, metric), one in family(found).items():

@@ -14,7 +14,7 @@ from mrflow.errors import PlanError
 from mrflow.records.files import write_bytes
 from mrflow.sweep.aims import Scale
 from mrflow.sweep.rows import Row
-from mrflow.sweep.statistics import Interval, caveat, grouped, interval, is_share, number, values
+from mrflow.sweep.statistics import ConfidenceInterval, caveat, group_rows, interval, is_share, number, values
 from mrflow.sweep.store import Store
 from mrflow.sweep.summary import load_rows, metrics_of, scales
 from mrflow.sweep.timing import speedup
@@ -68,7 +68,7 @@ def table(folder: str | Path, *metrics: str) -> Table:
         raise PlanError(f"no row of {folder} has the metric {missing[0]!r}; there are {', '.join(known) or 'none'}")
     chosen = metrics or tuple([name for name in known if "." not in name][:MOST])
     which = scales(rows, Store(folder).manifest())
-    chains, notes = grouped(rows, lambda r: r.chain), dict[str, None]()
+    chains, notes = group_rows(rows, lambda r: r.chain), dict[str, None]()
     base = chains.get(reference, [])
     lines: list[tuple[str, ...]] = []
     for label, mine in chains.items():
@@ -98,7 +98,7 @@ def _cell(rows: Sequence[Row], metric: str, notes: dict[str, None]) -> str:
     return f"{whole.mean:.3f} *" if said and whole.low == whole.high else _spread(whole, 3) + (" *" if said else "")
 
 
-def _spread(found: Interval, digits: int) -> str:
+def _spread(found: ConfidenceInterval, digits: int) -> str:
     if math.isnan(found.low):
         return f"{found.mean:.{digits}f}"
     return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"

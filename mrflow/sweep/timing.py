@@ -7,16 +7,16 @@ import numpy as np
 
 from mrflow.sweep.rows import Row
 from mrflow.sweep.significance import student
-from mrflow.sweep.statistics import Interval, grouped
+from mrflow.sweep.statistics import ConfidenceInterval, group_rows
 
 
-def seconds(rows: Sequence[Row], *, level: float = 0.95) -> Interval | None:
+def seconds(rows: Sequence[Row], *, level: float = 0.95) -> ConfidenceInterval | None:
     """Seconds a picture, with the interval over timed batches; None where nothing was timed."""
-    timed = grouped((r for r in rows if r.done and r.seconds > 0), batch_of)
+    timed = group_rows((r for r in rows if r.done and r.seconds > 0), batch_of)
     return ratio([(sum(r.seconds for r in rs), len(rs)) for rs in timed.values()], level=level) if timed else None
 
 
-def speedup(reference: Sequence[Row], rows: Sequence[Row], *, level: float = 0.95) -> Interval | None:
+def speedup(reference: Sequence[Row], rows: Sequence[Row], *, level: float = 0.95) -> ConfidenceInterval | None:
     """Seconds of the reference over seconds of these rows, over prompts and draws that both have.
 
     The ratio of sums, not the mean of ratios: how much sooner the whole set would be there. Batches of the two methods
@@ -41,7 +41,7 @@ def batch_of(row: Row) -> str:
     return row.timed or row.key
 
 
-def ratio(units: Sequence[tuple[float, float]], *, level: float, pictures: int | None = None) -> Interval:
+def ratio(units: Sequence[tuple[float, float]], *, level: float, pictures: int | None = None) -> ConfidenceInterval:
     """The ratio of two sums over units, both positive, and its interval: Student's on the logarithm, with the
     linearised variance of a ratio (Cochran 1977, section 6.4). One unit gives none.
     """
@@ -52,4 +52,4 @@ def ratio(units: Sequence[tuple[float, float]], *, level: float, pictures: int |
         spread = float(np.square(tops - mean * bottoms).sum() * n / (n - 1)) ** 0.5 / float(tops.sum())
         reach = math.exp(student(level, n - 1) * spread)
         low, high = mean / reach, mean * reach
-    return Interval(mean, low, high, n, round(float(bottoms.sum())) if pictures is None else pictures)
+    return ConfidenceInterval(mean, low, high, n, round(float(bottoms.sum())) if pictures is None else pictures)

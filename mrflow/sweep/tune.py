@@ -29,7 +29,7 @@ from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
 from mrflow.sweep.metrics import Metric
 from mrflow.sweep.rows import Row
-from mrflow.sweep.statistics import Interval, interval, pareto, values
+from mrflow.sweep.statistics import ConfidenceInterval, interval, pareto, values
 from mrflow.sweep.store import Store
 from mrflow.upscalers import Interpolate, Lanczos
 
@@ -169,7 +169,7 @@ class Trial:
     label: str
     chain: StagedChain
     flops: float
-    quality: Interval | None
+    quality: ConfidenceInterval | None
     seconds: float | None
     why: str = ""
 
@@ -231,7 +231,7 @@ def tune(
         store.open(manifest(sweep, model))
         pairs = sweep.pairs
         quarter = max(1, len(pairs) // 4)
-        found: Interval | None = None
+        found: ConfidenceInterval | None = None
         rows: list[Row] = []
         with store.holding():
             for part in (pairs[:quarter], pairs):
@@ -286,7 +286,7 @@ def tune(
     study.optimize(consider, n_trials=trials)
     whole = {t.label: t for t in tried if t.quality is not None and not t.why}
     sign = 1 if higher else -1
-    names = pareto({n: (t.flops, sign * cast(Interval, t.quality).mean) for n, t in whole.items()})
+    names = pareto({n: (t.flops, sign * cast(ConfidenceInterval, t.quality).mean) for n, t in whole.items()})
     good = [t for t in whole.values() if t.good(asked.floor, higher=higher)]
     best = min(good, key=lambda t: t.flops, default=None)
     return TuneResult(tried, best, [whole[n] for n in names])
@@ -301,7 +301,7 @@ def _optuna() -> Any:  # noqa: ANN401
     return optuna
 
 
-def _hopeless(found: Interval, asked: Tune) -> bool:
+def _hopeless(found: ConfidenceInterval, asked: Tune) -> bool:
     if found.units < 4:
         return False
     return found.high < asked.floor if asked.higher else found.low > asked.floor

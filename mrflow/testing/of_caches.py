@@ -18,7 +18,7 @@ from mrflow.models.fields import step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.layers import Merge
-from mrflow.protocols.pieces import Pieces, Step, StepFactory
+from mrflow.protocols.pieces import Pieces, StepFactory, TransformerStep
 from mrflow.testing.laws import Law, demand
 from mrflow.testing.of_slots import ALONE, POINTS
 
@@ -227,7 +227,7 @@ class SpoiledCache(Cache):
     def share(self, info: ModelInfo, tokens: int) -> float:
         return 0.0 if self.how == "share" else 1.0
 
-    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> Step:
+    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> TransformerStep:
         inner = super().make_step(pieces, clock, info)
         if self.how == "remembers":
             return _opened.setdefault("step", inner)
@@ -244,7 +244,7 @@ class SpoiledCache(Cache):
 
 
 _asked: list[int] = []
-_opened: dict[str, Step] = {}
+_opened: dict[str, TransformerStep] = {}
 _FLUX: dict[str, object] = {"info": FLUX}
 _CACHE = "the contract of `mrflow.caches.Cache`"
 CACHE_LAWS: tuple[Law, ...] = (

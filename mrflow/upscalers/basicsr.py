@@ -52,9 +52,9 @@ class BasicSR(Network):
         where, found = locate(weights, self.weights_sha256)
         object.__setattr__(self, "weights", str(where))
         object.__setattr__(self, "weights_sha256", found)
-        _ = self.opened
+        _ = self.network
 
-    def recorded(self) -> dict[str, object]:
+    def to_record(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
         return {
             "options": Path(self.options).name,
@@ -67,7 +67,7 @@ class BasicSR(Network):
         }
 
     @property
-    def opened(self) -> OpenedNetwork:
+    def network(self) -> OpenedNetwork:
         """The network, read once."""
         return _open(self.options, self.weights, self.options_sha256, self.weights_sha256, self.multiple)
 

@@ -27,7 +27,7 @@ class Checkpoint(OneFile):
     """
 
     @property
-    def opened(self) -> OpenedNetwork:
+    def network(self) -> OpenedNetwork:
         """The network, read once for all upscalers of the same file."""
         return _own(self.path, self.sha256)
 

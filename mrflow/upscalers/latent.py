@@ -54,7 +54,7 @@ class LatentCheckpoint(LatentUpscaler):
             object.__setattr__(self, name, value)
         _ = self.net
 
-    def recorded(self) -> dict[str, object]:
+    def to_record(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
         own = {"space": self.space, "skip": self.skip, "groups": self.groups}
         return {"path": Path(self.path).name, "sha256": self.sha256, **own}

@@ -89,13 +89,13 @@ class Network(Upscaler):
 
     @property
     @abstractmethod
-    def opened(self) -> OpenedNetwork:
+    def network(self) -> OpenedNetwork:
         """The network, read once."""
 
     @property
     def facts(self) -> NetworkFacts:
         """What is known of it."""
-        return self.opened.facts
+        return self.network.facts
 
     @property
     def scale(self) -> int:
@@ -140,7 +140,7 @@ class Network(Upscaler):
 
     def _at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """In a precision, or in float32 where that overflows."""
-        opened = self.opened
+        opened = self.network
         if dtype == torch.float32 or dtype in opened.unsafe:
             out = self._call_fitting(x, torch.float32)
             if not bool(torch.isfinite(out).all()):
@@ -214,7 +214,7 @@ class Network(Upscaler):
 
     def _call_batch(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The whole batch at once where that is predicted to fit, else one picture after another."""
-        opened = self.opened
+        opened = self.network
         net = opened.on(x.device, dtype)
         free = free_memory(x.device)
         need = opened.facts.values * dtype.itemsize * x.shape[-2] * x.shape[-1] * len(x)
@@ -241,9 +241,9 @@ class OneFile(Network):
         where, found = locate(self.path, self.sha256)
         object.__setattr__(self, "path", str(where))
         object.__setattr__(self, "sha256", found)
-        _ = self.opened
+        _ = self.network
 
-    def recorded(self) -> dict[str, object]:
+    def to_record(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
         return {"path": Path(self.path).name, "sha256": self.sha256, "tile": self.tile, "dtype": self.dtype}
 

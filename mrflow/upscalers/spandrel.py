@@ -28,14 +28,14 @@ class Spandrel(OneFile):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        half = self.opened.facts.half
+        half = self.network.facts.half
         if self.dtype not in (None, "float32", *half):
             safe = f"; {', '.join(half)} would work" if half else ""
             name = Path(self.path).name
             raise PlanError(f"spandrel says that the network of {name} is not safe in {self.dtype}{safe}")
 
     @property
-    def opened(self) -> OpenedNetwork:
+    def network(self) -> OpenedNetwork:
         """The network, read once for all upscalers of the same file."""
         return _open(self.path, self.sha256)
 

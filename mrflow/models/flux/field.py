@@ -11,7 +11,7 @@ from mrflow.errors import PlanError
 from mrflow.models.fields import ModulationTables
 from mrflow.models.flux.transformer import Flux, image_ids
 from mrflow.models.layers import Rope
-from mrflow.protocols.pieces import Step
+from mrflow.protocols.pieces import TransformerStep
 from mrflow.protocols.tokens import PackedField
 
 
@@ -32,7 +32,7 @@ class FluxField(PackedField):
         guidance: Tensor | None,
         *,
         sigmas: Sequence[float] | None = (),
-        step: Step,
+        step: TransformerStep,
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
         positions: Positions | None = None,
     ) -> None:

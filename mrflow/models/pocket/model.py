@@ -227,7 +227,7 @@ class Pocket(TransformerModel):
         for prompt in prompts:
             check_prompt(prompt)
         words, length = self._text.tokens.num_embeddings, len(self._text.places)
-        read = hard.parse_hard if words > len(VOCABULARY) else grammar.parse
+        read = hard.parse_hard if words > len(VOCABULARY) else grammar.parse_caption
         ids, lost = tokenise(prompts, WORDS[:words], length)
         for prompt, words in dict(zip(prompts, lost, strict=True)).items():
             if words:

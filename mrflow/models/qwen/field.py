@@ -15,7 +15,7 @@ from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
 from mrflow.models.qwen.transformer import QwenImage, packed_attention
 from mrflow.models.qwen.transformer import positions_qwen as grid_positions
-from mrflow.protocols.pieces import Step
+from mrflow.protocols.pieces import TransformerStep
 from mrflow.protocols.tokens import PackedField
 
 
@@ -46,7 +46,7 @@ class QwenField(PackedField):
         branches: Sequence[Sequence[Tensor]],
         *,
         sigmas: Sequence[float] | None = (),
-        step: Step,
+        step: TransformerStep,
         tables: Callable[[Sequence[float]], list[Tensor]],
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
         positions: Positions | None = None,

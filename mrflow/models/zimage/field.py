@@ -12,7 +12,7 @@ from mrflow.models.fields import ModulationTables
 from mrflow.models.layers import Rope
 from mrflow.models.zimage.transformer import ZImage, missing_tokens
 from mrflow.models.zimage.transformer import positions_zimage as grid_positions
-from mrflow.protocols.pieces import Step
+from mrflow.protocols.pieces import TransformerStep
 from mrflow.protocols.tokens import PackedField
 
 
@@ -31,7 +31,7 @@ class ZImageField(PackedField):
         net: ZImage,
         texts: Sequence[Tensor],
         *,
-        step: Step,
+        step: TransformerStep,
         table: ModulationTables,
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
         positions: Positions | None = None,
