@@ -1,11 +1,15 @@
 """What the site has beside the pages in docs/: pages that lie with their code, and the API from the docstrings."""
 
 import ast
+import contextlib
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[1]
@@ -23,9 +27,9 @@ ROOMS = {
         "Stages and chains",
         ("stage", "stages", "spec", "model_info", "rivals", "recipes", "students", "tiling"),
     ),
-    "running": ("Running, results, records", ("runner", "result", "records", "errors", "progress")),
-    "models": ("Models and adapters", ("models", "backbone", "adapters", "policies", "bridge")),
-    "upscalers": ("Upscalers and decoders", ("upscaler", "upscalers", "decoder", "decoders")),
+    "running": ("Running, results, records", ("runner", "result", "records", "errors", "display")),
+    "models": ("Models and adapters", ("models", "backbone", "checkpoints", "bridge")),
+    "upscalers": ("Upscalers and decoders", ("upscalers", "decoders", "protocols.upscaler", "protocols.decoder")),
     "caches": ("Caches", ("caches",)),
     "sweeps": ("Sweeps, metrics, statistics", ("sweep", "metrics")),
     "testing": ("Laws and strategies for tests", ("testing",)),
@@ -34,17 +38,87 @@ ROOMS = {
 
 
 def public() -> dict[str, list[str]]:
-    """Every public name by the page that shows it, each with its full path."""
+    """Every public name, and every type that their signatures name, by the page that shows it, each with its path."""
     found: dict[str, list[str]] = {page: [] for page in ROOMS}
-    for package in ("mrflow", "mrflow.caches", "mrflow.sweep", "mrflow.testing", "mrflow.recipes", "mrflow.metrics"):
-        for path in _names(package):
-            room = path.split(".")[1]
-            page = next((page for page, (_, rooms) in ROOMS.items() if room in rooms), None)
-            if page is None:
-                raise ValueError(f"{path} has no page of the API: give the room {room!r} a place in ROOMS, {__file__}")
-            if path not in found[page]:
-                found[page].append(path)
+    packages = ("mrflow", "mrflow.caches", "mrflow.sweep", "mrflow.testing", "mrflow.recipes", "mrflow.metrics")
+    todo: list[tuple[str, str | None]] = [(path, None) for package in packages for path in _names(package)]
+    seen = set[str]()
+    while todo:
+        path, user = todo.pop(0)  # and the page that names it
+        path, node = _definition(path)
+        if path in seen:
+            continue
+        seen.add(path)
+        room = path.removeprefix("mrflow.")
+        page = next((p for p, (_, rooms) in ROOMS.items() if any(room.startswith(f"{r}.") for r in rooms)), user)
+        if page is None:
+            raise ValueError(f"{path} has no page of the API: give its room a place in ROOMS, {__file__}")
+        found[page].append(path)
+        named = (_definition(f"{path.rpartition('.')[0]}.{name}") for name in _types_of(node) if name[0] != "_")
+        todo += [(path, page) for path, node in named if _is_type(node)]
     return found
+
+
+@cache
+def _module(name: str) -> tuple[dict[str, ast.stmt], dict[str, str]]:
+    """What a module defines, and where what it imports of mrflow comes from, by name."""
+    base = ROOT / name.replace(".", "/")
+    file = next((f for f in (base.with_suffix(".py"), base / "__init__.py") if f.is_file()), None)
+    if file is None or not name.startswith("mrflow"):
+        return {}, {}
+    tree, own, imported = ast.parse(file.read_text("utf-8")), dict[str, ast.stmt](), dict[str, str]()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            own[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            goals = node.targets if isinstance(node, ast.Assign) else [node.target]
+            own |= {goal.id: node for goal in goals if isinstance(goal, ast.Name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mrflow"):
+            imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return own, imported
+
+
+def _definition(path: str) -> tuple[str, ast.stmt | None]:
+    """Where a name is defined that others hand on, and what defines it."""
+    module, _, name = path.rpartition(".")
+    own, imported = _module(module)
+    if name in own or name not in imported:
+        return path, own.get(name)
+    return _definition(imported[name])
+
+
+def _is_type(node: ast.stmt | None) -> bool:
+    """Whether it defines a class, or a name for a type (and not a value or a type variable)."""
+    return isinstance(node, ast.ClassDef) or (
+        isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp)
+    )
+
+
+def _types_of(node: ast.AST | None) -> "Iterator[str]":
+    """The names in the signatures, fields and bases of what a module defines."""
+    if isinstance(node, ast.ClassDef):
+        for base in node.bases:
+            yield from _identifiers(base)
+        for each in node.body:
+            if isinstance(each, ast.AnnAssign):
+                yield from _identifiers(each.annotation)
+            yield from _types_of(each if isinstance(each, ast.FunctionDef) else None)
+    elif isinstance(node, ast.FunctionDef) and (node.name[0] != "_" or node.name in ("__call__", "__init__")):
+        for each in ast.walk(node.args):
+            yield from _identifiers(each.annotation if isinstance(each, ast.arg) else None)
+        yield from _identifiers(node.returns)
+    elif isinstance(node, ast.Assign) and _is_type(node):
+        yield from _identifiers(node.value)
+
+
+def _identifiers(written: ast.expr | None) -> "Iterator[str]":
+    for each in ast.walk(written) if written is not None else ():
+        if isinstance(each, ast.Name):
+            yield each.id
+        elif isinstance(each, ast.Constant) and isinstance(each.value, str):
+            with contextlib.suppress(SyntaxError):  # a quoted type, or a text of Literal
+                yield from _identifiers(ast.parse(each.value, mode="eval").body)
 
 
 def _names(package: str) -> list[str]:

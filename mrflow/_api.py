@@ -89,6 +89,7 @@ from mrflow.schedules import LinearQuadratic as LinearQuadratic
 from mrflow.schedules import LogitNormal as LogitNormal
 from mrflow.schedules import Schedule as Schedule
 from mrflow.schedules import Shifted as Shifted
+from mrflow.schedules import Sigmas as Sigmas
 from mrflow.schedules import WithShift as WithShift
 from mrflow.schedules.partial import Level as Level
 from mrflow.schedules.partial import Part as Part

@@ -5,8 +5,10 @@ import contextlib
 import importlib.util
 import re
 import shlex
+import tomllib
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -107,7 +109,19 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     api = (ROOT / "mrflow/_api.py").read_text()
     page = (ROOT / "docs/reference/names.md").read_text() + (ROOT / "docs/reference/errors.md").read_text()
-    hidden = {"Backbone", "Condition", "Context", "Event", "History", "Plan", "Spec", "Step", "Velocity", "Work"}
+    hidden = {
+        "Backbone",
+        "Condition",
+        "Context",
+        "Event",
+        "History",
+        "Plan",
+        "Sigmas",
+        "Spec",
+        "Step",
+        "Velocity",
+        "Work",
+    }
     names = (
         set(re.findall(r" as (\w+)$", api, re.M))
         - hidden
@@ -130,15 +144,58 @@ def test_every_name_of_the_reference_is_there() -> None:
     assert len(names) > 150 and not sorted(name for name in names if not there(name))
 
 
-def test_the_site_shows_every_page_and_every_public_name() -> None:
-    """What `make site` would refuse, without its packages: pages that its list leaves out, names without a page."""
+def site_hooks() -> Any:
     from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     assert spec is not None and spec.loader is not None
     hooks = module_from_spec(spec)
     spec.loader.exec_module(hooks)
-    assert sum(map(len, hooks.public().values())) > 150
+    return hooks
+
+
+def test_the_site_shows_every_page_and_every_public_name() -> None:
+    """What `make site` would refuse, without its packages: pages that its list leaves out, names without a page."""
+    hooks = site_hooks()
+    assert sum(map(len, hooks.public().values())) > 300
     listed = set(re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     pages = {str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")}
     assert pages | set(hooks.OUTSIDE) == listed
+
+
+def test_the_site_shows_what_a_slot_must_have_and_what_signatures_name() -> None:
+    (kept,) = re.findall(r'filters: \["!(.*?)"\]', (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    shown = [path for paths in site_hooks().public().values() for path in paths]
+    assert len(shown) == len(set(shown))
+    hidden, bases = list[str](), set[str]()
+    for path in shown:
+        found = attrgetter(path.rpartition(".")[2])(importlib.import_module(path.rpartition(".")[0]))
+        if not isinstance(found, type):
+            continue
+        hidden += [
+            f"{path}.{name}"
+            for name in getattr(found, "__abstractmethods__", ())
+            if re.search(kept, name) and name not in vars(object)
+        ]
+        bases |= {f"{c.__module__}.{c.__name__}" for c in found.__mro__ if c.__module__.startswith("mrflow")}
+        for each in vars(found).values():
+            for hint in getattr(each, "__annotations__", {}).values() if callable(each) else ():
+                bases |= {f"{hint.__module__}.{hint.__name__}"} if _ours(hint) else set()
+    assert not hidden
+    assert not sorted(base for base in bases - set(shown) if base.rpartition(".")[2][0] != "_")
+
+
+def _ours(hint: object) -> bool:
+    return isinstance(hint, type) and hint.__module__.startswith("mrflow")
+
+
+def test_install_names_every_extra() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = set(re.findall(r"`mrflow\[(\w+)\]`", (ROOT / "docs/install.md").read_text(encoding="utf-8")))
+    assert named == set(declared) - {"dev", "site"}  # of a checkout
+
+
+def test_readme_says_what_make_demo_writes() -> None:
+    demo = re.search(r"^demo:.*?(?=^\w)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M | re.S)
+    assert demo is not None and "--compare native --out $(OUT)/demo.png" in demo[0]
+    assert "out/demo-compare.png" in (ROOT / "README.md").read_text(encoding="utf-8")
