@@ -250,7 +250,7 @@ def test_clips_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = tokenizer_of("CLIPTokenizer", tmp_path)
+    ours = tokenizer_of("CLIPTokenizer", tmp_path, len(vocabulary))
     for text in ("a photo of a cat", "Zürich 2024, façade!", "the word «ΔELTA» isn't here", "東京 🗼 at night"):
         want = theirs(text)[0].tolist()
         got = ours(text, padding="max_length", max_length=77, truncation=True)["input_ids"]
