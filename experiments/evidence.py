@@ -28,6 +28,7 @@ SETTINGS = (
     *(f"sigma {sigma:g}" for sigma in SIGMAS),
     *("2 refining steps", "4 refining steps", "Lanczos", "latents enlarged", "lift", "SelfLift", "SPEED", "RALU"),
 )
+TAUGHT = dict.fromkeys(LOOKS, 600) | {"runes": 2400}  # steps; an alphabet takes longer than a light or outlines
 PATHS = ("truth", "autoencoder", "staged path", "mean", "other")
 
 
@@ -67,7 +68,7 @@ def pieces(
 
     scores = ("experiments.hard_scores", "--model", str(model), "--captions", str(max(2, captions)), *doses)
     scores += ("--steps", native, staged)
-    taught = ("--steps", "2", "--batch", "0.1", "--scale", "0.01") if trial else ("--steps", "600")
+    tiny = ("--batch", "0.1", "--scale", "0.01") if trial else ()
     loras = folder / "loras"
     pupil = () if student is None else ("--student", str(student))
     asked = ("experiments.transfer", "--model", str(model), "--loras", str(loras), "--captions", str(captions))
@@ -95,11 +96,13 @@ def pieces(
                     "--out",
                     str(loras),
                     "--bf16",
-                    *taught,
+                    "--steps",
+                    str(2 if trial else steps),
+                    *tiny,
                 ),
-                fixed=330.0,
+                fixed=0.55 * steps,
             )
-            for look in LOOKS
+            for look, steps in TAUGHT.items()
         ),
         Piece("transfer", (*asked, *few, *pupil, "--out", str(folder / "transfer")), captions, 31.0),
     ]
