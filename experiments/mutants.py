@@ -84,6 +84,16 @@ PARTS: Mapping[str, Part] = {
     "testing": Part(("mrflow/testing/*",), _tests("testing", "laws", "law_words", "strategies", "pytest_plugin")),
 }
 EQUIVALENT: Mapping[tuple[str, str], str] = {
+    ("mrflow.scenes.reading.find_tint", "light = pale @ np.full(3, 2 / 3, np.float32)"): (
+        "a factor of the light scales the bins, the cut and both classes alike; only their ratio and sides are used"
+    ),
+    ("mrflow.scenes.legible._best", "moves = np.r_[0 : most + 1, -most:1]"): (
+        "the last move is 0 once more, and of equal values argmax takes the first"
+    ),
+    (
+        "mrflow.scenes.legible._texture",
+        "turn = {k: np.exp(+2j * math.pi * at * k / period) for k in (-1, 0, 1)}",
+    ): "the light is real, so that the other sign gives the conjugate, whose absolute value is asked",
     (
         "mrflow.solvers.adaptive.AdaptiveSolver.step",
         "for item, length, now in zip(x.split(1), lengths, known, strict=None)",

@@ -245,6 +245,22 @@ def test_a_symbol_on_its_way_to_another_has_that_margin(share: float) -> None:
     assert face["expression.right"] == (share < 0.5) or share == 0.5
 
 
+@pytest.mark.parametrize("size", ["small", "medium", "big"])
+def test_outlines_of_words_are_where_their_paint_ends(size: str) -> None:
+    scene = parse(f"the {size} red word HIE")
+    painted = (render(scene, 512) != render(replace(scene, words=()), 512)).any(-1).nonzero()[0]
+    left, top, right, bottom = OpenScene(scene).edges[0].box
+    assert (top, bottom) == pytest.approx((painted.min() / 512, (painted.max() + 1) / 512), abs=0.002)
+    assert (left, right) == pytest.approx((0.5 - 1.5 * scene.words[0].advance, 0.5 + 1.5 * scene.words[0].advance))
+
+
+@pytest.mark.parametrize(("size", "width"), [("small", 0.026), ("medium", 0.04), ("big", 0.055)])
+def test_strokes_are_a_fifth_of_a_letter_or_of_its_room(size: str, width: float) -> None:
+    scene = parse(f"the {size} red word I")
+    row = (render(scene, 1024) != render(replace(scene, words=()), 1024)).any(-1)[512 + 16]
+    assert row.sum() / 1024 == pytest.approx(width, abs=0.003)
+
+
 def test_many_are_scored_one_by_one_and_bad_ones_refused() -> None:
     two = np.stack([pixels(parse_caption(STAR), 64), pixels(parse_caption(WORD), 64)])
     assert fidelity_many(two, [STAR, WORD]) == [fidelity(two[0], STAR), fidelity(two[1], WORD)]

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from mrflow.errors import PlanError
 from mrflow.models.pocket.model import LONG_TEXT, VOCABULARY, WORDS
 from mrflow.models.pocket.networks import tokenise
 from mrflow.scenes import hard, legible
-from mrflow.scenes.grammar import CaptionError, Face, Object, Scene, Word, held_out
+from mrflow.scenes.grammar import FULL, CaptionError, Face, Object, Scene, Word, held_out, sample_caption
 from mrflow.scenes.hard import HARD, KINDS, caption_of, cells, fill_hard, held_out_hard_captions, parse_hard, sample
 from mrflow.scenes.legible import hard_score, hard_score_many, read_parts
 from mrflow.scenes.render import render, render_window
@@ -65,6 +66,31 @@ def test_a_caption_says_what_is_drawn() -> None:
     scene = parse_hard("1/32 checks with a black heart at the bottom")
     assert (scene.background.texture, scene.background.period) == ("checks", 1 / 32)
     assert parse_hard("five purple stars").kind == "count"  # the older world's
+
+
+WANTED = (
+    "'a'; 'a', 'the' or a number; 'at'; 'column'; 'face'; 'faces'; 'grid'; 'in'; 'letters'; 'of'; 'row'; 'sign'; "
+    "'the'; 'with'; 'word'; a colour; a column; a comma; a density; a letter size; a number; a number from 1 to "
+    "4; a number from 1 to 5; a number from 1 to 6; a number from 1 to 7; a number from 1 to 8; a place; a "
+    "relation; a row; a shape; a size of faces; a size of grid; a size of letters; a size or a colour; a texture;"
+    " an expression; one to five capitals; one to four capitals; shapes; stripes or checks; the end"
+)
+
+
+def test_wherever_a_caption_breaks_off_the_word_that_is_wanted_is_named() -> None:
+    """Cut, with a wrong word at the end or in the middle, or one left out: all words that errors ask for."""
+    rng, wanted = random.Random(3), set[str]()
+    captions = [caption_of(HARD, rng, kind) for kind in KINDS for _ in range(15)]
+    for caption in dict.fromkeys(captions + [sample_caption(FULL, rng) for _ in range(80)]):
+        words = caption.replace(",", " ,").split()
+        for i in range(len(words)):
+            rest = words[i + 1 :]
+            for middle in ([], ["xyzzy"], ["xyzzy", *rest], rest, ["cat", words[i], *rest]):
+                try:
+                    parse_hard(" ".join(words[:i] + middle))
+                except CaptionError as error:
+                    wanted |= set(re.findall("word [0-9]+ should be (.*), not ", str(error)))
+    assert wanted == set(WANTED.split("; "))
 
 
 @pytest.mark.parametrize(

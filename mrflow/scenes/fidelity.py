@@ -207,7 +207,7 @@ def _margins(image: Array, true: Array, scene: Adjustable) -> dict[str, float]:
                 if symbol != slot.symbol:
                     at = pixels(slot.box, side, margin=1)
                     way, rest = (other[at] - true[at]).ravel(), (image[at] - true[at]).ravel()
-                    margins[i] = min(margins[i], 1 - 2 * float(rest @ way) / max(float(way @ way), 1e-9))
+                    margins[i] = min(margins[i], 1 - 2 * float(rest @ way) / float(way @ way))
         out |= {alphabet: float(margins.mean()), f"{alphabet}.right": float((margins > 0).mean())}
     return out
 

@@ -299,13 +299,13 @@ def _parse_body(words: "Words") -> Scene:
         text = words.rest_capitals()
         return Scene("word", ground, words=(Word(text, colour, 0.5, LETTER_HEIGHT[size], LETTER_ADVANCE[size]),))
     if words.peek() in NUMBERS:
-        count = NUMBERS.index(words.take(NUMBERS, "a number")) + 1
+        count = NUMBERS.index(words.next()) + 1
         colour = words.take(COLOURS, "a colour")
         shape = _SINGULAR[words.take(_SINGULAR, "shapes")]
         return Scene("count", ground, tuple(Object(shape, colour, x, y, COUNT_RADIUS) for x, y in COUNT_SLOTS[count]))
     words.take(("a", "an"), "'a', 'the' or a number")
     if words.peek() in COLOURS:
-        first = (words.take(COLOURS, "a colour"), words.take(SHAPES, "a shape"))
+        first = (words.next(), words.take(SHAPES, "a shape"))
         relation = words.take(("left", "right", "above", "below"), "a relation")
         if relation in ("left", "right"):
             words.take(("of",), "'of'")
@@ -317,7 +317,7 @@ def _parse_body(words: "Words") -> Scene:
         return Scene("pair", ground, pair)
     size = words.take(OBJECT_RADIUS, "a size or a colour")
     if words.peek() in EXPRESSIONS:
-        expression = words.take(EXPRESSIONS, "an expression")
+        expression = words.next()
         words.take(("face",), "'face'")
         x, y = words.place()
         return Scene("face", ground, faces=(Face(expression, x, y, FACE_RADIUS[size]),))
@@ -343,8 +343,12 @@ class Words:
         word = self.peek()
         if word not in allowed:
             raise self.fail(wanted)
+        return self.next()
+
+    def next(self) -> str:
+        """A word that was looked at."""
         self.at += 1
-        return word
+        return self.words[self.at - 1]
 
     def take_if(self, word: str) -> bool:
         if self.peek() != word:
@@ -356,8 +360,7 @@ class Words:
         word = self.peek()
         if not (1 <= len(word) <= 5 and all(c in LETTERS for c in word)):
             raise self.fail("one to five capitals")
-        self.at += 1
-        return word
+        return self.next()
 
     def place(self) -> tuple[float, float]:
         self.take(("at",), "'at'")

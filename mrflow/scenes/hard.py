@@ -316,7 +316,7 @@ def _grid(words: _Cursor) -> Scene:
 
 
 def _texture(words: _Cursor) -> Scene:
-    period = PERIODS[words.take(PERIODS, "a period")]
+    period = PERIODS[words.next()]
     weave = words.take(WEAVES, "stripes or checks")
     words.take(("with",), "'with'")
     colour, shape = words.thing()

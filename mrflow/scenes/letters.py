@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mrflow.scenes.grammar import COLOURS, LETTER_ADVANCE, LETTER_HEIGHT, LETTERS, Background, Scene, Word
-from mrflow.scenes.render import STROKE, render
+from mrflow.scenes.render import render, stroke_of
 
 Array = NDArray[np.float32]
 
@@ -71,7 +71,7 @@ def letters_area(text: str, size: str) -> float:
 def _window(size: str) -> tuple[int, int]:
     """Height and width in pixels of the window that a letter is looked for in: a stroke more, and one advance."""
     high, wide = LETTER_HEIGHT[size], LETTER_ADVANCE[size]
-    return 2 * math.ceil(SIDE * (high / 2 + STROKE * min(high, 1.1 * wide) / 2)) + 2, round(SIDE * wide)
+    return 2 * math.ceil(SIDE * (high / 2 + stroke_of(high, wide) / 2)) + 2, round(SIDE * wide)
 
 
 @cache

@@ -13,7 +13,7 @@ from mrflow.scenes.fit import Box, Edge, FreePart, Slot, Values
 from mrflow.scenes.grammar import COLOURS, EXPRESSIONS, FULL, LETTERS, SKIN, Face, Object, Scene, Word, parse_caption
 from mrflow.scenes.letters import Array
 from mrflow.scenes.reading import find_tint
-from mrflow.scenes.render import INK, STROKE, letter_boxes, render
+from mrflow.scenes.render import INK, letter_boxes, render, stroke_of
 
 REACH = 0.024  # how far from its named place a thing is looked for, as a fraction of the side; jitter is 0.01
 DRAWS = 4096  # of the law, to rank against
@@ -76,7 +76,7 @@ class OpenScene:
         """Letters and faces."""
         out = [Slot("expression", _square(f, 0.0), f.expression) for f in self.scene.faces]
         for w in self.scene.words:
-            margin = STROKE * min(w.height, 1.1 * w.advance) / 2
+            margin = stroke_of(w.height, w.advance) / 2
             for letter, (x, y, width, height) in zip(w.text, letter_boxes(w), strict=True):
                 box = (x - margin, y - margin, x + width + margin, y + height + margin)
                 out.append(Slot("glyph", box, letter))
@@ -144,7 +144,7 @@ def _square(thing: Object | Face, more: float) -> Box:
 
 
 def _row(word: Word, more: float) -> Box:
-    stroke = STROKE * min(word.height, 1.1 * word.advance) / 2
+    stroke = stroke_of(word.height, word.advance) / 2
     half, high = len(word.text) * word.advance / 2, word.height / 2 + stroke + more
     return (0.5 - half, word.y - high, 0.5 + half, word.y + high)
 

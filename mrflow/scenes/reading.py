@@ -31,7 +31,7 @@ from mrflow.scenes.grammar import (
     Word,
 )
 from mrflow.scenes.letters import SIDE, Array, darkness, length, letters_area, read_letters
-from mrflow.scenes.render import INK, STROKE, TEXTURE, render
+from mrflow.scenes.render import INK, TEXTURE, render, stroke_of
 
 PATCH = 32  # shapes and faces are compared on PATCH x PATCH samples
 EXTENT = 1.75  # half-width of a shape's patch, in radii of the disc of equal area
@@ -331,7 +331,7 @@ def _word(image: Array, tint: Array) -> Word | None:
     if not len(edges):
         return None
     top, bottom = max(edges.tolist(), key=lambda edge: float(ink[edge[0] : edge[1]].sum()))
-    heights = {size: SIDE * (h + STROKE * min(h, 1.1 * LETTER_ADVANCE[size])) for size, h in LETTER_HEIGHT.items()}
+    heights = {size: SIDE * (h + stroke_of(h, LETTER_ADVANCE[size])) for size, h in LETTER_HEIGHT.items()}
     size = nearest_size(bottom - top, heights)
     text, explained = read_letters(ink, size, round((top + bottom) / 2))
     if 2 * sum(letter.isalpha() for letter in text) < max(len(text), 1) or explained < MIN_WORD:

@@ -156,6 +156,11 @@ def _face(canvas: _Canvas, f: Face) -> None:
         canvas.polygon(arc(f.x, f.y + 0.42 * r, 0.24 * r, 0.3 * r, 0, 360, 32), ink)
 
 
+def stroke_of(height: float, advance: float) -> float:
+    """The width of the strokes of a letter so high, whose next one stands so far along, as fractions of the side."""
+    return STROKE * min(height, 1.1 * advance)
+
+
 def letter_boxes(word: Word) -> list[tuple[float, float, float, float]]:
     """For each letter of `word`: left, top, width, height of its glyph box, as fractions of the side."""
     width, left = 0.62 * word.advance, word.x - 0.5 * len(word.text) * word.advance
@@ -164,7 +169,7 @@ def letter_boxes(word: Word) -> list[tuple[float, float, float, float]]:
 
 
 def _word(canvas: _Canvas, word: Word, look: Look) -> None:
-    width, colour = STROKE * min(word.height, 1.1 * word.advance), _rgb(word.rgb or COLOURS[word.colour])
+    width, colour = stroke_of(word.height, word.advance), _rgb(word.rgb or COLOURS[word.colour])
     for letter, (x, y, w, h) in zip(word.text, letter_boxes(word), strict=True):
         for stroke in look.glyphs.get(letter, GLYPHS[letter]):
             canvas.stroke(tuple((x + w * px, y + h * py) for px, py in stroke), width, colour)
