@@ -247,7 +247,7 @@ def test_a_symbol_on_its_way_to_another_has_that_margin(share: float) -> None:
 
 @pytest.mark.parametrize("size", ["small", "medium", "big"])
 def test_outlines_of_words_are_where_their_paint_ends(size: str) -> None:
-    scene = parse(f"the {size} red word HIE")
+    scene = parse_caption(f"the {size} red word HIE")
     painted = (render(scene, 512) != render(replace(scene, words=()), 512)).any(-1).nonzero()[0]
     left, top, right, bottom = OpenScene(scene).edges[0].box
     assert (top, bottom) == pytest.approx((painted.min() / 512, (painted.max() + 1) / 512), abs=0.002)
@@ -256,7 +256,7 @@ def test_outlines_of_words_are_where_their_paint_ends(size: str) -> None:
 
 @pytest.mark.parametrize(("size", "width"), [("small", 0.026), ("medium", 0.04), ("big", 0.055)])
 def test_strokes_are_a_fifth_of_a_letter_or_of_its_room(size: str, width: float) -> None:
-    scene = parse(f"the {size} red word I")
+    scene = parse_caption(f"the {size} red word I")
     row = (render(scene, 1024) != render(replace(scene, words=()), 1024)).any(-1)[512 + 16]
     assert row.sum() / 1024 == pytest.approx(width, abs=0.003)
 
