@@ -121,7 +121,7 @@ class _TwoBranchField:
         packed = guidance.packed and model.info.capabilities.together and options.cache is None
         self.joint = model.field(cond, replace(options, beside=(other,))) if packed else None
         self.apart: tuple[Velocity, ...] = () if packed else self._apart()
-        self.mixed = self._with(guidance.mix(model.info), lambda field: field)
+        self.mixed = self._with(guidance.mix(model.info), self.joint, self.apart, lambda field: field)
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Velocities of latents (b, c, height, width)."""
@@ -130,23 +130,23 @@ class _TwoBranchField:
     def on_tokens(self, height: int, width: int) -> TokenVelocity | None:
         """As `TokenField`."""
         fields: tuple[Velocity, ...] = self.apart if self.joint is None else (self.joint,)
-        first, rest = fields[0], fields[1:]
-        tokens = on_tokens(first, height, width)
-        if tokens is None or any(on_tokens(field, height, width) is None for field in rest):
-            return None
-        mix = self.guidance.token_mix(self.model.info, tokens)
-        if mix is None:
+        found = [tokens for field in fields if (tokens := on_tokens(field, height, width)) is not None]
+        if len(found) < len(fields) or (mix := self.guidance.token_mix(self.model.info, found[0])) is None:
             return None
 
-        def asked(field: Velocity) -> Velocity:
-            found = on_tokens(field, height, width)
-            return tokens.around(field) if found is None else found.ask
+        def view(field: Velocity) -> Velocity:
+            tokens = on_tokens(field, height, width)
+            return found[0].around(field) if tokens is None else tokens.ask
 
-        return replace(tokens, ask=self._with(mix, asked))
+        asks = tuple(tokens.ask for tokens in found)
+        joint, apart = (None, asks) if self.joint is None else (asks[0], ())
+        return replace(found[0], ask=self._with(mix, joint, apart, view))
 
-    def _with(self, mix: Mix, view: Callable[[Velocity], Velocity]) -> Velocity:
-        """`mix` of both velocities, `view` being how a field is asked."""
-        joint, apart = self.joint and view(self.joint), [view(field) for field in self.apart]
+    def _with(
+        self, mix: Mix, joint: Velocity | None, both: Sequence[Velocity], view: Callable[[Velocity], Velocity]
+    ) -> Velocity:
+        """`mix` of both velocities, of one pass or of a field each; `view` is how the latter are asked if it is full."""
+        apart = list(both)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             if joint is not None and not apart:
@@ -195,16 +195,20 @@ class CFG(TwoBranches):
         return mixed
 
     def token_mix(self, info: ModelInfo, tokens: TokenVelocity) -> Mix | None:
-        """The formula above; norms need tokens whose values lie as `token_norm` has them."""
-        if self.rescale and (tokens.channels_last or tokens.patch != info.space.patch):
+        """The formula above; norms are of the same tokens, and add their values in the order of `token_norm`."""
+        if self.rescale and tokens.patch != (patch := info.space.patch):
             return None
+
+        def length(v: Tensor) -> Tensor:
+            if tokens.channels_last:
+                v = rearrange(v, "b n (p q c) -> b n (c p q)", p=patch, q=patch)
+            return v.square().sum(-1, keepdim=True).sqrt()
 
         def mixed(x: Tensor, sigma: float, c: Tensor, u: Tensor) -> Tensor:
             m = _mix(c, u, self.scale)
             if not self.rescale:
                 return m
-            first, second = (v.square().sum(-1, keepdim=True).sqrt() for v in (c, m))
-            return m * (first / second)
+            return m * (length(c) / length(m))
 
         return mixed
 

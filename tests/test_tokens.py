@@ -115,14 +115,9 @@ def test_a_picture_is_packed_once_whatever_guides_it(name: str, model: Any, monk
     packs = Packs(monkeypatch)
     latents, made = packs.of(chain, model, PROMPTS)
     monkeypatch.setattr(mf.Euler, "pointwise", False)
-    assert made == (1, 1) if name in ONCE and not apart(name, model) else made > (1, 1)
+    assert made == (1, 1) if name in ONCE else made > (1, 1)
     want, each = packs.of(chain, model, PROMPTS)
     assert torch.equal(latents, want) and each[0] >= 2
-
-
-def apart(name: str, model: Any) -> bool:
-    """Whether a guidance needs the values inside a token in another order than a model has them."""
-    return name == "rescaled" and model.info.name.startswith("z-image")
 
 
 def test_a_cache_that_looks_at_latents_sees_them(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
