@@ -61,16 +61,17 @@ def test_spectrum_is_exact_on_its_basis() -> None:
     st.integers(0, 6),
     st.floats(1e-3, 10),
     st.floats(0, 1),
+    st.sampled_from((0, 50, 63, 100)),
 )
-def test_spectrum_is_ridge_regression(steps: list[int], degree: int, ridge: float, mix: float) -> None:
-    """The normal equations by themselves, with T_n(cos x) = cos n x."""
-    tau = np.array([*steps, 49]) / 25 - 1
+def test_spectrum_is_ridge_regression(steps: list[int], degree: int, ridge: float, mix: float, total: int) -> None:
+    """The normal equations by themselves, with T_n(cos x) = cos n x; of 50 steps where nobody said how many."""
+    tau = 2 * np.array([*steps, 49]) / (total or 50) - 1
     x = np.cos(np.arange(degree + 1) * np.arccos(tau)[:, None])
     inverse = np.linalg.inv(x[:-1].T @ x[:-1] + ridge * np.eye(degree + 1))
     curve = x[-1] @ inverse @ x[:-1].T
     line = np.zeros(len(steps))
     line[-2:] = Extrapolation(1).weights(steps[-2:], 49)
-    got = Chebyshev(degree, ridge, mix).weights(steps, 49, total=50)
+    got = Chebyshev(degree, ridge, mix).weights(steps, 49, total=total)
     assert got == pytest.approx(mix * curve + (1 - mix) * line, abs=1e-8 * (1 + float(abs(line).max())))
 
 

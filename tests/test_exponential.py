@@ -93,6 +93,18 @@ def test_an_estimate_at_sigma_one_is_infinitely_far_away(solver: Solver, before:
     assert torch.equal(end(0.0), end(100.0))
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+def test_from_sigma_one_all_noise_is_new_or_none_is(tau: float) -> None:
+    """The limit of a step whose lambda is infinite: the estimate (1 - s') D and noise of s', drawn where tau is not 0."""
+    x, drawn = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.linspace(2, 3, 5, dtype=torch.float64)
+    clean = x - mixture(x, 1.0)
+    out, _ = SASolver(tau).step(mixture, x, 1.0, 0.6, (), noise=drawn)
+    torch.testing.assert_close(out, 0.4 * clean + 0.6 * (drawn if tau else x), rtol=0, atol=1e-12)
+    if tau:  # what the formula gives next to 1
+        near, _ = SASolver(tau).step(lambda x, _: mixture(x, 1.0), x, 1 - 1e-12, 0.6, (), noise=drawn)
+        torch.testing.assert_close(near, out, rtol=0, atol=2e-3)
+
+
 # diffusers
 
 
