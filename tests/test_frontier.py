@@ -19,6 +19,7 @@ from tests.test_statistics import row
 METHODS = {
     "fewer steps", "fewer steps, unguided", "staged", "staged, latents", "lift", "SelfLift", "SPEED", "RALU", "JiT",
     "Fresco", "TaylorSeer", "Spectrum", "DMD", "MagCache", "student", "student, then staged",
+    *questions.SOLVERS, *questions.GUIDANCE, *questions.SCHEDULES,
 }  # fmt: skip
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mrflow as mf
-from experiments.failures.questions import SPEEDS
+from experiments.failures.questions import EXCHANGED, SPEEDS
 from mrflow.records.files import write_bytes
 from mrflow.sweep import Comparison, ConfidenceInterval, Row, compare, family, interval, values
 from mrflow.sweep.statistics import MIN_PROMPTS, group_rows
 from mrflow.sweep.timing import speedup
 
 METRIC = "legible"
+PLAIN = "fewer steps"
 BEGIN, END = "<!-- first: made by experiments.failures frontier --page -->", "<!-- first: end -->"
 Table = dict[str, Any]
 
@@ -142,9 +143,24 @@ def draw(table: Table, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "mrflow"
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     methods = list(dict.fromkeys(e["method"] for e in table["entries"]))
+    exchanged = [m for m in methods if m in EXCHANGED]
+    panels = {"methods": [m for m in methods if m not in EXCHANGED]}
+    if exchanged:  # beside plain fewer steps, from which each differs in one thing
+        panels["fewer steps with another solver, guidance or schedule"] = [m for m in methods if m == PLAIN] + exchanged
+    figure, each = plt.subplots(1, len(panels), figsize=(9 * len(panels), 6), layout="constrained", squeeze=False)
+    for axes, (title, shown) in zip(each[0], panels.items(), strict=True):
+        _panel(axes, table, shown, plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
+        axes.set_title(title, fontsize=9)
+    whole = table["reference"]["label"]
+    figure.suptitle(f"{table['weights']}, {table['captions']} captions; dotted: {whole}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _panel(axes: Any, table: Table, methods: Sequence[str], colours: Sequence[Any]) -> None:  # noqa: ANN401
+    """Share read against speed of these methods."""
     for i, method in enumerate(methods):
         points = sorted((e["operations"], *e["reads"]) for e in table["entries"] if e["method"] == method)
         x, y = [p[0] for p in points], [p[1] for p in points]
@@ -160,12 +176,6 @@ def draw(table: Table, path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8)
-    axes.set_title(
-        f"{table['weights']}, {table['captions']} captions; dotted: {table['reference']['label']}", fontsize=9
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
 
 
 def _flops(rows: Sequence[Row]) -> float:

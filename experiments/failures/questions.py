@@ -125,7 +125,7 @@ def frontier(s: Setting, info: ModelInfo) -> Chains:
     """
     out: Chains = {"native": s.native(s.steps)}
     whole = mf.plan(out["native"], info).work.flops
-    for label, family in _families(s).items():
+    for label, family in (_families(s) | _exchanged(s, info)).items():
         costs = {name: mf.plan(chain, info).work.flops for name, chain in family.items()}
         for speed in SPEEDS:
             fit = {name: cost for name, cost in costs.items() if _near(cost * speed / whole)}
@@ -177,10 +177,42 @@ def _families(s: Setting) -> dict[str, Chains]:
     return out
 
 
+SOLVERS: dict[str, mf.Solver] = {
+    "UniPC": mf.UniPC(),
+    "DEIS": mf.DEIS(),
+    "RES 2m": mf.RES2M(),
+    "RES 2s": mf.RES2S(),
+    "RES 3s": mf.RES3S(),
+    "SA-Solver": mf.SASolver(),
+}
+GUIDANCE: dict[str, Callable[[float], mf.Guidance]] = {
+    "APG": mf.APG,
+    "CFG-Zero*": mf.CFGZero,
+    "TCFG": mf.TCFG,
+    "NAG": lambda scale: mf.NAG(5.0),  # the published scale; that of CFG means something else
+}
+SCHEDULES = ("simple", "beta", "sgm_uniform", "linear_quadratic", "kl_optimal", "bong_tangent")
+FOUND = "found sigmas"
+EXCHANGED = (*SOLVERS, *GUIDANCE, *SCHEDULES, FOUND)
+"""Rows of fewer steps that differ in one thing: the solver, the guidance, or the schedule."""
+
+
+def _exchanged(s: Setting, info: ModelInfo) -> dict[str, Chains]:
+    """Fewer steps with one thing exchanged, but for the sigmas that must be found with the model."""
+    counts = range(2, s.steps + 1)
+    out = {name: {str(n): s.native(n, solver=solver) for n in counts} for name, solver in SOLVERS.items()}
+    for name, guide in GUIDANCE.items():
+        out[name] = {str(n): s.native(n, guidance=guide(info.cfg)) for n in counts}
+    for name in SCHEDULES:
+        schedules = {n: mf.ComfyUI(name, n) for n in counts}  # type: ignore[arg-type]  # pyright: ignore
+        out[name] = {str(n): s.native(n, schedule=schedule) for n, schedule in schedules.items()}
+    return out
+
+
 def fitted(
     s: Setting, model: mf.Backbone, captions: list[str], file: Path, wanted: Collection[str] | None = None
 ) -> Chains:
-    """What must see the model: L2P's weights, thresholds of caches that go by the picture, at the frontier's speeds.
+    """What must see the model: L2P's weights, sigmas, thresholds of caches that go by the picture, at each speed.
 
     `wanted` are labels of `FITTED` (None: all). A threshold is one with which the captions cost what the speed allows,
     by counted operations. All is found once and
@@ -213,7 +245,15 @@ def fitted(
     def weights(interval: int) -> object:
         return mf.caches.L2P.calibrate(interval, model, captions, size=s.whole, schedule=mf.Shifted(s.steps)).rows
 
+    def sigmas(steps: int) -> object:
+        return mf.schedules.optimise(model, steps, captions, size=s.whole).sigmas
+
     for speed in SPEEDS:
+        fewer = {n: mf.plan(s.native(n), model.info).work.flops * speed / whole for n in range(1, s.steps + 1)}
+        few = [n for n, cost in fewer.items() if _near(cost)]
+        if few and (wanted is None or f"{FOUND}, {speed}x" in wanted):
+            levels = cast("list[float]", once(f"{FOUND}, {speed}x", partial(sigmas, few[-1])))
+            out[f"{FOUND}, {speed}x"] = s.native(few[-1], schedule=mf.Explicit(tuple(levels)))
         plain = {n: s.native(s.steps, cache=mf.caches.TaylorSeer(n)) for n in range(2, s.steps)}
         fit = [n for n, chain in plain.items() if _near(mf.plan(chain, model.info).work.flops * speed / whole)]
         if fit and (wanted is None or f"L2P, {speed}x" in wanted):
@@ -236,7 +276,7 @@ BY_PICTURE: dict[str, Callable[[float], mf.caches.Cache]] = {
     "SeaCache": mf.caches.SeaCache,
 }
 """Caches by threshold whose cost no plan knows."""
-FITTED = tuple(f"{name}, {speed}x" for name in ("L2P", *BY_PICTURE) for speed in SPEEDS)
+FITTED = tuple(f"{name}, {speed}x" for name in ("L2P", FOUND, *BY_PICTURE) for speed in SPEEDS)
 
 
 def _base(s: Setting) -> Chains:
