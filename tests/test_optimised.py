@@ -7,7 +7,7 @@ import torch
 
 import mrflow as mf
 from mrflow.errors import PlanError
-from mrflow.schedules.search import shortest
+from mrflow.schedules.search import _errors, shortest
 from mrflow.solvers import RK4, Euler, Solver
 from mrflow.testing import check_schedule
 
@@ -23,6 +23,29 @@ def test_the_path_is_the_best_of_all(steps: int) -> None:
     assert shortest(costs, steps) == want
 
 
+def test_errors_are_those_of_eulers_steps_as_far_as_they_are_left_at_the_end() -> None:
+    """Gaussian data, whose flow is x(s) = noise m(s) / m(1), m the deviation at s: what is wrong at t shrinks by m."""
+    std = 0.3
+
+    def deviation(s: float) -> float:
+        return float((((1 - s) * std) ** 2 + s * s) ** 0.5)
+
+    def field(x: torch.Tensor, s: float) -> torch.Tensor:
+        return (s - (1 - s) * std**2) / deviation(s) ** 2 * x
+
+    noise = torch.randn(1, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    levels = tuple(1 - i / 40 for i in range(41))
+    got, end = _errors(field, noise, levels)
+    torch.testing.assert_close(end, noise * std, rtol=1e-4, atol=0)
+    size = float(noise.square().mean().sqrt())
+    for i, j in ((0, 7), (10, 11), (5, 30), (20, 40), (3, 40)):
+        s, t = levels[i], levels[j]
+        slope = (s - (1 - s) * std**2) / deviation(s)
+        missed = abs(deviation(s) + (t - s) * slope - deviation(t)) * size
+        assert float(got[i, j]) == pytest.approx(missed * deviation(0.0) / deviation(t), rel=1e-3)
+    assert not bool(got.tril().any())
+
+
 def wrong(schedule: mf.Schedule, std: float = 0.3) -> float:
     """How far Euler's steps end from the exact flow, summed over the prompts."""
 
@@ -32,7 +55,7 @@ def wrong(schedule: mf.Schedule, std: float = 0.3) -> float:
     return float((end(schedule, Euler()) - end(mf.Linear(100), RK4())).flatten(1).norm(dim=1).sum())
 
 
-@pytest.mark.parametrize(("std", "steps"), [(0.3, 4), (0.3, 8), (0.1, 4), (0.1, 8)])
+@pytest.mark.parametrize(("std", "steps"), [(0.3, 4), (0.3, 8), (0.1, 4), (0.1, 8), (0.05, 3), (0.3, 2)])
 def test_euler_ends_no_farther_along_them_than_along_the_models_own(std: float, steps: int) -> None:
     found = mf.schedules.optimise(mf.toy(std=std), steps, PROMPTS, size=SIZE, fine=40, seed=5)
     assert len(found.sigmas) == steps + 1
