@@ -145,7 +145,7 @@ class _TwoBranchField:
     def _with(
         self, mix: Mix, joint: Velocity | None, both: Sequence[Velocity], view: Callable[[Velocity], Velocity]
     ) -> Velocity:
-        """`mix` of both velocities, of one pass or of a field each; `view` is how the latter are asked if it is full."""
+        """`mix` of both velocities, of one pass or of a field each; `view` is how fields are asked that come later."""
         apart = list(both)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:

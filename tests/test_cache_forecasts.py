@@ -126,6 +126,15 @@ def test_dmd_is_what_the_features_themselves_give() -> None:
         assert weights @ states == pytest.approx(want, abs=1e-6 * abs(want).max())
 
 
+def test_dmd_means_the_same_for_features_of_every_scale() -> None:
+    states = np.random.default_rng(2).normal(size=(6, 20)).cumsum(0)
+    gram, dmd = states @ states.T, Modes(6, 0.1)
+    want = dmd.weights(range(6), 8, gram=lambda: gram)
+    assert want[:-1] != (0,) * 5
+    for scale in (1e-10, 1e10):
+        assert dmd.weights(range(6), 8, gram=lambda c=scale: c * gram) == pytest.approx(want)
+
+
 def test_dmd_takes_even_distances_only() -> None:
     def gram() -> NDArray[np.float64]:
         states = np.array([[0.9**t, 0.5**t] for t in range(6)])

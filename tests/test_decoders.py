@@ -17,6 +17,7 @@ from mrflow.errors import PlanError, PromiseError, WeightsError
 from mrflow.scenes import FULL, render, sample_scene
 from mrflow.scenes.hard import HARD, sample
 from tests.parity.test_flux import relative, scatter
+from tests.test_cli import call, here  # noqa: F401
 
 
 def pictures(count: int, seed: int) -> Tensor:
@@ -193,3 +194,31 @@ def test_records_name_decoders(tmp_path: Path) -> None:
     with known_files([tiny.path]):
         for stage in (mf.Decode(mf.POCKET_PREVIEW), mf.Decode(tiny), mf.Lift(upscaler=Twice())):
             assert decode(encode(stage), [Twice]) == stage
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_decoders_on_the_command_line(here: Path) -> None:  # noqa: F811
+    """A file of a tiny autoencoder, a public value, and one of a file of the user's, in the place of the last decoder."""
+    write_tiny(here / "tiny")
+    (here / "mine.py").write_text(
+        "import mrflow as mf\nnet = mf.LinearDecoder('pocket', ((0.1,) * 16,) * 3, (0.5,) * 3)\n"
+        "cache = mf.caches.TaylorSeer(2)\n"
+    )
+    words = ("generate", "a big red circle", "--size", "64x64", "--steps", "1", "--recipe", "native", "--out")
+    for word, made, side in (
+        ("POCKET_PREVIEW", "LinearDecoder", 8),
+        ("mine.py:net", "LinearDecoder", 8),
+        (str(here / "tiny"), "TinyDecoder", 64),
+        (f"TinyDecoder('{here / 'tiny'}', 'pocket')", "TinyDecoder", 64),
+    ):
+        code, _, err = call(*words, f"{side}{made}{len(word)}.png", "--decoder", word)
+        assert code == 0, err
+        path = here / f"{side}{made}{len(word)}.png"
+        assert mf.read_image(path).shape[-2:] == (side, side)
+        assert f"'type': '{made}'" in str(mf.read_record(path))
+    assert call(*words, "cached.png", "--cache", "mine.py:cache")[0] == 0
+    photo = call("refine", "cached.png", "--scale", "2", "--decoder", "POCKET_PREVIEW", "--out", "small.png")
+    assert photo[0] == 0 and mf.read_image(here / "small.png").shape[-2:] == (16, 16)
+    for word, said in (("TinyDecoder('none.safetensors')", "none.safetensors"), ("Euler", "--decoder")):
+        code, _, err = call("plan", "--decoder", word)
+        assert code in (2, 3) and said in " ".join(err.split()), err

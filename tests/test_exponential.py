@@ -95,7 +95,7 @@ def test_an_estimate_at_sigma_one_is_infinitely_far_away(solver: Solver, before:
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
 def test_from_sigma_one_all_noise_is_new_or_none_is(tau: float) -> None:
-    """The limit of a step whose lambda is infinite: the estimate (1 - s') D and noise of s', drawn where tau is not 0."""
+    """The limit of an infinite step in lambda: (1 - s') D and noise of s', which is drawn where tau is not 0."""
     x, drawn = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.linspace(2, 3, 5, dtype=torch.float64)
     clean = x - mixture(x, 1.0)
     out, _ = SASolver(tau).step(mixture, x, 1.0, 0.6, (), noise=drawn)

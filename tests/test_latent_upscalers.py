@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mrflow as mf
 from mrflow.errors import PlanError, WeightsError
-from tests.test_cli import call
+from tests.test_cli import call, here  # noqa: F401
 from tests.test_sr import Evil
 
 WIDTHS, UPS = (8, 12, 12), (True, False, True)
@@ -178,3 +178,20 @@ def test_the_command_line_takes_it(tmp_path: Path) -> None:
     assert re.search("Lift", out)
     code, _, err = call(*words[:4], f"latent:{tmp_path / 'none'}", *words[5:])
     assert code != 0 and "none" in err
+
+
+def test_one_of_the_users_own_on_the_command_line(here: Path) -> None:  # noqa: F811
+    (here / "mine.py").write_text(
+        "from dataclasses import dataclass\nimport mrflow as mf\nfrom torch.nn import functional as F\n\n\n"
+        "@dataclass(frozen=True)\nclass Twice(mf.LatentUpscaler):\n    space: str = 'pocket'\n    scale = 2\n\n"
+        "    def __call__(self, latents):\n        return F.interpolate(latents, scale_factor=2.0)\n\n\nnet = Twice()\n"
+    )
+    words = ("a big red circle", "--low", "32", "--size", "64", "--steps", "1", "--sr", "mine.py:net")
+    code, out, err = call("generate", *words, "--out", "a.png")
+    assert code == 0, err
+    assert "mine:Twice" in str(mf.read_record(here / "a.png"))
+    for more in (("refine", "a.png", "--sr", "mine.py:net"), ("plan", "--sr", "mine.py:net", "--ladder", "32,64")):
+        code, _, err = call(*more)
+        assert code == 2 and "over pixels" in " ".join(err.split()), err
+    code, _, err = call("plan", "--sr", "mine.py:other")
+    assert code == 2 and "its upscalers are net" in " ".join(err.split())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 import mrflow as mf
 from mrflow.backbone import Wrapper
 from mrflow.flow import Velocity
-from mrflow.tokens import pack, unpack
+from mrflow.protocols.tokens import pack, unpack
 
 H, W, STEPS = 6, 10, (2, 3, 2)  # tokens down and across; each is 2 x 2 cells of three channels, 4 x 4 pixels
 
@@ -126,7 +127,7 @@ def test_fresco_is_its_equations() -> None:
 
     def euler(z: Tensor, at: Tensor, sigmas: Sequence[float]) -> list[Tensor]:
         states = [z]
-        for s, to in zip(sigmas, sigmas[1:], strict=False):
+        for s, to in pairwise(sigmas):
             states.append(states[-1] + (to - s) * velocity(states[-1], at, s))
         return states
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from mrflow import recipes
 from mrflow._checks import check_whole
@@ -12,19 +12,23 @@ from mrflow.caches import Cache
 from mrflow.cli.options import RECIPE_WORDS, RECIPES
 from mrflow.cli.parsing import LATENT, LATENT_FILE, load_file, parse_size, parse_tiles, upscaler
 from mrflow.cost import half
+from mrflow.decoders.tiny import TinyDecoder
 from mrflow.errors import PlanError
 from mrflow.guidance import CFG, Distilled, Guidance
 from mrflow.machine.failures import name_stage
 from mrflow.model_info import ModelInfo
-from mrflow.protocols.upscaler import Upscaler
+from mrflow.protocols.decoder import Decoder
+from mrflow.protocols.upscaler import LatentUpscaler, Upscaler
 from mrflow.records.expressions import parse
 from mrflow.schedules import Schedule
 from mrflow.solvers import Solver
-from mrflow.spec import Pixels, Start
-from mrflow.stage import Chain
+from mrflow.spec import Pixels, Spec, Start
+from mrflow.stage import AnyChain, Chain
+from mrflow.stages import Decode
 from mrflow.upscalers.latent import LatentCheckpoint
 
 T = TypeVar("T")
+A = TypeVar("A", bound=Spec)
 
 
 def build(
@@ -35,9 +39,10 @@ def build(
     low: str | None = None,
     ladder: str | None = None,
     steps: str | None = None,
-    sr: Upscaler | str | None = None,
+    sr: Upscaler | LatentUpscaler | str | None = None,
     schedule: str | None = None,
     guidance: str | None = None,
+    decoder: str | None = None,
     **said: Any,  # noqa: ANN401
 ) -> Chain[Start, Pixels]:
     """A recipe's chain from the words of the command line; `sr` is an upscaler, or its word.
@@ -64,7 +69,7 @@ def build(
         settings["schedule"] = _schedule(schedule, count or usual, steps)
     if guidance is not None:
         settings["guidance"] = parse_guidance(guidance, info)
-    if isinstance(net, str):
+    if isinstance(net, str | LatentUpscaler):
         settings |= _latents(net, info)
     elif net is not None:
         settings[names.get("sr", "sr")] = net
@@ -73,7 +78,7 @@ def build(
         settings[own.name] = info.sigma
     settings |= {names.get(k, k): said[k] for k in ("refine_steps", "sigma") if said.get(k) is not None}
     settings |= _slots(said)
-    return make(**settings)
+    return _decoded(make(**settings), decoder, info)
 
 
 def enlargement(
@@ -85,6 +90,7 @@ def enlargement(
     refine_steps: int | None = None,
     schedule: str | None = None,
     guidance: str | None = None,
+    decoder: str | None = None,
     **said: Any,  # noqa: ANN401
 ) -> Chain[Pixels, Pixels]:
     """The chain that enlarges a picture to `size`, from the words of the command line (`build`).
@@ -99,7 +105,21 @@ def enlargement(
         settings["schedule"] = _schedule(schedule, refine_steps or 1, refine_steps, "--refine-steps")
     if guidance is not None:
         settings["guidance"] = parse_guidance(guidance, info)
-    return recipes.enlarge(size, net, **settings, **_slots(said))
+    return _decoded(recipes.enlarge(size, net, **settings, **_slots(said)), decoder, info)
+
+
+def _decoded(chain: Chain[A, Pixels], word: str | None, info: ModelInfo) -> Chain[A, Pixels]:
+    """The chain with the decoder of a word in its last stage: a file of a tiny autoencoder, or what `slot` reads.
+
+    Raises:
+        PlanError: the word is no decoder. WeightsError: its file holds none.
+    """
+    if word is None:
+        return chain
+    file = Path(word).suffix == ".safetensors" or Path(word).is_dir()
+    own = TinyDecoder(word, info.space.name) if file else slot("--decoder", word, Decoder)
+    *stages, _ = chain
+    return cast("Chain[A, Pixels]", AnyChain((*stages, Decode(own))))
 
 
 def _slots(said: dict[str, Any]) -> dict[str, Any]:
@@ -109,15 +129,17 @@ def _slots(said: dict[str, Any]) -> dict[str, Any]:
     return found | ({} if said.get("tiles") is None else {"tiles": parse_tiles(said["tiles"])})
 
 
-def _latents(word: str, info: ModelInfo) -> dict[str, Any]:
-    """How latents are enlarged, by the word of --sr: a filter, or the network of a file."""
+def _latents(word: str | LatentUpscaler, info: ModelInfo) -> dict[str, Any]:
+    """How latents are enlarged, by the word of --sr: a filter, the network of a file, or one of the user's own."""
+    if isinstance(word, LatentUpscaler):
+        return {"upscaler": word}
     if word.startswith(LATENT_FILE):
         return {"upscaler": LatentCheckpoint(word.removeprefix(LATENT_FILE), info.space.name)}
     return {"filter": word.removeprefix(LATENT)}
 
 
 def _recipe(
-    recipe: str, ladder: str | None, sized: str | None, net: Upscaler | str | None
+    recipe: str, ladder: str | None, sized: str | None, net: Upscaler | LatentUpscaler | str | None
 ) -> tuple[Callable[..., Chain[Start, Pixels]], str, dict[str, str]]:
     """The function that makes the chain, what people call it, and its arguments that options call otherwise."""
     if recipe not in RECIPES:
@@ -125,10 +147,10 @@ def _recipe(
     if ladder is not None:
         if sized or recipe != "paper":
             raise PlanError("--ladder gives all sizes, of the recipe paper: leave out --size, --low and --recipe")
-        if isinstance(net, str):
+        if isinstance(net, str | LatentUpscaler):
             raise PlanError(f"--ladder goes over pixels; --sr {net} does not")
         return recipes.ladder, "--ladder", {"sigma": "sigmas", "sr": "upscalers"}
-    if isinstance(net, str):
+    if isinstance(net, str | LatentUpscaler):
         if recipe != "paper":
             raise PlanError(f"--sr {net} goes with the recipe paper, not {recipe!r}")
         return recipes.latent, f"--sr {net}", {"sr": "filter"}

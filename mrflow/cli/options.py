@@ -18,7 +18,7 @@ RECIPE_WORDS = f"{', '.join(RECIPES[:-1])} or {RECIPES[-1]}"
 SR_WORDS = (
     "own, nearest, bilinear, bicubic, lanczos, latent-nearest, latent-bilinear, latent-bicubic, realesrgan-x4, anime, "
     "video (see mrflow sr add), latent:FILE (a network for latents), a checkpoint (.pth, .safetensors, ncnn's "
-    ".param), BasicSR options (.yml or .yml:WEIGHTS), or an upscaler of your own (file.py:name)"
+    ".param), BasicSR options (.yml or .yml:WEIGHTS), or an upscaler of your own, of pixels or latents (file.py:name)"
 )
 ModelName = Annotated[
     str, typer.Option("--model", help="pocket, a hub id (owner/name), a folder, or a file; plan: also flux1-dev, ...")
@@ -81,6 +81,12 @@ class SlotOptions:
     tiles: Annotated[
         str | None,
         typer.Option("--tiles", help="Refine in tiles of so many pixels: 1024, or 1024,256 with their overlap."),
+    ] = None
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            "--decoder", help="A tiny autoencoder's file, or such as POCKET_PREVIEW (default: the model's own decoder)."
+        ),
     ] = None
 
 

@@ -23,7 +23,7 @@ from mrflow.machine.failures import name_stage, passes
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.offload import check_offload
 from mrflow.models.pocket.model import embedded_file
-from mrflow.protocols.upscaler import Upscaler
+from mrflow.protocols.upscaler import LatentUpscaler, Upscaler
 from mrflow.records.expressions import parse
 from mrflow.records.pictures import batch_paths, check_writable
 from mrflow.records.publish import publish, publish_numbered
@@ -134,8 +134,8 @@ FILTERS = ("nearest", "bilinear", "bicubic")
 NETWORK_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".param")
 
 
-def upscaler(name: str | None) -> Upscaler | str | None:
-    """An upscaler by its word; None for the model's own, the word itself for enlarging latents."""
+def upscaler(name: str | None) -> Upscaler | LatentUpscaler | str | None:
+    """An upscaler by its word; None for the model's own, the word itself for enlarging latents by it."""
     if name in (None, "own"):
         return None
     if name == "lanczos":
@@ -154,8 +154,8 @@ def upscaler(name: str | None) -> Upscaler | str | None:
     if colon:
         names = load_file(Path(f"{file}.py"))
         own = names.get(rest)
-        if not isinstance(own, Upscaler):
-            known = sorted(k for k, v in names.items() if isinstance(v, Upscaler))
+        if not isinstance(own, Upscaler | LatentUpscaler):
+            known = sorted(k for k, v in names.items() if isinstance(v, Upscaler | LatentUpscaler))
             upscalers = f"its upscalers are {', '.join(known)}" if known else "it defines none"
             raise PlanError(f"{file}.py has no upscaler {rest!r}; {upscalers}")
         return own

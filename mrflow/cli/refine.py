@@ -27,7 +27,7 @@ from mrflow.cli.verbs import RefineOptions
 from mrflow.errors import PlanError, RecordError
 from mrflow.model_info import ModelInfo
 from mrflow.models.pocket.model import embedded_file
-from mrflow.protocols.upscaler import apply_upscaler, passes_to, scale_of
+from mrflow.protocols.upscaler import LatentUpscaler, Upscaler, apply_upscaler, passes_to, scale_of
 from mrflow.records.images import decode_image, image_bytes
 from mrflow.records.pictures import png, read_image, record_in, to_images
 from mrflow.spec import MAX_SIDE
@@ -57,8 +57,8 @@ def refine(err: Console, asked: RefineOptions) -> None:
     if asked.refine_steps is not None:
         check_whole("--refine-steps", asked.refine_steps, 1, 1000)
     net = upscaler(sr)
-    if isinstance(net, str):
-        raise PlanError(f"--sr {net} enlarges latents; refining a picture goes over pixels")
+    if isinstance(net, str | LatentUpscaler):
+        raise PlanError(f"--sr {sr} enlarges latents; refining a picture goes over pixels")
     pairs, data = pairs_of([asked.prompt], drawing), image_bytes(asked.photo)
     if is_embedded(model) and not _own(data, asked.photo):
         err.print(PHOTOGRAPHS)
@@ -86,7 +86,7 @@ def _own(data: bytes, photo: Path) -> bool:
 def _enlarge(photo: Path, scale: float, sr: str | None, out: Path | None, force: bool) -> list[Path]:
     """Enlarge a picture by an upscaler alone, and write it."""
     net = None if sr == "own" else upscaler(sr)
-    if net is None or isinstance(net, str):
+    if not isinstance(net, Upscaler):
         raise PlanError(f"--sr-only needs an upscaler of pixels: --sr {SR_WORDS}")
     check_scale(scale)
     pixels = read_image(photo)

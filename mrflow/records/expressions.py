@@ -107,7 +107,8 @@ class _Reader:
             return self._names[written]
         name = written.removeprefix("mrflow.").removeprefix("mf.")
         for each in (name, *(f"{room}.{name}" for room in ROOMS)):
-            if isinstance(found := public(each), type) and dataclasses.is_dataclass(found):
+            found = public(each)
+            if (isinstance(found, type) and dataclasses.is_dataclass(found)) or isinstance(found, self._kind):
                 return found
         first, _, constructor = name.rpartition(".")
         owner = public(first) if first and not constructor.startswith("_") else None
