@@ -198,7 +198,7 @@ def test_records_name_decoders(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_decoders_on_the_command_line(here: Path) -> None:  # noqa: F811
-    """A file of a tiny autoencoder, a public value, and one of a file of the user's, in the place of the last decoder."""
+    """A file of a tiny autoencoder, a public value, and one of the user's file, in the last decoder's place."""
     write_tiny(here / "tiny")
     (here / "mine.py").write_text(
         "import mrflow as mf\nnet = mf.LinearDecoder('pocket', ((0.1,) * 16,) * 3, (0.5,) * 3)\n"

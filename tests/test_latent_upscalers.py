@@ -187,7 +187,7 @@ def test_one_of_the_users_own_on_the_command_line(here: Path) -> None:  # noqa: 
         "    def __call__(self, latents):\n        return F.interpolate(latents, scale_factor=2.0)\n\n\nnet = Twice()\n"
     )
     words = ("a big red circle", "--low", "32", "--size", "64", "--steps", "1", "--sr", "mine.py:net")
-    code, out, err = call("generate", *words, "--out", "a.png")
+    code, _, err = call("generate", *words, "--out", "a.png")
     assert code == 0, err
     assert "mine:Twice" in str(mf.read_record(here / "a.png"))
     for more in (("refine", "a.png", "--sr", "mine.py:net"), ("plan", "--sr", "mine.py:net", "--ladder", "32,64")):
