@@ -157,6 +157,19 @@ def test_seams_are_gone_with_an_overlap_and_seen_without() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_512_pixels_in_tiles_are_near_the_whole() -> None:
+    """Twice the side that pocket knows, in tiles that it knows: a seam without overlap, none with half a tile."""
+    state = noisy(512, 0.3)
+    whole = refined(state, None)
+    apart, over = (refined(state, mf.Tiles(256, n)) for n in (0, 128))
+    assert seam(apart - whole, [32]) > 1.7
+    assert seam(over - whole, [16, 32, 48]) < 1.0
+    with torch.inference_mode():
+        assert float(mf.metrics.psnr(pocket().decode(over), pocket().decode(whole))) > 36
+
+
+@pytest.mark.slow
 def test_2048_pixels_take_the_memory_of_a_tile() -> None:
     """Finite, and the most that lives at once is near what is predicted: a whole forward would need 7 times as much."""
     model = pocket()
