@@ -43,8 +43,9 @@ class SampleAnchors(ThreeStages):
     (The published code goes a third of the way.)
 
     `schedule=None` is `Beta(n, alpha=1.4, beta=0.42, low=1 / n)`, the published code's default (its two presets say
-    0.425, which moves no level by 0.004). The defaults are the published "4x" setting, `JIT_7X` the faster one. Departures: where there are fewer anchors than lattice and border, the
-    lattice comes first; local variances repeat the picture's edge instead of zeros; blurs repeat instead of mirroring.
+    0.425, which moves no level by 0.004). The defaults are the published "4x" setting, `JIT_7X` the faster one.
+    Departures: where there are fewer anchors than lattice and border, the lattice comes first; local variances repeat
+    the picture's edge instead of zeros; blurs repeat instead of mirroring.
     """
 
     scope: ClassVar[str] = "SampleAnchors"
