@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -110,10 +110,10 @@ def read_row(path: str | Path) -> Row | None:
         table = parse_table(read_regular(path, most=MAX_BYTES))
     except (OSError, ValueError):
         return None
-    known = {name: value for name, value in table.items() if name in _CHECKS}
+    known = {name: table[name] for name in _FIELDS if name in table}
     if known.get("key") != os.path.basename(path).removesuffix(".json"):
         return None
-    if not known.keys() >= _NEEDED or not all(_CHECKS[name](value) for name, value in known.items()):
+    if not known.keys() >= _NEEDED or not _pass(_CHECKS, known):
         return None
     if known["status"] == "done" and known.get("picture") is None:
         return None
@@ -125,74 +125,86 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _text(value: object) -> bool:
-    return isinstance(value, str)
+Check = Callable[[Collection[Any]], bool]  # of all values of one kind at once: a report checks millions
 
 
-def _count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+def _pass(checks: Mapping[tuple[str, ...], Check], table: Mapping[str, Any]) -> bool:
+    return all([check([table[name] for name in names if name in table]) for names, check in checks.items()])
 
 
-def _number(value: object) -> bool:
-    return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]
+def _texts(values: Collection[Any]) -> bool:
+    return {*map(type, values)} <= {str}
 
 
-def _amount(value: object) -> bool:
-    return _number(value) and value >= 0  # type: ignore[operator]
+def _lists(values: Collection[Any]) -> bool:
+    return {*map(type, values)} <= {list}
 
 
-def _each(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    """Holds for a table by text, of at most `MOST` values, which all pass."""
-    return lambda value: isinstance(value, dict) and len(value) <= MOST and all(check(v) for v in value.values())  # pyright: ignore
+def _counts(values: Collection[Any]) -> bool:
+    return {*map(type, values)} <= {int} and all([0 <= v < 1 << 63 for v in values])
+
+
+def _numbers(values: Collection[Any]) -> bool:
+    return {*map(type, values)} <= {int, float} and all([-LARGEST <= v <= LARGEST for v in values])
+
+
+def _amounts(values: Collection[Any]) -> bool:
+    return {*map(type, values)} <= {int, float} and all([0 <= v <= LARGEST for v in values])
+
+
+def _among(*allowed: object) -> Check:
+    return lambda values: all([v in allowed for v in values])
+
+
+def _tables_of(check: Check) -> Check:
+    """Tables by text, of at most `MOST` values each, which pass."""
+    return lambda values: all([type(v) is dict and len(v) <= MOST and check(v.values()) for v in values])
 
 
 _PICTURE = re.compile(r"pictures/(?!\.)[^/\\\0]{1,100}/(?!\.)[^/\\\0]{1,250}")
 
 
-def _picture(value: object) -> bool:
-    return isinstance(value, str) and _PICTURE.fullmatch(value) is not None
+def _pictures(values: Collection[Any]) -> bool:
+    return all([isinstance(v, str) and _PICTURE.fullmatch(v) is not None for v in values])
 
 
-def _stage_pictures(value: object) -> bool:
-    if not isinstance(value, list):
+def _stage_pictures(values: Collection[Any]) -> bool:
+    each = [pair for v in values if type(v) is list for pair in v]
+    if not _lists(values) or not all([type(pair) is list and len(pair) == 2 for pair in each]):
         return False
-    return all(isinstance(v, list) and len(v) == 2 and _text(v[0]) and _picture(v[1]) for v in value)  # pyright: ignore
+    return _texts([name for name, _ in each]) and _pictures([path for _, path in each])
 
 
-_STAGE: Mapping[str, Callable[[object], bool]] = {
-    "name": _text, "out": _text, "seconds": _amount, "nfe": _count, "flops": _amount,
-    "cached": lambda v: isinstance(v, bool),
-}  # fmt: skip
-
-
-def _stages(value: object) -> bool:
-    if not isinstance(value, list):
+def _stages(values: Collection[Any]) -> bool:
+    each = [stage for v in values if type(v) is list for stage in v]
+    if not _lists(values) or not all([type(s) is dict and "name" in s and "seconds" in s for s in each]):
         return False
-    for stage in value:  # pyright: ignore
-        if not (isinstance(stage, dict) and {"name", "seconds"} <= stage.keys()):  # pyright: ignore
-            return False
-        if not all(_STAGE[name](v) for name, v in stage.items() if name in _STAGE):  # pyright: ignore
-            return False
-    return True
+    return all([_pass(_STAGE, stage) for stage in each])
 
 
-_CHECKS: Mapping[str, Callable[[object], bool]] = {
-    "key": _text,
-    "status": lambda v: v in ("done", "failed"),
-    **dict.fromkeys(("chain", "model", "weights", "prompt", "negative", "device", "machine", "timed", "time"), _text),
-    "picture_sha256": _text,
-    **dict.fromkeys(("seed", "draw", "nfe", "peak_bytes", "picture_bytes"), _count),
-    **dict.fromkeys(("tries", "batch"), lambda v: _count(v) and v > 0),  # type: ignore[operator]
-    **dict.fromkeys(("seconds", "flops"), _amount),
-    **dict.fromkeys(("tags", "versions", "unmeasured"), _each(_text)),
-    "error": lambda v: v is None or isinstance(v, str),
-    "cause": lambda v: v in ("", "error", "death", "timeout"),
-    "stages": _stages,
-    "metrics": _each(_number),
-    "measured": lambda v: isinstance(v, list) and all(map(_text, v)),  # pyright: ignore
-    "picture": lambda v: v is None or _picture(v),
-    "stage_pictures": _stage_pictures,
-    "format": lambda v: v == FORMAT,
+_STAGE: Mapping[tuple[str, ...], Check] = {
+    ("name", "out"): _texts,
+    ("seconds", "flops"): _amounts,
+    ("nfe",): _counts,
+    ("cached",): lambda values: {*map(type, values)} <= {bool},
 }
-_NEEDED = {f.name for f in fields(Row)[:8]}
-assert _CHECKS.keys() == {f.name for f in fields(Row)}
+_CHECKS: Mapping[tuple[str, ...], Check] = {
+    ("key", "chain", "model", "weights", "prompt", "negative", "device", "machine", "timed", "time", "picture_sha256"):
+        _texts,
+    ("status",): _among("done", "failed"),
+    ("seed", "draw", "nfe", "peak_bytes", "picture_bytes"): _counts,
+    ("tries", "batch"): lambda values: _counts(values) and 0 not in values,
+    ("seconds", "flops"): _amounts,
+    ("tags", "versions", "unmeasured"): _tables_of(_texts),
+    ("error",): lambda values: {*map(type, values)} <= {str, type(None)},
+    ("cause",): _among("", "error", "death", "timeout"),
+    ("stages",): _stages,
+    ("metrics",): _tables_of(_numbers),
+    ("measured",): lambda values: _lists(values) and all(map(_texts, values)),
+    ("picture",): lambda values: _pictures([v for v in values if v is not None]),
+    ("stage_pictures",): _stage_pictures,
+    ("format",): _among(FORMAT),
+}  # fmt: skip
+_FIELDS = tuple(f.name for f in fields(Row))
+_NEEDED = {*_FIELDS[:8]}
+assert sorted(name for names in _CHECKS for name in names) == sorted(_FIELDS)

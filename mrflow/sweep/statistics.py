@@ -6,7 +6,7 @@ them are of one comparison each. Times have units of their own: `mrflow.sweep.ti
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -138,26 +138,50 @@ def _times(count: int, draws: int, seed: int) -> NDArray[np.float64]:
     return np.bincount(pick.ravel(), minlength=draws * count).reshape(draws, count).astype(np.float64)
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Rows that are done, by columns: a report asks for every number many times, and walks the rows once for it.
+
+    `pairs` are prompts and draws, `numbers` by metric what each row has, None where it has none.
+    """
+
+    pairs: Sequence[tuple[str, int]]
+    numbers: Mapping[str, Sequence[float | None]]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], metrics: Iterable[str]) -> "Columns":
+        """Of these rows; a metric may also be one of the costs (`seconds`, `nfe`, `flops`, `peak_bytes`)."""
+        done = [row for row in rows if row.status == "done"]
+        return cls([(row.prompt, row.draw) for row in done], {name: _column(done, name) for name in metrics})
+
+    def values(self, metric: str) -> dict[str, list[float]]:
+        """A metric's values of each prompt's pictures."""
+        out: dict[str, list[float]] = defaultdict(list)
+        for (prompt, _), value in zip(self.pairs, self.numbers[metric], strict=True):
+            if value is not None:
+                out[prompt].append(value)
+        return dict(out)
+
+    def by_pair(self, metric: str) -> dict[tuple[str, int], float]:
+        """A metric's values by prompt and draw."""
+        each = zip(self.pairs, self.numbers[metric], strict=True)
+        return {pair: value for pair, value in each if value is not None}
+
+
+def _column(done: Sequence[Row], metric: str) -> list[float | None]:
+    if metric in COSTS:
+        return [float(getattr(row, metric)) for row in done]
+    return [None if (value := row.metrics.get(metric)) is None else float(value) for row in done]
+
+
 def values(rows: Iterable[Row], metric: str) -> dict[str, list[float]]:
     """A metric's values of each prompt's pictures; failed rows and rows without it are left out."""
-    out: dict[str, list[float]] = defaultdict(list)
-    for row, value in _numbers(rows, metric):
-        out[row.prompt].append(value)
-    return dict(out)
+    return Columns.of(rows, (metric,)).values(metric)
 
 
 def number(row: Row, metric: str) -> float | None:
     """A metric, or `seconds`, `nfe`, `flops`, `peak_bytes`, of a row that is done; None where there is none."""
-    return next((value for _, value in _numbers((row,), metric)), None)
-
-
-def _numbers(rows: Iterable[Row], metric: str) -> Iterator[tuple[Row, float]]:
-    """Rows that have a number, each with it: a report asks for hundreds of thousands."""
-    if metric in COSTS:
-        return ((row, float(getattr(row, metric))) for row in rows if row.status == "done")
-    return (
-        (row, float(value)) for row in rows if row.status == "done" and (value := row.metrics.get(metric)) is not None
-    )
+    return _column((row,), metric)[0] if row.status == "done" else None
 
 
 def compare(
@@ -196,7 +220,7 @@ def compare(
 
 def by_pair(rows: Iterable[Row], metric: str) -> dict[tuple[str, int], float]:
     """A metric's values by prompt and draw."""
-    return {(row.prompt, row.draw): value for row, value in _numbers(rows, metric)}
+    return Columns.of(rows, (metric,)).by_pair(metric)
 
 
 def differences(

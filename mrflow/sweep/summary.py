@@ -13,9 +13,9 @@ from mrflow.sweep.aims import BUILT_IN, COSTS, Scale, from_plain, scale_for, to_
 from mrflow.sweep.rows import Row, row_key, seed_of
 from mrflow.sweep.statistics import (
     MIN_PROMPTS,
+    Columns,
     Comparison,
     ConfidenceInterval,
-    by_pair,
     caveat,
     compare_differences,
     differences,
@@ -24,7 +24,6 @@ from mrflow.sweep.statistics import (
     interval,
     is_share,
     number,
-    values,
 )
 from mrflow.sweep.store import Store, read
 from mrflow.sweep.styles import styles
@@ -94,16 +93,21 @@ def summarise(
     metrics = metrics_of(rows)
     tags = sorted({tag for row in rows for tag in row.tags})
     base = by_chain.get(reference, [])
+    columns = {label: Columns.of(mine, metrics) for label, mine in by_chain.items()}
     parts = {
-        (label, tag): group_rows((r for r in mine if tag in r.tags), lambda r, t=tag: r.tags[t])  # type: ignore[misc]
+        (label, tag): {
+            value: Columns.of(part, metrics)
+            for value, part in group_rows((r for r in mine if tag in r.tags), lambda r, t=tag: r.tags[t]).items()  # type: ignore[misc]
+        }
         for label, mine in by_chain.items()
         for tag in tags
     }
     yardsticks = {label for label, mine in by_chain.items() if any(r.rendered for r in mine)}
-    others = {label: mine for label, mine in by_chain.items() if label != reference and label not in yardsticks}
-    whole, whole_size = _family({(label, ""): mine for label, mine in others.items()}, base, metrics, draws)
+    others = [label for label in by_chain if label != reference and label not in yardsticks]
+    theirs = {m: columns[reference].by_pair(m) if base else {} for m in metrics}
+    whole, whole_size = _family({(label, ""): columns[label] for label in others}, theirs, draws)
     by_tag = {
-        tag: _family({(label, v): p for label in others for v, p in parts[label, tag].items()}, base, metrics, draws)
+        tag: _family({(label, v): p for label in others for v, p in parts[label, tag].items()}, theirs, draws)
         for tag in tags
     }
     look = styles(by_chain)
@@ -112,7 +116,7 @@ def summarise(
         done = [r for r in mine if r.done]
         groups: dict[str, Any] = {
             tag: {
-                value: {"metrics": _means(part, metrics, draws), "compare": by_tag[tag][0].get((label, value), {})}
+                value: {"metrics": _means(part, draws), "compare": by_tag[tag][0].get((label, value), {})}
                 for value, part in parts[label, tag].items()
             }
             for tag in tags
@@ -128,14 +132,12 @@ def summarise(
                 "peak": max((r.peak_bytes for r in done), default=0) or None,
                 "seconds": _plain(seconds(done)),
                 "speedup": _plain(speedup(base, mine)) if base and label not in yardsticks else None,
-                "metrics": _means(mine, metrics, draws),
+                "metrics": _means(columns[label], draws),
                 "compare": whole.get((label, ""), {}),
                 "groups": groups,
                 "stages": stages_of(label, mine, said),
                 "replay": replay_words(label, said),
-                "missing": {
-                    m: missing(done, m, said)[:REASONS] for m in metrics if any(m not in r.metrics for r in done)
-                },
+                "missing": {m: missing(done, m, said)[:REASONS] for m in metrics if None in columns[label].numbers[m]},
             }
         )
     first = rows[0]
@@ -231,8 +233,8 @@ def _plain(found: ConfidenceInterval | None) -> dict[str, Any] | None:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.__dict__.items()}
 
 
-def _mean(rows: Sequence[Row], metric: str, draws: int) -> dict[str, Any] | None:
-    found, share = values(rows, metric), is_share(metric)
+def _mean(found: Mapping[str, Sequence[float]], metric: str, draws: int) -> dict[str, Any] | None:
+    share = is_share(metric)
     if not found:
         return None
     whole = interval(found, draws=draws, share=share)
@@ -240,8 +242,8 @@ def _mean(rows: Sequence[Row], metric: str, draws: int) -> dict[str, Any] | None
     return {**(_plain(whole) or {}), **({"caveat": said} if said else {})}
 
 
-def _means(rows: Sequence[Row], metrics: Sequence[str], draws: int) -> dict[str, Any]:
-    found = {metric: _mean(rows, metric, draws) for metric in metrics}
+def _means(rows: Columns, draws: int) -> dict[str, Any]:
+    found = {metric: _mean(rows.values(metric), metric, draws) for metric in rows.numbers}
     return {metric: value for metric, value in found.items() if value is not None}
 
 
@@ -250,14 +252,13 @@ VERDICTS = {"higher": "higher", "lower": "lower", "no difference shown": "none",
 
 
 def _family(
-    parts: Mapping[Place, Sequence[Row]], base: Sequence[Row], metrics: Sequence[str], draws: int
+    parts: Mapping[Place, Columns], base: Mapping[str, Mapping[tuple[str, int], float]], draws: int
 ) -> tuple[dict[Place, dict[str, Any]], int]:
-    """Parts of chains against the same part of the reference, metric by metric; and how many tests that made."""
+    """Parts of chains against the reference's numbers, `base`, metric by metric; and how many tests that made."""
     found: dict[tuple[Place, str], Comparison] = {}
-    for metric in metrics:
-        theirs = by_pair(base, metric)
+    for metric, theirs in base.items():
         for place, rows in parts.items():
-            if between := differences(by_pair(rows, metric), theirs):
+            if between := differences(rows.by_pair(metric), theirs):
                 found[place, metric] = compare_differences(metric, between, draws=draws)
     out: dict[Place, dict[str, Any]] = {}
     size = 0
