@@ -206,17 +206,6 @@ def test_a_row_counts_only_while_its_picture_is_whole(tmp_path: Path, harm: str)
     assert run_sweep(sweep, model, tmp_path).made == 0
 
 
-def test_the_index_may_be_lost_or_nonsense(tmp_path: Path) -> None:
-    run_sweep(one(), mf.toy(), tmp_path)
-    for text in ("", "[" * 10_000, '{"pictures": {"k": 3, "l": [[]]}}'):
-        (tmp_path / "index.json").write_text(text)
-        assert run_sweep(one(), mf.toy(), tmp_path).made == 0
-    for picture in tmp_path.glob("pictures/??/*.png"):
-        os.utime(picture, (time.time() - 60,) * 2)  # what was written a moment ago is read again
-    run_sweep(one(), mf.toy(), tmp_path)
-    assert len(json.loads((tmp_path / "index.json").read_text())["pictures"]) == 2
-
-
 # Devices, metrics, time
 
 

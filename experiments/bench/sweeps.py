@@ -115,7 +115,7 @@ def main() -> None:
         folder = said.folder or Path(scratch, "sweep")
         if not folder.exists():
             fill(folder, said.rows)
-        (folder / "index.json").unlink(missing_ok=True)
+        (folder / "index.bin").unlink(missing_ok=True)
         print("| step | s | processor s | peak MB |\n|---|---|---|---|")
         cases = {"imports alone": NOTHING}
         cases |= dict.fromkeys(("resume, no index", "resume, index"), RESUME.format(rows=said.rows, folder=str(folder)))

@@ -78,6 +78,7 @@ class Maker:
         self.negative = sweep.negative_for(model.info)
         self.weights = weights(model.info)
         self.made_by, self.machine = versions(), machine(model.device)
+        self._given = sorted(repr(m) for m in sweep.metrics if not m.needs_latents)  # as `Row.measured` names them
         self._cache = StageCache(max_bytes=CACHE_BYTES)
         self._took: dict[tuple[str, Pair], tuple[float, int, float]] = {}
         self._warm = set[tuple[object, ...]]() if warm else None
@@ -92,16 +93,19 @@ class Maker:
         return row_key(self.prints[label][-1], info.name, self.weights, prompt.text, self.negative, seed, self.made_by)
 
     def survey(self, pairs: Sequence[Pair], *, retry: bool = False) -> list[int]:
-        """How many rows each pair lacks; each row is read once.
+        """How many rows each pair lacks; each row is read once, and only where it changed since it was found right.
 
         What failed because a process died, and with `retry` all that failed, is to be made again: `again` holds when
         those rows were written, so that each is tried once more and not for ever. `stayed` counts other failed ones.
         """
         out: list[int] = []
         for pair in pairs:
-            lacking = 0
+            lacking, tags = 0, sorted(pair[0].tags.items())
             for label in self.labels:
                 key = self.key(label, pair)
+                seen = self.store.look(key, f"{label!r} {tags} {self._given}")
+                if seen is not None and self.store.index.holds(seen):
+                    continue
                 row = self.store.get(key)
                 if row is not None and not row.done and (retry or row.cause == "death"):
                     self.again[key] = row.time
@@ -109,6 +113,8 @@ class Maker:
                 self.stayed += row is not None and not row.done and key not in self.again
                 if row is not None and self._is_outdated(row, label, pair):
                     self._stale[key] = (label, pair)
+                elif row is not None and row.done:
+                    self.store.settle(row, seen)
             out.append(lacking)
         return out
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +80,7 @@ class Row:
         return bool(self.stages) and self.stages[0]["name"] == "Truth"
 
 
+@lru_cache(maxsize=64, typed=True)
 def seed_of(prompt: str, draw: int) -> int:
     """The seed of a prompt's n-th draw: the first 32 bits of the SHA-256 of both, the same on every machine.
 

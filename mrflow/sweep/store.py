@@ -4,7 +4,7 @@
     rows/ab/<key>.json    one file a row; that it is there, whole, is the only truth about what is done
     pictures/ab/<key>.png written and on disk before its row, which holds its size and SHA-256
     leases/<key>.json     who is making a row now (`mrflow.sweep.leases`)
-    index.json            pictures whose SHA-256 was compared, by size, time and inode; may be removed at any time
+    index.bin             what was read and found right already (`mrflow.sweep.index`); may be removed at any time
 
 A key is the content of what a row depends on, so changed settings make new rows and leave old ones. A row counts while
 its picture is whole. Files that are being written begin with `files.TEMPORARY`; but for leases, only those are ever
@@ -24,13 +24,12 @@ from mrflow._checks import check_path
 from mrflow.errors import PlanError, ResourceError
 from mrflow.records.files import TEMPORARY, parse_table, read_regular, temporary_beside, write_bytes
 from mrflow.records.publish import place
+from mrflow.sweep.index import Index, Mark, mark
 from mrflow.sweep.leases import Claim, LeaseLostError, Leases, clock, is_old_temporary
 from mrflow.sweep.rows import FORMAT, MAX_BYTES, Row, read_row, sha256_of
 
 ROOMS = ("rows", "pictures", "leases")
 MAX_TRIES = 3  # how often a row may take its process down with it
-MAX_INDEX = 1 << 30
-SETTLED = 2.0  # seconds
 
 
 class Store:
@@ -39,9 +38,8 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = check_path("the folder", folder)
         self.leases = Leases(self.folder / "leases")
-        self._rows = str(self.folder / "rows")
-        self._index: dict[str, State] | None = None
-        self._index_grew = False
+        self._rows, self._pictures = str(self.folder / "rows"), str(self.folder / "pictures")
+        self.index = Index(self.folder)
 
     def open(self, manifest: Mapping[str, object]) -> None:
         """Make the folder, or go on in it; refuse one that cannot be written, before any work.
@@ -122,41 +120,33 @@ class Store:
             return False
         if not row.picture_sha256:
             return status.st_size > 0
-        state = _state(status, row.picture_sha256)
-        if self._known().get(row.key) == state:
+        seen = _picture_mark(row.key, row.picture_sha256, status)
+        if self.index.holds(seen):
             return True
         try:
             same = sha256_of(read_regular(path, most=row.picture_bytes)) == row.picture_sha256
         except (OSError, ValueError):
             return False
         if same:
-            self._remember(row.key, state)
+            self.index.add(seen)
         return same
 
-    def _known(self) -> "dict[str, State]":
-        if self._index is None:
-            try:
-                said = parse_table(read_regular(self.folder / "index.json", most=MAX_INDEX)).get("pictures")
-            except (OSError, ValueError):
-                said = None
-            pairs = cast("dict[str, Any]", said).items() if isinstance(said, dict) else ()
-            self._index = {key: cast("State", tuple(value)) for key, value in pairs if _is_state(value)}
-        return self._index
+    def look(self, key: str, what: str) -> Mark | None:
+        """The mark of a row that is there with its picture and is `what` is wanted of it; None where a file is missing.
 
-    def _remember(self, key: str, state: "State") -> None:
-        self._known()[key] = state
-        self._index_grew = True
+        Take it before the row is read; `settle` adds it where the row was found so.
+        """
+        room = key[:2]
+        try:
+            states = [os.lstat(f"{self._rows}/{room}/{key}.json"), os.lstat(f"{self._pictures}/{room}/{key}.png")]
+        except OSError:
+            return None
+        return mark(f"row {key} {what}", states)
 
-    def write_index(self) -> None:
-        """Write down which pictures were found whole, so that the next process need not read them again."""
-        if self._index_grew:
-            with suppress(ResourceError, OSError):
-                # What was written a moment ago may be changed once more within one tick of the file system's clock.
-                settled = (clock(self.folder) - SETTLED) * 1e9
-                pictures = {key: state for key, state in self._known().items() if state[1] < settled}
-                data = json.dumps({"format": FORMAT, "pictures": pictures}, separators=(",", ":"))
-                write_bytes(self.folder / "index.json", data.encode())
-                self._index_grew = False
+    def settle(self, row: Row, seen: Mark | None) -> None:
+        """Remember that a row is whole and what was wanted of it, until its file or its picture's changes."""
+        if seen is not None and row.picture == f"pictures/{row.key[:2]}/{row.key}.png":
+            self.index.add(seen)
 
     def commit(self, row: Row) -> None:
         """Write a row; its pictures must be there. It appears whole or not at all, and not over one that is done.
@@ -199,7 +189,7 @@ class Store:
         write_bytes(path, data)
         if path.stem == key:
             with suppress(OSError):
-                self._remember(key, _state(os.lstat(path), sha256_of(data)))
+                self.index.add(_picture_mark(key, sha256_of(data), os.lstat(path)))
         return path.relative_to(self.folder).as_posix()
 
     def claim(
@@ -223,7 +213,7 @@ class Store:
         finally:
             self.leases.close()
             self.leases.tidy(lambda key: self.get(key) is not None)
-            self.write_index()
+            self.index.write()
 
     def _sweep_up(self) -> None:
         """Remove own temporary files that a killed process left, if nobody has touched them for long.
@@ -260,15 +250,8 @@ def read(folder: str | Path) -> list[Row]:
     return [row for row in found if row is not None]
 
 
-State = tuple[int, int, int, str]
-
-
-def _state(status: os.stat_result, sha256: str) -> State:
-    return status.st_size, status.st_mtime_ns, status.st_ino, sha256
-
-
-def _is_state(value: object) -> bool:
-    return isinstance(value, list) and [type(v) for v in cast("list[object]", value)] == [int, int, int, str]
+def _picture_mark(key: str, sha256: str, status: os.stat_result) -> Mark:
+    return mark(f"picture {key} {sha256}", (status,))
 
 
 def _anything(_: object) -> bool:
