@@ -52,7 +52,7 @@ class Index:
         self._new[one[0]] = one[1]
 
     def write(self) -> None:
-        """Write down what was added here, beside what other processes wrote meanwhile; a folder that takes no file has none.
+        """Write down what was added here, beside what other processes wrote meanwhile, where the folder takes a file.
 
         What was changed a moment ago may be changed once more within one tick of the file system's clock, and is left
         for the next time.
