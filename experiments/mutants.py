@@ -84,6 +84,13 @@ PARTS: Mapping[str, Part] = {
     "testing": Part(("mrflow/testing/*",), _tests("testing", "laws", "law_words", "strategies", "pytest_plugin")),
 }
 EQUIVALENT: Mapping[tuple[str, str], str] = {
+    ("mrflow.caches.memory.CachedStep.__call__", "if len(rows) <= len(due):"): (
+        "where every row was computed, what is joined is the computed rows one after the other: what was given"
+    ),
+    (
+        "mrflow.caches.extrapolate.taylor",
+        "factors.append([(a - b) / gap for a, b in zip(newest, before, strict=False)])",
+    ): "both are the divided differences of one set of streams, of the same length",
     ("mrflow.scenes.reading.find_tint", "light = pale @ np.full(3, 2 / 3, np.float32)"): (
         "a factor of the light scales the bins, the cut and both classes alike; only their ratio and sides are used"
     ),

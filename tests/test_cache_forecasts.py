@@ -207,6 +207,15 @@ def test_l2p_finds_linear_predictors_and_is_exact_with_them() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+def test_l2p_takes_no_weights_from_what_rounding_tells_apart() -> None:
+    """Two features that are the same but for 1e-6 of their length share a weight, instead of taking opposite ones."""
+    rng = np.random.default_rng(0)
+    first, second, rest = rng.normal(size=(3, 400))
+    f = np.stack((first, first + 1e-6 * second, 3 * first + rest))
+    weights = fit_weights(f @ f.T, [True, True, False], 2)[2]
+    assert weights == pytest.approx((1.5, 1.5), abs=0.2)
+
+
 def test_l2p_computes_what_its_rows_cannot_stand_in_for() -> None:
     """A branch that is asked at some levels only, or at more than were fitted without having been announced."""
     cache = L2P(((), (), (1.0,), (), (-1.0, 2.0), (1.0,), (-1.0, 2.0)))

@@ -206,11 +206,11 @@ def net_of(changes: Sequence[float]) -> Numbers:
 
 
 def test_pictures_of_a_batch_decide_alone() -> None:
-    """The first changes fast, the second hardly: each is computed when it would be alone, and gives what it would."""
-    rates = (1.3, 1.02)
+    """Some change fast, one hardly: each is computed when it would be alone, and gives what it would."""
+    rates = (1.3, 1.02, 1.35, 1.28)
 
     def feature(i: int, t: int) -> Tensor:
-        return torch.tensor([[[r**t]] for r in rates]) if i else torch.tensor([[[1.0]], [[1.0]]])
+        return torch.tensor([[[r**t]] for r in rates]) if i else torch.ones(len(rates), 1, 1)
 
     class Rows(Numbers):
         """Blocks that work on whichever rows they are given, told by the image's first number."""
@@ -220,7 +220,7 @@ def test_pictures_of_a_batch_decide_alone() -> None:
             return tokens * self.own
 
         def run(self, img: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-            rows = [0 if float(x[0, 0]) < 150 else 1 for x in img]
+            rows = [int(x[0, 0]) // 1000 - 1 for x in img]
             txt, _, _, _, start, stop = rest
             for i in range(start, stop):
                 img = img + torch.tensor([[[rates[r] ** self.call * (1 + i)]] for r in rows])
@@ -230,17 +230,18 @@ def test_pictures_of_a_batch_decide_alone() -> None:
 
     for cache in (DBCache(0.25, front=1, warmup=0), DBCache(0.25, front=1, warmup=0, order=1)):
         net = Rows(feature)
-        net.own = torch.tensor([[[100.0]], [[200.0]]])
-        both, computed = drive(cache, net, 9, batch=2)
-        assert computed[0] == 2 and 1 in computed
+        own = 1000.0 * torch.arange(1, 5)[:, None, None]
+        net.own = own
+        together, computed = drive(cache, net, 9, batch=4)
+        assert computed[0] == 4 and 3 in computed
         alone = []
-        for row in (0, 1):
+        for row in own.split(1):
             net = Rows(feature)
-            net.own = torch.tensor([[[100.0 * (row + 1)]]])
+            net.own = row
             alone.append(drive(cache, net, 9))
-        assert [a + b for a, b in zip(alone[0][1], alone[1][1], strict=True)] == computed
-        for out, first, second in zip(both, alone[0][0], alone[1][0], strict=True):
-            assert torch.equal(out, torch.cat((first, second)))
+        assert [sum(each) for each in zip(*(ran for _, ran in alone), strict=True)] == computed
+        for out, *each in zip(together, *(outs for outs, _ in alone), strict=True):
+            assert torch.equal(out, torch.cat(each))
 
 
 def test_another_shape_begins_anew() -> None:
@@ -368,6 +369,8 @@ def test_estimates_fall_with_the_threshold_and_limits_hold() -> None:
     assert 50 / count(DBCache(0.24, front=1, warmup=4, limit=6)) == pytest.approx(3.94, rel=0.1)
     assert 50 / count(DBCache(0.8, front=1, warmup=8, every=2, limit=8, order=1)) == pytest.approx(5.72, rel=0.15)
     assert count(DBCache(1.0, front=1, warmup=8, limit=0, order=1)) == 50
+    for most, computed in ((None, 12), (45, 12), (30, 20), (0, 50)):  # at most so many are left out
+        assert DBCache(0.8, warmup=8, most=most).forecast(FLUX, levels, levels).computed == computed
     assert DBCache(0.0).forecast(QWEN, levels, levels).exact
     series: tuple[Series, ...] = ("newton", "taylor")
     assert {count(TaylorSeer(series=s)) for s in series} == {10}
