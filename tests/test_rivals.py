@@ -52,22 +52,25 @@ def test_anchors_are_lattice_border_then_others(h: int, w: int, count: int) -> N
         assert not torch.equal(anchors(h, w, count, -order(h * w)), at)
 
 
-def test_values_spread_as_nearest_anchors_softened() -> None:
-    """By hand and by scipy: nearest anchor, a Gaussian of one token cut at three, anchors exactly as they were."""
+@pytest.mark.parametrize("count", [30, 6])
+def test_values_spread_as_nearest_anchors_softened(count: int) -> None:
+    """By hand and by scipy: nearest anchor, a Gaussian cut at three deviations, anchors exactly as they were."""
     h, w = 9, 11
-    at = anchors(h, w, 30, order(h * w))
-    spread, values = Spread(at, h, w), torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(1))
+    at = anchors(h, w, count, order(h * w))
+    spread, values = Spread(at, h, w), torch.randn(2, count, 3, generator=torch.Generator().manual_seed(1))
+    deviation = max(1.0, 0.4 * (h * w / count) ** 0.5)
     got = spread(values)
     assert torch.equal(got[:, at], values)
     hard = torch.empty(2, h * w, 3)
     for cell in range(h * w):
         far = [(cell // w - int(a) // w) ** 2 + (cell % w - int(a) % w) ** 2 for a in at]
         hard[:, cell] = values[:, far.index(min(far))]
-    soft = gaussian_filter(hard.view(2, h, w, 3).double().numpy(), 1.0, mode="nearest", truncate=3.0, axes=(1, 2))
+    grid = hard.view(2, h, w, 3).double().numpy()
+    soft = gaussian_filter(grid, deviation, mode="nearest", truncate=3.0, axes=(1, 2))
     want = torch.from_numpy(soft).float().view(2, -1, 3)
     want[:, at] = values
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(spread(torch.ones(1, 30, 1)), torch.ones(1, h * w, 1))
+    torch.testing.assert_close(spread(torch.ones(1, count, 1)), torch.ones(1, h * w, 1))
     few = Spread(torch.tensor([0, 98]), h, w)  # 0.4 sqrt(99 / 2) = 2.8 tokens
     assert len(few.kernel) == 2 * 9 + 1
 
@@ -205,6 +208,29 @@ class Tokens(Wrapper):
             return inner(x, sigma)
 
         return counted
+
+
+def test_the_network_is_told_where_the_anchors_lie() -> None:
+    """In each stage as many places as tokens, each a cell of the grid, at least one; in the last the whole grid."""
+    seen = list[tuple[int, list[list[float]] | None]]()
+
+    class Watched(Wrapper):
+        def field(self, cond: mf.Condition, options: mf.FieldOptions = mf.FieldOptions()) -> Velocity:
+            inner, at = self.model.field(cond, options), options.positions
+
+            def velocity(x: Tensor, sigma: float) -> Tensor:
+                seen.append((x.shape[-2] * x.shape[-1] // 4, None if at is None else at.at.tolist()))
+                return inner(x, sigma)
+
+            return velocity
+
+    stage, model = mf.SampleAnchors(16, 16, (1, 1, 1), shares=(0.01, 0.5)), Watched(mf.toy(positions=True))
+    assert stage.tokens(model.info) == (1, 8, 16)
+    mf.run(stage, model, "a")
+    cells = [[float(i), float(j)] for i in range(4) for j in range(4)]
+    assert [count for count, _ in seen] == [1, 8, 16]
+    for count, places in seen[:2]:
+        assert places is not None and len(places) == count and all(place in cells for place in places)
 
 
 @pytest.mark.parametrize("name", STAGES)
