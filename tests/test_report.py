@@ -168,6 +168,8 @@ def test_tables_and_plots(folder: Path, tmp_path: Path) -> None:
     write_parquet(rows, tmp_path / "t.parquet")
     table = parquet.read_table(tmp_path / "t.parquet")
     assert table.num_rows == 18 and table.column("metric.sharpness").null_count == 3
+    write_parquet([row for row in rows if row.done], tmp_path / "done.parquet")  # none of which has an error
+    assert parquet.read_table(tmp_path / "done.parquet").schema.field("error").type == table.schema.field("error").type
     pytest.importorskip("matplotlib")
     made = write_plots(summarise(rows, reference), tmp_path / "plot")
     assert [p.suffix for p in made] == [".png", ".svg"] and all(p.stat().st_size > 5000 for p in made)

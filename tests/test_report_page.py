@@ -202,6 +202,27 @@ def test_an_interval_beyond_the_axes_ends_in_an_arrow() -> None:
     assert not {"<", "v"} & drawn.keys()
 
 
+CONTRASTS = """
+document.documentElement.dataset.theme = arguments[0];
+const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return [m.slice(0, 3), m[3] ?? 1]; };
+const light = c => c.map(v => (v /= 255, v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4))
+  .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+const card = parse(getComputedStyle(document.querySelector("#heat-section")).backgroundColor)[0], out = [];
+for (const cell of document.querySelectorAll("#heat td:not(:first-child)")) {
+  const [shade, a] = parse(getComputedStyle(cell).backgroundColor);
+  const under = light(card.map((v, i) => a * shade[i] + (1 - a) * v));
+  const told = (what, style) => { const l = light(parse(style.color)[0]);
+    out.push([what, (Math.max(l, under) + .05) / (Math.min(l, under) + .05)]); };
+  told("text", getComputedStyle(cell));
+  const before = getComputedStyle(cell, "::before");
+  if (before.content !== "none") told("text", before);
+  for (const e of cell.querySelectorAll("span"))
+    told(/[▲▼]/.test(e.textContent) ? "arrow" : "text", getComputedStyle(e));
+}
+return out;
+"""
+
+
 @pytest.fixture
 def opened(browser: Any, scored: Path) -> Iterator[Any]:  # noqa: F811
     """The page of known numbers, opened from disk."""
@@ -286,6 +307,18 @@ class TestInABrowser:
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         assert wide == []
 
+    @pytest.mark.parametrize("theme", ["light", "dark"])
+    @pytest.mark.parametrize("width", [400, 1280])
+    def test_shaded_cells_can_be_read(self, opened: Any, theme: str, width: int) -> None:
+        """Contrast of WCAG 2: 4.5 for numbers and their names, 3 for arrows."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        choose(opened, "metric", "score")
+        said = opened.execute_script(CONTRASTS, theme)
+        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert len(said) >= 20 and min(float(c) for what, c in said if what == "text") >= 4.5
+        assert min(float(c) for _, c in said) >= 3
+
     def test_legend_and_one_colour_a_method(self, opened: Any) -> None:
         assert texts(opened, "#legend li") == ["ref 8 (reference)", "clean 4", "dirty 2", "slow"]
         colours = opened.execute_script(
@@ -338,6 +371,12 @@ def test_the_table_of_methods(scored: Path) -> None:
     assert repr(found).startswith("<4 methods: rows, score") and "<td" in found._repr_html_()
     text = str(found).splitlines()
     assert len({len(line) for line in text[:6]}) == 1 and text[1].startswith("|---")
+    assert found.text(len(text[0])) == found.text() == str(found)
+    narrow = found.text(60).splitlines()
+    assert max(map(len, narrow)) <= 60 and [line for line in narrow if line[0] not in " *"] == [
+        c[0] for c in found.lines
+    ]
+    assert "  stray, % ↓             5.012 [4.986, 5.038]"[:24] in "\n".join(narrow) and narrow[-1] == found.notes[-1]
     assert table(scored, "fit.corner").lines[0][2] == "1.000 *"
     with pytest.raises(mf.PlanError, match="no row of .* has the metric 'nothing'; there are score, "):
         table(scored, "nothing")

@@ -72,7 +72,7 @@ def sweep(err: Console, asked: SweepOptions) -> None:
     for text in done.errors:
         err.print(f"  {text}")
     if not asked.as_json and done.made + done.before > done.stayed:
-        err.print(str(table(whole)))
+        err.print(table(whole).text(width(err)))
     if asked.as_json:
         typer.echo(json.dumps(done.__dict__))
     else:

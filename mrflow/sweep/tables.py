@@ -38,6 +38,23 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, columns: int | None = None) -> str:
+        """The table in lines, a method each; where these are longer than `columns`, a number each."""
+        text = self._lines()
+        if columns is None or max(map(len, text.splitlines()[: 2 + len(self.lines)])) <= columns:
+            return text
+        width = max(map(len, self.heads[1:]))
+        pairs = [(line[0], [c for c in zip(self.heads[1:], line[1:], strict=True) if c[1]]) for line in self.lines]
+        return "\n".join(
+            (
+                *(line for label, cells in pairs for line in (label, *(f"  {h:<{width}}  {c}" for h, c in cells))),
+                *self.notes,
+            )
+        )
+
+    def _lines(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.heads, *self.lines, strict=True)]
 
         def line(cells: Sequence[str]) -> str:
@@ -149,7 +166,13 @@ def write_parquet(rows: Sequence[Row], out: Path) -> None:
         ) from None
     names, lines = flat(rows)
     columns = list(zip(*lines, strict=True)) if lines else [()] * len(names)
-    whole = arrow.table(dict(zip(names, (list(c) for c in columns), strict=True)))
+
+    def typed(name: str, column: tuple[Any, ...]) -> Any:  # noqa: ANN401
+        """A column; one without values has the type that it has in other sweeps: their tables can be joined."""
+        kind = arrow.float64() if name.startswith(("metric.", "seconds")) else arrow.string()
+        return arrow.array(list(column), kind if all(value is None for value in column) else None)
+
+    whole = arrow.table({name: typed(name, column) for name, column in zip(names, columns, strict=True)})
     buffer = BytesIO()
     parquet.write_table(whole, buffer)
     write_bytes(out, buffer.getvalue())
