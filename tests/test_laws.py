@@ -1,12 +1,16 @@
 """Every law lets through what is right; `test_law_words` holds what each catches."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pytest
+import torch
 
 import mrflow as mf
+from mrflow.backbone import Backbone, Condition, FieldOptions
+from mrflow.flow import Velocity
+from mrflow.solvers import integrate
 from mrflow.testing import (
     LAWS,
     LawBroken,
@@ -105,3 +109,52 @@ def test_a_stochastic_solver_is_held_to_its_marginal() -> None:
 
 def test_a_solver_that_chooses_its_steps_is_held_to_its_tolerance() -> None:
     check_solver(mf.BogackiShampine(), order=3)
+
+
+def test_the_variance_that_a_stochastic_solver_leaves_is_that_of_many_draws() -> None:
+    """Unit responses, summed exactly, against 200,000 random trajectories of four steps."""
+    generator, count, n = torch.Generator().manual_seed(0), 200_000, 4
+
+    def true(sigma: float) -> float:
+        return sigma**2 + (1 - sigma) ** 2
+
+    sigmas = [0.9 - 0.2 * i for i in range(n + 1)]
+    x = true(0.9) ** 0.5 * torch.randn(count, 1, generator=generator)
+    draw = lambda: torch.randn(count, 1, generator=generator)  # noqa: E731
+    end = integrate(mf.StochasticEuler(1.0), lambda x, s: (2 * s - 1) / true(s) * x, x, sigmas, noise=draw)
+    assert of_solvers._variance(mf.StochasticEuler(1.0), n, 0.9) == pytest.approx(
+        float(end.var()) / true(0.1), rel=0.02
+    )
+
+
+def test_a_guidance_that_asks_for_the_levels_to_come_keeps_all_laws() -> None:
+    """They are announced, as an integration announces them."""
+
+    class ByLevels(SpoiledGuidance):
+        def field(
+            self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
+        ) -> Velocity:
+            assert options.sigmas is not None and len(options.sigmas) > 1
+            return super().field(model, cond, negative, options)
+
+    check_guidance(ByLevels())
+
+
+@dataclass(frozen=True)
+class Leaves(SpoiledCache):
+    """Leaves out every second evaluation, whatever its threshold."""
+
+    threshold: float = 1.0
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_a_threshold_of_0_is_tried_whatever_the_caches_own_is(threshold: float) -> None:
+    with pytest.raises(LawBroken, match="has threshold 0 and leaves out blocks"):
+        check_cache(Leaves(threshold=threshold))
+
+
+def test_the_toy_encodes_with_a_deviation_of_a_hundredth() -> None:
+    pixels, noise = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 4, 4)
+    mean = mf.toy().encode(pixels)
+    torch.testing.assert_close(mf.toy().encode(pixels, noise) - mean, 0.01 * noise, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(mean, 2 * pixels.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5)) - 1)
