@@ -63,6 +63,8 @@ PARTS: Mapping[str, Part] = {
             "testing",
             "laws",
             "law_words",
+            "policies",
+            "field_options",
             "ground_truths",
         ),
     ),

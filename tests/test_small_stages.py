@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mrflow as mf
+from mrflow.backbone import Wrapper
 from mrflow.errors import PlanError, PromiseError
 from mrflow.guidance import Guidance
 from mrflow.model_info import ModelInfo
@@ -21,6 +22,7 @@ from mrflow.protocols.upscaler import LatentUpscaler, Upscaler
 from mrflow.stages.crop import Crop
 from mrflow.stages.integrating import check_policy
 from mrflow.stages.lift import nearest_rise
+from mrflow.stages.tiles import check_tiles
 from mrflow.stages.truth import Truth
 from mrflow.testing import TOY
 from tests.strategies import FEW
@@ -157,6 +159,34 @@ def test_what_a_lift_cannot_take_is_said() -> None:
         mf.plan(mf.Lift(), TOY, start=replace(start, sigma=0.2))
     with pytest.raises(PlanError, match="an upscaler of scale 1 cannot reach 16x24"):
         mf.plan(mf.Lift((32, 48), upscaler=Twice(1)), TOY, start=start)
+    for smaller in ((8, 48), (32, 12)):  # one side alone
+        with pytest.raises(PlanError, match=rf"^(stage .*: )?{smaller[0]}x{smaller[1]} is smaller than what comes in"):
+            mf.plan(mf.Lift(smaller), TOY, start=start)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "beside", "words"),
+    [
+        (mf.Tiles(4, 2), {"cache": mf.caches.TaylorSeer(2)}, "a cache remembers .* leave out the cache or tiles"),
+        (mf.Tiles(4, 2), {"policy": mf.PiFlow("a.pt")}, "a policy is followed .* leave out the policy or tiles"),
+        (4, {}, r"tiles takes Tiles\(size, overlap\), got 4"),
+    ],
+)
+def test_what_cannot_be_beside_tiles_is_said(tiles: object, beside: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=f"^{words}$"):
+        check_tiles(tiles, mf.toy(positions=True).info, **{"cache": None, "policy": None} | beside)
+
+
+def test_a_model_without_a_network_of_its_own_needs_one_named() -> None:
+    class Bare(Wrapper):
+        upscaler = None  # type: ignore[assignment]
+
+    model, pixels = Bare(mf.toy()), torch.rand(1, 3, 16, 16)
+    with pytest.raises(
+        PlanError, match=r"was loaded without a super-resolution net; name one, such as Upscale\(Lanczos"
+    ):
+        mf.run(mf.Upscale(), model, "a", start=pixels)
+    assert mf.run(mf.Upscale(mf.Lanczos(2)), model, "a", start=pixels).data.shape == (1, 3, 32, 32)
 
 
 @FEW
