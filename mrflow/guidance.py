@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from mrflow import flow
-from mrflow._checks import check_number, check_whole
+from mrflow._checks import check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.display.notes import note
 from mrflow.errors import PlanError
@@ -20,6 +20,18 @@ from mrflow.flow import Velocity
 from mrflow.machine.failures import is_out_of_memory
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.protocols.tokens import CombinedField, TokenVelocity, on_tokens
+
+MAX_SCALE = 1000.0  # beyond, float32 keeps less than five digits of a velocity, float16 none
+
+
+def check_scale(name: str, value: object) -> None:
+    """Refuse a scale of guidance that is no finite number from 0 to `MAX_SCALE`.
+
+    Raises:
+        PlanError: naming it.
+    """
+    check_number(name, value, 0)
+    require(is_number(value, 0, MAX_SCALE), name, f"at most {MAX_SCALE:g}", value)
 
 
 class Guidance(ABC):
@@ -58,7 +70,7 @@ class Distilled(Guidance):
 
     def __post_init__(self) -> None:
         if self.value is not None:
-            check_number("guidance", self.value, 0)
+            check_scale("guidance", self.value)
 
     @property
     def passes(self) -> int:
@@ -89,7 +101,7 @@ class TwoBranches(Guidance):
     packed: bool
 
     def __post_init__(self) -> None:
-        check_number("scale", self.scale, 0)
+        check_scale("scale", self.scale)
 
     @property
     def passes(self) -> int:
@@ -355,7 +367,7 @@ class NAG(Guidance):
     alpha: float = field(default=0.25, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_number("scale", self.scale, 0)
+        check_scale("scale", self.scale)
         check_number("tau", self.tau, 1.0, 1000.0)
         check_number("alpha", self.alpha, 0.0, 1.0)
 

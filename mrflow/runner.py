@@ -14,7 +14,7 @@ from mrflow._checks import require
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
 from mrflow.display.notes import collect_notes, note, tally_work
-from mrflow.errors import Interruption, PlanError, PromptError
+from mrflow.errors import Interruption, MrflowError, PlanError, PromiseError, PromptError
 from mrflow.flow import finite
 from mrflow.machine.devices import Stopwatch
 from mrflow.machine.failures import name_stage, passes
@@ -142,9 +142,9 @@ def run(
                     "branch; guidance=CFG(scale) reads it"
                 )
                 negative = model.info.negative
-            cond = model.condition(prompts) if condition is None else condition.repeat(len(prompts))
+            cond = _encode(model, prompts) if condition is None else condition.repeat(len(prompts))
             cond.check_finite("prompt's")
-            other = model.condition([negative]).repeat(len(prompts)) if planned.work.negative else None
+            other = _encode(model, [negative]).repeat(len(prompts)) if planned.work.negative else None
             if other is not None:
                 other.check_finite("negative prompt's")
         for text in lost:
@@ -194,6 +194,21 @@ def run(
         tuple(path or ()),
         None if path is None else lambda latents: model.decode(latents.to(model.device)),
     )
+
+
+def _encode(model: Backbone, prompts: Sequence[str]) -> Condition:
+    """What the model makes of the prompts, or an error that names it."""
+    where = f"{model.info.name}, condition()"
+    try:
+        cond = model.condition(prompts)
+    except BaseException as error:
+        if passes(error) or isinstance(error, MrflowError):
+            raise
+        raise name_stage(error, where) from error
+    if not isinstance(cond, Condition) or cond.batch != len(prompts):
+        given = f"one for {cond.batch}" if isinstance(cond, Condition) else type(cond).__name__
+        raise PromiseError(f"{where} must give a Condition for {len(prompts)} prompts, got {given}")
+    return cond
 
 
 def _same(planned: Plan, stages: tuple[AnyStage, ...], model: ModelInfo, start: Spec) -> Plan:

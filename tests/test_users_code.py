@@ -1,14 +1,17 @@
 """Whatever code of users raises, and wherever it goes: one clear line, and files where they were asked for."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from PIL import Image
 
 import mrflow as mf
-from mrflow.errors import Interruption
+from mrflow.backbone import Condition, Wrapper
+from mrflow.errors import Interruption, MrflowError, PromiseError, PromptError, ResourceError
 from mrflow.sweep import Sharpness, run_sweep
 from mrflow.sweep.store import read
 from tests.test_cli import call, here  # noqa: F401
@@ -181,3 +184,47 @@ class Own(mf.Upscaler):
 
 net = Own()
 """
+
+
+class Bad(Wrapper):
+    """A model whose `condition` does what it was given."""
+
+    def __init__(self, how: Callable[[Sequence[str]], Any]) -> None:
+        super().__init__(mf.toy())
+        self.how = how
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        return cast("Condition", self.how(prompts))
+
+
+def failing(error: BaseException) -> Callable[[object], None]:
+    def fail(_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        (failing(KeyError("x")), PromiseError, r"condition\(\): failed with KeyError: 'x'"),
+        (failing(MemoryError()), ResourceError, r"condition\(\): out of memory"),
+        (failing(SystemExit(3)), PromiseError, "failed with SystemExit"),
+        (failing(PromptError("too long")), PromptError, "^too long"),
+        (lambda prompts: None, PromiseError, "must give a Condition for 2 prompts, got NoneType"),
+        (lambda prompts: mf.toy().condition(prompts[:1]), PromiseError, "for 2 prompts, got one for 1"),
+    ],
+    ids=str,
+)
+def test_a_model_that_fails_at_the_prompt_is_named(
+    how: Callable[[Sequence[str]], Any], kind: type[MrflowError], words: str
+) -> None:
+    chain = mf.recipes.native(size=(16, 16), steps=1)
+    with pytest.raises(kind, match=words) as caught:
+        mf.run(chain, Bad(how), ["a", "b"], seed=0)
+    assert kind is PromptError or str(caught.value).startswith("toy, condition()")
+
+
+def test_ctrl_c_while_a_prompt_is_encoded_stays_itself() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        mf.run(mf.recipes.native(size=(16, 16), steps=1), Bad(failing(KeyboardInterrupt())), "a", seed=0)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mrflow._checks import check_number, check_whole, require
+from mrflow._checks import check_whole, require
 from mrflow.bridge.base import Bridged as Bridged
 from mrflow.bridge.flux import BridgedFlux as BridgedFlux
 from mrflow.bridge.flux import Control as Control
@@ -19,6 +19,7 @@ from mrflow.bridge.qwen21 import BridgedQwen21 as BridgedQwen21
 from mrflow.bridge.sd3 import BridgedSD3 as BridgedSD3
 from mrflow.bridge.zimage import BridgedZImage as BridgedZImage
 from mrflow.errors import PlanError
+from mrflow.guidance import check_scale
 from mrflow.protocols.upscaler import Upscaler
 
 MAX_TOKENS = 4096  # far more than any of these text encoders is trained for
@@ -67,7 +68,7 @@ def from_diffusers(
             "folder or file goes to mrflow.load"
         )
     if guidance is not None:
-        check_number("guidance", guidance, 0)
+        check_scale("guidance", guidance)
     if text_tokens is not None:
         check_whole("text_tokens", text_tokens, 1, MAX_TOKENS)
     require(control is None or isinstance(control, Control), "control", "a Control(pixels)", control)
