@@ -56,6 +56,16 @@ def check_number(name: str, value: object, low: float | None = None, high: float
     )
 
 
+MAX_SEED = 2**63 - 1
+
+
+def check_seed(seed: object) -> int:
+    """A seed that a generator takes, or PlanError."""
+    if not is_whole(seed, 0, MAX_SEED - 1):
+        raise PlanError(f"a seed must be a whole number from 0 to {MAX_SEED - 1}, got {seed!r}")
+    return seed
+
+
 def check_path(name: str, value: object) -> Path:
     """The path that `value` is, if a file system can hold it; nothing need be there.
 

@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from mrflow._checks import require
+from mrflow._checks import check_seed, require
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
 from mrflow.display.notes import collect_notes, note, tally_work
@@ -20,7 +20,6 @@ from mrflow.machine.devices import Stopwatch
 from mrflow.machine.failures import name_stage, passes
 from mrflow.machine.forks import check_process
 from mrflow.model_info import ModelInfo
-from mrflow.noise import check_seed
 from mrflow.records.stage_cache import StageCache
 from mrflow.result import PathStep, Result, StageRecord
 from mrflow.solvers import Step

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import mrflow as mf
-from mrflow.noise import MAX_SEED, Noise, check_seed
+from mrflow._checks import MAX_SEED, check_seed
+from mrflow.noise import Noise
 
 SHAPE = (3, 2, 4, 6)
 SEEDS = (5, 0, 2**62 + 1)

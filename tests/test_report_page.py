@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 import mrflow as mf
-from mrflow.sweep import Fidelity, Lpips, Row, Scale, SceneScore, Sharpness, Store, Stray, seed_of, table
+from mrflow.sweep import Fidelity, Lpips, Row, Scale, SceneScore, Sharpness, Store, Stray, run_sweep, seed_of, table
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
 from mrflow.sweep.plots import front_of, limits, mark, write_plots
@@ -380,3 +382,10 @@ def test_the_table_of_methods(scored: Path) -> None:
     assert table(scored, "fit.corner").lines[0][2] == "1.000 *"
     with pytest.raises(mf.PlanError, match="no row of .* has the metric 'nothing'; there are score, "):
         table(scored, "nothing")
+
+
+def test_a_report_is_made_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+    run_sweep(mf.Sweep({"n": mf.recipes.native(size=(16, 16), steps=1)}, ["a"]), mf.toy(), tmp_path)
+    code = "import sys; sys.modules['torch'] = None; from mrflow.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code, "report", str(tmp_path)], check=True)
+    assert (tmp_path / "report.html").exists()

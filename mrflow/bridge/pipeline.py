@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mrflow._checks import check_whole, is_number, is_whole, require
+from mrflow._checks import MAX_SEED, check_whole, is_number, is_whole, require
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
-from mrflow.noise import MAX_SEED
 from mrflow.result import Result
 from mrflow.runner import Event, Stepped, run
 from mrflow.spec import Latents, Pixels, Start

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 from mrflow import __version__
+from mrflow._checks import check_seed
 from mrflow.errors import PlanError, RecordError
 from mrflow.model_info import ModelInfo
 from mrflow.models.digests import weights_of
-from mrflow.noise import check_seed
 from mrflow.records.chains import Plain, encode_chain, fingerprint
 from mrflow.records.files import cache_folder
 from mrflow.spec import Pixels, Start

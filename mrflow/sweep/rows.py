@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mrflow.noise import check_seed
+from mrflow._checks import check_seed
 from mrflow.records.files import parse_table, read_regular
 
 FORMAT = 1

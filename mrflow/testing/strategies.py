@@ -16,11 +16,12 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
+from mrflow._checks import MAX_SEED
 from mrflow.backbone import Condition
 from mrflow.checkpoints.adapters import Lora
 from mrflow.guidance import CFG, Distilled, Guidance, Interval
 from mrflow.model_info import FLUX, QWEN, SCHNELL, LatentSpace, ModelInfo, Shift
-from mrflow.noise import MAX_SEED, Nested, Noise, PerItem, Stream
+from mrflow.noise import Nested, Noise, PerItem, Stream
 from mrflow.records.chains import encode_chain
 from mrflow.runner import run
 from mrflow.schedules import (
