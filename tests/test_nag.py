@@ -179,7 +179,7 @@ def slow_zimage(model: Any, net: Any, conds: Sequence[mf.Condition], x: Tensor, 
 
 
 def slow(model: Any, conds: Sequence[mf.Condition], x: Tensor, sigma: float, nag: NAG) -> Tensor:
-    net = model._flow
+    net = model.transformer
     how = {"Flux": slow_flux, "QwenImage": slow_qwen, "ZImage": slow_zimage}[type(net).__name__]
     return how(model, net, conds, x, sigma, nag)
 

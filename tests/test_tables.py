@@ -51,8 +51,8 @@ def test_qwen_keeps_them_between_pictures(tmp_path: Path) -> None:
     write_qwen_repo(tmp_path / "r")
     model: Any = mf.load(tmp_path / "r", device="cpu")
     asked = list[int]()
-    own = model._flow.tables
-    model._flow.tables = lambda sigmas: asked.append(len(sigmas)) or own(sigmas)
+    own = model.transformer.tables
+    model.transformer.tables = lambda sigmas: asked.append(len(sigmas)) or own(sigmas)
     stage = mf.Sample(32, 32, mf.Shifted(3))
     first = mf.run(stage, model, "a cat", seed=1).data
     assert asked == [3]
@@ -61,5 +61,5 @@ def test_qwen_keeps_them_between_pictures(tmp_path: Path) -> None:
     assert asked == [3]
     mf.run(mf.Sample(32, 32, mf.Linear(5)), model, "a cat")
     assert asked[0] == 3 and len(asked) == 2
-    other = model._variant(model._flow, "+x")
+    other = model._variant(model.transformer, "+x")
     assert not other._kept and model._kept

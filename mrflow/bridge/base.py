@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mrflow._checks import is_number
-from mrflow.backbone import Condition, FieldOptions
+from mrflow.backbone import Condition, FieldOptions, Positions, join_parts, split_parts
 from mrflow.bridge.blocks import BlockNames, open_forward
 from mrflow.bridge.facts import check_encoders
 from mrflow.bridge.version import Watch, version_of
@@ -387,6 +387,19 @@ def check_condition(info: ModelInfo, cond: Condition, needs: Mapping[str, int]) 
                 "another model?"
             )
     return cond
+
+
+def in_parts(
+    one: Callable[[Tensor, float, int, int, int], Tensor], positions: Positions | None, batch: int
+) -> Callable[[Tensor, float, int, int], Tensor]:
+    """A velocity of h x w tokens (batch, h w, d) from that of each part of them, `one(part, sigma, h, w, number)`."""
+
+    def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
+        check_batch(tokens, batch)
+        parts = enumerate(split_parts(positions, tokens))
+        return join_parts([one(part, sigma, h, part.shape[1] // h, i) for i, part in parts])
+
+    return velocity
 
 
 def check_batch(x: Tensor, batch: int) -> None:

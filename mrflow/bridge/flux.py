@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Condition, FieldOptions, join_parts, split_parts
+from mrflow.backbone import Condition, FieldOptions
 from mrflow.bridge.base import (
     BRIDGED,
     KLBridged,
     Pipeline,
-    check_batch,
     check_condition,
     has_hooks,
     home,
+    in_parts,
     keepable,
     thousandths,
 )
@@ -181,12 +181,7 @@ class BridgedFlux(KLBridged):
                     out: Tensor = net(**given, guidance=strength)[0].float()
                 return out.to(tokens.device)
 
-        def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
-            check_batch(tokens, cond.batch)
-            parts = enumerate(split_parts(options.positions, tokens))
-            return join_parts([one(part, sigma, h, part.shape[1] // h, i) for i, part in parts])
-
-        return PackedCall(velocity)
+        return PackedCall(in_parts(one, options.positions, cond.batch))
 
     def _controlled(self) -> Callable[[dict[str, Any], Tensor | None, tuple[int, int], float], dict[str, Any]] | None:
         """What the ControlNet adds to a call of the transformer; its picture is prepared once a size."""

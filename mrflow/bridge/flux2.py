@@ -7,14 +7,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mrflow.backbone import Condition, FieldOptions, join_parts, split_parts
+from mrflow.backbone import Condition, FieldOptions
 from mrflow.bridge.base import (
     BRIDGED,
     Bridged,
-    check_batch,
     check_condition,
     decode,
     has_hooks,
+    in_parts,
     keepable,
     posterior,
     thousandths,
@@ -120,12 +120,7 @@ class BridgedFlux2(Bridged):
                 )[0].float()
                 return out.to(tokens.device)
 
-        def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
-            check_batch(tokens, cond.batch)
-            parts = enumerate(split_parts(options.positions, tokens))
-            return join_parts([one(part, sigma, h, part.shape[1] // h, i) for i, part in parts])
-
-        return PackedCall(velocity, patch=1)
+        return PackedCall(in_parts(one, options.positions, cond.batch), patch=1)
 
     def strength(self, value: float | None, batch: int) -> Tensor | None:
         """What the guidance embedding is given, (batch,); None where there is none.

@@ -74,21 +74,14 @@ class BridgedQwen(Bridged):
         """The velocity of one branch; padding is masked where a batch's texts differ in length."""
         device, needs = self.device, {"context": self.pipe.transformer.config.joint_attention_dim}
         net, branch, moved = self.begin(cond, options, step, needs, advice="CFG(scale, rescale=True)")
-        context, mask = keepable(cond["context"]).to(device), cond.tensors.get("mask")
-        if mask is not None:
-            longest = int(mask.sum(1).max())
-            if longest == 0:
-                raise PlanError("a prompt's mask marks no text at all")
-            context, mask = context[:, :longest], keepable(mask).to(device)[:, :longest]
-            mask = None if bool(mask.bool().all()) else mask
-        dtype = context.dtype
+        context, mask = self.text_of(cond)
 
         def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
             check_batch(tokens, cond.batch)
             with self.working(moved=moved), branch():
                 out: Tensor = net(
-                    hidden_states=keepable(tokens).to(device, dtype),
-                    timestep=thousandths(sigma, cond.batch, device).to(dtype) / 1000,
+                    hidden_states=keepable(tokens).to(device, context.dtype),
+                    timestep=thousandths(sigma, cond.batch, device).to(context.dtype) / 1000,
                     encoder_hidden_states=context,
                     encoder_hidden_states_mask=mask,
                     img_shapes=[[(1, h, w)]] * cond.batch,
@@ -97,6 +90,16 @@ class BridgedQwen(Bridged):
                 return out.to(tokens.device)
 
         return PackedCall(velocity)
+
+    def text_of(self, cond: Condition) -> tuple[Tensor, Tensor | None]:
+        """States (b, longest, width), and a mask (b, longest) where the texts differ in length."""
+        context, mask = keepable(cond["context"]).to(self.device), cond.tensors.get("mask")
+        if mask is None:
+            return context, None
+        if not bool(mask.bool().any(1).all()):
+            raise PlanError("a prompt's mask marks no text at all")
+        mask = keepable(mask).to(self.device)[:, : int(mask.sum(1).max())]
+        return context[:, : mask.shape[1]], None if bool(mask.bool().all()) else mask
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of the posterior's mode, or a sample of it, each channel to mean 0 and deviation 1."""

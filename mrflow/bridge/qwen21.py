@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import (
-    BRIDGED,
-    check_batch,
-    check_condition,
-    decode,
-    has_hooks,
-    keepable,
-    posterior,
-    thousandths,
-)
+from mrflow.bridge.base import BRIDGED, check_batch, decode, keepable, posterior, thousandths
 from mrflow.bridge.facts import bridged_shift, parameters_of
 from mrflow.bridge.qwen import BridgedQwen
 from mrflow.errors import PlanError
@@ -84,20 +75,11 @@ class BridgedQwen21(BridgedQwen):
     def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of one branch; padding is masked where a batch's texts differ in length."""
         info, device, own = self.info, self.device, self.pipe.transformer
-        check_condition(info, cond, {"context": own.config.context_in_dim})
-        if options.guidance is not None:
-            raise PlanError(f"{info.name} has no guidance embedding; use CFG(scale)")
-        context = keepable(cond["context"]).to(device)
-        mask = keepable(cond["mask"]).to(device).bool() if "mask" in cond.tensors else None
-        if mask is not None:
-            if not bool(mask.any(1).all()):
-                raise PlanError("a prompt's mask marks no text at all")
-            longest = int(mask.sum(1).max())
-            context, mask = context[:, :longest], mask[:, :longest]
-            mask = None if bool(mask.all()) else mask
+        _, branch, moved = self.begin(cond, options, step, {"context": own.config.context_in_dim})
+        context, mask = self.text_of(cond)
+        mask = None if mask is None else mask.bool()
         module: Any = import_module("diffusers.models.transformers.transformer_qwenimage21")
         caches: dict[tuple[int, ...], Any] = {}
-        branch, moved = self.branch(), has_hooks(own)
 
         def velocity(tokens: Tensor, sigma: float, h: int, w: int) -> Tensor:
             check_batch(tokens, cond.batch)

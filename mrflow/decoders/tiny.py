@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,6 @@ from mrflow.checkpoints.safetensors import Entry, Header, Source, load_into, ope
 from mrflow.errors import PlanError, WeightsError
 from mrflow.protocols.decoder import Decoder
 from mrflow.records.files import locate
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

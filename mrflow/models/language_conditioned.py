@@ -34,7 +34,8 @@ class LanguageConditioned(LatentModel):
 
     @property
     @abstractmethod
-    def _flow(self) -> LevelConditioned: ...
+    def transformer(self) -> LevelConditioned:
+        """The network itself."""
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """States (b, longest, width), zeros behind, and a mask (b, longest) of the text; equal prompts encoded once."""
@@ -50,12 +51,12 @@ class LanguageConditioned(LatentModel):
     def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
         """What every modulation starts from at a level: (b, width), alike for all items."""
         with self._offload.using("main"):
-            vector = self._flow.conditioning_vector(torch.full((1,), sigma, device=self._device))
+            vector = self.transformer.conditioning_vector(torch.full((1,), sigma, device=self._device))
         return vector.expand(cond.batch, -1)
 
     def _states(self, cond: Condition) -> list[Tensor]:
         """Each item's own states, without padding."""
-        width, names = self._flow.params.context, set(cond.tensors)
+        width, names = self.transformer.params.context, set(cond.tensors)
         if "context" not in names:
             raise PlanError(f"{self._info.name} needs a condition with context, got {sorted(names)}")
         context = to_device(cond["context"], self._device)

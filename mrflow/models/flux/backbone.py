@@ -26,14 +26,10 @@ class Flux1(LatentModel):
     """FLUX.1-dev, -schnell, or a model of their architecture. Build it with `mrflow.load`."""
 
     @property
-    def _flow(self) -> Flux:
-        assert isinstance(self._net, Flux)
-        return self._net
-
-    @property
     def transformer(self) -> Flux:
         """The network itself: `embed_image`, `some_blocks`, `head` and `attention` are open to wrappers."""
-        return self._flow
+        assert isinstance(self._net, Flux)
+        return self._net
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """T5 states (b, text tokens, context) and CLIP's pooled vector (b, pooled); equal prompts are encoded once."""
@@ -49,7 +45,7 @@ class Flux1(LatentModel):
 
     def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow; conditions beside are a larger batch."""
-        p = self._flow.params
+        p = self.transformer.params
         if options.guidance is not None and not p.guidance:
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale)")
         if options.beside:
@@ -58,7 +54,7 @@ class Flux1(LatentModel):
         value = self._info.guidance if options.guidance is None else options.guidance
         strength = None if value is None else torch.full((cond.batch,), value, device=self._device)
         field = FluxField(
-            self._flow,
+            self.transformer,
             context,
             pooled,
             strength,
@@ -78,11 +74,11 @@ class Flux1(LatentModel):
         )
         assert level is not None
         with self._offload.using("main"):
-            return self._flow.conditioning_vector(level, strength, pooled)
+            return self.transformer.conditioning_vector(level, strength, pooled)
 
     def _tensors(self, cond: Condition) -> tuple[Tensor, Tensor]:
         """The condition's tensors on the device, if they are of this model's sizes."""
-        p = self._flow.params
+        p = self.transformer.params
         names = set(cond.tensors)
         if not {"context", "pooled"} <= names:
             raise PlanError(f"{self._info.name} needs a condition with context and pooled, got {sorted(names)}")

@@ -140,6 +140,7 @@ class Flux(Transformer):
         self.double_blocks = Blocks[DoubleStreamBlock](double)
         self.single_blocks = Blocks[SingleBlock](SingleBlock(p, split=split) for _ in range(p.single_blocks))
         self.final_layer = FinalLayer(p)
+        self.final_layer.scale_first = split
 
     def forward(
         self,

@@ -106,17 +106,10 @@ def prepare_flux(
     """
     header = network_header(where, "a FLUX transformer")
     names = flux_names(header)
-    params = flux_params(header, names)
-
-    def build(*, split: bool) -> Flux:
-        flux = Flux(params, split=split)
-        flux.final_layer.scale_first = split
-        return flux
-
+    build, layout = partial(Flux, flux_params(header, names)), partial(flux_layout, names=names)
     return prepare_transformer(
-        header, build, partial(flux_layout, names=names), dtype=dtype, device=device, storage=storage, fuse=fuse,
-        apart=names is flux_diffusers,
-    )  # fmt: skip
+        header, build, layout, dtype=dtype, device=device, storage=storage, fuse=fuse, apart=names is flux_diffusers
+    )
 
 
 def save_flux(flux: Flux, path: Path) -> None:

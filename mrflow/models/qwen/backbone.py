@@ -38,15 +38,12 @@ class Qwen(LanguageConditioned):
     def __init__(self, *, tables: Mapping[float, Tensor] | None = None, **parts: Any) -> None:  # noqa: ANN401
         super().__init__(**parts)
         self._folded = (
-            None if tables is None else {k: t.to(self._device, self._flow.stream_dtype) for k, t in tables.items()}
+            None
+            if tables is None
+            else {k: t.to(self._device, self.transformer.stream_dtype) for k, t in tables.items()}
         )
         self._kept: OrderedDict[float, Tensor] = OrderedDict()
         self._keeping = threading.Lock()
-
-    @property
-    def _flow(self) -> QwenImage:
-        assert isinstance(self._net, QwenImage)
-        return self._net
 
     def _variant(self, net: Transformer, mark: str) -> "Qwen":
         """As for all models; modulations are kept apart, since adapters may change them."""
@@ -56,7 +53,7 @@ class Qwen(LanguageConditioned):
 
     def _check_changes(self, changed: Mapping[str, object]) -> None:
         """Modulations that were made beforehand cannot change any more."""
-        touched = [path for path in changed if isinstance(self._flow.get_submodule(path), FoldedLinear)]
+        touched = [path for path in changed if isinstance(self.transformer.get_submodule(path), FoldedLinear)]
         if touched:
             raise PlanError(
                 f"the LoRA changes modulations ({touched[0]}), which were made while loading, fold=chain: load the "
@@ -66,7 +63,8 @@ class Qwen(LanguageConditioned):
     @property
     def transformer(self) -> QwenImage:
         """The network itself: `embed_image`, `blocks`, `head` and `attention` are open to wrappers."""
-        return self._flow
+        assert isinstance(self._net, QwenImage)
+        return self._net
 
     def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow: all conditions in one pass, linears over all tokens, attention by item.
@@ -78,7 +76,7 @@ class Qwen(LanguageConditioned):
         sigmas = options.sigmas if self._runtime.fold else None
         if step is None or options.attention is not None:
             return QwenField(
-                self._flow,
+                self.transformer,
                 [self._states(each) for each in (cond, *options.beside)],
                 sigmas=sigmas,
                 step=self._step if step is None else step(self._pieces),
@@ -92,7 +90,7 @@ class Qwen(LanguageConditioned):
         tables = ModulationTables(self._tables, sigmas)
         fields = [
             QwenField(
-                self._flow,
+                self.transformer,
                 [group],
                 sigmas=None,  # `tables` remembers for all fields
                 step=step(self._pieces),
@@ -136,7 +134,7 @@ class Qwen(LanguageConditioned):
         return [self._folded[sigma] for sigma in sigmas]
 
     def _made(self, sigmas: Sequence[float]) -> list[Tensor]:
-        return self._flow.tables([torch.full((1,), sigma, device=self._device) for sigma in sigmas])
+        return self.transformer.tables([torch.full((1,), sigma, device=self._device) for sigma in sigmas])
 
 
 def qwen_facts(vae: VaeQwen, curve: Shift | None) -> ModelInfo:

@@ -122,6 +122,7 @@ class QwenImage(Transformer):
         double = (DoubleStreamBlock(p, split=split) for _ in range(p.double_blocks))
         self.double_blocks = Blocks[DoubleStreamBlock](double)
         self.final_layer = FinalLayer(p)
+        self.final_layer.scale_first = split
 
     def forward(
         self,

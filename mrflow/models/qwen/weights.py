@@ -129,14 +129,7 @@ def prepare_qwen(
         WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
     """
     header = network_header(where, TRANSFORMER)
-    params = qwen_params(header, qwen_names)
-
-    def build(*, split: bool) -> QwenImage:
-        net = QwenImage(params, split=split)
-        net.final_layer.scale_first = split
-        return net
-
-    layout = partial(qwen_layout, names=qwen_names)
+    build, layout = partial(QwenImage, qwen_params(header, qwen_names)), partial(qwen_layout, names=qwen_names)
     return prepare_transformer(header, build, layout, dtype=dtype, device=device, storage=storage, fuse=fuse)
 
 

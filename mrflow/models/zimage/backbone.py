@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,22 +16,15 @@ from mrflow.models.zimage.transformer import ZImage
 from mrflow.protocols.pieces import StepFactory
 from mrflow.protocols.tokens import CombinedField
 
-if TYPE_CHECKING:
-    pass
-
 
 class ZImageModel(LanguageConditioned):
     """Z-Image, Turbo or not, or a model of its architecture. Build it with `mrflow.load`."""
 
     @property
-    def _flow(self) -> ZImage:
-        assert isinstance(self._net, ZImage)
-        return self._net
-
-    @property
     def transformer(self) -> ZImage:
         """The network itself: `embed_image`, `some_blocks`, `head` and `attention` are open to wrappers."""
-        return self._flow
+        assert isinstance(self._net, ZImage)
+        return self._net
 
     def make_field(self, cond: Condition, options: FieldOptions, step: StepFactory | None) -> Velocity:
         """The velocity of the flow, branch by branch; texts that fill up to one length are a batch."""
@@ -44,7 +36,7 @@ class ZImageModel(LanguageConditioned):
         groups = [list(range(len(texts)))] if options.attention is not None else alike(texts)
         fields = [
             ZImageField(
-                self._flow,
+                self.transformer,
                 [texts[i] for i in rows],
                 step=self._step if step is None else step(self._pieces),
                 table=table,
@@ -71,4 +63,4 @@ class ZImageModel(LanguageConditioned):
 
     def _tables(self, sigmas: Sequence[float]) -> list[Tensor]:
         """Modulations at these levels."""
-        return self._flow.tables([torch.full((1,), sigma, device=self._device) for sigma in sigmas])
+        return self.transformer.tables([torch.full((1,), sigma, device=self._device) for sigma in sigmas])
