@@ -105,6 +105,32 @@ def read_header(path: Path) -> Header:
         WeightsError: the file is missing, too short, another format, or its header contradicts itself or the file.
         ResourceError: the file cannot be read.
     """
+    raw, size = _header_bytes(path)
+    begin, items = 8 + len(raw), _header_table(raw, path)
+    metadata = items.pop("__metadata__", None) or {}
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values())):
+        _broken(path, "its metadata are not text")
+    tensors: dict[str, Entry] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, item in items.items():
+        tensors[name], start, stop = _entry(path, name, item, begin)
+        spans.append((start, stop, name))
+    at = 0
+    for start, stop, name in sorted(spans):
+        if start != at:
+            _broken(path, f"{name!r} begins at byte {start}, expected {at}")
+        at = stop
+    if begin + at != size:
+        raise WeightsError(f"{path} is {size} bytes, expected {begin + at}: it is cut off or has extra bytes")
+    return Header(path, tensors, cast("dict[str, str]", metadata))
+
+
+def _broken(path: Path, why: str) -> NoReturn:
+    raise WeightsError(f"{path} has a broken header: {why}")
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int]:
+    """The bytes of a file's header, and the size of the file."""
     try:
         with path.open("rb") as f:
             size = os.fstat(f.fileno()).st_size
@@ -126,63 +152,53 @@ def read_header(path: Path) -> Header:
             if 8 + length > size:
                 raise WeightsError(f"{path} is cut off in its header: {size} bytes, expected at least {8 + length}")
             f.seek(8)
-            raw = f.read(length)
+            return f.read(length), size
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist") from None
     except OSError as error:
         raise ResourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
-    def broken(why: str) -> NoReturn:
-        raise WeightsError(f"{path} has a broken header: {why}")
+
+def _header_table(raw: bytes, path: Path) -> dict[str, Any]:
+    """What a header says by name: of each tensor its type, shape and place."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({name for name, _ in pairs}) != len(pairs):
-            broken("a name appears twice")
+            _broken(path, "a name appears twice")
         return dict(pairs)
 
     if (found := raw.count(b'"data_offsets"')) > MAX_TENSORS:
-        broken(f"it names {found} tensors, {MAX_TENSORS} at most")
-    if length > (most := (16 << 20) + 1000 * found):
-        broken(f"it has {length} bytes for {found} tensors, {most} at most")
+        _broken(path, f"it names {found} tensors, {MAX_TENSORS} at most")
+    if len(raw) > (most := (16 << 20) + 1000 * found):
+        _broken(path, f"it has {len(raw)} bytes for {found} tensors, {most} at most")
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        broken(str(error))
+        _broken(path, str(error))
     if not isinstance(table, dict):
-        broken("it is not a table of names")
-    items = cast("dict[str, Any]", table)
-    metadata = items.pop("__metadata__", None) or {}
-    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values())):
-        broken("its metadata are not text")
-    tensors: dict[str, Entry] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, item in items.items():
-        match item:
-            case {"dtype": str(code), "shape": [*shape], "data_offsets": [start, stop], **rest} if not rest:
-                pass
-            case _:
-                broken(f"{name!r} needs dtype, shape and two data_offsets")
-        if code not in DTYPES and code not in PACKED:
-            broken(f"{name!r} has the unknown dtype {code!r}")
-        if len(shape) > MAX_AXES:
-            broken(f"{name!r} has {len(shape)} axes, {MAX_AXES} at most")
-        if not all(type(n) is int and 0 <= n <= MAX_NUMBER for n in (*shape, start, stop)):
-            broken(f"{name!r} has a shape or offsets that are not whole numbers from 0")
-        bits = math.prod(shape) * (PACKED[code] if code in PACKED else 8 * DTYPES[code].itemsize)
-        need = bits // 8
-        if bits % 8 or stop - start != need:
-            broken(f"{name!r} of shape {shape} needs {need} bytes but is given {stop - start}")
-        packed = code if code in PACKED else ""
-        tensors[name] = Entry(path, DTYPES.get(code, torch.uint8), tuple(shape), 8 + length + start, packed=packed)
-        spans.append((start, stop, name))
-    at = 0
-    for start, stop, name in sorted(spans):
-        if start != at:
-            broken(f"{name!r} begins at byte {start}, expected {at}")
-        at = stop
-    if 8 + length + at != size:
-        raise WeightsError(f"{path} is {size} bytes, expected {8 + length + at}: it is cut off or has extra bytes")
-    return Header(path, tensors, cast("dict[str, str]", metadata))
+        _broken(path, "it is not a table of names")
+    return cast("dict[str, Any]", table)
+
+
+def _entry(path: Path, name: str, item: object, begin: int) -> tuple[Entry, int, int]:
+    """One tensor of a file whose data begin at a byte, and where its own begin and end among them."""
+    match item:
+        case {"dtype": str(code), "shape": [*shape], "data_offsets": [start, stop], **rest} if not rest:
+            pass
+        case _:
+            _broken(path, f"{name!r} needs dtype, shape and two data_offsets")
+    if code not in DTYPES and code not in PACKED:
+        _broken(path, f"{name!r} has the unknown dtype {code!r}")
+    if len(shape) > MAX_AXES:
+        _broken(path, f"{name!r} has {len(shape)} axes, {MAX_AXES} at most")
+    if not all(type(n) is int and 0 <= n <= MAX_NUMBER for n in (*shape, start, stop)):
+        _broken(path, f"{name!r} has a shape or offsets that are not whole numbers from 0")
+    bits = math.prod(shape) * (PACKED[code] if code in PACKED else 8 * DTYPES[code].itemsize)
+    need = bits // 8
+    if bits % 8 or stop - start != need:
+        _broken(path, f"{name!r} of shape {shape} needs {need} bytes but is given {stop - start}")
+    packed = code if code in PACKED else ""
+    return Entry(path, DTYPES.get(code, torch.uint8), tuple(shape), begin + start, packed=packed), start, stop
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ costs at most the rows that it had in hand: its leases are seen to be dead, and 
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,29 +201,12 @@ def _run(
         if rounds:
             time.sleep(leases.BEAT)  # what a dead worker held is held a moment longer
         queue = deque(open_[i : i + batch] for i in range(0, len(open_), batch))
-        busy: dict[Any, Any] = {}
-        idle = list(workers)
-        while (queue and not stopped()) or busy:
-            while queue and idle and not stopped():
-                worker = idle.pop()
-                busy[worker.make.remote(queue.popleft(), again, calm=not rounds)] = worker
-            ready, _ = ray.wait(list(busy), timeout=1.0)
-            for task in ready:
-                idle.append(busy.pop(task))
-                try:
-                    rows: list[Row] = ray.get(task)
-                except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, ResourceError):
-                        raise error.cause from None
-                    continue  # the rows are still missing, and are handed out again
-                except ray.exceptions.RayError:
-                    continue
-                for row in rows:
-                    logs.row(row)
-                    made, failed = made + row.done, failed + (not row.done)
-                    if on_progress is not None:
-                        left = (time.monotonic() - began) * ((total - before) / (made + failed) - 1)
-                        on_progress(Progress(before + made + failed, failed, total, max(0.0, left), row.chain))
+        for row in _make_rows(ray, workers, queue, again, stopped, calm=not rounds):
+            logs.row(row)
+            made, failed = made + row.done, failed + (not row.done)
+            if on_progress is not None:
+                left = (time.monotonic() - began) * ((total - before) / (made + failed) - 1)
+                on_progress(Progress(before + made + failed, failed, total, max(0.0, left), row.chain))
         rounds += 1
         now: list[int] = ray.get(first.lacking.remote(pairs))
         moved = time.monotonic() if sum(now) < sum(lacking) else moved
@@ -233,3 +216,31 @@ def _run(
     done: Summary = ray.get(first.finish.remote(pairs, before, stopped=stopped()))
     logs.finish()
     return done
+
+
+def _make_rows(
+    ray: Any,  # noqa: ANN401
+    workers: Sequence[Any],
+    queue: "deque[Any]",
+    again: Any,  # noqa: ANN401
+    stopped: Callable[[], bool],
+    *,
+    calm: bool,
+) -> Iterator[Row]:
+    """Rows as workers make them, of all that is in the queue; what one that died had in hand is still missing then."""
+    busy: dict[Any, Any] = {}
+    idle = list(workers)
+    while (queue and not stopped()) or busy:
+        while queue and idle and not stopped():
+            worker = idle.pop()
+            busy[worker.make.remote(queue.popleft(), again, calm=calm)] = worker
+        ready, _ = ray.wait(list(busy), timeout=1.0)
+        for task in ready:
+            idle.append(busy.pop(task))
+            try:
+                yield from ray.get(task)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, ResourceError):
+                    raise error.cause from None
+            except ray.exceptions.RayError:
+                continue

@@ -8,6 +8,7 @@ floor. Optuna (extra `[tune]`) proposes; the same seed proposes the same.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -218,35 +219,9 @@ def tune(
     cheapest = math.inf
     seen: dict[str, Trial] = {}
 
-    def drawn(label: str, chain: StagedChain, planned: Plan) -> Trial:
-        sweep = Sweep(
-            {"native 50": reference, label: chain} if label != "native 50" else {label: chain},
-            asked.prompts,
-            seeds=asked.seeds,
-            metrics=asked.metrics,
-            reference="native 50",
-        )
-        store = Store(folder)
-        maker = Maker(sweep, model, store)
-        store.open(manifest(sweep, model))
-        pairs = sweep.pairs
-        quarter = max(1, len(pairs) // 4)
-        found: ConfidenceInterval | None = None
-        rows: list[Row] = []
-        with store.holding():
-            for part in (pairs[:quarter], pairs):
-                for start in range(0, len(part), batch):
-                    if on_drawing is not None:
-                        on_drawing(label, start, len(pairs))
-                    maker.make(part[start : start + batch])
-                rows = [r for pair in part if (r := store.get(maker.key(label, pair))) is not None]
-                numbers = values(rows, asked.metric)
-                found = interval(numbers, draws=2000) if numbers else None
-                if found is not None and part is not pairs and _hopeless(found, asked):
-                    return Trial(label, chain, planned.work.flops, found, _seconds(rows), "below the floor early")
-        return Trial(label, chain, planned.work.flops, found, _seconds(rows))
+    draw = partial(_draw, asked, model, Path(folder), reference, batch, on_drawing)
 
-    def told(one: Trial) -> None:
+    def tell(one: Trial) -> None:
         tried.append(one)
         if on_tried is not None:
             on_tried(len(tried), one)
@@ -257,7 +232,7 @@ def tune(
         try:
             planned = plan(chain, info)
         except PlanError as error:
-            told(Trial(_label(trial.params), chain, math.inf, None, None, str(error)))
+            tell(Trial(_label(trial.params), chain, math.inf, None, None, str(error)))
             raise optuna.TrialPruned from None
         label = _label(trial.params)
         cost = planned.work.flops
@@ -266,9 +241,9 @@ def tune(
         elif cost >= cheapest:
             one = Trial(label, chain, cost, None, None, "costs more than one that is good enough")
         else:
-            one = drawn(label, chain, planned)
+            one = draw(label, chain, planned)
         seen[label] = one
-        told(one)
+        tell(one)
         if one.good(asked.floor, higher=higher):
             cheapest = min(cheapest, cost)
         if one.quality is None:
@@ -276,10 +251,10 @@ def tune(
         short = asked.floor - one.quality.mean if higher else one.quality.mean - asked.floor
         return math.log(cost) + 20 * max(0.0, short) / max(abs(asked.floor), 1e-9)
 
-    first = drawn("native 50", reference, plan(reference, info))
+    first = draw("native 50", reference, plan(reference, info))
     if first.quality is None:
         raise PlanError(f"no native picture has the number {asked.metric!r}; do the prompts fit the metric?")
-    told(first)
+    tell(first)
     if first.good(asked.floor, higher=higher):
         cheapest = first.flops
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(8, trials // 4)))
@@ -290,6 +265,41 @@ def tune(
     good = [t for t in whole.values() if t.good(asked.floor, higher=higher)]
     best = min(good, key=lambda t: t.flops, default=None)
     return TuneResult(tried, best, [whole[n] for n in names])
+
+
+def _draw(
+    asked: Tune,
+    model: "Backbone",
+    folder: Path,
+    reference: StagedChain,
+    batch: int,
+    on_drawing: Callable[[str, int, int], None] | None,
+    label: str,
+    chain: StagedChain,
+    planned: Plan,
+) -> Trial:
+    """A chain's pictures and their numbers; after a quarter of the pairs no more where it cannot reach the floor."""
+    chains = {"native 50": reference, label: chain}
+    sweep = Sweep(chains, asked.prompts, seeds=asked.seeds, metrics=asked.metrics, reference="native 50")
+    store = Store(folder)
+    maker = Maker(sweep, model, store)
+    store.open(manifest(sweep, model))
+    pairs = sweep.pairs
+    quarter = max(1, len(pairs) // 4)
+    found: ConfidenceInterval | None = None
+    rows: list[Row] = []
+    with store.holding():
+        for part in (pairs[:quarter], pairs):
+            for start in range(0, len(part), batch):
+                if on_drawing is not None:
+                    on_drawing(label, start, len(pairs))
+                maker.make(part[start : start + batch])
+            rows = [r for pair in part if (r := store.get(maker.key(label, pair))) is not None]
+            numbers = values(rows, asked.metric)
+            found = interval(numbers, draws=2000) if numbers else None
+            if found is not None and part is not pairs and _hopeless(found, asked):
+                return Trial(label, chain, planned.work.flops, found, _seconds(rows), "below the floor early")
+    return Trial(label, chain, planned.work.flops, found, _seconds(rows))
 
 
 def _optuna() -> Any:  # noqa: ANN401
