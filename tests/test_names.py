@@ -21,7 +21,7 @@ from mrflow.models.flux.text import find_text
 from mrflow.models.flux.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
 from mrflow.models.headers import kind
 from mrflow.models.lora import changes
-from mrflow.models.qwen.text import find_text_qwen
+from mrflow.models.qwen.text import QwenText
 from mrflow.models.qwen.weights import prepare_qwen, prepare_vae_qwen, wan
 from mrflow.upscalers import load_upscaler
 from mrflow.upscalers.weights import read_state, rename
@@ -80,7 +80,7 @@ def read_t5(file: Path) -> State:
 
 
 def read_qwen_text(file: Path) -> State:
-    found = find_text_qwen(file.parent.parent).encoder.tensors
+    found = QwenText.find(file.parent.parent).encoder.tensors
     return {name: map_tensor(entry, {}) for name, entry in found.items()}
 
 

@@ -38,67 +38,71 @@ class LanguageFiles:
     tokenizer: Path
 
 
-def find_language(where: Path, *, model: str, encoder: str, unused: Sequence[str]) -> LanguageFiles:
-    """The encoder in a folder with `text_encoder/` and `tokenizer/`.
-
-    `model` and `encoder` are what errors call them; tensors whose names begin with one of `unused` are left out.
-
-    Raises:
-        WeightsError: something is missing, or is not what it should be.
-    """
-    folder, tokens = where / "text_encoder", where / "tokenizer"
-    missing = [str(p.relative_to(where)) for p in (folder, folder / "config.json") if not p.exists()]
-    vocabulary = [(tokens / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")]
-    if not (vocabulary[0] or all(vocabulary[1:])):  # transformers would make a tokenizer that knows no words
-        missing.append("tokenizer (a folder with tokenizer.json, or vocab.json and merges.txt)")
-    if missing:
-        raise WeightsError(f"{where} lacks {', '.join(missing)} of {model}'s text encoder; say where it is: text=")
-    header = with_scales(without_prefixes(part(open_checkpoint(folder), encoder), *unused))
-    config = read_config(folder / "config.json")
-    inside = config.get("text_config")
-    settings_of(header, inside if isinstance(inside, dict) else config, language_sizes(header))
-    return LanguageFiles(header, config, tokens)
-
-
-def prepare_language(
-    files: LanguageFiles,
-    config: Any,  # noqa: ANN401 (transformers' own)
-    model: Any,  # noqa: ANN401
-    rotary: Any,  # noqa: ANN401
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-) -> Callable[[], tuple[nn.Module, Tokenizer]]:
-    """Check names and shapes of the encoder, and read its tokenizer; what is given back then reads the weights.
-
-    `dtype=None` is the file's own. `model` and `rotary` are transformers' classes of the network and of its positions,
-    whose tables are in no file.
-
-    Raises:
-        WeightsError: the config, a tensor or the tokenizer does not fit.
-    """
-    agree(files.encoder, config.to_dict(), language_sizes(files.encoder))
-    net = built(model, config, files.encoder)
-    layout = text_layout(net, files.encoder)
-    kind = dtype or compute_dtype(files.encoder)
-    check_layout(net, files.encoder, layout, dtype=kind)
-    tokenizer = tokenizer_of("Qwen2Tokenizer", files.tokenizer, language_sizes(files.encoder)["vocab_size"])
-
-    def read() -> tuple[nn.Module, Tokenizer]:
-        fill_module(net, files.encoder, layout, dtype=kind, device=device)
-        net.register_module("rotary_emb", rotary(config).to(device))
-        return net, tokenizer
-
-    return read
-
-
 class LanguageText(ABC):
-    """Prompts to the language model's states. `most` is how many tokens it may be given."""
+    """Prompts to the language model's states. `most` is how many tokens it may be given.
+
+    `model_name` and `encoder` are what errors call it; tensors whose names begin with one of `unused` are left out.
+    """
 
     most: ClassVar[int]
+    model_name: ClassVar[str]
+    encoder: ClassVar[str]
+    unused: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer  # noqa: FBT003
+
+    @classmethod
+    @abstractmethod
+    def classes(cls, files: LanguageFiles) -> tuple[Any, Any, Any]:
+        """transformers' config of the text model, and its classes of the network and of positions (in no file)."""
+
+    @classmethod
+    def find(cls, where: Path) -> LanguageFiles:
+        """The encoder in a folder with `text_encoder/` and `tokenizer/`.
+
+        Raises:
+            WeightsError: something is missing, or is not what it should be.
+        """
+        folder, tokens = where / "text_encoder", where / "tokenizer"
+        missing = [str(p.relative_to(where)) for p in (folder, folder / "config.json") if not p.exists()]
+        vocabulary = [(tokens / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+        if not (vocabulary[0] or all(vocabulary[1:])):  # transformers would make a tokenizer that knows no words
+            missing.append("tokenizer (a folder with tokenizer.json, or vocab.json and merges.txt)")
+        if missing:
+            what = f"{cls.model_name}'s text encoder"
+            raise WeightsError(f"{where} lacks {', '.join(missing)} of {what}; say where it is: text=")
+        header = with_scales(without_prefixes(part(open_checkpoint(folder), cls.encoder), *cls.unused))
+        config = read_config(folder / "config.json")
+        inside = config.get("text_config")
+        settings_of(header, inside if isinstance(inside, dict) else config, language_sizes(header))
+        return LanguageFiles(header, config, tokens)
+
+    @classmethod
+    def prepare(
+        cls, files: LanguageFiles, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Callable[[], "LanguageText"]:
+        """Check names and shapes of the encoder, and read its tokenizer; what is given back then reads the weights.
+
+        `dtype=None` is the file's own.
+
+        Raises:
+            WeightsError: the config, a tensor or the tokenizer does not fit.
+        """
+        config, model, rotary = cls.classes(files)
+        agree(files.encoder, config.to_dict(), language_sizes(files.encoder))
+        net = built(model, config, files.encoder)
+        layout = text_layout(net, files.encoder)
+        kind = dtype or compute_dtype(files.encoder)
+        check_layout(net, files.encoder, layout, dtype=kind)
+        tokenizer = tokenizer_of("Qwen2Tokenizer", files.tokenizer, language_sizes(files.encoder)["vocab_size"])
+
+        def read() -> LanguageText:
+            fill_module(net, files.encoder, layout, dtype=kind, device=device)
+            net.register_module("rotary_emb", rotary(config).to(device))
+            return cls(net, tokenizer)
+
+        return read
 
     def modules(self) -> list[nn.Module]:
         """The one network."""

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.models.blocks import Transformer
 from mrflow.models.family import Family, Files, Loading
+from mrflow.models.language import LanguageText
 from mrflow.models.latent_model import count_parameters, text_bytes
 from mrflow.models.lora import changes, merge
 
@@ -22,11 +24,12 @@ from mrflow.models.lora import changes, merge
 class TransformerFamily(Family):
     """It says how its parts are prepared and what facts follow; planning and loading are alike for all.
 
-    `model` is made of the parts; `text_layer` is what numbers a text encoder's layers in tensor names,
-    `no_chain` says why fold=chain is refused.
+    `model` is made of the parts; `words` is its text encoder where that is a language model; `text_layer` is what
+    numbers a text encoder's layers in tensor names, `no_chain` says why fold=chain is refused.
     """
 
     model: ClassVar[Callable[..., Backbone]]
+    words: ClassVar[type[LanguageText] | None] = None
     text_layer: ClassVar[str] = "layers"
     no_chain: ClassVar[str] = "fold=chain is for Qwen-Image, of whose weights modulations are a third: use fold=True"
 
@@ -47,9 +50,15 @@ class TransformerFamily(Family):
     ) -> CheckedNetwork[Any]:
         """The autoencoder, its names and shapes checked."""
 
+    def find_text(self, folder: Path) -> object:
+        """A language model in a folder, where the family has one."""
+        return super().find_text(folder) if self.words is None else self.words.find(folder)
+
     def prepare_text(self, files: Any, *, dtype: torch.dtype | None, device: torch.device) -> Callable[[], object]:  # noqa: ANN401
         """Check what `find_text` found; what is given back reads it."""
-        raise PlanError(f"{self.name} has no text encoders to load; leave out text=")
+        if self.words is None:
+            raise PlanError(f"{self.name} has no text encoders to load; leave out text=")
+        return self.words.prepare(files, dtype=dtype, device=device)
 
     def text_headers(self, files: Any) -> Sequence[Header]:  # noqa: ANN401
         """The headers of what `find_text` found, the largest encoder last."""

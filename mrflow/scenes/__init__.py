@@ -1,7 +1,6 @@
 """The procedural worlds behind the embedded model: caption grammars, a renderer, exact readers and scores."""
 
 from mrflow.scenes.fidelity import fidelity as fidelity
-from mrflow.scenes.fidelity import fidelity_many as fidelity_many
 from mrflow.scenes.fidelity import law_distance as law_distance
 from mrflow.scenes.grammar import FULL as FULL
 from mrflow.scenes.grammar import POCKET_1 as POCKET_1

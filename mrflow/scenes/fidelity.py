@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mrflow.errors import PlanError
 from mrflow.scenes.fit import Adjustable, Edge, fit, pixels, render_floats
 from mrflow.scenes.letters import Array
 from mrflow.scenes.parameters import OpenScene
@@ -35,13 +34,6 @@ def fidelity(image: Array | Tensor, caption: str) -> dict[str, float]:
     """
     target = scorable(image)
     return measure(target, fit(target, OpenScene.of(caption, target)))
-
-
-def fidelity_many(images: Array | Tensor, captions: Sequence[str]) -> list[dict[str, float]]:
-    """The scores of pictures (n, 3, side, side), one dictionary each; errors as of `fidelity`."""
-    if len(images) != len(captions):
-        raise PlanError(f"{len(images)} pictures but {len(captions)} captions; give one caption per picture")
-    return [fidelity(image, caption) for image, caption in zip(images, captions, strict=True)]
 
 
 def measure(image: Array, scene: Adjustable) -> dict[str, float]:

@@ -21,7 +21,6 @@ from mrflow.schedules.base import shift as shift
 from mrflow.schedules.base import shift_linear as shift_linear
 from mrflow.schedules.base import shift_static as shift_static
 from mrflow.schedules.base import stretch as stretch
-from mrflow.schedules.base import unshift as unshift
 from mrflow.schedules.comfyui import BongTangent as BongTangent
 from mrflow.schedules.comfyui import ComfyUI as ComfyUI
 from mrflow.schedules.comfyui import KLOptimal as KLOptimal

@@ -35,11 +35,6 @@ def shift(s: float, mu: float) -> float:
     return s * math.exp(mu) / (s * math.exp(mu) + 1.0 - s)
 
 
-def unshift(s: float, mu: float) -> float:
-    """The level that `shift` by `mu` takes to `s`: shift(s, -mu)."""
-    return shift(s, -mu)
-
-
 def shift_static(s: float, k: float) -> float:
     """The static shift k s / (1 + (k - 1) s): the exponential one with mu = ln k (arXiv 2403.03206, eq. 23)."""
     check_within("a noise level", s, 0.0, 1.0)

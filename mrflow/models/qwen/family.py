@@ -1,8 +1,7 @@
 """Qwen-Image: its files, its names, its facts, and how it is built."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from mrflow.checkpoints.safetensors import CheckedNetwork, Header
@@ -12,7 +11,7 @@ from mrflow.model_info import QWEN, ModelInfo
 from mrflow.models.encoders import PREFIXES
 from mrflow.models.family import Files, Loading
 from mrflow.models.qwen.backbone import Qwen, qwen_facts, qwen_info
-from mrflow.models.qwen.text import find_text_qwen, prepare_text_qwen
+from mrflow.models.qwen.text import QwenText
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.models.qwen.weights import (
@@ -36,8 +35,9 @@ class QwenFamily(TransformerFamily):
     marks = ("txt_norm.weight",)
     autoencoder_marks = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
     text_marks: ClassVar[Mapping[str, str]] = {  # Qwen3 has no biases
-        f"{prefix}layers.0.self_attn.q_proj.bias": "a Qwen2.5-VL text encoder" for prefix in PREFIXES
+        f"{prefix}layers.0.self_attn.q_proj.bias": QwenText.encoder for prefix in PREFIXES
     }
+    words = QwenText
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline")
     published: ClassVar[Mapping[str, ModelInfo]] = {"Qwen/Qwen-Image": QWEN}
     network = QwenImage
@@ -47,10 +47,6 @@ class QwenFamily(TransformerFamily):
         """diffusers' names, which are the published ones."""
         return qwen_names(parameter)
 
-    def find_text(self, folder: Path) -> object:
-        """Qwen2.5-VL's language model."""
-        return find_text_qwen(folder)
-
     def prepare(self, header: Header, **how: Any) -> CheckedNetwork[QwenImage]:  # noqa: ANN401
         """In the one layout."""
         return prepare_qwen(header, **how)
@@ -58,10 +54,6 @@ class QwenFamily(TransformerFamily):
     def prepare_autoencoder(self, header: Header, **how: Any) -> CheckedNetwork[VaeQwen]:  # noqa: ANN401
         """In either layout."""
         return prepare_vae_qwen(header, **how)
-
-    def prepare_text(self, files: Any, **how: Any) -> Callable[[], object]:  # noqa: ANN401
-        """Qwen2.5-VL's language model."""
-        return prepare_text_qwen(files, **how)
 
     def info(self, net: QwenImage, vae: VaeQwen, text: object, files: Files, parameters: int) -> ModelInfo:
         """Qwen-Image's, with the files' own sizes."""

@@ -4,8 +4,6 @@ As in diffusers' `pipeline_qwenimage.py`: the prompt in a fixed template, the la
 the template's first 34 tokens dropped. The vision tower and the language-model head are never read.
 """
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +11,8 @@ from torch import Tensor
 
 from mrflow.display.notes import note
 from mrflow.models.encoders import make_config, shorten
-from mrflow.models.language import LanguageFiles, LanguageText, find_language, prepare_language
+from mrflow.models.language import LanguageFiles, LanguageText
 
-ENCODER = "a Qwen2.5-VL text encoder"
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -23,35 +20,24 @@ TEMPLATE = (
 DROPPED = 34  # tokens of the template before the prompt
 CLOSING = 5  # and after it
 MAX_TOKENS = 1024  # what the encoder may be given beyond the template's beginning
-UNUSED = ("visual.", "model.visual.", "lm_head.", "language_model.lm_head.")
-
-
-def find_text_qwen(where: Path) -> LanguageFiles:
-    """The encoder in a folder with `text_encoder/` and `tokenizer/`.
-
-    Raises:
-        WeightsError: something is missing, or is not what it should be.
-    """
-    return find_language(where, model="Qwen-Image", encoder=ENCODER, unused=UNUSED)
-
-
-def prepare_text_qwen(
-    files: LanguageFiles, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Callable[[], "QwenText"]:
-    """Check names and shapes of the encoder; what is given back then reads it. `dtype=None` is the file's own."""
-    from transformers import Qwen2_5_VLConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
-
-    whole = make_config(Qwen2_5_VLConfig, files.encoder, files.config, {})
-    config: Any = whole.get_text_config()
-    read = prepare_language(files, config, Qwen2_5_VLTextModel, Qwen2_5_VLRotaryEmbedding, dtype=dtype, device=device)
-    return lambda: QwenText(*read())
 
 
 class QwenText(LanguageText):
     """States of each prompt: its own tokens and the template's closing ones."""
 
     most: ClassVar[int] = MAX_TOKENS
+    model_name: ClassVar[str] = "Qwen-Image"
+    encoder: ClassVar[str] = "a Qwen2.5-VL text encoder"
+    unused: ClassVar[tuple[str, ...]] = ("visual.", "model.visual.", "lm_head.", "language_model.lm_head.")
+
+    @classmethod
+    def classes(cls, files: LanguageFiles) -> tuple[Any, Any, Any]:
+        """Those of Qwen2.5-VL's text model."""
+        from transformers import Qwen2_5_VLConfig
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
+
+        whole = make_config(Qwen2_5_VLConfig, files.encoder, files.config, {})
+        return whole.get_text_config(), Qwen2_5_VLTextModel, Qwen2_5_VLRotaryEmbedding
 
     def _states(self, prompt: str, length: int, name: str) -> Tensor:
         ids: list[int] = self.tokenizer(TEMPLATE.format(prompt), truncation=False, verbose=False).input_ids

@@ -1,7 +1,6 @@
 """Z-Image: its files, its names, its facts, and how it is built."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from mrflow.checkpoints.safetensors import CheckedNetwork, Header
@@ -14,7 +13,7 @@ from mrflow.models.flux.weights import prepare_vae_flux
 from mrflow.models.transformer_family import TransformerFamily
 from mrflow.models.zimage.backbone import ZImageModel
 from mrflow.models.zimage.facts import TURBO, UNDISTILLED, zimage_info
-from mrflow.models.zimage.text import find_text_zimage, prepare_text_zimage
+from mrflow.models.zimage.text import ZImageText
 from mrflow.models.zimage.transformer import ZImage
 from mrflow.models.zimage.weights import (
     TRANSFORMER,
@@ -35,9 +34,10 @@ class ZImageFamily(TransformerFamily):
     marks = ("x_pad_token",)
     autoencoder_marks = FluxFamily.autoencoder_marks
     text_marks: ClassVar[Mapping[str, str]] = {
-        f"{prefix}layers.0.self_attn.q_norm.weight": "a Qwen3 text encoder" for prefix in PREFIXES
+        f"{prefix}layers.0.self_attn.q_norm.weight": ZImageText.encoder for prefix in PREFIXES
     }
     takes = "x_embedder.weight"
+    words = ZImageText
     pipelines = ("ZImagePipeline", "ZImageImg2ImgPipeline")
     published: ClassVar[Mapping[str, ModelInfo]] = {
         "Tongyi-MAI/Z-Image-Turbo": TURBO,
@@ -55,10 +55,6 @@ class ZImageFamily(TransformerFamily):
         (own,) = single_file(f"{path}.weight")
         return {own.removesuffix(".weight"): None}
 
-    def find_text(self, folder: Path) -> object:
-        """Qwen3-4B."""
-        return find_text_zimage(folder)
-
     def prepare(self, header: Header, **how: Any) -> CheckedNetwork[ZImage]:  # noqa: ANN401
         """In either layout."""
         return prepare_zimage(header, **how)
@@ -66,10 +62,6 @@ class ZImageFamily(TransformerFamily):
     def prepare_autoencoder(self, header: Header, **how: Any) -> CheckedNetwork[VaeFlux]:  # noqa: ANN401
         """FLUX.1's."""
         return prepare_vae_flux(header, **how)
-
-    def prepare_text(self, files: Any, **how: Any) -> Callable[[], object]:  # noqa: ANN401
-        """Qwen3-4B."""
-        return prepare_text_zimage(files, **how)
 
     def info(self, net: ZImage, vae: VaeFlux, text: object, files: Files, parameters: int) -> ModelInfo:
         """Z-Image-Turbo's or Z-Image's, told apart by the scheduler's factor, with the files' own sizes."""
