@@ -99,7 +99,7 @@ def test_the_facts_for_planning_are_the_real_ones(model: mf.Backbone, monkeypatc
     facts = model.info
     a = facts.architecture
     assert a is not None
-    assert a.parameters == sum(p.numel() for p in model._flow.parameters())
+    assert a.parameters == sum(p.numel() for p in model.transformer.parameters())
 
     def counted(call) -> int:  # type: ignore[no-untyped-def]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -112,7 +112,7 @@ def test_the_facts_for_planning_are_the_real_ones(model: mf.Backbone, monkeypatc
     assert model.upscaler is not None
     assert counted(lambda: model.upscaler(pixels)) == pytest.approx(facts.upscale_flops * 128 * 128, rel=0.01)
     field = model.field(model.condition(["a"]))
-    monkeypatch.setattr(model._flow, "attention", lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) @ v)
+    monkeypatch.setattr(model.transformer, "attention", lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) @ v)
     last = 2 * (1 + a.mlp_ratio) * a.hidden**2 + 4 * a.hidden * (64 + a.text_tokens)  # of a token of text, left out
     planned = forward_flops(facts, 64) - last * a.text_tokens
     assert counted(lambda: field(latents, 0.5)) == pytest.approx(planned, rel=0.01)
@@ -126,9 +126,9 @@ def test_the_facts_of_each_version_are_its_networks_own(name: str) -> None:
 
     old = mf.load(name, device="cpu")
     assert isinstance(old, Pocket)
-    planned, counted = old.info.footprint, footprint(old._flow, old._autoencoder, None)
+    planned, counted = old.info.footprint, footprint(old.transformer, old._autoencoder, None)
     assert planned is not None and old.info.architecture is not None
-    assert old.info.architecture.parameters == sum(p.numel() for p in old._flow.parameters())
+    assert old.info.architecture.parameters == sum(p.numel() for p in old.transformer.parameters())
     own = {"autoencoder": counted.autoencoder + bytes_of(old._sr.net), "text": bytes_of(old._text)}
     values = {"encode_values": planned.encode_values, "decode_values": planned.decode_values}
     assert replace(counted, **own, **values) == planned

@@ -118,8 +118,8 @@ def train(run: Run, look: str, lessons: Lessons, file: Path) -> State:
     model = load_pocket(file, device=run.device)
     words, length = text_sizes(header)
     data = taught(run, model, length, look, lessons)
-    student, weights = attach_adapters(model._flow)
-    net = Trainee(model._flow.params.hidden, HEAD, words=words, length=length)
+    student, weights = attach_adapters(model.transformer)
+    net = Trainee(model.transformer.params.hidden, HEAD, words=words, length=length)
     net.text, net.flow = model._text.requires_grad_(requires_grad=False), student
     optimiser = torch.optim.AdamW(list(weights.values()), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99))
 

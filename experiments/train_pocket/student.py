@@ -169,7 +169,7 @@ def train(run: Run, name: str, world: World | HardWorld, lessons: Lessons, teach
     model = load_pocket(teacher, device=run.device)
     data = cached_pairs(run, name, model, world, lessons)
     levels = {size: window_levels(model, size, lessons.shift) for size in data}
-    student, weights = attach_adapters(model._flow)
+    student, weights = attach_adapters(model.transformer)
     optimiser = torch.optim.AdamW(list(weights.values()), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99))
 
     def draw() -> Image.Image:

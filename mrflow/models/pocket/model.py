@@ -207,7 +207,7 @@ class Pocket(TransformerModel):
         info: ModelInfo = POCKET,
     ) -> None:
         self._text = text.to(device).eval()
-        self._flow = flow.to(device, dtype).eval()
+        self.transformer = flow.to(device, dtype).eval()
         self._autoencoder = channels_last(autoencoder.to(device).eval())
         self._device = device
         self._adapted: dict[object, Pocket] = {}
@@ -247,8 +247,8 @@ class Pocket(TransformerModel):
         known = self._adapted.get(key)
         if known is None:
             say_other_teacher(loras, self._info.version)
-            changed = lora.changes(self._flow, loras, "pocket")
-            flow = lora.adapt(self._flow, changed, dtype=self._flow.dtype, device=self._device)
+            changed = lora.changes(self.transformer, loras, "pocket")
+            flow = lora.adapt(self.transformer, changed, dtype=self.transformer.dtype, device=self._device)
             known = self.with_flow(flow, lora.mark_of(loras))
             if len(self._adapted) > 3:
                 self._adapted.clear()
@@ -258,7 +258,7 @@ class Pocket(TransformerModel):
     def with_flow(self, flow: Flux, mark: str) -> "Pocket":
         """This model with another transformer, which it runs as it is; `mark` is added to the version."""
         other = copy.copy(self)
-        other._flow, other._adapted = flow, {}
+        other.transformer, other._adapted = flow, {}
         other._info = replace(self._info, version=self._info.version + mark)
         return other
 
@@ -268,9 +268,9 @@ class Pocket(TransformerModel):
             raise PlanError("pocket has no guidance embedding; use CFG(scale)")
         if options.beside:
             cond = side_by_side(cond, options.beside)
-        own = partial(flux_step, self._flow) if step is None else step(BlockRunner(self._flow))
+        own = partial(flux_step, self.transformer) if step is None else step(BlockRunner(self.transformer))
         field = FluxField(
-            self._flow,
+            self.transformer,
             cond["context"],
             cond["pooled"],
             None,
