@@ -123,19 +123,15 @@ def run(
             if passes(error):
                 raise
             raise name_stage(error, f"stage {number} of {len(stages)}, {short(stage)}") from error
-    negative = model.info.negative if negative is None else negative
-    if not isinstance(negative, str):
-        raise PlanError(f"the negative prompt must be text, got {negative!r}")
-    _check_length("negative prompt", negative)
-    unread = negative != model.info.negative and not planned.work.negative
-
-    _reset_peak(model.device)
+    negative = _negative(negative, model.info)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     with torch.inference_mode():
         watch = Stopwatch(model.device)
         with collect_notes() as lost:
             for text in planned.notes:
                 note(text)
-            if unread:
+            if negative != model.info.negative and not planned.work.negative:
                 note(
                     f"no stage reads the negative prompt {negative[:60]!r}: {model.info.name} draws without a second "
                     "branch; guidance=CFG(scale) reads it"
@@ -208,6 +204,15 @@ def _encode(model: Backbone, prompts: Sequence[str]) -> Condition:
         given = f"one for {cond.batch}" if isinstance(cond, Condition) else type(cond).__name__
         raise PromiseError(f"{where} must give a Condition for {len(prompts)} prompts, got {given}")
     return cond
+
+
+def _negative(given: object, info: ModelInfo) -> str:
+    """The negative prompt, if it is one: None is the model's own."""
+    negative = info.negative if given is None else given
+    if not isinstance(negative, str):
+        raise PlanError(f"the negative prompt must be text, got {negative!r}")
+    _check_length("negative prompt", negative)
+    return negative
 
 
 def _same(planned: Plan, stages: tuple[AnyStage, ...], model: ModelInfo, start: Spec) -> Plan:
@@ -310,11 +315,6 @@ def _relay(listener: Listener | None, index: int, path: list[PathStep] | None) -
 def _emit(listener: Listener | None, event: Event) -> None:
     if listener is not None:
         listener(event)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak(device: torch.device) -> int:

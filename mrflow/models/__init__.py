@@ -99,14 +99,10 @@ def load(
     path = check_path("the model", where) if inside is None else inside
     if inside is not None or is_pocket(path):
         given = {
-            "offload": offload != "none",
-            "compute": compute,
-            "storage": storage,
-            "vae": vae,
-            "text": text,
-            "compile": compile,
-        }
-        given |= {"fold": isinstance(fold, Chain), "shift": shift is not None, "text_tokens": text_tokens is not None}
+            "offload": offload != "none", "compute": compute, "storage": storage, "vae": vae, "text": text,
+            "compile": compile, "fold": isinstance(fold, Chain), "shift": shift is not None,
+            "text_tokens": text_tokens is not None,
+        }  # fmt: skip
         if odd := [name for name, value in given.items() if value]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
         return load_pocket(path, device=chosen, dtype=dtype or torch.float32, loras=loras, on_facts=on_facts)
