@@ -309,7 +309,7 @@ class KLBridged(Bridged):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped."""
         scale, shift = self.normal()
-        return decode(self, latents / scale + shift)
+        return decode_pixels(self, latents / scale + shift)
 
     def normal(self) -> tuple[float, float]:
         """scaling_factor, above 0, and shift_factor, 0 where there is none."""
@@ -338,7 +338,7 @@ def posterior(model: Bridged, pixels: Tensor, noise: Tensor | None, *, frame: bo
         return z.to(model.device)
 
 
-def decode(model: Bridged, z: Tensor, *, frame: bool = False) -> Tensor:
+def decode_pixels(model: Bridged, z: Tensor, *, frame: bool = False) -> Tensor:
     """Pixels in [0, 1] of the autoencoder's own latents."""
     vae = model.pipe.vae
     with model.working(moved=frame or has_hooks(vae)):

@@ -12,7 +12,7 @@ from mrflow.bridge.base import (
     BRIDGED,
     Bridged,
     check_condition,
-    decode,
+    decode_pixels,
     has_hooks,
     in_parts,
     keepable,
@@ -142,7 +142,7 @@ class BridgedFlux2(Bridged):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped."""
         mean, std = self._normal(latents)
-        return decode(self, unpatchify(latents * std + mean))
+        return decode_pixels(self, unpatchify(latents * std + mean))
 
     def _normal(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The batch norm's running mean and deviation, (1, channels, 1, 1)."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mrflow._checks import is_number
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import Bridged, check_batch, decode, keepable, posterior, thousandths
+from mrflow.bridge.base import Bridged, check_batch, decode_pixels, keepable, posterior, thousandths
 from mrflow.bridge.blocks import QWEN as FAMILY
 from mrflow.bridge.facts import bridged_shift, parameters_of
 from mrflow.errors import PlanError
@@ -109,7 +109,7 @@ class BridgedQwen(Bridged):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped."""
         mean, std = self.normal()
-        return decode(self, latents * std + mean, frame=True)
+        return decode_pixels(self, latents * std + mean, frame=True)
 
     def normal(self) -> tuple[Tensor, Tensor]:
         """latents_mean and latents_std, one number a channel."""

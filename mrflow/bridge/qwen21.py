@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.bridge.base import BRIDGED, check_batch, decode, keepable, posterior, thousandths
+from mrflow.bridge.base import BRIDGED, check_batch, decode_pixels, keepable, posterior, thousandths
 from mrflow.bridge.facts import bridged_shift, parameters_of
 from mrflow.bridge.qwen import BridgedQwen
 from mrflow.errors import PlanError
@@ -118,4 +118,4 @@ class BridgedQwen21(BridgedQwen):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped, without alpha."""
         mean, std = self.normal()
-        return decode(self, latents * std + mean, frame=True)[:, :3]
+        return decode_pixels(self, latents * std + mean, frame=True)[:, :3]
