@@ -15,7 +15,7 @@ from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.records.files import locate
 from mrflow.upscalers.network import Network, NetworkFacts, OpenedNetwork, Precision, check_settings
 from mrflow.upscalers.torchvision_shim import use_shim
-from mrflow.upscalers.weights import read_state
+from mrflow.upscalers.weights import misfits, read_state
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,7 @@ def _open(options: str, weights: str, options_sha256: str, weights_sha256: str, 
     paths = table.get("path")
     key = cast("dict[str, Any]", paths).get("param_key_g") if isinstance(paths, dict) else None
     state = read_state(Path(weights), first=str(key) if key else None)
-    want = net.state_dict()
-    problems = [f"{n} is missing" for n in want if n not in state]
-    problems += [f"{n} is not expected" for n in state if n not in want]
-    problems += [
-        f"{n} has shape {tuple(state[n].shape)}, expected {tuple(t.shape)}"
-        for n, t in want.items()
-        if n in state and state[n].shape != t.shape
-    ]
-    if problems:
+    if problems := misfits(state, net):
         raise WeightsError(f"{weights} does not fit {kind}: {len(problems)} problems: {some(problems)}")
     net.load_state_dict(state)
     net = net.to(torch.float32).eval().requires_grad_(False)  # noqa: FBT003

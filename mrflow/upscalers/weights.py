@@ -10,10 +10,10 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.names import common_wrapper, plain
@@ -228,14 +228,7 @@ def network(state: State, path: Path) -> RRDBNet | SRVGGNetCompact | None:
         return None
     with blueprint():
         net = RRDBNet(params) if isinstance(params, RRDBParams) else SRVGGNetCompact(params)
-    want: dict[str, Any] = net.state_dict()
-    problems = [f"{name} is missing" for name in want if name not in named]
-    problems += [f"{name} is not expected" for name in named if name not in want]
-    problems += [
-        f"{name} has shape {tuple(named[name].shape)}, expected {tuple(target.shape)}"
-        for name, target in want.items()
-        if name in named and named[name].shape != target.shape
-    ]
+    problems = misfits(named, net)
     problems += [f"{name} is {t.dtype}" for name, t in named.items() if not t.is_floating_point()]
     problems = problems or [f"{name} holds NaN or infinity" for name, t in named.items() if not t.isfinite().all()]
     if problems:
@@ -246,6 +239,18 @@ def network(state: State, path: Path) -> RRDBNet | SRVGGNetCompact | None:
     net.load_state_dict({name: _place(tensor) for name, tensor in named.items()}, assign=True)
     net.eval().requires_grad_(False)  # noqa: FBT003
     return net
+
+
+def misfits(state: State, net: nn.Module) -> list[str]:
+    """What keeps tensors from being a network's: missing, left over, or of another shape, each in words."""
+    want = net.state_dict()
+    problems = [f"{name} is missing" for name in want if name not in state]
+    problems += [f"{name} is not expected" for name in state if name not in want]
+    return problems + [
+        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(target.shape)}"
+        for name, target in want.items()
+        if name in state and state[name].shape != target.shape
+    ]
 
 
 def _place(tensor: Tensor) -> Tensor:
