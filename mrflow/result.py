@@ -152,13 +152,8 @@ class Result:
 
     def save(self, path: str | Path) -> list[Path]:
         """Write PNGs with their records: `path`, or `path` with -0, -1, ... before its ending for a batch."""
-        return save_result(self, check_path("the file", path))
-
-
-def save_result(result: Result, path: Path) -> list[Path]:
-    """Write a result's pictures as PNGs with their records, over what has these names."""
-    publish(files := result_files(result, path), force=True)
-    return list(files)
+        publish(files := result_files(self, check_path("the file", path)), force=True)
+        return list(files)
 
 
 def result_files(result: Result, path: Path, paths: Sequence[Path] = ()) -> dict[Path, bytes]:

@@ -164,7 +164,7 @@ class BridgedFlux2Dev(BridgedFlux2):
 
     def encode_words(self, prompts: list[str]) -> dict[str, Tensor]:
         """States of three layers side by side (b, text tokens, context), behind the system message; padding too."""
-        limit, pipe = self._text_tokens or pipe_length(self.pipe), self.pipe
+        limit, pipe = self._text_tokens or int(self.pipe.tokenizer_max_length), self.pipe
         for prompt in prompts:
             turns = [("system", pipe.system_message), ("user", prompt)]
             said = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
@@ -178,11 +178,6 @@ class BridgedFlux2Dev(BridgedFlux2):
         """The guidance of each item, (batch,)."""
         chosen = self.info.guidance if value is None else value
         return torch.full((batch,), float(chosen or 0.0), device=self.device)
-
-
-def pipe_length(pipe: Any) -> int:  # noqa: ANN401
-    """How many tokens the pipeline reads."""
-    return int(pipe.tokenizer_max_length)
 
 
 def statistic(norm: Any, name: str) -> Tensor:  # noqa: ANN401

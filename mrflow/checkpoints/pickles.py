@@ -80,7 +80,7 @@ def _check(f: Any, path: Path) -> int:  # noqa: ANN401
                     f"{path} has a pickle of more than {MAX_OPS} steps: refused, torch writes no such files"
                 )
             asked = str(arg).replace(" ", ".", 1)[:80] if op.name == "GLOBAL" else f"the opcode {op.name}"
-            if op.name not in OPCODES or (op.name == "GLOBAL" and not _allowed(str(arg))):
+            if op.name not in OPCODES or (op.name == "GLOBAL" and str(arg) not in GLOBALS and not _is_type(str(arg))):
                 raise WeightsError(
                     f"{path} holds more than tensors ({asked}), and could run code when it is loaded: refused. Save "
                     "its state_dict alone, as safetensors"
@@ -130,10 +130,6 @@ def _top(stack: "list[_Value | None]", *, pop: bool = False) -> _Value:
     if value is None:
         raise ValueError("a value is missing before a mark")
     return value
-
-
-def _allowed(name: str) -> bool:
-    return name in GLOBALS or _is_type(name)
 
 
 def _is_type(name: str) -> bool:

@@ -58,7 +58,7 @@ class ShowProgress:
     def __init__(self, preview: "Backbone | None" = None, *, every: int = 1) -> None:
         check_whole("every", every, 1)
         self.preview, self.every = preview, every
-        self._show = _notebook() or _terminal()
+        self._show = _notebook() or (_Terminal() if sys.stderr is not None and sys.stderr.isatty() else _Silent())
         self._stage, self._count, self._name = 0, 0, ""
         self._shown, self._picture, self._began = 0.0, "", time.monotonic()
         self._notes: list[str] = []
@@ -148,7 +148,3 @@ def _notebook() -> "_Notebook | None":
     from IPython.display import HTML, display  # type: ignore[import-not-found,unused-ignore]  # pyright: ignore
 
     return _Notebook(display, HTML)
-
-
-def _terminal() -> "_Terminal | _Silent":
-    return _Terminal() if sys.stderr is not None and sys.stderr.isatty() else _Silent()

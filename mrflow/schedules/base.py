@@ -38,7 +38,8 @@ def shift(s: float, mu: float) -> float:
 def shift_static(s: float, k: float) -> float:
     """The static shift k s / (1 + (k - 1) s): the exponential one with mu = ln k (arXiv 2403.03206, eq. 23)."""
     check_within("a noise level", s, 0.0, 1.0)
-    _above("a shift factor", k, 0.0)
+    check_number("a shift factor", k)
+    require(k > 0, "a shift factor", "above 0", k)
     return float(s) if s in (0.0, 1.0) else k * s / (k * s + 1.0 - s)
 
 
@@ -389,8 +390,3 @@ def check_between(what: str, value: float, low: float, high: float) -> None:
     """Refuse what is no number above low and below high."""
     check_number(what, value)
     require(low < value < high, what, f"above {low:g} and below {high:g}", value)
-
-
-def _above(what: str, value: float, low: float) -> None:
-    check_number(what, value)
-    require(value > low, what, f"above {low:g}", value)

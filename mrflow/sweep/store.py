@@ -93,7 +93,7 @@ class Store:
             table = parse_table(read_regular(self.folder / "sweep.json", most=MAX_BYTES))
         except (OSError, ValueError):
             return {}
-        return {name: value for name, value in table.items() if _MANIFEST.get(name, _anything)(value)}
+        return {name: value for name, value in table.items() if name not in _MANIFEST or _MANIFEST[name](value)}
 
     def row_path(self, key: str) -> Path:
         """Where a row lies."""
@@ -252,10 +252,6 @@ def read(folder: str | Path) -> list[Row]:
 
 def _picture_mark(key: str, sha256: str, status: os.stat_result) -> Mark:
     return mark(f"picture {key} {sha256}", (status,))
-
-
-def _anything(_: object) -> bool:
-    return True
 
 
 def _table_of(kind: type) -> Callable[[object], bool]:
