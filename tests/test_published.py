@@ -17,7 +17,7 @@ from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.flux.weights import flux_layout, flux_names, flux_params, vae_layout, vae_names, vae_params
 from mrflow.models.headers import transformer_layout
 from mrflow.models.latent_model import footprint
-from mrflow.models.qwen.text import UNUSED
+from mrflow.models.qwen.text import QwenText
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.models.qwen.weights import (
@@ -153,7 +153,7 @@ def test_qwen_text() -> None:
                 num_key_value_heads=4, vocab_size=152064,
             )
         )  # fmt: skip
-    needed = {n: e.shape for n, e in given.tensors.items() if not n.startswith(UNUSED)}
+    needed = {n: e.shape for n, e in given.tensors.items() if not n.startswith(QwenText.unused)}
     assert expected(model, text_layout(model, given)) == needed
     assert sum(p.numel() for p in model.parameters()) == 7_070_619_136
 
@@ -167,7 +167,9 @@ def test_the_planned_footprint_of_qwen_image() -> None:
     assert planned is not None
     for field in ("rest", "modulation", "modulation_pair", "blocks", "block_pair", "autoencoder"):
         assert getattr(counted, field) == getattr(planned, field), field
-    sizes = {n: 2 * math.prod(e.shape) for n, e in header("qwen_text").tensors.items() if not n.startswith(UNUSED)}
+    sizes = {
+        n: 2 * math.prod(e.shape) for n, e in header("qwen_text").tensors.items() if not n.startswith(QwenText.unused)
+    }
     layers = [sum(b for n, b in sizes.items() if n.startswith(f"model.layers.{i}.")) for i in range(28)]
     assert planned.text_layers == sum(layers) and planned.text == sum(sizes.values()) - sum(layers)
     assert planned.text_pair == 2 * layers[0]
