@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,9 +15,11 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.caches import DMD, L2P, Cache, Evaluation, Extrapolation, SeaCache, Spectrum, TaylorSeer
+from mrflow.caches.calibrate import ProductsStep
+from mrflow.caches.clock import Clock, Rule
 from mrflow.caches.dmd import Modes
 from mrflow.caches.l2p import fit_weights
-from mrflow.caches.memory import products
+from mrflow.caches.memory import CachedStep, products
 from mrflow.caches.seacache import wiener
 from mrflow.caches.spectrum import Chebyshev
 from mrflow.model_info import FLUX
@@ -205,6 +207,36 @@ def test_l2p_finds_linear_predictors_and_is_exact_with_them() -> None:
     assert ran == [int(c) for c in computed]
     for a, b in zip(outs, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["output", "velocity"])
+def test_l2p_is_fitted_to_what_all_blocks_give(of: str) -> None:
+    """Features written down while everything is computed: those of the whole network, from its first block on."""
+    rows: list[list[NDArray[np.float64]]] = []
+    clock, signal = Clock([1.0, 0.5]), [[1.0, 2.0], [3.0, 5.0]]
+    net = Numbers(lambda i, t: signal[t][i], 2)
+    step = ProductsStep(net, rows=rows, of=cast(Any, of))
+    for sigma in (1.0, 0.5):
+        clock.tick(sigma)
+        step(torch.ones(1, 4, 1), *[torch.zeros(1, 2, 1)] * 4)
+    outs = np.array([1 + 3.0, 1 + 8.0]) * (1 if of == "output" else 2)
+    gram = np.concatenate([np.ravel(row) for row in rows[0]])
+    assert gram / gram[0] == pytest.approx(np.array([outs[0] ** 2, outs[1] * outs[0], outs[1] ** 2]) / outs[0] ** 2)
+
+
+def test_each_picture_of_a_batch_is_looked_at_alone() -> None:
+    seen: list[list[float]] = []
+
+    class Looks(Cache):
+        def rule(self, info: mf.ModelInfo, sigmas: Sequence[float]) -> Rule:
+            return lambda look: bool(seen.append(look.latents().flatten().tolist()) or True)
+
+    clock = Clock([1.0])
+    clock.latents = lambda: torch.arange(3.0)[:, None, None, None]
+    step = CachedStep(Looks(), Numbers(lambda i, t: 1.0), clock, FLUX)
+    clock.tick(1.0)
+    step(torch.ones(3, 4, 1), torch.zeros(3, 2, 1), *[torch.ones(1, 1, 1)] * 3)
+    assert seen == [[0.0], [1.0], [2.0]]
 
 
 def test_l2p_takes_no_weights_from_what_rounding_tells_apart() -> None:

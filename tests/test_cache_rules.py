@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ import mrflow as mf
 from mrflow.caches import Cache, DBCache, Evaluation, MagCache, TaylorSeer, TeaCache
 from mrflow.caches.base import difference, interpolate
 from mrflow.caches.calibrate import fit_polynomial
-from mrflow.caches.clock import Clock
+from mrflow.caches.clock import Clock, Rule
 from mrflow.caches.extrapolate import Series
 from mrflow.caches.memory import CachedStep
 from mrflow.caches.teacache import COEFFICIENTS, polynomial
 from mrflow.display.notes import tally_work
 from mrflow.model_info import FLUX, QWEN
+from mrflow.testing import TOY
 
 
 class Numbers:
@@ -145,6 +147,23 @@ def test_teacache_far_and_near() -> None:
     assert drive(TeaCache(0.25), Numbers(lambda i, t: 1.0), 12, **still)[1] == [1, 0] * 5 + [1, 1]
 
 
+def test_what_reaches_the_threshold_is_computed_by_teacache_and_left_out_by_magcache() -> None:
+    """A sum below the threshold leaves out (TeaCache); an error up to the threshold does (MagCache)."""
+    inputs: dict[str, Any] = dict(inputs=lambda t: torch.full((1, 1, 1), 1.5**t))  # a change of exactly a half
+    tea = TeaCache(0.5, coefficients=(1.0, 0.0))
+    assert drive(tea, Numbers(lambda i, t: 1.0), 6, **inputs)[1] == [1] * 6
+    assert drive(TeaCache(1.0, coefficients=(1.0, 0.0)), Numbers(lambda i, t: 1.0), 6, **inputs)[1] == [
+        1,
+        0,
+        1,
+        0,
+        1,
+        1,
+    ]
+    mag = MagCache(0.5, limit=9, retention=0.0, ratios=(1.0, 0.5, 1.0, 1.0))
+    assert drive(mag, Numbers(lambda i, t: 1.0), 4)[1] == [1, 0, 1, 0]
+
+
 def test_published_polynomials_have_the_values_that_were_computed_from_them() -> None:
     flux, qwen = COEFFICIENTS["flux1-dev"], COEFFICIENTS["qwen-image"]
     assert [round(polynomial(flux, d), 3) for d in (0, 0.02, 0.053, 0.1, 0.2, 0.3)] == [
@@ -244,6 +263,23 @@ def test_pictures_of_a_batch_decide_alone() -> None:
             assert torch.equal(out, torch.cat(each))
 
 
+@dataclass(frozen=True)
+class Late(Cache):
+    """Computes below sigma 0.5."""
+
+    def rule(self, info: mf.ModelInfo, sigmas: Sequence[float]) -> Rule:
+        return lambda look: look.sigma < 0.5
+
+
+def test_a_forecast_knows_sigmas_and_how_many_blocks_there_are() -> None:
+    levels = [1 - i / 10 for i in range(10)]
+    told = Late().forecast(FLUX, levels, levels)
+    assert (told.computed, told.exact) == (1 + 4, True)  # the first always
+    assert sum(drive(Late(), Numbers(lambda i, t: 1.0), 10)[1]) == told.computed
+    kept = [DBCache(1.0, front=1, warmup=0).forecast(info, levels, levels).kept for info in (FLUX, TOY)]
+    assert kept == [pytest.approx(1 / 57), 0.0]  # of a model whose blocks are not known, none
+
+
 def test_another_shape_begins_anew() -> None:
     clock = Clock(())
     net = Numbers(lambda i, t: 1.0)
@@ -289,6 +325,11 @@ def test_magcache_is_a_list_of_steps(ratios: list[float], threshold: float, limi
 
 
 def test_magcache_stretches_its_ratios() -> None:
+    half, steps = (1.0, 0.5, 1.0, 0.5), [1 - i / 8 for i in range(8)]  # of four steps, taken at eight
+    cache = MagCache(0.4, limit=9, retention=0.0, ratios=half)
+    every = MagCache(0.4, limit=9, retention=0.0, ratios=mf.caches.magcache.nearest(half, 8))
+    assert [drive(c, Numbers(lambda i, t: 1.0), 8)[1] for c in (cache, every)] == [[1, 0, 1, 1, 0, 0, 1, 1]] * 2
+    assert cache.forecast(FLUX, steps, steps).computed == 5
     assert mf.caches.magcache.nearest((1.0, 2.0, 3.0), 5) == (1, 1, 2, 3, 3)  # halves go to the even neighbour
     assert mf.caches.magcache.nearest((1.0, 2.0, 3.0), 1) == (3,)
 
@@ -369,6 +410,7 @@ def test_estimates_fall_with_the_threshold_and_limits_hold() -> None:
     assert 50 / count(DBCache(0.24, front=1, warmup=4, limit=6)) == pytest.approx(3.94, rel=0.1)
     assert 50 / count(DBCache(0.8, front=1, warmup=8, every=2, limit=8, order=1)) == pytest.approx(5.72, rel=0.15)
     assert count(DBCache(1.0, front=1, warmup=8, limit=0, order=1)) == 50
+    assert DBCache(0.8, warmup=8, limit=3).forecast(FLUX, levels, levels).computed == 8 + 10  # one of four, of 42
     for most, computed in ((None, 12), (45, 12), (30, 20), (0, 50)):  # at most so many are left out
         assert DBCache(0.8, warmup=8, most=most).forecast(FLUX, levels, levels).computed == computed
     assert DBCache(0.0).forecast(QWEN, levels, levels).exact
