@@ -42,7 +42,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped where there is none, with the reason."""
+    """Tests have names that every process gives them, and those marked gpu are skipped where there is none."""
+    if lost := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(
+            f"an address is part of a test's name, which no other process finds; give ids: {lost[0]}"
+        )
     if torch.cuda.is_available():
         return
     for item in items:

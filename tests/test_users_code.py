@@ -214,7 +214,7 @@ def failing(error: BaseException) -> Callable[[object], None]:
         (lambda prompts: None, PromiseError, "must give a Condition for 2 prompts, got NoneType"),
         (lambda prompts: mf.toy().condition(prompts[:1]), PromiseError, "for 2 prompts, got one for 1"),
     ],
-    ids=str,
+    ids=["KeyError", "MemoryError", "SystemExit", "PromptError", "None", "too few"],
 )
 def test_a_model_that_fails_at_the_prompt_is_named(
     how: Callable[[Sequence[str]], Any], kind: type[MrflowError], words: str
