@@ -50,6 +50,25 @@ def test_every_layout_is_the_same_change(layout: str, apart: bool, tmp_path: Pat
         assert relative(found[f"{name}.weight"], up @ down) < 1e-6, name
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["lora_unet_transformer_", "lora_pipe_dit_", "lora_unet__orig_mod_", "student.module."]
+)
+def test_wrappers_before_flattened_names(wrapper: str, tmp_path: Path) -> None:
+    state = load_file(write_lora(tmp_path / "x.safetensors", CHANGES, layout="sd-scripts"))
+    want = deltas(Flux(TINY), tmp_path / "x.safetensors")
+    save_file({name.replace("lora_unet_", wrapper): t for name, t in state.items()}, tmp_path / "y.safetensors")
+    found = deltas(Flux(TINY), tmp_path / "y.safetensors")
+    assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(True), torch.tensor(3 + 1j)], ids=["bool", "complex"])
+def test_an_alpha_of_another_kind_is_refused(alpha: Tensor, tmp_path: Path) -> None:
+    state = load_file(write_lora(tmp_path / "x.safetensors", CHANGES, layout="sd-scripts"))
+    save_file({**state, "lora_unet_img_in.alpha": alpha}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=r"img_in has alpha of torch\."):
+        deltas(Flux(TINY), tmp_path / "x.safetensors")
+
+
 def test_xlabs_names(tmp_path: Path) -> None:
     d, rank = TINY.hidden, 3
     own: dict[str, tuple[str, int, int, int]] = {
@@ -262,6 +281,9 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "loha": ({"lora_unet_img_in.hada_w1_a": torch.zeros(2, 64)}, "is LoHa"),
     "lokr": ({"lora_unet_img_in.lokr_w1": torch.zeros(2, 64)}, "is LoKr"),
+    "lokr, tucker": ({"lora_unet_img_in.lokr_t2": torch.zeros(2, 64)}, "is LoKr"),
+    "loha, second": ({"lora_unet_img_in.hada_w2_b": torch.zeros(2, 64)}, "is LoHa"),
+    "ia3": ({"base_model.model.img_in.ia3_l": torch.zeros(64)}, "is IA3"),
     "text": (
         {f"text_encoder.text_model.q_proj.lora_{w}.weight": torch.zeros(2, 2) for w in "AB"},
         "1 names for text encoders, which are not adapted: text_encoder.text_model.q_proj.*skip_text=True",

@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from mrflow._checks import is_number
 from mrflow.checkpoints.configs import Config, parse_config, read_config
 from mrflow.checkpoints.hub import fetch_file
@@ -28,9 +30,9 @@ ROLES = (
 AXES = {"down": 2, "up": 2, "diff": 2, "bias": 1, "diff_b": 1}
 TEXT = ("text_encoder.", "text_encoder_2.", "text_encoders.", "lora_te", "te1.", "te2.", "conditioner.")
 OTHER = {
-    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1": "LoHa", "lokr_w": "LoKr", "oft_": "OFT",
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
     "lora_mid": "a Tucker-decomposed LoRA", "set_weight": "a weight replacement", "boft_": "BOFT", "vera_": "VeRA",
-    "a1.weight": "GLoRA", "on_input": "IA3",
+    "a1.weight": "GLoRA", "on_input": "IA3", "ia3_": "IA3",
 }  # fmt: skip
 # What PEFT trains beside a changed copy of the model's weights: added to the published ones it is something else.
 BESIDE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
@@ -100,7 +102,8 @@ def is_text(stem: str) -> bool:
 def _malformed(group: Mapping[str, Entry]) -> str:
     """What is wrong with the tensors of one linear, whatever the linear's size; empty where nothing is."""
     for role, entry in group.items():
-        if not entry.dtype.is_floating_point and role != "alpha":
+        whole = role == "alpha" and not entry.dtype.is_complex and entry.dtype != torch.bool
+        if not (entry.dtype.is_floating_point or whole):
             return f"has {role} of {entry.dtype}"
         if role != "alpha" and len(squeeze(entry.shape, AXES[role])) != AXES[role]:
             return f"has {role} of shape {entry.shape}, expected {AXES[role]} axes"

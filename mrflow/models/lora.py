@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mrflow.checkpoints.adapters import Lora
 from mrflow.checkpoints.lora import AXES, is_text, number_of, read_adapter, scale_factors, squeeze
-from mrflow.checkpoints.names import bare
+from mrflow.checkpoints.names import INSIDE, WRAPPERS, bare
 from mrflow.checkpoints.safetensors import Entry, map_tensor, some
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models.family import family_of_network
@@ -36,10 +36,7 @@ PREFIXES = (
     "lora_transformer_",
     "lycoris_",
     "lora_",
-    "_orig_mod_",
-    "module_",
-    "model_",
-    "diffusion_model_",
+    *(f"{word}_" for word in (*INSIDE, *sorted(WRAPPERS))),
 )
 
 
