@@ -15,8 +15,8 @@ INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_f
 COUNTERS = ("n_averaged", "num_updates", "initted", "step")
 # What stands before a network's own names.
 WRAPPERS = frozenset({
-    "module", "model", "transformer", "diffusion_model", "pipe", "pipeline", "student", "dit", "unet", "net", "network", "base_model",
-    "model_ema", "ema_model", "ema", "online_model", "averaged_model", "denoiser", "backbone", "generator", "netG",
+    "module", "model", "transformer", "diffusion_model", "pipe", "pipeline", "student", "dit", "unet", "net", "network",
+    "base_model", "model_ema", "ema_model", "ema", "online_model", "averaged_model", "denoiser", "backbone", "generator", "netG",
     "net_g", "params", "params_ema", "state_dict", "wrapped", "_model",
 })  # fmt: skip
 # And, in a file of several networks, before each.
