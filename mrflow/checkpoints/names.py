@@ -16,8 +16,8 @@ COUNTERS = ("n_averaged", "num_updates", "initted", "step")
 # What stands before a network's own names.
 WRAPPERS = frozenset({
     "module", "model", "transformer", "diffusion_model", "pipe", "pipeline", "student", "dit", "unet", "net", "network",
-    "base_model", "model_ema", "ema_model", "ema", "online_model", "averaged_model", "denoiser", "backbone", "generator", "netG",
-    "net_g", "params", "params_ema", "state_dict", "wrapped", "_model",
+    "base_model", "model_ema", "ema_model", "ema", "online_model", "averaged_model", "denoiser", "backbone",
+    "generator", "netG", "net_g", "params", "params_ema", "state_dict", "wrapped", "_model",
 })  # fmt: skip
 # And, in a file of several networks, before each.
 PARTS = frozenset({
