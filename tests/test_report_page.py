@@ -17,7 +17,7 @@ import mrflow as mf
 from mrflow.sweep import Fidelity, Lpips, Row, Scale, SceneScore, Sharpness, Store, Stray, run_sweep, seed_of, table
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
-from mrflow.sweep.plots import front_of, limits, mark, write_plots
+from mrflow.sweep.plots import front_of, limits, mark, speed_ticks, write_plots
 from mrflow.sweep.report import page
 from mrflow.sweep.summary import load_rows, summarise
 from tests.test_cli import call, here  # noqa: F401
@@ -189,6 +189,14 @@ def test_an_axis_keeps_to_what_can_be_and_is_not_dwarfed_by_an_interval() -> Non
     low, high = limits([(1.0, 1.0, 1.0)], share)
     assert low < 1 < high < 1.1
     assert limits([(3.0, -50.0, 90.0), (4.0, 3.9, 4.1)], Scale(None)) == pytest.approx((1.34, 5.66))
+
+
+@pytest.mark.parametrize("slowest", [0.004, 0.6, 0.77, 1.0, 3.4, 700.0])
+@pytest.mark.parametrize("ratio", [1.69, 2.0, 40.0])
+def test_an_axis_of_speeds_has_round_ticks(slowest: float, ratio: float) -> None:
+    ticks = speed_ticks(slowest, slowest * ratio)
+    assert 3 <= len(ticks) <= 12 and all(slowest <= t <= slowest * ratio for t in ticks)
+    assert all(len(f"{t:g}".strip("0.").replace(".", "")) <= 3 for t in ticks)
 
 
 def test_an_interval_beyond_the_axes_ends_in_an_arrow() -> None:

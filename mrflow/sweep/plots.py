@@ -45,7 +45,8 @@ def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = 
     axes.set(xscale="log", xlabel=f"speed-up over {summary['reference']}: faster is better →")
     axes.set_ylabel(axis_label(chosen, known))
     speeds = [fast[0] for fast, _ in points.values()]
-    axes.set_xlim(min(speeds) / 1.3, max(speeds) * 1.3)
+    slowest, fastest = min(speeds) / 1.3, max(speeds) * 1.3
+    axes.set_xlim(slowest, fastest)
     low, high = limits([good for _, good in points.values()], known)
     axes.set_ylim(low, high)
     for chain in chains:
@@ -53,7 +54,7 @@ def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = 
         mark(axes, fast, good, COLOURS[chain["style"][0]], MARKERS[chain["style"][1]], label=chain["label"])
     front = front_of({label: (fast[0], good[0]) for label, (fast, good) in points.items()}, known)
     axes.plot([points[n][0][0] for n in front], [points[n][1][0] for n in front], "--", color="0.6", zorder=0)
-    ticks = [t for t in TICKS if min(speeds) / 1.3 <= t <= max(speeds) * 1.3]
+    ticks = speed_ticks(slowest, fastest)
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axes.set_yticks([t for t in axes.get_yticks() if low <= t <= high and _inside(t, known)])
     axes.minorticks_off()
@@ -112,6 +113,17 @@ def axis_label(name: str, known: Scale) -> str:
     """`stray, %: lower is better ↓`."""
     unit, better = f", {known.unit}" if known.unit else "", BETTER.get(known.aim or "")
     return f"{name}{unit}" + (f": {better}" if better else "")
+
+
+def speed_ticks(slowest: float, fastest: float) -> list[float]:
+    """Round speed-ups between two, three at the least."""
+    ticks = [float(t) for t in TICKS if slowest <= t <= fastest]
+    unit = 10.0 ** np.floor(np.log10(fastest - slowest))
+    for step in (unit, unit / 2, unit / 5, unit / 10):
+        if len(ticks) >= 3:
+            break
+        ticks = [float(i * step) for i in range(int(np.ceil(slowest / step)), int(fastest / step) + 1)]
+    return ticks
 
 
 def limits(values: Sequence[Ends], known: Scale) -> tuple[float, float]:
