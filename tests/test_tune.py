@@ -1,6 +1,7 @@
 """Tuning: what cannot win is not drawn, what is found is good enough, the front is a file that runs."""
 
 import runpy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,25 @@ def test_it_finds_the_cheapest_that_is_good_enough(tmp_path: Path) -> None:
     again = tune(asked(0.97, metrics=[Near()], metric="near"), model, tmp_path, trials=25)
     assert [t.label for t in again.tried] == [t.label for t in found.tried]
     assert {r.key for r in read(tmp_path)} == before
+
+
+@dataclass(frozen=True)
+class Always(mf.Metric):
+    """The same number for every picture."""
+
+    name: str
+
+    def __call__(self, made: Measured) -> dict[str, float]:
+        """1."""
+        return {self.name: 1.0}
+
+
+def test_what_never_varies_is_not_called_certain(tmp_path: Path) -> None:
+    said = {}
+    for name in ("score", "brightness"):  # a share of what can succeed, and any other number
+        wanted = asked(0.5, metrics=[Always(name)], metric=name)
+        said[name] = str(tune(wanted, Costly(), tmp_path / name, trials=1).tried[0].quality)
+    assert said == {"score": "1.000 [0.478, 1.000]", "brightness": "1.000"}  # 0.025^(1/5): five of five
 
 
 class Costly:

@@ -41,7 +41,7 @@ class ConfidenceInterval:
     pictures: int
 
     def __str__(self) -> str:
-        if np.isnan(self.low):
+        if np.isnan(self.low) or self.low == self.high:  # numbers that are all alike have shown no spread
             return f"{self.mean:.3f}"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 

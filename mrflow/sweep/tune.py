@@ -30,7 +30,7 @@ from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
 from mrflow.sweep.metrics import Metric
 from mrflow.sweep.rows import Row
-from mrflow.sweep.statistics import ConfidenceInterval, interval, pareto, values
+from mrflow.sweep.statistics import ConfidenceInterval, interval, is_share, pareto, values
 from mrflow.sweep.store import Store
 from mrflow.upscalers import Interpolate, Lanczos
 
@@ -296,7 +296,7 @@ def _draw(
                 maker.make(part[start : start + batch])
             rows = [r for pair in part if (r := store.get(maker.key(label, pair))) is not None]
             numbers = values(rows, asked.metric)
-            found = interval(numbers, draws=2000) if numbers else None
+            found = interval(numbers, draws=2000, share=is_share(asked.metric)) if numbers else None
             if found is not None and part is not pairs and _hopeless(found, asked):
                 return Trial(label, chain, planned.work.flops, found, _seconds(rows), "below the floor early")
     return Trial(label, chain, planned.work.flops, found, _seconds(rows))
