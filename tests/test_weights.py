@@ -317,6 +317,30 @@ def test_hidden_files_are_no_checkpoints(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).path.name == "a.safetensors"
 
 
+def test_folders_pipes_and_dead_links_are_no_checkpoints(tmp_path: Path) -> None:
+    linear_file(tmp_path / "b.safetensors")
+    (tmp_path / "a.safetensors").mkdir()
+    (tmp_path / "c.safetensors").symlink_to("nowhere")
+    (tmp_path / "d.safetensors").symlink_to("d.safetensors")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "e.safetensors")
+    assert open_checkpoint(tmp_path).path.name == "b.safetensors"
+
+
+def test_a_name_in_capitals_is_a_checkpoint(tmp_path: Path) -> None:
+    linear_file(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").rename(tmp_path / "A.SafeTensors")
+    assert open_checkpoint(tmp_path).path.name == "A.SafeTensors"
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "..\\a\\b", "3", "\ud800"], ids=range(5))
+def test_an_index_of_names_that_no_file_has(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(WeightsError, match="1 of 1 shards are missing") as caught:
+        open_checkpoint(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
 def shards(folder: Path, stem: str, index: str, *, fill: float) -> None:
     """A checkpoint in two files and their index."""
     parts = {f"{stem}-0000{i}-of-00002.safetensors": n for i, n in ((1, "w"), (2, "b"))}

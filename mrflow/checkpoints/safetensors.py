@@ -202,11 +202,14 @@ def _entry(path: Path, name: str, item: object, begin: int) -> tuple[Entry, int,
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; hidden files (macOS's `._name` beside each name) are none of them."""
-    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+    """The safetensors files of a folder; none of them are hidden files (macOS's `._name` beside each name), folders,
+    pipes and links that lead nowhere.
+    """
+    named = (p for p in folder.glob("*") if p.suffix.lower() == ".safetensors" and not p.name.startswith("."))
+    return sorted(p for p in named if os.path.isfile(p))
 
 
-SHARD = re.compile(r"-\d{2,}-of-\d{2,}\.safetensors$")
+SHARD = re.compile(r"-\d{2,}-of-\d{2,}\.safetensors$", re.IGNORECASE)
 
 
 def _chosen(folder: Path) -> Path:
@@ -222,7 +225,7 @@ def _chosen(folder: Path) -> Path:
         found = [*indices, *(p for p in checkpoints_in(folder) if p.name not in shards)]
     bases: dict[str, list[tuple[str, Path]]] = {}
     for path in found:
-        stem, _, rest = path.name.partition(".safetensors")
+        stem, _, rest = path.name.lower().partition(".safetensors")
         base, variant = stem, rest.removeprefix(".index").removesuffix("json").strip(".")
         head, _, tail = stem.rpartition(".")
         if not variant and head and tail.isidentifier():
@@ -287,9 +290,9 @@ def _shards(where: Path) -> Header:
     outside = [s for s in shards if Path(s).is_absolute() or Path(s).name != s or s in ("", ".", "..")]
     if outside:
         raise WeightsError(f"{where} names files that are not beside it: {some(outside)}")
-    missing = [s for s in shards if not (where.parent / s).is_file()]
+    missing = [s[:200] for s in shards if not os.path.isfile(where.parent / s)]  # also of names that no file can have
     if missing:
-        raise WeightsError(f"{where}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}")
+        raise WeightsError(f"{where}: {len(missing)} of {len(shards)} shards are missing: {some(missing)}")
     tensors: dict[str, Entry] = {}
     wrong: list[str] = []
     for shard in shards:

@@ -54,7 +54,11 @@ def verify(where: Path, memory: Path) -> list[str]:
         WeightsError: a file holds something else than the hub records, or than when it was read last, unchanged by its
             size and time; the text names file and tensors.
     """
-    files = [where] if where.is_file() else sorted(p for p in where.rglob("*") if p.is_file() and p.suffix in ENDINGS)
+    files = (
+        [where]
+        if where.is_file()
+        else sorted(p for p in where.rglob("*") if p.is_file() and p.suffix.lower() in ENDINGS)
+    )
     if not files:
         raise WeightsError(f"{where} holds no file of a model")
     lines: list[str] = []
@@ -118,7 +122,7 @@ def _scan(path: Path) -> dict[str, Any]:
     state, whole, sums = _state(path), hashlib.sha256(), dict[str, int]()
     try:
         with path.open("rb") as file:
-            if path.suffix == ".safetensors":
+            if path.suffix.lower() == ".safetensors":
                 with suppress(MrflowError):  # what is no checkpoint is told by its SHA-256 alone
                     entries = sorted(read_header(path).tensors.items(), key=lambda item: item[1].start)
                     head = file.read(entries[0][1].start if entries else 8)
