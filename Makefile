@@ -55,7 +55,7 @@ site: $(VENV)/.installed-dev ## The documentation as a site, with the API, into 
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,site]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/python -m pytest -q --nbmake docs/notebooks
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html, or with search: $(BIN)/python -m http.server -d build/site"
 
 mutate: $(VENV)/.installed-dev ## How many small changes of the code does the suite see? (hours; resumes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,mutate]'
