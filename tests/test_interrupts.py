@@ -38,7 +38,7 @@ PHASES = {
     "writing": ("os:fsync", [*GENERATE, "--stages"]),
     "naming": ("os:link", [*GENERATE, "--stages"]),
     "removing drafts": ("pathlib:Path.unlink", [*GENERATE, "--stages"]),
-    "comparing": ("mrflow.display.sheet:compare", [*GENERATE, "--compare", "native"]),
+    "comparing": ("mrflow.display.sheet:draw_comparison", [*GENERATE, "--compare", "native"]),
     "refining": ("mrflow.models.flux.field:FluxField.velocity", ["refine", "mine.png", "--scale", "2"]),
     "replaying": ("mrflow.models.flux.field:FluxField.velocity", ["replay", "mine.png"]),
     "inspecting a picture": ("mrflow.cli.records:read_record", ["inspect", "mine.png", "--json"]),
