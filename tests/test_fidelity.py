@@ -375,3 +375,10 @@ def test_as_a_metric_of_a_sweep() -> None:
     assert {name: which for kind in kinds for name, which in kind.aims.items()} == BUILT_IN
     assert scale_for("fit", BUILT_IN) == NONE and scale_for("lpips", BUILT_IN).aim == "lower"
     assert scale_for("mine.part", {"mine": Scale("one")}) == Scale("one")
+
+
+def test_an_open_scene_takes_the_tint_that_it_is_given() -> None:
+    scene = OpenScene(parse_caption("a big red circle at the left"))
+    (_, place) = scene.parts
+    moved = scene.with_values(((0.9, 0.8, 0.7), place.values))
+    assert moved.scene.background.tint == (0.9, 0.8, 0.7) and moved.parts[0].values == (0.9, 0.8, 0.7)

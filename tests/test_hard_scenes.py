@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation
 
 import mrflow as mf
 from mrflow.errors import PlanError
@@ -265,3 +266,25 @@ def test_what_cannot_be_read_is_refused_or_read_as_nothing() -> None:
     small = drawn(["a green sign in 13% letters, CAT and DOG and SUN"], side=128)[0]
     assert hard_score(small, "a green sign in 13% letters, CAT and DOG and SUN")["letters"] == 1.0
     assert legible.LEAST == 256
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_move_is_that_of_a_slow_search(seed: int) -> None:
+    """Every move of a drawn patch over a noisy map, one by one, and a parabola through the best one's neighbours."""
+    rng, side, most = np.random.default_rng(seed), 64, 6  # (0.07 + 0.02) sides
+    drawn, seen = np.zeros((side, side)), 0.05 * rng.random((side, side))
+    drawn[20:34, 24:36] = rng.random((14, 12))
+    dy, dx = (int(v) for v in rng.integers(-4, 5, 2))
+    seen += 0.7 * np.roll(drawn, (dy, dx), (0, 1)) + 0.3 * np.roll(drawn, (dy, dx + 1), (0, 1))
+    dots = {(j, i): (seen * np.roll(drawn, (j, i), (0, 1))).sum() for j in range(-7, 8) for i in range(-7, 8)}
+    j, i = max((at for at in dots if max(map(abs, at)) <= most), key=lambda at: dots[at])
+    assert (j, i) == (dy, dx)
+    turn = [np.polyfit((-1, 0, 1), [dots[j + s * down, i + s * (1 - down)] for s in (-1, 0, 1)], 2) for down in (1, 0)]
+    y, x = (at - b / (2 * a) for at, (a, b, _) in zip((j, i), turn, strict=True))
+    near = np.zeros((5, 5), bool)
+    near[2, ::2] = near[::2, 2] = True
+    grown = binary_dilation(np.roll(drawn > 0.02, (j, i), (0, 1)), near)
+    fit = dots[j, i] / math.sqrt((drawn**2).sum() * (seen[grown] ** 2).sum())
+    place, found = legible._best(seen[..., None], drawn[..., None], (20, 16, 40, 40))
+    assert place == pytest.approx((x / side, y / side), abs=1e-9)
+    assert found == pytest.approx(fit, rel=1e-6)

@@ -29,7 +29,7 @@ from mrflow.scenes import (
     score_many,
     stray,
 )
-from mrflow.scenes.grammar import COLOURS, SHAPES, article, plural
+from mrflow.scenes.grammar import COLOURS, LETTER_ADVANCE, LETTER_HEIGHT, SHAPES, article, plural
 from mrflow.scenes.reading import find_tint
 
 Array = NDArray[np.float32]
@@ -318,3 +318,11 @@ def test_a_thing_far_from_its_place_is_not_there(away: float, right: float) -> N
     moved = replace(scene, objects=tuple(replace(o, x=0.25 - 0.7 * away, y=0.5 - 0.7 * away) for o in scene.objects))
     found = score(render(moved, 256).transpose(2, 0, 1) / 255, caption)
     assert (found.alignment, found.position) == (1.0, right)
+
+
+def test_a_word_is_read_with_the_room_of_its_letters_and_a_lost_face_with_its_ground() -> None:
+    word = read_facts(picture("the medium pink word FOX")).word
+    assert word is not None and (word.height, word.advance) == (LETTER_HEIGHT["medium"], LETTER_ADVANCE["medium"])
+    ground = picture("a big red circle at the left on coarse stripes")
+    assert score(ground, "a big sad face at the left on coarse stripes").detail == 1.0
+    assert score(ground, "a big sad face at the left on fine stripes").detail == 0.0

@@ -327,7 +327,6 @@ def _best(seen: Array, drawn: Array, box: tuple[int, int, int, int]) -> tuple[tu
         return padded[top + pad : bottom + pad, left + pad : right + pad]
 
     a, t = cut(seen), cut(drawn)
-    t = t.copy()
     power = float(np.square(t).sum())
     spectrum = np.fft.rfft2(a) * np.conj(np.fft.rfft2(t))
     dots = np.fft.irfft2(spectrum, a.shape)
