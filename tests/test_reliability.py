@@ -142,6 +142,20 @@ def test_a_dead_lease_beside_a_finished_row_is_removed(tmp_path: Path) -> None:
     assert [p.stem for p in (tmp_path / "leases").iterdir()] == [read(tmp_path)[1].key]
 
 
+@pytest.mark.parametrize(("ahead", "free"), [(-3600, True), (-30, False), (30, False), (3600, True), (1e9, True)])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"token": 3, "pid": "x"}', '{"token": "t", "host": "elsewhere", "pid": 1}']
+)
+def test_a_lease_that_nobody_beats_now_is_dead(tmp_path: Path, ahead: float, free: bool, text: str) -> None:
+    store = Store(tmp_path)
+    store.open({"chains": {}})
+    lease = tmp_path / "leases" / "k.json"
+    lease.write_text(text)
+    os.utime(lease, (time.time() + ahead,) * 2)
+    assert (store.claim("k") is not None) == free
+    store.release(["k"])
+
+
 @pytest.mark.parametrize(("doing", "deaths"), [(None, 0), ("together", 0), ("alone", 1)])
 def test_only_the_row_that_was_computed_alone_is_blamed(tmp_path: Path, doing: str | None, deaths: int) -> None:
     store = Store(tmp_path)

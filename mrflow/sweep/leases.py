@@ -185,7 +185,8 @@ class Leases:
             except OSError:
                 pass
         try:
-            return clock(path.parent) - path.stat().st_mtime > STALE
+            # Nor does who lives beat in the future: the clock was put back since, and the next beat shows it.
+            return abs(clock(path.parent) - path.stat().st_mtime) > STALE
         except OSError:
             return False
 
