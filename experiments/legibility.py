@@ -193,7 +193,7 @@ def study(args: argparse.Namespace) -> None:
     size = args.size or facts.size[0]
     low = args.low or size // 2
     upscaler = upscaler_of(args.sr)
-    if isinstance(upscaler, str):
+    if upscaler is not None and not isinstance(upscaler, mf.Upscaler):
         raise PlanError("--sr must enlarge pixels here, not latents")
     paths = rows(size, upscaler, args.sigma, args.refine_steps)
     if unknown := set(args.rows or ()) - set(paths):
