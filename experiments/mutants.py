@@ -93,6 +93,21 @@ EQUIVALENT: Mapping[tuple[str, str], str] = {
         "mrflow.caches.extrapolate.taylor",
         "factors.append([(a - b) / gap for a, b in zip(newest, before, strict=False)])",
     ): "both are the divided differences of one set of streams, of the same length",
+    (
+        "mrflow.scenes.reading._expression",
+        "patch = _cut(ink, face.x * SIDE + dx * r, face.y * SIDE - dy * r, r) * _disc()",
+    ): "dy goes through -0.06, 0 and 0.06, so that the same nine places are tried, and the best counts",
+    (
+        "mrflow.scenes.reading._cut",
+        "return np.asarray(padded.resize((PATCH, PATCH), Image.Resampling.BILINEAR, box), )",
+    ): "a picture of Pillow's mode F is an array of float32 without being told",
+    (
+        "mrflow.caches.toma.destinations",
+        "best = likeness.gather(2, picked[0][..., None, None].expand(-1, -1, 1, likeness.shape[-2]))[:, :, 0]",
+    ): "the table of likeness is square",
+    ("mrflow.caches.memory.CachedStep._predicted", "if weights == (2.0,):"): (
+        "a shortcut: one weight of 1 gives the stored stream, in float32 and back, by the general way too"
+    ),
     ("mrflow.scenes.reading.find_tint", "light = pale @ np.full(3, 2 / 3, np.float32)"): (
         "a factor of the light scales the bins, the cut and both classes alike; only their ratio and sides are used"
     ),

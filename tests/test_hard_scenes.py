@@ -288,3 +288,22 @@ def test_the_best_move_is_that_of_a_slow_search(seed: int) -> None:
     place, found = legible._best(seen[..., None], drawn[..., None], (20, 16, 40, 40))
     assert place == pytest.approx((x / side, y / side), abs=1e-9)
     assert found == pytest.approx(fit, rel=1e-6)
+
+
+@EACH
+def test_a_picture_without_a_ground_has_every_part_and_none_right(kind: str) -> None:
+    """Of a black picture nothing is read, and what its caption names counts in its category."""
+    caption = caption_of(HARD, random.Random(5), kind)
+    black, right = np.zeros((3, 256, 256), np.float32), drawn([caption])[0]
+    parts, truth = read_parts(black, caption), read_parts(right, caption)
+    assert [(part.category, part.said, part.read) for part in parts] == [(p.category, p.said, "") for p in truth]
+    assert {part.category for part in parts} == CATEGORIES[kind] and not any(part.right for part in parts)
+
+
+def test_a_ground_that_is_hardly_seen_has_no_texture() -> None:
+    """Black dots every six pixels leave nothing of it once their surroundings are left out."""
+    picture = np.full((3, 256, 256), 0.9, np.float32)
+    picture[:, ::6, ::6] = 0.0
+    caption = "1/32 checks with a black heart at the bottom"
+    part = next(part for part in read_parts(picture, caption) if part.category == "texture")
+    assert (part.said, part.read) == ("1/32 checks", "")

@@ -29,7 +29,16 @@ from mrflow.scenes import (
     score_many,
     stray,
 )
-from mrflow.scenes.grammar import COLOURS, LETTER_ADVANCE, LETTER_HEIGHT, SHAPES, article, plural
+from mrflow.scenes.grammar import (
+    COLOURS,
+    LETTER_ADVANCE,
+    LETTER_HEIGHT,
+    SHAPES,
+    article,
+    held_out,
+    held_out_captions,
+    plural,
+)
 from mrflow.scenes.reading import find_tint
 
 Array = NDArray[np.float32]
@@ -326,3 +335,11 @@ def test_a_word_is_read_with_the_room_of_its_letters_and_a_lost_face_with_its_gr
     ground = picture("a big red circle at the left on coarse stripes")
     assert score(ground, "a big sad face at the left on coarse stripes").detail == 1.0
     assert score(ground, "a big sad face at the left on fine stripes").detail == 0.0
+
+
+@WORLDS
+def test_held_out_captions_are_captions_that_training_leaves_out(world: World) -> None:
+    captions = held_out_captions(world, 40, seed=3)
+    assert len(captions) == 40 and all(map(held_out, captions)) and captions == held_out_captions(world, 40, seed=3)
+    assert all(parse_caption(caption).caption == caption for caption in captions)
+    assert captions != held_out_captions(world, 40, seed=4)
