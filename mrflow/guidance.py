@@ -208,7 +208,8 @@ class CFG(TwoBranches):
 
     def token_mix(self, info: ModelInfo, tokens: TokenVelocity) -> Mix | None:
         """The formula above; norms are of the same tokens, and add their values in the order of `token_norm`."""
-        if self.rescale and tokens.patch != (patch := info.space.patch):
+        patch = info.space.patch
+        if self.rescale and tokens.patch != patch:
             return None
 
         def length(v: Tensor) -> Tensor:
