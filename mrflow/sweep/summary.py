@@ -125,13 +125,7 @@ def summarise(
             {
                 "label": label,
                 "style": look[label],
-                "n": len(mine),
-                "failed": len(mine) - len(done),
-                "nfe": done[0].nfe if done else None,
-                "flops": done[0].flops if done else None,
-                "peak": max((r.peak_bytes for r in done), default=0) or None,
-                "seconds": _plain(seconds(done)),
-                "speedup": _plain(speedup(base, mine)) if base and label not in yardsticks else None,
+                **_run_facts(mine, [] if label in yardsticks else base),
                 "metrics": _means(columns[label], draws),
                 "compare": whole.get((label, ""), {}),
                 "groups": groups,
@@ -154,6 +148,20 @@ def summarise(
         "failed": sum(not r.done for r in rows),
         "scales": to_plain(scales(rows, said)),
         "origin": origin(rows),
+    }
+
+
+def _run_facts(mine: Sequence[Row], base: Sequence[Row]) -> dict[str, Any]:
+    """What a chain's pictures took: rows, forwards, operations, memory, time, and the speed beside `base` if any."""
+    done = [r for r in mine if r.done]
+    return {
+        "n": len(mine),
+        "failed": len(mine) - len(done),
+        "nfe": done[0].nfe if done else None,
+        "flops": done[0].flops if done else None,
+        "peak": max((r.peak_bytes for r in done), default=0) or None,
+        "seconds": _plain(seconds(done)),
+        "speedup": _plain(speedup(base, mine)) if base else None,
     }
 
 
