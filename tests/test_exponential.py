@@ -93,6 +93,20 @@ def test_an_estimate_at_sigma_one_is_infinitely_far_away(solver: Solver, before:
     assert torch.equal(end(0.0), end(100.0))
 
 
+@pytest.mark.parametrize(("solver", "degree"), [(RES2S(), 1), (RES3S(), 2)], ids=repr)
+@pytest.mark.parametrize(("sigma", "to"), [(1.0, 0.7), (0.4, 0.0), (1.0, 0.0)])
+def test_where_lambda_is_infinite_steps_integrate_powers_of_sigma(
+    solver: Solver, degree: int, sigma: float, to: float
+) -> None:
+    def made(power: int) -> Tensor:
+        return integrate(solver, lambda x, s: torch.full_like(x, (power + 1) * s**power), X, (sigma, to)) - X
+
+    for power in range(degree + 1):
+        want = torch.full_like(X, to ** (power + 1) - sigma ** (power + 1))
+        torch.testing.assert_close(made(power), want, rtol=0, atol=1e-12)
+    assert float((made(degree + 1) - (to ** (degree + 2) - sigma ** (degree + 2))).abs().max()) > 1e-5
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
 def test_from_sigma_one_all_noise_is_new_or_none_is(tau: float) -> None:
     """The limit of an infinite step in lambda: (1 - s') D and noise of s', which is drawn where tau is not 0."""
