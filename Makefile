@@ -44,6 +44,8 @@ nightly: $(VENV)/.installed-dev ## All tests, the property tests on a thousand n
 figure: $(VENV)/.installed-dev ## Every method at equal speeds (MODEL=FILE; resumes): docs/images/studies/frontier.svg, rivals.md
 	$(BIN)/python -m experiments.failures frontier --model $(or $(MODEL),pocket) --steps 50 --details letters grid \
 		--sizes 13% 5x5 --figure docs/images/studies/frontier.svg --page docs/how-to/rivals.md # what pocket can show
+	$(BIN)/python -m experiments.failures slots --model $(or $(MODEL),pocket) --steps 50 --details letters grid \
+		--sizes 13% 5x5 --figure docs/images/studies/slots.svg --page docs/how-to/rivals.md
 
 pocket: $(VENV)/.installed-dev ## Train the embedded model on, into runs/pocket-4 (eight hours on two cores; resumes)
 	$(BIN)/python -m experiments.train_pocket.hard --device auto --bf16

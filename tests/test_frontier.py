@@ -19,7 +19,6 @@ from tests.test_statistics import row
 METHODS = {
     "fewer steps", "fewer steps, unguided", "staged", "staged, latents", "lift", "SelfLift", "SPEED", "RALU", "JiT",
     "Fresco", "TaylorSeer", "Spectrum", "DMD", "MagCache", "student", "student, then staged",
-    *questions.SOLVERS, *questions.GUIDANCE, *questions.SCHEDULES,
 }  # fmt: skip
 
 
@@ -33,6 +32,33 @@ def test_every_method_goes_as_far_as_it_can() -> None:
     for label in chains:
         if label != "native":
             assert 0.95 <= whole / mf.plan(chains[label], facts).work.flops / first.place(label)[1] <= 1.25, label
+
+
+def test_one_thing_is_exchanged_in_fewer_steps() -> None:
+    facts = info("pocket")
+    chains = QUESTIONS["slots"](Setting(64, 128, 50, 12), facts)
+    usual = mf.plan(chains["fewer steps, 8x"], facts).nfe
+    methods = {first.place(label)[0] for label in chains if label != "native"}
+    assert methods == {"fewer steps", *questions.SOLVERS, *questions.GUIDANCE, *questions.SCHEDULES}
+    for label, chain in chains.items():
+        if label.endswith(", 8x"):
+            assert mf.plan(chain, facts).nfe == usual, label
+            (sample, _) = chain
+            changed = [
+                n for n in ("solver", "guidance", "schedule") if getattr(sample, n) != getattr(plain(label, facts), n)
+            ]
+            assert len(changed) == (0 if label.startswith("fewer") else 1), (label, changed)
+
+
+def plain(label: str, facts: mf.ModelInfo) -> mf.Sample:
+    """Fewer steps of as many steps as the chain of a label has."""
+    sample = next(iter(QUESTIONS["slots"](Setting(64, 128, 50, 12), facts)[label]))
+    assert isinstance(sample, mf.Sample)
+    tokens = facts.tokens(128, 128)
+    steps = len(sample.schedule(1.0, tokens, facts)) - 1
+    found = next(iter(mf.recipes.native(size=(128, 128), steps=steps)))
+    assert isinstance(found, mf.Sample)
+    return found
 
 
 def rows(captions: int = 40) -> list[Row]:
@@ -65,7 +91,7 @@ def test_the_section_says_what_the_table_says(tmp_path: Path) -> None:
     first.write_table(table, tmp_path / "table.json")
     assert json.loads((tmp_path / "table.json").read_text()) == table
     page = tmp_path / "page.md"
-    page.write_text(f"above\n\n{first.BEGIN}\nstale\n{first.END}\n\nbelow\n")
+    page.write_text(f"above\n\n{first.BEGIN.format('frontier')}\nstale\n{first.END}\n\nbelow\n")
     for _ in range(2):  # again over itself
         first.write_section(table, page)
     text = page.read_text()
@@ -98,14 +124,19 @@ def test_the_figure_is_drawn_and_the_page_has_its_marks(tmp_path: Path) -> None:
     drawn = (tmp_path / "frontier.svg").read_text()
     assert drawn.startswith("<?xml") and all(f"<!-- {name} -->" in drawn for name in ("good", "alike", "bad"))
     page = (Path(__file__).parents[1] / "docs" / "how-to" / "rivals.md").read_text()
-    assert page.index(first.BEGIN) < page.index(first.END)
+    for question in questions.FITTED:
+        begin = page.index(first.BEGIN.format(question))
+        assert (
+            page[begin:].count(first.END) >= 1
+            and "<!-- first: made" not in page[begin + 5 : page.index(first.END, begin)]
+        )
 
 
 @pytest.mark.slow
 def test_what_must_see_the_model_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, setting, captions = mf.load("pocket", device="cpu"), Setting(32, 64, 24, 6), ["a big red circle at the left"]
     monkeypatch.setattr(questions, "SPEEDS", (4,))
-    found = fitted(setting, model, captions, tmp_path / "fitted.json")
+    found = fitted(setting, model, captions, tmp_path / "fitted.json", questions.FITTED["frontier"])
     assert {"L2P, 4x", "TeaCache, 4x", "DBCache, 4x"} <= set(found)
     whole = mf.run(setting.native(24), model, captions).stages
     for label, chain in found.items():
@@ -113,7 +144,7 @@ def test_what_must_see_the_model_is_found_once(tmp_path: Path, monkeypatch: pyte
         assert 0.95 <= sum(stage.flops for stage in whole) / cost / 4 <= 1.25, label
     monkeypatch.setattr(mf.caches.L2P, "calibrate", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(mf, "run", lambda *_, **__: 1 / 0)
-    assert fitted(setting, model, [], tmp_path / "fitted.json") == found
+    assert fitted(setting, model, [], tmp_path / "fitted.json", questions.FITTED["frontier"]) == found
 
 
 def test_the_command_resumes(

@@ -8,6 +8,7 @@ Each question is a sweep over held-out captions of the hard world, tagged by siz
     python -m experiments.failures mends --model FILE        # the cheapest chain that keeps what native sampling reads
     python -m experiments.failures frontier --model FILE --figure FILE.svg --page docs/how-to/rivals.md
                                              # every method at equal planned cost, and which to try first (make figure)
+    python -m experiments.failures slots --model FILE        # the same of solvers, guidance and schedules, in fewer steps
 
 `map`: native, staged, rivals, and staged sampling's own settings. `budget`: the truth is put in at each stage in turn,
 and each difference is what one stage loses. Captions and reader are those of the embedded model's world; for large
@@ -44,8 +45,8 @@ def main() -> int:
     add_making(parser)
     parser.add_argument("--low", type=int, help="side of the low stage (default: half)")
     parser.add_argument("--out", type=Path, help="the folder (default: runs/failures/MODEL/QUESTION)")
-    parser.add_argument("--figure", type=Path, help="of `map` and `frontier`: an SVG file")
-    parser.add_argument("--page", type=Path, help="of `frontier`: the page that says what to try first")
+    parser.add_argument("--figure", type=Path, help="of `map`, `frontier` and `slots`: an SVG file")
+    parser.add_argument("--page", type=Path, help="of `frontier` and `slots`: the page that says what to try first")
     args = parser.parse_args()
     return exit_code(run, args)
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     reference = next(iter(chains))
     folder = args.out or Path("runs") / "failures" / Path(args.model).stem / args.question
     model = mf.load(args.model, device=args.device)
-    more = FITTED if args.question == "frontier" else ()
+    more = FITTED.get(args.question, ())
     if unknown := set(args.methods or ()) - set(chains) - set(more):
         known = ", ".join((*chains, *more))
         raise mf.PlanError(f"no method is called {', '.join(sorted(unknown))}; there are {known}")
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         chains = {label: chain for label, chain in chains.items() if label in {reference, *args.methods}}
     asked = prompts(args.captions, args.details, args.sizes)
     few = len({p.tags["size"] for p in asked}) == len({p.tags["detail"] for p in asked})
-    if args.figure is not None and args.question != "frontier" and few:
+    if args.figure is not None and args.question not in FITTED and few:
         raise mf.PlanError("a figure needs two sizes of a detail at least; give more --sizes, or none")
     sweep = Sweep(chains, asked, metrics=[Legible()], model=args.model)
     sweep.plans(facts)
@@ -98,16 +99,17 @@ def run(args: argparse.Namespace) -> None:
         return
     print("\n".join([*tables.half_legible(rows, size=size, low=setting.low, reference=reference), ""]))
     print("\n".join([*tables.by_size(rows, reference), ""]))
-    if args.question in ("mends", "frontier"):
+    if args.question in ("mends", *FITTED):
         print("\n".join(tables.cheapest(rows, reference)))
-    if args.question == "frontier":
-        table = first.table_of(rows, reference, size=size, low=setting.low)
+    if args.question in FITTED:
+        timed = args.question == "frontier"  # a slot changes what is made of forwards, not how long they take
+        table = first.table_of(rows, reference, size=size, low=setting.low, timed=timed)
         first.write_table(table, folder.with_name(f"{folder.name}.json"))
         print("\n".join(["", *first.section(table)]))
         if args.figure is not None:
             first.draw(table, args.figure)
         if args.page is not None:
-            first.write_section(table, args.page)
+            first.write_section(table, args.page, args.question)
     elif args.figure is not None:
         from experiments.failures.figure import draw
 

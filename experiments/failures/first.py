@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import mrflow as mf
-from experiments.failures.questions import EXCHANGED, SPEEDS
+from experiments.failures.questions import SPEEDS
 from mrflow.records.files import write_bytes
 from mrflow.sweep import Comparison, ConfidenceInterval, Row, compare, family, interval, values
 from mrflow.sweep.statistics import MIN_PROMPTS, group_rows
 from mrflow.sweep.timing import speedup
 
 METRIC = "legible"
-PLAIN = "fewer steps"
-BEGIN, END = "<!-- first: made by experiments.failures frontier --page -->", "<!-- first: end -->"
+BEGIN, END = "<!-- first: made by experiments.failures {} --page -->", "<!-- first: end -->"
 Table = dict[str, Any]
 
 
-def table_of(rows: Sequence[Row], reference: str, *, size: int, low: int) -> Table:
-    """All that the section and the figure say, as plain data.
+def table_of(rows: Sequence[Row], reference: str, *, size: int, low: int, timed: bool = True) -> Table:
+    """All that the section and the figure say, as plain data; not how fast rows were by the clock where not `timed`.
 
     At each speed, every method is held against the one that reads most there: sign-flip tests, corrected together over
     all speeds (Holm, 5 %). Differences from the reference are another such family.
@@ -48,7 +47,7 @@ def table_of(rows: Sequence[Row], reference: str, *, size: int, low: int) -> Tab
                 "method": method,
                 "speed": speed,
                 "operations": round(_flops(chains[reference]) / _flops(chains[label]), 3),
-                "measured": _ends(speedup(chains[reference], chains[label])),
+                "measured": _ends(speedup(chains[reference], chains[label])) if timed else None,
                 "forwards": next((r.nfe for r in chains[label] if r.done), 0),
                 "reads": _ends(means[label]),
                 "minus reference": _ends(one.difference) if one else None,
@@ -103,13 +102,13 @@ def section(table: Table) -> list[str]:
                 f"- **{speed}x**: try {first['method']} first, which reads {_text(first['reads'])}. Not told apart "
                 f"from it: {', '.join(alike) or 'none'}. Below it: {', '.join(worse) or 'none'}."
             )
-    lines += [
-        "",
-        "| method | speed | by operations | by the clock [95 %] | forwards | reads [95 %] | minus reference |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
+    timed = any(e["measured"] for e in table["entries"])
+    titles = ["method", "speed", "by operations", *["by the clock [95 %]"] * timed, "forwards", "reads [95 %]"]
+    titles.append("minus reference")
+    lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for e in sorted(table["entries"], key=lambda e: (e["speed"], -e["reads"][0])):
-        cells = [e["method"], f"{e['speed']}x", f"{e['operations']:.1f}", _text(e["measured"], 1), str(e["forwards"])]
+        clock = [_text(e["measured"], 1)] * timed
+        cells = [e["method"], f"{e['speed']}x", f"{e['operations']:.1f}", *clock, str(e["forwards"])]
         cells += [_text(e["reads"]), _text(e["minus reference"], sign=True)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -120,19 +119,20 @@ def write_table(table: Table, path: Path) -> None:
     write_bytes(path, (json.dumps(table, indent=1) + "\n").encode())
 
 
-def write_section(table: Table, page: Path) -> None:
-    """Put the section between its two marks on a page.
+def write_section(table: Table, page: Path, question: str = "frontier") -> None:
+    """Put the section between the two marks of its question on a page.
 
     Raises:
         PlanError: the page has no such marks.
     """
     text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+    mark = BEGIN.format(question)
+    before, begin, rest = text.partition(mark)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise mf.PlanError(f"{page} has no section to fill: it must hold the lines {BEGIN} and {END}")
+        raise mf.PlanError(f"{page} has no section to fill: it must hold the lines {mark} and {END}")
     body = "\n".join(section(table))
-    write_bytes(page, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}".encode())
+    write_bytes(page, f"{before}{mark}\n\n{body}\n\n{END}{after}".encode())
 
 
 def draw(table: Table, path: Path) -> None:
@@ -143,24 +143,9 @@ def draw(table: Table, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "mrflow"
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     methods = list(dict.fromkeys(e["method"] for e in table["entries"]))
-    exchanged = [m for m in methods if m in EXCHANGED]
-    panels = {"methods": [m for m in methods if m not in EXCHANGED]}
-    if exchanged:  # beside plain fewer steps, from which each differs in one thing
-        panels["fewer steps with another solver, guidance or schedule"] = [m for m in methods if m == PLAIN] + exchanged
-    figure, each = plt.subplots(1, len(panels), figsize=(9 * len(panels), 6), layout="constrained", squeeze=False)
-    for axes, (title, shown) in zip(each[0], panels.items(), strict=True):
-        _panel(axes, table, shown, plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
-        axes.set_title(title, fontsize=9)
-    whole = table["reference"]["label"]
-    figure.suptitle(f"{table['weights']}, {table['captions']} captions; dotted: {whole}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
-def _panel(axes: Any, table: Table, methods: Sequence[str], colours: Sequence[Any]) -> None:  # noqa: ANN401
-    """Share read against speed of these methods."""
     for i, method in enumerate(methods):
         points = sorted((e["operations"], *e["reads"]) for e in table["entries"] if e["method"] == method)
         x, y = [p[0] for p in points], [p[1] for p in points]
@@ -176,6 +161,12 @@ def _panel(axes: Any, table: Table, methods: Sequence[str], colours: Sequence[An
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8)
+    axes.set_title(
+        f"{table['weights']}, {table['captions']} captions; dotted: {table['reference']['label']}", fontsize=9
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def _flops(rows: Sequence[Row]) -> float:

@@ -123,9 +123,19 @@ def frontier(s: Setting, info: ModelInfo) -> Chains:
 
     Those that must see the model are added by `fitted`.
     """
+    return _at_speeds(s, info, _families(s))
+
+
+def slots(s: Setting, info: ModelInfo) -> Chains:
+    """Fewer steps with another solver, guidance or schedule, at the speeds of `frontier`."""
+    return _at_speeds(s, info, {PLAIN: _families(s)[PLAIN]} | _exchanged(s, info))
+
+
+def _at_speeds(s: Setting, info: ModelInfo, families: Mapping[str, Chains]) -> Chains:
+    """Native sampling, and of each family the dearest chain that is near enough to each speed."""
     out: Chains = {"native": s.native(s.steps)}
     whole = mf.plan(out["native"], info).work.flops
-    for label, family in (_families(s) | _exchanged(s, info)).items():
+    for label, family in families.items():
         costs = {name: mf.plan(chain, info).work.flops for name, chain in family.items()}
         for speed in SPEEDS:
             fit = {name: cost for name, cost in costs.items() if _near(cost * speed / whole)}
@@ -191,10 +201,9 @@ GUIDANCE: dict[str, Callable[[float], mf.Guidance]] = {
     "TCFG": mf.TCFG,
     "NAG": lambda scale: mf.NAG(5.0),  # the published scale; that of CFG means something else
 }
-SCHEDULES = ("simple", "beta", "sgm_uniform", "linear_quadratic", "kl_optimal", "bong_tangent")
-FOUND = "found sigmas"
-EXCHANGED = (*SOLVERS, *GUIDANCE, *SCHEDULES, FOUND)
-"""Rows of fewer steps that differ in one thing: the solver, the guidance, or the schedule."""
+SCHEDULES = ("beta", "sgm_uniform", "linear_quadratic", "kl_optimal", "bong_tangent")
+"""Of ComfyUI and RES4LYF; "simple" is `Shifted` up to its table."""
+FOUND, PLAIN = "found sigmas", "fewer steps"
 
 
 def _exchanged(s: Setting, info: ModelInfo) -> dict[str, Chains]:
@@ -209,12 +218,10 @@ def _exchanged(s: Setting, info: ModelInfo) -> dict[str, Chains]:
     return out
 
 
-def fitted(
-    s: Setting, model: mf.Backbone, captions: list[str], file: Path, wanted: Collection[str] | None = None
-) -> Chains:
+def fitted(s: Setting, model: mf.Backbone, captions: list[str], file: Path, wanted: Collection[str]) -> Chains:
     """What must see the model: L2P's weights, sigmas, thresholds of caches that go by the picture, at each speed.
 
-    `wanted` are labels of `FITTED` (None: all). A threshold is one with which the captions cost what the speed allows,
+    `wanted` are labels of `FITTED`. A threshold is one with which the captions cost what the speed allows,
     by counted operations. All is found once and
     kept in the file, so that a run resumes with the same chains.
     """
@@ -251,17 +258,17 @@ def fitted(
     for speed in SPEEDS:
         fewer = {n: mf.plan(s.native(n), model.info).work.flops * speed / whole for n in range(1, s.steps + 1)}
         few = [n for n, cost in fewer.items() if _near(cost)]
-        if few and (wanted is None or f"{FOUND}, {speed}x" in wanted):
+        if few and f"{FOUND}, {speed}x" in wanted:
             levels = cast("list[float]", once(f"{FOUND}, {speed}x", partial(sigmas, few[-1])))
             out[f"{FOUND}, {speed}x"] = s.native(few[-1], schedule=mf.Explicit(tuple(levels)))
         plain = {n: s.native(s.steps, cache=mf.caches.TaylorSeer(n)) for n in range(2, s.steps)}
         fit = [n for n, chain in plain.items() if _near(mf.plan(chain, model.info).work.flops * speed / whole)]
-        if fit and (wanted is None or f"L2P, {speed}x" in wanted):
+        if fit and f"L2P, {speed}x" in wanted:
             found = once(f"L2P, {speed}x", partial(weights, fit[0]))
             rows = tuple(tuple(row) for row in cast("list[list[float]]", found))
             out[f"L2P, {speed}x"] = s.native(s.steps, cache=mf.caches.L2P(rows))
         for name, make in BY_PICTURE.items():
-            if wanted is not None and f"{name}, {speed}x" not in wanted:
+            if f"{name}, {speed}x" not in wanted:
                 continue
             value = once(f"{name}, {speed}x", partial(threshold, make, speed))
             if value is not None:
@@ -276,7 +283,11 @@ BY_PICTURE: dict[str, Callable[[float], mf.caches.Cache]] = {
     "SeaCache": mf.caches.SeaCache,
 }
 """Caches by threshold whose cost no plan knows."""
-FITTED = tuple(f"{name}, {speed}x" for name in ("L2P", FOUND, *BY_PICTURE) for speed in SPEEDS)
+FITTED = {
+    "frontier": tuple(f"{name}, {speed}x" for name in ("L2P", *BY_PICTURE) for speed in SPEEDS),
+    "slots": tuple(f"{FOUND}, {speed}x" for speed in SPEEDS),
+}
+"""Labels of the chains that must see the model, by question."""
 
 
 def _base(s: Setting) -> Chains:
@@ -293,4 +304,5 @@ QUESTIONS: Mapping[str, Callable[[Setting, ModelInfo], Chains]] = {
     "budget": error_budget,
     "mends": mends,
     "frontier": frontier,
+    "slots": slots,
 }
