@@ -8,7 +8,7 @@ Each question is a sweep over held-out captions of the hard world, tagged by siz
     python -m experiments.failures mends --model FILE        # the cheapest chain that keeps what native sampling reads
     python -m experiments.failures frontier --model FILE --figure FILE.svg --page docs/how-to/rivals.md
                                              # every method at equal planned cost, and which to try first (make figure)
-    python -m experiments.failures slots --model FILE        # the same of solvers, guidance and schedules, in fewer steps
+    python -m experiments.failures slots --model FILE         # the same of solvers, guidance and schedules
 
 `map`: native, staged, rivals, and staged sampling's own settings. `budget`: the truth is put in at each stage in turn,
 and each difference is what one stage loses. Captions and reader are those of the embedded model's world; for large
