@@ -143,7 +143,7 @@ def test_fresco_is_its_equations() -> None:
     kept = [(states[-1][cell] + s * coarse[cell]) / (1 + s) for cell in late]
     grown = [fine for cell in first for fine in four(states[-1][cell], cell, s)]
     # a coarse token lies at its row and column, its children at that and half a token on
-    at = [[cell // w, cell % w] for cell in late]
+    at: list[list[float]] = [[cell // w, cell % w] for cell in late]
     at += [[cell // w + a, cell % w + b] for cell in first for a in (0, 0.5) for b in (0, 0.5)]
     middle = (2 * s / (1 + s), *levels[STEPS[0] + 1 : STEPS[0] + STEPS[1] + 1])
     both, s = euler(torch.stack((*kept, *grown)), torch.tensor(at), middle)[-1], middle[-1]
