@@ -122,6 +122,15 @@ def test_one_tile_fades_into_the_next() -> None:
     torch.testing.assert_close(row(torch.zeros(1, 3, 8, 12), 0.5), want)
 
 
+def test_corners_are_weighted_by_both_directions() -> None:
+    """Of 2 x 2 tiles only the last is 1: what it weighs is the product of a rise downwards and one across."""
+    layout = mf.Tiles(16, 8).layout(mf.Latents(1, 12, 12, mf.toy().info.space))
+    row = layout.field(lambda x, _: torch.cat([0 * part + (i == 3) for i, part in enumerate(x.chunk(4, -1))], -1), 2)
+    rise = torch.tensor([0, 0, 0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
+    want = (rise[:, None] * rise).expand(1, 3, 12, 12)
+    torch.testing.assert_close(row(torch.zeros(1, 3, 12, 12), 0.5), want)
+
+
 def test_the_stage_holds_its_laws_in_tiles() -> None:
     """Forwards are those of every tile, noise levels and items as without tiles."""
     model = mf.toy(positions=True)

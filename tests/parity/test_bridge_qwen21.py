@@ -9,6 +9,7 @@ from torch import Tensor
 
 import mrflow as mf
 from mrflow.bridge import from_diffusers
+from mrflow.cost import forward_flops
 from mrflow.errors import PlanError
 from tests.parity.reenact import generators
 from tests.parity.test_flux import relative
@@ -52,6 +53,21 @@ def test_native_sampling_is_the_pipelines_own_call(pipe: Any, batch: int, scale:
     assert want.std() > 0.02 and float(((want > 0) & (want < 1)).float().mean()) > 0.9
     assert relative(result.pixels, want) < 1e-5
     assert result.nfe == result.plan.nfe == (3 if scale is None else 6)
+
+
+def test_operations_are_those_counted(pipe: Any) -> None:
+    """`plan` against torch's own counter on the first forward; later ones leave out the text, a little of it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = from_diffusers(pipe)
+    words = model.info.architecture
+    assert words is not None
+    context = model.condition(PROMPTS[:1])["context"][:, :1].expand(1, words.text_tokens, -1).contiguous()
+    field = model.field(mf.Condition({"context": context, "mask": torch.ones(1, words.text_tokens, dtype=torch.long)}))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not counted
+        field(torch.randn(1, model.info.space.channels, 20, 20), 0.5)
+    assert forward_flops(model.info, model.info.tokens(320, 320)) == pytest.approx(counter.get_total_flops(), rel=0.12)
 
 
 def test_text_is_read_once_and_sizes_are_kept_apart(pipe: Any) -> None:
