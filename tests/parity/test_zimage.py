@@ -13,7 +13,7 @@ import mrflow as mf
 from mrflow.checkpoints.safetensors import save_file
 from mrflow.cli.chains import build
 from mrflow.models.zimage.field import alike
-from mrflow.models.zimage.transformer import ZImage, positions_zimage
+from mrflow.models.zimage.transformer import ZImage, ZImageParams, positions_zimage
 from mrflow.models.zimage.weights import prepare_zimage, single_file
 from tests.parity.reenact_bridge import official_z_image
 from tests.parity.test_bridge import UP
@@ -124,3 +124,16 @@ def test_single_files_give_the_same_network(repo: Path, tmp_path: Path) -> None:
     save_file(state, tmp_path / "z.safetensors", metadata={"config": json.dumps(config)})
     again = prepare_zimage(tmp_path / "z.safetensors").read().state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+def test_files_without_a_config_have_the_published_sizes() -> None:
+    """What shapes do not say: rotary axes and their base, as in the defaults of diffusers' class."""
+    from inspect import signature
+
+    from diffusers import ZImageTransformer2DModel
+
+    theirs = {name: p.default for name, p in signature(ZImageTransformer2DModel.__init__).parameters.items()}
+    ours = ZImageParams()
+    assert (list(ours.axes), ours.theta) == (theirs["axes_dims"], theirs["rope_theta"])
+    assert (ours.hidden, ours.heads, ours.layers) == (theirs["dim"], theirs["n_heads"], theirs["n_layers"])
+    assert (ours.refiners, ours.context) == (theirs["n_refiner_layers"], theirs["cap_feat_dim"])
