@@ -4,8 +4,9 @@ import errno
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from mrflow.errors import PlanError
 
@@ -30,6 +31,19 @@ def require(right: bool, name: str, wanted: str, value: object) -> None:  # noqa
     """
     if not right:
         raise PlanError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_sides(name: str, given: object) -> tuple[int, int]:
+    """A (height, width) in pixels; one number is a square's.
+
+    Raises:
+        PlanError: it is neither.
+    """
+    both = (given, given) if is_whole(given, 1) else given
+    right = isinstance(both, tuple | list) and len(both) == 2 and all(is_whole(side, 1) for side in both)
+    require(right, name, "(height, width) in pixels, or one number for a square", given)
+    height, width = cast("Sequence[int]", both)
+    return height, width
 
 
 def check_whole(name: str, value: object, low: int, high: int | None = None, *, wanted: str = "") -> None:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
-from mrflow._checks import is_whole, require
+from mrflow._checks import check_sides, is_whole, require
 from mrflow.checkpoints.adapters import Loras, PiFlow
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -37,19 +37,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def pair(name: str, given: object) -> tuple[int, int]:
-    """A (height, width) in pixels; one number is a square's.
-
-    Raises:
-        PlanError: it is neither.
-    """
-    both = (given, given) if is_whole(given, 1) else given
-    right = isinstance(both, tuple | list) and len(both) == 2 and all(is_whole(side, 1) for side in both)
-    require(right, name, "(height, width) in pixels, or one number for a square", given)
-    height, width = cast("Sequence[int]", both)
-    return height, width
-
-
 def squares(recipe: Callable[P, T]) -> Callable[P, T]:
     """The recipe with its sizes checked: each a (height, width), or one number for a square."""
     form = signature(recipe)
@@ -59,9 +46,9 @@ def squares(recipe: Callable[P, T]) -> Callable[P, T]:
         given = form.bind(*args, **kwargs).arguments
         for name in ("low", "size"):
             if name in given:
-                given[name] = pair(name, given[name])
+                given[name] = check_sides(name, given[name])
         if isinstance(given.get("sizes"), list | tuple):
-            given["sizes"] = [pair("each of sizes", each) for each in given["sizes"]]
+            given["sizes"] = [check_sides("each of sizes", each) for each in given["sizes"]]
         return recipe(**given)  # type: ignore[call-arg]
 
     return checked

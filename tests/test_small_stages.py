@@ -330,3 +330,26 @@ def test_a_solver_that_chooses_its_sigmas_leaves_no_room_for_a_cache() -> None:
     words = r"BogackiShampine\(.*\) chooses its sigmas while it runs, and TaylorSeer\(.*\) must know them before"
     with pytest.raises(PlanError, match=words):
         mf.plan(stage, able)
+
+
+SIDES: dict[str, Any] = {
+    "Lift": lambda size: mf.plan(mf.Sample(16, 16) >> mf.Lift(size), TOY).out,
+    "Upscale": lambda size: mf.plan(mf.Sample(16, 16) >> mf.Decode() >> mf.Upscale(mf.Lanczos(2), size), TOY).out,
+    "recipe": lambda size: mf.plan(mf.recipes.native(size=size, steps=2), TOY).out,
+    "optimise": lambda size: mf.schedules.optimise(mf.toy(), 2, ["a"], size=size, fine=4),
+    "controls": lambda size: str(mf.plan(mf.sweep.controls(TOY, low=(16, 16), size=size)["1 forward"], TOY).out),
+    "calibrate": lambda size: mf.caches.TeaCache.calibrate(
+        0.1, mf.load("pocket", device="cpu"), ["a"], size=size, schedule=mf.Shifted(8), degree=1
+    ),
+}
+
+
+@pytest.mark.parametrize("where", SIDES)
+def test_one_number_is_a_square_wherever_a_size_is_taken(where: str) -> None:
+    """And what is no size is refused by name."""
+    assert SIDES[where](64) == SIDES[where]((64, 64)) == SIDES[where]([64, 64])
+    for wrong in ("64", (64,), (64, 64.5), True, 0):
+        with pytest.raises(
+            PlanError, match=r"^size must be \(height, width\) in pixels, or one number for a square, got "
+        ):
+            SIDES[where](wrong)

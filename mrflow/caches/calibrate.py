@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mrflow._checks import check_sides
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.caches.base import Cache, difference
 from mrflow.caches.clock import Clock, Rule
@@ -138,7 +139,7 @@ class Calibration:
         info.require(Capabilities(cache=True))
         if not self.prompts:
             raise PlanError("calibration needs at least one prompt; a dozen different ones are better")
-        height, width = self.size or info.low
+        height, width = info.low if self.size is None else check_sides("size", self.size)
         check_size(height, width, info.space)
         scale = info.space.downscale
         out = Latents(1, height // scale, width // scale, info.space, 1.0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mrflow._checks import check_whole
+from mrflow._checks import check_sides, check_whole
 from mrflow.backbone import Backbone, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
@@ -50,7 +50,7 @@ def optimise(
     if isinstance(prompts, str) or not prompts:
         raise PlanError(f"optimise needs a list of prompts to measure on, got {prompts!r}")
     info = model.info
-    height, width = size or info.size
+    height, width = info.size if size is None else check_sides("size", size)
     check_size(height, width, info.space)
     scale, patch = info.space.downscale, info.space.patch
     shape = (1, info.space.channels, height // scale, width // scale)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mrflow._checks import check_sides
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.protocols.upscaler import LatentUpscaler, apply_upscaler, passes_to, scale_of
@@ -35,6 +36,8 @@ class Lift(Stage[Latents, Latents]):
 
     def __post_init__(self) -> None:
         check_filter(self.filter)
+        if self.size is not None:
+            object.__setattr__(self, "size", check_sides("size", self.size))
 
     def plan(self, spec: Latents, model: ModelInfo) -> Latents:
         """Latents of `size`, of the same noise level 0.

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from mrflow._checks import check_sides
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.protocols.upscaler import Upscaler, apply_upscaler, passes_to, scale_of
@@ -28,6 +29,10 @@ class Upscale(Stage[Pixels, Pixels]):
     scope: ClassVar[str] = "Upscale"
     upscaler: Upscaler | None = None
     size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            object.__setattr__(self, "size", check_sides("size", self.size))
 
     def scale(self, model: ModelInfo) -> int:
         """What one pass of the upscaler multiplies the sides by."""

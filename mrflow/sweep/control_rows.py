@@ -7,6 +7,7 @@ from sampling or from the networks that pictures are sent through.
 from typing import cast
 
 from mrflow import recipes
+from mrflow._checks import check_sides
 from mrflow.guidance import CFG, Guidance
 from mrflow.model_info import ModelInfo
 from mrflow.spec import Pixels, Start
@@ -34,7 +35,8 @@ def controls(
     Raises:
         PlanError: a size does not fit the model.
     """
-    low, size = low or info.low, size or info.size
+    low = info.low if low is None else check_sides("low", low)
+    size = info.size if size is None else check_sides("size", size)
     staged = staged or recipes.paper(low=low, size=size)
     out: dict[str, StagedChain] = {}
     if info.space.name == "pocket":
