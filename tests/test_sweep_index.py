@@ -9,7 +9,7 @@ import pytest
 
 import mrflow as mf
 from mrflow.records import files
-from mrflow.sweep import Store, read, run_sweep
+from mrflow.sweep import Store, index, read, run_sweep
 from mrflow.sweep.index import HEAD, Index, mark
 from tests.test_reliability import one
 
@@ -119,3 +119,11 @@ def test_what_changed_a_moment_ago_is_not_marked(tmp_path: Path) -> None:
     own.add(new := mark("new", [os.lstat(tmp_path / "f")]))
     own.write()
     assert own.holds(new) and not Index(tmp_path).holds(new)
+
+
+def test_an_index_larger_than_any_sweeps_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder from elsewhere must not fill the memory: what is beyond the bound counts as no index."""
+    monkeypatch.setattr(index, "MAX_MARKS", 4)
+    for marks in (8, 9):
+        (tmp_path / "index.bin").write_bytes(index.HEAD + bytes(range(16 * marks)))
+        assert len(index.Index(tmp_path)._read()) == (8 if marks == 8 else 0)

@@ -18,7 +18,7 @@ from mrflow.records.files import read_regular, write_bytes
 from mrflow.sweep.leases import clock
 
 HEAD, SIZE = b"mrflow index 1\n", 16
-MAX_MARKS = 1 << 24
+MAX_MARKS = 1 << 21  # of a million rows; as many again may be read: 64 MiB, and half a gigabyte as a set
 SETTLED = 2.0  # seconds
 
 Mark = tuple[bytes, int]  # a digest, and when the newest of the files that it is of was last changed, in ns
