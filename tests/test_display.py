@@ -238,3 +238,15 @@ def test_a_console_survives_a_stream_that_takes_nothing() -> None:
             raise OSError(errno.ENOSPC, "full")
 
     Plain(file=Full()).print("hello")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["{}"], ["--{}"], ["generate", "a", "--{}"], ["generate", "--{}=1"], ["sweep", "run", "--{}"]],
+    ids=" ".join,
+)
+def test_words_that_are_no_options_are_said_harmlessly(words: list[str]) -> None:
+    hostile = "x\x1b[2J\u202ey"
+    done = CliRunner().invoke(app, [word.format(hostile) for word in words])
+    assert done.exit_code == 2 and r"x\x1b[2J\u202ey" in done.output
+    assert not set(done.output) & set("\x1b\u202e")

@@ -5,8 +5,10 @@ runs: its imports stand at its top, and help and completion load none of them.
 """
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from io import TextIOWrapper
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -15,11 +17,46 @@ import mrflow
 from mrflow.cli import verbs
 from mrflow.cli.display import console
 from mrflow.cli.options import command
+from mrflow.display.notes import printable
 
 HELP = "Rectified-flow pictures in stages: sample low, upscale, reinject noise, refine."
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _harmless(read: Callable[P, T]) -> Callable[P, T]:
+    """What is wrong with the words that are read is said without their control characters."""
+
+    @wraps(read)
+    def reading(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return read(*args, **kwargs)
+        except Exception as error:
+            for name in ("message", "option_name"):
+                if isinstance(said := getattr(error, name, None), str):
+                    setattr(error, name, printable(said))
+            raise
+
+    return reading
+
+
+class Verbs(TyperGroup):
+    """All verbs."""
+
+    make_context = _harmless(TyperGroup.make_context)
+    invoke = _harmless(TyperGroup.invoke)
+
+
 app = typer.Typer(
-    help=HELP, no_args_is_help=True, context_settings=HELP_NAMES, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=Verbs,
+    help=HELP,
+    no_args_is_help=True,
+    context_settings=HELP_NAMES,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
