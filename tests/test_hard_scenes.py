@@ -301,9 +301,9 @@ def test_a_picture_without_a_ground_has_every_part_and_none_right(kind: str) -> 
 
 
 def test_a_ground_that_is_hardly_seen_has_no_texture() -> None:
-    """Black dots every six pixels leave nothing of it once their surroundings are left out."""
+    """Black dots every three pixels leave nothing of it once their surroundings are left out."""
     picture = np.full((3, 256, 256), 0.9, np.float32)
-    picture[:, ::6, ::6] = 0.0
+    picture[:, ::3, ::3] = 0.0
     caption = "1/32 checks with a black heart at the bottom"
     part = next(part for part in read_parts(picture, caption) if part.category == "texture")
     assert (part.said, part.read) == ("1/32 checks", "")
