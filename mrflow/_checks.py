@@ -33,12 +33,14 @@ def require(right: bool, name: str, wanted: str, value: object) -> None:  # noqa
         raise PlanError(f"{name} must be {wanted}, got {value!r}")
 
 
-def check_sides(name: str, given: object) -> tuple[int, int]:
-    """A (height, width) in pixels; one number is a square's.
+def check_sides(name: str, given: object, default: tuple[int, int] | None = None) -> tuple[int, int]:
+    """A (height, width) in pixels; one number is a square's, None is `default` where there is one.
 
     Raises:
         PlanError: it is neither.
     """
+    if given is None and default is not None:
+        return default
     both = (given, given) if is_whole(given, 1) else given
     right = isinstance(both, tuple | list) and len(both) == 2 and all(is_whole(side, 1) for side in both)
     require(right, name, "(height, width) in pixels, or one number for a square", given)

@@ -338,6 +338,7 @@ SIDES: dict[str, Any] = {
     "recipe": lambda size: mf.plan(mf.recipes.native(size=size, steps=2), TOY).out,
     "optimise": lambda size: mf.schedules.optimise(mf.toy(), 2, ["a"], size=size, fine=4),
     "controls": lambda size: str(mf.plan(mf.sweep.controls(TOY, low=(16, 16), size=size)["1 forward"], TOY).out),
+    "law": lambda size: mf.testing.check_backbone(mf.toy(), size=size),
     "calibrate": lambda size: mf.caches.TeaCache.calibrate(
         0.1, mf.load("pocket", device="cpu"), ["a"], size=size, schedule=mf.Shifted(8), degree=1
     ),

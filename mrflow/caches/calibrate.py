@@ -139,7 +139,7 @@ class Calibration:
         info.require(Capabilities(cache=True))
         if not self.prompts:
             raise PlanError("calibration needs at least one prompt; a dozen different ones are better")
-        height, width = info.low if self.size is None else check_sides("size", self.size)
+        height, width = check_sides("size", self.size, info.low)
         check_size(height, width, info.space)
         scale = info.space.downscale
         out = Latents(1, height // scale, width // scale, info.space, 1.0)

@@ -50,7 +50,7 @@ def optimise(
     if isinstance(prompts, str) or not prompts:
         raise PlanError(f"optimise needs a list of prompts to measure on, got {prompts!r}")
     info = model.info
-    height, width = info.size if size is None else check_sides("size", size)
+    height, width = check_sides("size", size, info.size)
     check_size(height, width, info.space)
     scale, patch = info.space.downscale, info.space.patch
     shape = (1, info.space.channels, height // scale, width // scale)

@@ -35,8 +35,7 @@ def controls(
     Raises:
         PlanError: a size does not fit the model.
     """
-    low = info.low if low is None else check_sides("low", low)
-    size = info.size if size is None else check_sides("size", size)
+    low, size = check_sides("low", low, info.low), check_sides("size", size, info.size)
     staged = staged or recipes.paper(low=low, size=size)
     out: dict[str, StagedChain] = {}
     if info.space.name == "pocket":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mrflow._checks import check_sides
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
@@ -369,7 +370,7 @@ class _Model:
 
     def __init__(self, model: Backbone, size: tuple[int, int] | None) -> None:
         self.model, space = model, model.info.space
-        self.size = size or (4 * space.multiple, 6 * space.multiple)
+        self.size = check_sides("size", size, (4 * space.multiple, 6 * space.multiple))
         self.cond = model.condition(["a red circle", "a dog"])
         self.shape = (2, space.channels, self.size[0] // space.downscale, self.size[1] // space.downscale)
         self.x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(model.device)
