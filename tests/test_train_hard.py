@@ -105,6 +105,23 @@ def test_another_lesson_goes_on_from_a_run_which_stays_as_it_is(
     assert torch.load(tmp_path / "second" / "flow.pt", weights_only=True)["step"] == 5
 
 
+@pytest.mark.slow
+def test_the_readable_lesson_goes_on_from_the_embedded_weights_and_their_autoencoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"scenes": 6, "sr": 2, "shards": {64: 1, 128: 1}, "batch": {64: 2, 128: 2}, "share": {64: 0.5, 128: 0.5}}
+    monkeypatch.setitem(recipe.LESSONS, "readable", replace(recipe.READABLE, **small))
+    monkeypatch.setattr(recipe, "SHOWN", recipe.SHOWN[:1])
+    run_main(
+        monkeypatch, "--lesson", "readable", "--steps", "1", "--batch", "0.5", "--shards", "0.5", "--out", str(tmp_path)
+    )
+    made, start = load_file(tmp_path / "pocket-4-autoencoder.safetensors"), tensors_of(open_pocket(WEIGHTS))
+    kept = [key for key in made if key.startswith("autoencoder.")]
+    assert kept and all(torch.equal(made[key], start[key]) for key in kept)
+    flow_of = load_file(tmp_path / "pocket-4.safetensors")
+    assert not torch.equal(flow_of["flow.img_in.weight"], start["flow.img_in.weight"])
+
+
 def test_the_readable_lesson_shows_only_sizes_that_the_autoencoder_keeps() -> None:
     captions = [scene.caption for scene in recipe.scenes(recipe.READABLE.worlds[128], 300, 1)]
     named = {word for caption in captions for word in caption.split() if "%" in word or "x" in word or "1/" in word}

@@ -1,14 +1,14 @@
 """Can a small flow learn a world that one forward cannot draw, on two processor cores?
 
 Trains the autoencoder, the flow with the text encoder, and the super-resolution net of pocket-4, in this order, from
-pocket-3's weights. Scenes are rendered and encoded once, in shards under --out. The run is made in pieces: the same
-command resumes from the last checkpoint, and after the last step it writes NAME.safetensors. The rate is constant
-and falls over the last 30 % of the steps; `--steps` may be raised later. `--finish` writes the weights of the last
-checkpoint.
+the embedded model's weights (`--lesson readable` leaves the autoencoder as it is). Scenes are rendered and encoded
+once, in shards under --out. The run is made in pieces: the same command resumes from the last checkpoint, and after
+the last step it writes NAME.safetensors. The rate is constant and falls over the last 30 % of the steps; `--steps` may
+be raised later. `--finish` writes the weights of the last checkpoint.
 
     python -m experiments.train_pocket.hard --minutes 20 --threads 2 --bf16 --compile       # two cores
     python -m experiments.train_pocket.hard --minutes 7 --device cuda --workers 14 --batch 12 --shards 4
-    python -m experiments.train_pocket.hard --steps 2 --batch 0.05 --shards 0.01 --out runs/trial
+    python -m experiments.train_pocket.hard --lesson readable --steps 2 --batch 0.05 --shards 0.1 --out runs/trial
 """
 
 import argparse
@@ -67,7 +67,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Lesson:
-    """The steps of the autoencoder and of the super-resolution net; what the flow sees, for use at `high` pixels.
+    """Steps of the autoencoder (0: it stays) and of the super-resolution net; what the flow sees, for `high` pixels.
 
     Shards of so many scenes, and for each size their number, the batch and its share of the steps. `worlds` holds the
     sizes whose shards are of another world.
@@ -98,6 +98,7 @@ READABLE_256 = replace(
 )
 READABLE = replace(
     BROAD,
+    autoencoder=0,  # what it keeps at 128 px is what is shown
     shards={64: 4, 128: 14, 256: 2},
     batch={64: 192, 128: 128, 256: 40},
     share={64: 0.16, 128: 0.74, 256: 0.1},
@@ -169,7 +170,9 @@ def start_from(name: str) -> tuple[Trainee, State, State]:
 
 
 def encoder(run: Run, lesson: Lesson, start: State) -> State:
-    """The autoencoder, trained on from a start: pocket-3's knows textures in one phase only, and few small faces."""
+    """The autoencoder, trained on from a start, or the start itself where the lesson has no steps for it."""
+    if not lesson.autoencoder and finished(run, "autoencoder") is None:
+        return start
     seen = {size: 1500 for size in lesson.share}
     steps, net = lesson.autoencoder, "autoencoder"
     return autoencoder.train(run, net, lesson.world, steps, start, seen=seen, crops=8, rate=7e-4)
