@@ -5,7 +5,7 @@ truth through the autoencoder, the truth through the staged path (rendered at ha
 super-resolution, autoencoder), the mean of many renderings of a caption through the autoencoder (what one forward can
 know), and the truth held against another caption of its kind. The last line counts only the sizes that the autoencoder
 keeps. Rows that sample: one unguided forward, native, staged.
-Each picture has a seed of its own, the same in all rows. Intervals are 95 % bootstrap over captions. With --out, an
+Each picture has a seed of its own, the same in all rows. Intervals of 95 % over captions as in sweeps. With --out, an
 interrupted run goes on after the last size of detail that was done.
 
     python -m experiments.hard_scores --rows truth autoencoder "staged path" mean other     # minutes: no sampling
@@ -25,13 +25,14 @@ from torch import Tensor
 
 import mrflow as mf
 from experiments.failures.details import DETAILS
-from experiments.pocket_scores import interval, pictures, seeds_of
+from experiments.pocket_scores import by_caption, pictures, seeds_of
 from experiments.train_pocket.data import rendered, unit
 from mrflow.errors import MrflowError
 from mrflow.models.pocket.model import SHIPPED, Pocket, facts, load_pocket, open_pocket
 from mrflow.records.pictures import check_writable, write_bytes
 from mrflow.scenes.hard import HARD, fill_hard, held_out_hard_captions, parse_hard
 from mrflow.scenes.legible import READ_BY, hard_score
+from mrflow.sweep import interval
 
 Chain = mf.Chain[mf.Start, mf.Pixels]
 DRAWS = 60  # renderings in a mean
@@ -121,7 +122,7 @@ def main() -> None:
         check_writable(args.out)
     model = load_pocket(args.model, device=torch.device(args.device))
     print(f"{model.info.version}, {args.captions} captions a size of detail, {args.size} px\n", flush=True)
-    rows, doses, rng = args.rows or rows, args.doses or doses, np.random.default_rng(0)
+    rows, doses = args.rows or rows, args.doses or doses
     print(f"| detail | read | {' | '.join(rows)} |\n|{'---|' * (len(rows) + 2)}", flush=True)
     settings = [model.info.version, args.captions, args.size, rows]
     kept = _resumed(args.out, settings)
@@ -133,7 +134,7 @@ def main() -> None:
             images = images_of(row, model, args.size, captions, args.steps)
             against = others_of(dose, args.captions) if row == "other" else captions
             mine[row] = [hard_score(image, caption) for image, caption in zip(images, against, strict=True)]
-        print("\n".join(_lines(dose, captions, mine, rng)), flush=True)
+        print("\n".join(_lines(dose, captions, mine)), flush=True)
         if args.out is not None:
             write_bytes(args.out, json.dumps({"settings": settings, "scores": kept}).encode())
     print(_mean("all", {row: [kept[dose][row] for dose in doses] for row in rows}))
@@ -161,19 +162,17 @@ def _mean(name: str, scores: dict[str, list[list[dict[str, float]]]]) -> str:
     return f"| {name} | overall | {' | '.join(f'{np.mean([*map(_overall, of)]):.2f}' for of in scores.values())} |"
 
 
-def _lines(
-    dose: str, captions: list[str], scores: dict[str, list[dict[str, float]]], rng: np.random.Generator
-) -> list[str]:
+def _lines(dose: str, captions: list[str], scores: dict[str, list[dict[str, float]]]) -> list[str]:
+    """A line for each category that is read: means and their intervals over captions."""
     first = next(iter(scores.values()))[0]
     lines: list[str] = []
     for category in (c for c in READ_BY if c in first):
-        cells = [
-            "{:.2f} ({:.2f} to {:.2f})".format(
-                *interval([(c, s[category]) for c, s in zip(captions, row, strict=True)], rng)
-            )
+        found = [
+            interval(by_caption([(c, s[category]) for c, s in zip(captions, row, strict=True)]), draws=4000, share=True)
             for row in scores.values()
         ]
-        lines.append(f"| {dose} | {category} | {' | '.join(cells)} |")
+        cells = " | ".join(f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in found)
+        lines.append(f"| {dose} | {category} | {cells} |")
     return lines
 
 

@@ -233,6 +233,7 @@ def test_scores_by_size_of_detail(
     assert capsys.readouterr().out == said
     lines = [line for line in said.splitlines() if line.startswith("| ")]
     assert lines[-1].startswith("| shown: letters 8%, objects | overall | 1.00 | ")
+    assert lines[1].split(" | ")[2] == "1.00 [0.16, 1.00]"  # two of two: exact, not [1.00, 1.00]
     values = {line.split(" | ")[0]: [float(cell.split()[0]) for cell in line.split(" | ")[2:]] for line in lines[1:3]}
     assert float(lines[3].split(" | ")[3].split()[0]) < hard_scores.SHOWN  # letters of 4 %, which `shown` leaves out
     for truth, autoencoder, _, mean, other in values.values():
