@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from mrflow.sweep import (
     seed_of,
 )
 from mrflow.sweep.leases import Claim
+from mrflow.sweep.maker import Maker
 from mrflow.sweep.report import page
 from tests.test_cli import call, here  # noqa: F401
 
@@ -516,6 +518,46 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         run_sweep(small(), mf.toy(), tmp_path / "file")
     with pytest.raises(mf.PlanError, match="is no sweep's folder"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("place", ["row", "picture", "lease"])
+def test_a_folder_in_the_place_of_a_file_is_named_before_work_and_stays(
+    tmp_path: Path, place: str, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_sweep(small(), mf.toy(), tmp_path)
+    row = read(tmp_path)[0]
+    store = Store(tmp_path)
+    store.row_path(row.key).unlink()
+    store.picture_path(row.key).unlink()
+    where = {"row": store.row_path, "picture": store.picture_path, "lease": store.leases.path}[place](row.key)
+    where.mkdir()
+    (where / "mine").write_text("mine")
+    if old:
+        os.utime(where, (1, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(Maker, "_make_group", None)  # no row is begun
+        with pytest.raises(mf.PlanError, match="is a folder, which no sweep makes there; move it away") as said:
+            run_sweep(small(), mf.toy(), tmp_path)
+    assert str(where) in str(said.value) and (where / "mine").read_text() == "mine"
+    store.leases.tidy(lambda key: True)
+    assert store.claim(row.key) is None or place != "lease"
+    assert (where / "mine").read_text() == "mine"
+    store.leases.close()
+    where.rename(tmp_path / "elsewhere")
+    assert run_sweep(small(), mf.toy(), tmp_path).made == 1
+
+
+@pytest.mark.parametrize("place", ["rows", "pictures"])
+def test_a_file_in_the_place_of_a_folder_is_named_before_work(tmp_path: Path, place: str) -> None:
+    run_sweep(small(), mf.toy(), tmp_path)
+    key = read(tmp_path)[0].key
+    inner = tmp_path / place / key[:2]
+    shutil.rmtree(inner)
+    inner.write_text("mine")
+    with pytest.raises(mf.PlanError, match=f"{inner} is not a folder, which no sweep makes there; move it away"):
+        run_sweep(small(), mf.toy(), tmp_path)
+    assert inner.read_text() == "mine"
 
 
 class Looked(str):

@@ -1,5 +1,6 @@
 """The marks beside a sweep's rows: what did not change is not read again, what did is, whatever the marks say."""
 
+import errno
 import json
 import os
 import shutil
@@ -91,6 +92,27 @@ def test_an_index_that_is_lost_nonsense_or_unwritable_costs_time_only(
     everything = (0, 2, [".json", ".json", ".png", ".png"])
     assert resumed(tmp_path, reads) == everything
     assert resumed(tmp_path, reads) == (everything if data is None else (0, 2, []))
+
+
+@pytest.mark.parametrize("refused", ["clock", "write_bytes"])
+def test_a_folder_that_takes_no_index_costs_time_only(
+    tmp_path: Path, reads: list[str], refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the folder became read-only, or its disk full, after the last row: what is told is that all are there."""
+    resumed(tmp_path, reads)
+    (tmp_path / "index.bin").unlink()
+
+    def refuse(*_: object) -> None:
+        if refused == "clock":  # it makes a file to read the time from
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path))
+        raise mf.errors.ResourceError("index.bin could not be written: No space left on device")
+
+    everything = (0, 2, [".json", ".json", ".png", ".png"])
+    with monkeypatch.context() as patched:
+        patched.setattr(index, refused, refuse)
+        assert resumed(tmp_path, reads) == everything == resumed(tmp_path, reads)
+        assert not (tmp_path / "index.bin").exists()
+    assert resumed(tmp_path, reads) == everything and resumed(tmp_path, reads) == (0, 2, [])
 
 
 def test_the_index_of_a_copied_folder_holds_for_nothing(tmp_path: Path, reads: list[str]) -> None:

@@ -156,7 +156,12 @@ class Leases:
         return _OpenLease(self.path(key), self._held.get(key, ""))
 
     def _take_away(self, path: Path, text: str) -> bool:
-        """Remove a lease that says `text`. Only one process can move it away, and it must be what was judged."""
+        """Remove a lease that says `text`. Only one process can move it away, and it must be what was judged.
+
+        A folder in its place is nobody's lease, and stays.
+        """
+        if not path.is_symlink() and path.is_dir():
+            return False
         aside = temporary_beside(path)
         try:
             os.rename(path, aside)

@@ -97,6 +97,9 @@ class Maker:
 
         What failed because a process died, and with `retry` all that failed, is to be made again: `again` holds when
         those rows were written, so that each is tried once more and not for ever. `stayed` counts other failed ones.
+
+        Raises:
+            PlanError: something else has the place of a row that is to be made, see `Store.check_places`.
         """
         out: list[int] = []
         for pair in pairs:
@@ -109,7 +112,9 @@ class Maker:
                 row = self.store.get(key)
                 if row is not None and not row.done and (retry or row.cause == "death"):
                     self.again[key] = row.time
-                lacking += self._is_wanted(key, row)
+                if self._is_wanted(key, row):
+                    self.store.check_places(key)
+                    lacking += 1
                 self.stayed += row is not None and not row.done and key not in self.again
                 if row is not None and self._is_outdated(row, label, pair):
                     self._stale[key] = (label, pair)

@@ -192,6 +192,22 @@ class Store:
                 self.index.add(_picture_mark(key, sha256_of(data), os.lstat(path)))
         return path.relative_to(self.folder).as_posix()
 
+    def check_places(self, key: str) -> None:
+        """Refuse a row of which another thing has the place of a file, before it is computed; nothing is moved.
+
+        Raises:
+            PlanError: a folder lies where its row, picture or lease belongs, or something else where a folder does.
+        """
+        for path in (self.row_path(key), self.picture_path(key), self.leases.path(key)):
+            try:
+                amiss = f"{path} is a folder" if stat.S_ISDIR(os.lstat(path).st_mode) else ""
+            except NotADirectoryError:
+                amiss = f"{path.parent} is not a folder"
+            except OSError:
+                continue
+            if amiss:
+                raise PlanError(f"{amiss}, which no sweep makes there; move it away and run the same command again")
+
     def claim(
         self, key: str, *, calm: bool = False, wanted: Callable[[Row | None], bool] = lambda row: not (row and row.done)
     ) -> Claim | None:
