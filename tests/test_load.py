@@ -53,6 +53,45 @@ def single(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+RENAMED = [
+    *("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    *("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json"),
+    *("text_encoder_2/config.json", "scheduler/scheduler_config.json"),
+    *(f"{part}/*.safetensors" for part in ("transformer", "vae", "text_encoder")),
+]
+
+
+def to_capitals(path: Path) -> None:
+    """As a file system that knows no capitals may have left it, or a hand."""
+    path.rename(path.with_name("renamed"))
+    path.with_name("renamed").rename(path.with_name(path.name.title()))
+
+
+@pytest.mark.parametrize("what", RENAMED)
+def test_parts_in_capitals_are_found(what: str, tmp_path: Path) -> None:
+    folder = write_flux_repo(tmp_path / "m")
+    before = mf.load(folder)
+    said, condition = describe(folder), before.condition(["a cat"])
+    to_capitals(next(folder.glob(what)))
+    after = mf.load(folder)
+    assert after.info == before.info
+    again = after.condition(["a cat"]).tensors
+    assert again.keys() == condition.tensors.keys()
+    assert all(torch.equal(tensor, condition.tensors[name]) for name, tensor in again.items())
+    assert "\n".join(describe(folder)).lower() == "\n".join(said).lower()
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizers_files_in_capitals_are_named(name: str, part: str, tmp_path: Path) -> None:
+    """Only transformers reads those, and by their very names."""
+    folder = write_flux_repo(tmp_path / "m")
+    mf.load(folder)
+    to_capitals(folder / part / name)
+    with pytest.raises(WeightsError, match=name.title()):
+        mf.load(folder)
+
+
 def draw(model: mf.Backbone, *, chain: Any = CHAIN, batch: int = 1, **more: Any) -> mf.Result:
     return mf.run(chain, model, condition=mf.Condition(words(batch)), seed=list(range(batch)), **more)
 

@@ -382,7 +382,7 @@ def test_what_a_policy_leaves_no_room_for(tmp_path: Path, qwen_repo: Path) -> No
             mf.plan(mf.Sample(32, 32, mf.FlowMap(2), **given), mf.FLUX)
     with pytest.raises(PlanError, match="pocket takes no pi-Flow adapter"):
         mf.run(mf.Sample(32, 32, mf.FlowMap(2), policy=pi), mf.load("pocket", device="cpu"))
-    with pytest.raises(WeightsError, match="should hold one safetensors file; it holds 0"):
+    with pytest.raises(WeightsError, match="should hold one safetensors checkpoint; it holds none"):
         model, cond = model_of("flux", tmp_path / "m", qwen_repo)
         mf.run(mf.Sample(32, 32, mf.FlowMap(2), policy=mf.PiFlow(str(tmp_path))), model, **cond)
     for bad in ({"temperature": 2.0}, {"substeps": 0}):

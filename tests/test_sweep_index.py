@@ -98,7 +98,7 @@ def test_an_index_that_is_lost_nonsense_or_unwritable_costs_time_only(
 def test_a_folder_that_takes_no_index_costs_time_only(
     tmp_path: Path, reads: list[str], refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the folder became read-only, or its disk full, after the last row: what is told is that all are there."""
+    """As where it became read-only, or its disk full, after the last row: all rows are there, and that is told."""
     resumed(tmp_path, reads)
     (tmp_path / "index.bin").unlink()
 

@@ -372,6 +372,67 @@ def test_variants_are_found_and_the_plain_one_is_taken(tmp_path: Path) -> None:
     assert first()[0] == "m.safetensors"
 
 
+def cut(path: Path) -> None:
+    """A download that stopped."""
+    linear_file(path)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def unfinished(path: Path) -> None:
+    """An index of which a shard is missing."""
+    path.write_text(json.dumps({"weight_map": {"w": "gone.safetensors"}}))
+
+
+NEIGHBOURS: dict[str, Callable[[Path], object]] = {
+    "cut.safetensors": cut,
+    "empty.safetensors": lambda path: path.write_bytes(b""),
+    "text.safetensors": lambda path: path.write_text("later"),
+    "a.safetensors.index.json": lambda path: path.write_text("{"),
+    "a.safetensors.index.fp16.json": lambda path: path.write_bytes(SIDECAR),
+    "A.Safetensors.Index.json": lambda path: path.write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("plain", ["m.safetensors", "m.fp16.safetensors", "m.safetensors.index.json"])
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_a_neighbour_that_cannot_be_read_stops_nothing(name: str, plain: str, tmp_path: Path) -> None:
+    if plain.endswith(".json"):
+        shards(tmp_path, "m", plain, fill=1.0)
+    else:
+        linear_file(tmp_path / plain)
+    NEIGHBOURS[name](tmp_path / name)
+    assert open_checkpoint(tmp_path).path.name == plain
+    NEIGHBOURS[name](tmp_path / name.replace(name.partition(".")[0], "m.bf16", 1))
+    assert open_checkpoint(tmp_path).path.name == plain
+
+
+def test_files_whose_shards_were_merged_need_no_index(tmp_path: Path) -> None:
+    linear_file(tmp_path / "m.safetensors")
+    unfinished(tmp_path / "m.safetensors.index.json")
+    assert open_checkpoint(tmp_path).path.name == "m.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("diffusion_pytorch_model.safetensors", cut),
+        ("model.safetensors", cut),
+        ("model.safetensors.index.json", lambda path: path.write_text("{")),
+        ("x.safetensors.index.json", unfinished),
+    ],
+)
+def test_nothing_is_taken_in_the_stead_of_what_is_meant(
+    name: str, harm: Callable[[Path], object], tmp_path: Path
+) -> None:
+    linear_file(tmp_path / "other.safetensors")
+    harm(tmp_path / name)
+    with pytest.raises(WeightsError, match=f"{name}.*(cut off|not JSON|are missing)"):
+        open_checkpoint(tmp_path)
+    linear_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(WeightsError, match="several, name one: diffusion_pytorch_model.safetensors, other.safetensors"):
+        open_checkpoint(tmp_path)
+
+
 def with_header(path: Path, table: dict[str, object], size: int) -> Path:
     """A file of this header and so many bytes."""
     raw = json.dumps(table).encode()

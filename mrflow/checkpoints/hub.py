@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mrflow.checkpoints.safetensors import checkpoints_in
-from mrflow.errors import ResourceError, WeightsError
+from mrflow.checkpoints.safetensors import chosen_checkpoint
+from mrflow.errors import ResourceError
 from mrflow.records.files import expand_home, locate
 
 
@@ -37,10 +37,7 @@ def located_folder(where: str, sha256: str = "") -> tuple[Path, str]:
     path = expand_home(where)
     parts = where.split("/")
     if path.is_dir():
-        found = checkpoints_in(path)
-        if len(found) != 1:
-            raise WeightsError(f"{path} should hold one safetensors file; it holds {len(found)}")
-        path = found[0]
+        path = chosen_checkpoint(path)
     elif not path.exists() and not path.is_absolute() and len(parts) == 3 and path.suffix != ".safetensors":
         repository = "/".join(parts[:2])
         fetch_file(repository, f"{parts[2]}/config.json")

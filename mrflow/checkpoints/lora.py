@@ -16,7 +16,7 @@ from mrflow.checkpoints.hub import fetch_file
 from mrflow.checkpoints.names import bare
 from mrflow.checkpoints.safetensors import Entry, Header, map_tensor, open_checkpoint, some
 from mrflow.errors import WeightsError
-from mrflow.records.files import expand_home, locate
+from mrflow.records.files import expand_home, locate, spelled
 
 INFIX = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[\w-]+))?"  # PEFT names adapters: lora_A.default.weight
 ROLES = (
@@ -171,8 +171,8 @@ def scale_factors(header: Header) -> Callable[[str, int], float]:
     path = header.path
     raw = parse_config(header.metadata.get("lora_adapter_metadata", "{}"), f"{path}: its lora_adapter_metadata")
     settings: Mapping[str, Any] = {key.removeprefix("transformer."): value for key, value in raw.items()}
-    beside = path.parent / "adapter_config.json"
-    if not settings and path.name == "adapter_model.safetensors" and beside.is_file():
+    beside = spelled(path.parent, "adapter_config.json")
+    if not settings and path.name.lower() == "adapter_model.safetensors" and beside.is_file():
         path, settings = beside, read_config(beside)
     config = Config(settings, path)
     what = str(settings.get("peft_type") or "LORA").rpartition(".")[2]

@@ -210,42 +210,88 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 SHARD = re.compile(r"-\d{2,}-of-\d{2,}\.safetensors$", re.IGNORECASE)
+INDEX = re.compile(r"\.safetensors\.index(\.[\w-]+)?\.json$", re.IGNORECASE)
+STEMS = ("diffusion_pytorch_model", "model")  # of the files that diffusers and transformers read in a folder
 
 
-def _chosen(folder: Path) -> Path:
-    """The one checkpoint of a folder: the plain one before variants (`.fp16`), an index before its shards.
+def chosen_checkpoint(folder: Path) -> Path:
+    """The one checkpoint of a folder, a file or the index of its shards.
+
+    Of one name the plain one comes before variants (`.fp16`), an index before a file; an index that is whole comes
+    before files of other names. A neighbour that cannot be read is none. But where the plain one cannot be, or an index
+    of shards, or the one that diffusers and transformers read, nothing is taken in its stead: whoever opens it says
+    what is wrong with it.
 
     Raises:
         WeightsError: there is none, or there are several.
     """
-    indices = sorted(p for p in folder.glob("*.safetensors.index*.json") if not p.name.startswith("."))
-    found = [p for p in indices if p.name.endswith(".safetensors.index.json")]
-    if not found:
-        shards = {str(shard) for index in indices for shard in _weight_map(index).values()}
-        found = [*indices, *(p for p in checkpoints_in(folder) if p.name not in shards)]
-    bases: dict[str, list[tuple[str, Path]]] = {}
-    for path in found:
-        stem, _, rest = path.name.lower().partition(".safetensors")
-        base, variant = stem, rest.removeprefix(".index").removesuffix("json").strip(".")
-        head, _, tail = stem.rpartition(".")
-        if not variant and head and tail.isidentifier():
-            base, variant = head, tail
-        bases.setdefault(base, []).append((variant, path))
-    if len(bases) != 1:
-        what = f"several, name one: {some([p.name for p in found])}" if found else "none"
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if not found and pickles:
-            what = f"pickles alone ({some(pickles)}), which are never read: take the safetensors files of that model"
-        if found and all(SHARD.search(p.name) for p in found):
-            what = (
-                f"shards ({some([p.name for p in found])}) without their index: put its .safetensors.index.json there"
-            )
-        raise WeightsError(f"{folder} should hold one safetensors checkpoint; it holds {what}")
-    ((_, variants),) = bases.items()
-    names = sorted({name for name, _ in variants})
-    if names[0] and len(names) > 1:
+    indices = sorted(p for p in folder.glob("*") if INDEX.search(p.name) and not p.name.startswith("."))
+    shards = {str(shard) for index in indices for shard in _shard_names(index)}
+    found = [*indices, *(p for p in checkpoints_in(folder) if p.name not in shards)]
+    whole = {p for p in found if len(found) == 1 or _is_whole(p)}
+    groups: dict[str, dict[str, Path]] = {}  # by name, then by variant
+    for path in sorted(found, key=lambda p: p not in whole):  # else of one name and variant the index comes first
+        base, variant = _base_and_variant(path)
+        groups.setdefault(base, {}).setdefault(variant, path)
+    for base, group in groups.items():
+        groups[base] = {"": group[""]} if "" in group else {v: p for v, p in group.items() if p in whole} or group
+    good = {base: group for base, group in groups.items() if whole & {*group.values()}}
+    broken = {
+        base: group
+        for base, group in groups.items()
+        if base not in good and (base in STEMS or any(p in indices and _shard_names(p) for p in group.values()))
+    }
+    if plain := {base: group for base, group in good.items() if group.get("") in indices}:
+        groups = plain
+    elif broken and not any(base in STEMS for base in good):
+        groups = broken
+    else:
+        groups = good or groups
+    if len(groups) != 1:
+        names = sorted(path.name for group in groups.values() for path in group.values())
+        raise WeightsError(f"{folder} should hold one safetensors checkpoint; it holds {_instead(folder, names)}")
+    ((_, variants),) = groups.items()
+    if len(variants) > 1:
+        names = sorted(variants)
         raise WeightsError(f"{folder} holds the variants {', '.join(names)} and no plain checkpoint: name one file")
-    return min(variants, key=lambda each: each[0])[1]
+    return next(iter(variants.values()))
+
+
+def _base_and_variant(path: Path) -> tuple[str, str]:
+    """The name of a checkpoint without its endings, and its variant (`fp16`); empty where it is plain."""
+    stem, _, rest = path.name.lower().partition(".safetensors")
+    variant = rest.removeprefix(".index").removesuffix("json").strip(".")
+    head, _, tail = stem.rpartition(".")
+    return (head, tail) if not variant and head and tail.isidentifier() else (stem, variant)
+
+
+def _shard_names(index: Path) -> list[str]:
+    """What an index names; nothing where it cannot be read."""
+    try:
+        return [str(shard) for shard in _weight_map(index).values()]
+    except (WeightsError, ResourceError):
+        return []
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint's headers can be read, those of all its shards."""
+    try:
+        _shards(path) if path.suffix.lower() == ".json" else read_header(path)
+    except (WeightsError, ResourceError):
+        return False
+    return True
+
+
+def _instead(folder: Path, names: Sequence[str]) -> str:
+    """What a folder holds instead of one checkpoint: these files, pickles, or nothing."""
+    if names and all(SHARD.search(name) for name in names):
+        return f"shards ({some(names)}) without their index: put its .safetensors.index.json there"
+    if names:
+        return f"several, name one: {some(names)}"
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return f"pickles alone ({some(pickles)}), which are never read: take the safetensors files of that model"
+    return "none"
 
 
 def open_checkpoint(where: str | Path) -> Header:
@@ -258,8 +304,8 @@ def open_checkpoint(where: str | Path) -> Header:
         WeightsError: nothing is there, several are, shards are missing, or the index and its shards disagree.
     """
     where = check_path("the checkpoint", where)
-    where = _chosen(where) if where.is_dir() else where
-    header = _shards(where) if where.suffix == ".json" else read_header(where)
+    where = chosen_checkpoint(where) if where.is_dir() else where
+    header = _shards(where) if where.suffix.lower() == ".json" else read_header(where)
     try:
         return replace(header, tensors=plain(header.tensors))
     except ValueError as error:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mrflow._checks import check_path
 from mrflow.checkpoints.blueprint import blueprint
-from mrflow.checkpoints.safetensors import Entry, Header, Source, load_into, open_checkpoint
+from mrflow.checkpoints.safetensors import Entry, Header, Source, chosen_checkpoint, load_into, open_checkpoint
 from mrflow.errors import PlanError, WeightsError
 from mrflow.protocols.decoder import Decoder
 from mrflow.records.files import locate
@@ -39,7 +39,7 @@ class TinyDecoder(Decoder):
     def __post_init__(self) -> None:
         where = check_path("the file", self.path)
         if where.is_dir():
-            where = next(iter(sorted(where.glob("*.safetensors"))), where / "diffusion_pytorch_model.safetensors")
+            where = chosen_checkpoint(where)
         where, found = locate(str(where), self.sha256)
         object.__setattr__(self, "path", str(where))
         object.__setattr__(self, "sha256", found)

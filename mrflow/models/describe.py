@@ -11,6 +11,7 @@ from mrflow.errors import MrflowError
 from mrflow.models.family import families
 from mrflow.models.fp8 import with_scales
 from mrflow.models.headers import RELATIVES, STRANGERS, kind, part
+from mrflow.records.files import spelled
 from mrflow.stage import human
 from mrflow.upscalers import load_upscaler
 from mrflow.upscalers.weights import read_state
@@ -22,13 +23,13 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 def describe(where: Path) -> list[str]:
     """Lines about a file, an index, a folder of shards, or a repository (each of its parts)."""
-    if where.is_dir() and any((where / part).is_dir() for part in PARTS):
+    parts = [folder for part in PARTS if (folder := spelled(where, part)).is_dir()] if where.is_dir() else []
+    if parts:
         lines: list[str] = []
-        for part in PARTS:
-            if (where / part).is_dir():
-                lines += [f"{part}/", *(f"  {line}" for line in checkpoint(open_checkpoint(where / part))[:4])]
+        for folder in parts:
+            lines += [f"{folder.name}/", *(f"  {line}" for line in checkpoint(open_checkpoint(folder))[:4])]
         return lines
-    if where.suffix not in (".safetensors", ".json") and not where.is_dir():
+    if where.suffix.lower() not in (".safetensors", ".json") and not where.is_dir():
         return _upscaler(where)
     return checkpoint(open_checkpoint(where))
 

@@ -13,7 +13,7 @@ from mrflow.checkpoints.configs import MAX_BYTES
 from mrflow.checkpoints.safetensors import Header, Layout, Source
 from mrflow.errors import PromptError, WeightsError
 from mrflow.models.headers import agree
-from mrflow.records.files import parse_table, read_regular
+from mrflow.records.files import parse_table, read_regular, spelled
 
 # Of the language model, from the newest way to save it to the network alone.
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
@@ -120,6 +120,19 @@ def _settings(path: Path) -> dict[str, Any]:
     return parse_table(read_regular(path.resolve(), most=MAX_BYTES)) if path.is_file() else {}
 
 
+# What transformers reads of a tokenizer, by these names alone.
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+
+
+def seen(folder: Path) -> str:
+    """What a tokenizer's folder holds under other names than transformers reads; words for an error."""
+    found = [path.name for name in TOKENIZER_FILES if (path := spelled(folder, name)).name != name]
+    return f"; {folder} holds {', '.join(found)}, which would not be read" if found else ""
+
+
 def tokenizer_of(kind: str, folder: Path, rows: int) -> Tokenizer:
     """A tokenizer of transformers, by its class, from local files only, for an encoder that embeds `rows` tokens.
 
@@ -129,6 +142,9 @@ def tokenizer_of(kind: str, folder: Path, rows: int) -> Tokenizer:
     import transformers
 
     settings, most = folder / "tokenizer_config.json", max(rows, MAX_TOKENS)
+    for name in TOKENIZER_FILES:
+        if (other := spelled(folder, name)).name != name:
+            raise WeightsError(f"{other} would not be read: rename it to {name}")
     try:
         for name, value in _settings(settings).items():
             if name != "model_max_length" and isinstance(value, int) and value > most:  # such as tokens to be made up

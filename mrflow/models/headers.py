@@ -17,6 +17,7 @@ from mrflow.checkpoints.names import PARTS, before
 from mrflow.checkpoints.safetensors import Header, Layout, Source
 from mrflow.errors import WeightsError
 from mrflow.models.family import marks
+from mrflow.records.files import spelled
 
 Names = Callable[[str], tuple[str, ...]]
 """For a native name, the name or names (parts of a fused matrix) in another layout."""
@@ -127,7 +128,7 @@ def config_of(header: Header, name: str) -> Config:
     Raises:
         WeightsError: it cannot be used.
     """
-    beside = header.path.parent / "config.json"
+    beside = spelled(header.path.parent, "config.json")
     if beside.is_file() and (config := read_config(beside)).get("_class_name") == name:
         return config
     with suppress(WeightsError):  # other programs keep other things there

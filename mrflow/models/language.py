@@ -18,6 +18,7 @@ from mrflow.models.encoders import (
     built,
     check_prompt,
     language_sizes,
+    seen,
     settings_of,
     text_layout,
     tokenizer_of,
@@ -25,6 +26,7 @@ from mrflow.models.encoders import (
 )
 from mrflow.models.fp8 import with_scales
 from mrflow.models.headers import agree, part
+from mrflow.records.files import spelled
 
 MAX_STATES = 512  # what the reference's pipelines keep unless told otherwise
 
@@ -64,16 +66,17 @@ class LanguageText(ABC):
         Raises:
             WeightsError: something is missing, or is not what it should be.
         """
-        folder, tokens = where / "text_encoder", where / "tokenizer"
-        missing = [str(p.relative_to(where)) for p in (folder, folder / "config.json") if not p.exists()]
+        folder, tokens = spelled(where, "text_encoder"), spelled(where, "tokenizer")
+        settings = spelled(folder, "config.json")
+        missing = [str(p.relative_to(where)) for p in (folder, settings) if not p.exists()]
         vocabulary = [(tokens / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")]
         if not (vocabulary[0] or all(vocabulary[1:])):  # transformers would make a tokenizer that knows no words
-            missing.append("tokenizer (a folder with tokenizer.json, or vocab.json and merges.txt)")
+            missing.append(f"tokenizer (a folder with tokenizer.json, or vocab.json and merges.txt{seen(tokens)})")
         if missing:
             what = f"{cls.model_name}'s text encoder"
             raise WeightsError(f"{where} lacks {', '.join(missing)} of {what}; say where it is: text=")
         header = with_scales(without_prefixes(part(open_checkpoint(folder), cls.encoder), *cls.unused))
-        config = read_config(folder / "config.json")
+        config = read_config(settings)
         inside = config.get("text_config")
         settings_of(header, inside if isinstance(inside, dict) else config, language_sizes(header))
         return LanguageFiles(header, config, tokens)

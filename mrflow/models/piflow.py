@@ -26,6 +26,7 @@ from mrflow.flow import Velocity
 from mrflow.models.blocks import Transformer
 from mrflow.models.transformer_model import PolicyModel
 from mrflow.protocols.policies import DX, GM, Policy
+from mrflow.records.files import spelled
 
 PATCH = 2  # latent cells a side of a token
 SHIFT, SEGMENT = 3.2, 1 / 3.5  # of the published adapters: 4 evaluations, the last half as long
@@ -205,7 +206,7 @@ def policy_config(header: Header) -> dict[str, Any]:
 
 def constant(header: Header) -> float:
     """The log-deviation that a config.json beside an adapter without an MLP for it gives."""
-    beside = header.path.parent / "config.json"
+    beside = spelled(header.path.parent, "config.json")
     config = read_config(beside) if beside.is_file() else Config({}, beside)
     if "constant_logstd" not in config:
         raise WeightsError(f"{header.path} has no {STDS}, and no config.json beside it gives constant_logstd")

@@ -17,6 +17,7 @@ from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.family import Family, Files, families
 from mrflow.models.headers import kind, looks_like, part, refuse_kind
 from mrflow.models.scheduler import shift_of
+from mrflow.records.files import spelled
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 PATTERNS = [
@@ -44,9 +45,9 @@ def find(where: str | Path, *, vae: str | Path | None = None, text: str | Path |
         if not HUB_ID.fullmatch(str(where)) or path.suffix == ".safetensors":
             raise WeightsError(f"there is no file or folder {where}")
         path = fetch(str(where))
-    if path.is_dir() and (path / "transformer").is_dir():
+    if path.is_dir() and spelled(path, "transformer").is_dir():
         files = _repository(path, vae, text)
-    elif path.is_dir() and (path / "config.json").is_file() and path.parent.joinpath("vae").is_dir() and vae is None:
+    elif vae is None and spelled(path, "config.json").is_file() and spelled(path.parent, "vae").is_dir():
         files = _repository(path.parent, vae, text)
     else:
         files = _loose(path, vae, text)
@@ -79,7 +80,7 @@ def fetch(repository: str) -> Path:
 
 def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -> Files:
     """A folder as diffusers saves a pipeline."""
-    index = folder / "model_index.json"
+    index = spelled(folder, "model_index.json")
     name = read_config(index).get("_class_name", "") if index.is_file() else None
     if name is not None and not (isinstance(name, str) and name.isidentifier()):
         raise WeightsError(f"{index} names no pipeline of diffusers: its _class_name is {name!r}")
@@ -88,15 +89,16 @@ def _repository(folder: Path, vae: str | Path | None, text: str | Path | None) -
         raise WeightsError(
             f"{folder} holds a {name}; mrflow loads {' and '.join(pipelines[0] for pipelines in known)} repositories"
         )
-    transformer = open_checkpoint(folder / "transformer")
+    transformer = open_checkpoint(spelled(folder, "transformer"))
     family = family_of(transformer)
     if name is not None and name not in family.pipelines:
         raise WeightsError(f"{folder} says it holds a {name}, but its transformer is {family.transformer}")
-    if vae is None and not (folder / "vae").is_dir():
+    if vae is None and not spelled(folder, "vae").is_dir():
         raise WeightsError(f"{folder} has no vae folder; say where the autoencoder is: vae=")
-    auto = part(open_checkpoint(vae or folder / "vae"), family.autoencoder)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    words = text or (folder if (folder / "text_encoder").is_dir() or (folder / "text_encoder_2").is_dir() else None)
+    auto = part(open_checkpoint(vae or spelled(folder, "vae")), family.autoencoder)
+    scheduler = spelled(spelled(folder, "scheduler"), "scheduler_config.json")
+    encoders = (spelled(folder, name) for name in ("text_encoder", "text_encoder_2"))
+    words = text or (folder if any(encoder.is_dir() for encoder in encoders) else None)
     settings = read_config(scheduler) if scheduler.is_file() else {}
     curve = shift_of(settings, folder)
     flow = part(transformer, family.transformer)
@@ -131,7 +133,7 @@ def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files
             raise WeightsError(f"there is no {family.name} autoencoder beside {path}; say where it is: vae=")
         auto = _only(fitting, folder, {})
     found_words = text
-    if text is None and (folder / "tokenizer").is_dir():
+    if text is None and spelled(folder, "tokenizer").is_dir():
         found_words = folder
     flow, auto = part(transformer, family.transformer), part(auto, family.autoencoder)
     return Files(family, flow, auto, find_words(found_words, family), {}, str(path))
@@ -140,7 +142,7 @@ def _loose(path: Path, vae: str | Path | None, text: str | Path | None) -> Files
 def _beside(folder: Path, path: Path) -> list[Path]:
     """Checkpoints in a folder that may be the autoencoder: small enough, and not the transformer itself."""
     names = [p for p in checkpoints_in(folder) if p != path and p.is_file() and p.stat().st_size < 1 << 30]
-    return names + [p for p in (folder / "vae",) if p.is_dir()]
+    return names + [p for p in (spelled(folder, "vae"),) if p.is_dir()]
 
 
 def _only(found: Sequence[Header], folder: Path, headers: Mapping[Path, Header]) -> Header:

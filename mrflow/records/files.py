@@ -93,6 +93,18 @@ def beneath(folder: Path, name: str) -> Path | None:
         return None
 
 
+def spelled(folder: Path, name: str) -> Path:
+    """`name` in a folder; where it is not there, what is there and differs only in capitals, as file systems that tell
+    them apart have it (`Transformer/` for `transformer/`, `Config.json` for `config.json`).
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        with suppress(OSError):
+            like = sorted(found for found in os.listdir(folder) if found.casefold() == name.casefold())
+            return folder / like[0] if like else path
+    return path
+
+
 def check_replaceable(path: Path) -> None:
     """Refuse to write a file under the name of a device, a pipe or a socket, or of a link to one: it would be gone.
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from mrflow._checks import check_path
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.configs import read_config
+from mrflow.checkpoints.safetensors import chosen_checkpoint
 from mrflow.errors import PlanError, WeightsError
 from mrflow.protocols.upscaler import LatentUpscaler
-from mrflow.records.files import locate
+from mrflow.records.files import locate, spelled
 from mrflow.upscalers.weights import State, read_state
 
 Skip = Literal["nearest", "bilinear", "bicubic"]
@@ -44,9 +45,9 @@ class LatentCheckpoint(LatentUpscaler):
     def __post_init__(self) -> None:
         where = check_path("the file", self.path)
         if where.is_dir():
-            where = next(iter(sorted(where.glob("*.safetensors"))), where / "diffusion_pytorch_model.safetensors")
+            where = chosen_checkpoint(where)
         where, found = locate(str(where), self.sha256)
-        skip, groups = _settings(where.parent / "config.json")
+        skip, groups = _settings(spelled(where.parent, "config.json"))
         skip, groups = self.skip or skip, groups if self.groups is None else self.groups
         if skip not in get_args(Skip):
             raise PlanError(f"skip must be one of {', '.join(get_args(Skip))}, got {skip!r}")

@@ -34,6 +34,7 @@ from mrflow.models.encoders import (
     check_prompt,
     layers_of,
     make_config,
+    seen,
     settings_of,
     shape_of,
     shorten,
@@ -42,6 +43,7 @@ from mrflow.models.encoders import (
 )
 from mrflow.models.fp8 import with_scales
 from mrflow.models.headers import looks_like, part
+from mrflow.records.files import spelled
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
 CLIP, T5 = "a CLIP text encoder", "a T5 encoder"
@@ -85,7 +87,7 @@ def find_text(where: Path) -> TextFiles:
     """
     if not where.is_dir():
         raise WeightsError(f"text must be a folder with text encoders and tokenizers, got {where}")
-    saved = [where / name for name in ("text_encoder", "text_encoder_2")]
+    saved = [spelled(where, name) for name in ("text_encoder", "text_encoder_2")]
     loose = {} if all(s.is_dir() for s in saved) else readable(checkpoints_in(where))
     found: list[Header | None] = []
     for folder, wanted in zip(saved, (CLIP, T5), strict=True):
@@ -96,20 +98,19 @@ def find_text(where: Path) -> TextFiles:
         if len(files) > 1:
             raise WeightsError(f"{where} holds several of {wanted}: {', '.join(h.path.name for h in files)}")
         found.append(part(files[0], wanted) if files else None)
-    tokenizers = [where / name for name in VOCABULARIES]
+    tokenizers = [spelled(where, name) for name in VOCABULARIES]
     pickles = ["; there are only pickles" if any(s.glob("*.bin")) else "" for s in saved]
     missing = [f"{s.name} ({w}{p})" for s, w, f, p in zip(saved, (CLIP, T5), found, pickles, strict=True) if f is None]
-    for folder in tokenizers:
-        ways = VOCABULARIES[folder.name]
-        if not any(all((folder / name).is_file() for name in way) for way in ways):
-            missing.append(f"{folder.name} (a folder with {' or '.join(' and '.join(way) for way in ways)})")
+    for folder, (name, ways) in zip(tokenizers, VOCABULARIES.items(), strict=True):
+        if not any(all((folder / file).is_file() for file in way) for way in ways):
+            missing.append(f"{name} (a folder with {' or '.join(' and '.join(way) for way in ways)}{seen(folder)})")
     clip, t5 = found
     if missing or clip is None or t5 is None:
         raise WeightsError(
             f"{where} lacks {', '.join(missing)}; text encoders and tokenizers are in FLUX.1's repository: say where "
             "with text="
         )
-    configs = [read_config(p) if (p := h.path.parent / "config.json").is_file() else {} for h in (clip, t5)]
+    configs = [read_config(p) if (p := spelled(h.path.parent, "config.json")).is_file() else {} for h in (clip, t5)]
     clip, t5 = (with_scales(without_prefixes(header, *NOT_READ[kind])) for header, kind in ((clip, CLIP), (t5, T5)))
     inside = configs[0].get("text_config")
     clip_config = inside if isinstance(inside, dict) and inside else configs[0]
