@@ -40,11 +40,9 @@ from mrflow.testing import (
     of_solvers,
     of_stages,
 )
-from mrflow.testing.of_caches import SpoiledCache
-from mrflow.testing.of_schedules import Even
-from mrflow.testing.of_stages import SpoiledGrowth
+from tests.spoiled import COUNTEREXAMPLES, SETTINGS, Even, SpoiledCache, SpoiledGrowth
 
-WORDS = {  # of each law's own counterexample
+WORDS = {  # of each law's counterexample
     "schedule: floats": (
         "from 1.0 on flux1-dev at 16 tokens: levels must be a tuple of at least two finite Python floats, got "
         "(np.float64(1.0), np.float64(0.75), np.float64(0.5), np.float64(0.25))"
@@ -450,7 +448,7 @@ def say(name: str, subject: object) -> tuple[str, ast.Call]:
     """What a law says of a plug-in that breaks it, without the first words, and the demand that it did not meet."""
     law = BY_NAME[name]
     with pytest.raises(LawBroken) as caught:
-        law.hold(subject, **law.under)
+        law.hold(subject, **SETTINGS.get(name, SETTINGS.get(law.kind, {})))
     start = f"{subject!r} breaks the law of {law.kind}s {law.name!r}: "
     assert str(caught.value).startswith(start)
     cause = caught.value.__context__
@@ -502,7 +500,7 @@ ROOMS: dict[ModuleType, tuple[str, ...]] = {
 @cache
 def broken(room: ModuleType) -> tuple[tuple[str, str, ast.Call], ...]:
     """Of each plug-in that breaks a law of this room: what is said, what should be, and the demand it did not meet."""
-    own = [(name, law.counterexample, WORDS[name]) for name, law in BY_NAME.items()]
+    own = [(name, COUNTEREXAMPLES[name], WORDS[name]) for name in BY_NAME]
     rows = [row for row in (*own, *MORE) if BY_NAME[row[0]].kind in ROOMS[room]]
     said = [(f"{subject!r}: ", f"{subject!r}: {want}", say(name, subject)) for name, subject, want in rows]
     return tuple((start + text, want, site) for start, want, (text, site) in said)

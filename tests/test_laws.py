@@ -29,12 +29,17 @@ from mrflow.testing import (
     of_solvers,
     of_stages,
 )
-from mrflow.testing.of_caches import SpoiledCache
-from mrflow.testing.of_schedules import Even
-from mrflow.testing.of_slots import SpoiledGuidance, SpoiledModel, SpoiledNoise, SpoiledUpscaler
-from mrflow.testing.of_solvers import SpoiledEuler as Step
-from mrflow.testing.of_stages import SpoiledGrowth
-from mrflow.testing.of_stages import SpoiledReinjection as Reinjection
+from tests.spoiled import (
+    Even,
+    SpoiledCache,
+    SpoiledGrowth,
+    SpoiledGuidance,
+    SpoiledModel,
+    SpoiledNoise,
+    SpoiledUpscaler,
+)
+from tests.spoiled import SpoiledEuler as Step
+from tests.spoiled import SpoiledReinjection as Reinjection
 
 
 def test_laws_have_names_sentences_formulas_and_sources() -> None:

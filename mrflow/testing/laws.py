@@ -1,6 +1,6 @@
-"""What a law is: a sentence, its formula with its source, a check, and a plug-in that breaks it."""
+"""What a law is: a sentence, its formula with its source, and a check."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,8 +18,7 @@ class Law:
     """A law that plug-ins of one kind keep.
 
     `sentence` says it in words, `formula` in symbols, `source` where the formula comes from. `check` takes a plug-in
-    and the settings of its kind (a solver's `order`) and raises LawBroken; `counterexample` is a plug-in that the check
-    catches, given the settings `under`.
+    and the settings of its kind (a solver's `order`) and raises LawBroken.
     """
 
     kind: Kind
@@ -28,8 +27,6 @@ class Law:
     formula: str
     source: str
     check: Callable[..., None] = field(repr=False)
-    counterexample: object = field(repr=False)
-    under: Mapping[str, object] = field(default_factory=dict[str, object], repr=False)
 
     def hold(self, subject: object, **settings: object) -> None:
         """Hold a plug-in to this law.

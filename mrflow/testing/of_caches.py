@@ -1,15 +1,14 @@
 """The laws of caches, of what they decide and of what a small transformer gives with them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mrflow.caches import Cache, Evaluation, Rule
-from mrflow.caches.clock import Clock
+from mrflow.caches import Cache, Evaluation
 from mrflow.display.notes import Tally, tally_work
 from mrflow.flow import Velocity
 from mrflow.model_info import FLUX, Architecture, ModelInfo
@@ -18,7 +17,7 @@ from mrflow.models.fields import step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.layers import Merge
-from mrflow.protocols.pieces import Pieces, StepFactory, TransformerStep
+from mrflow.protocols.pieces import Pieces, StepFactory
 from mrflow.testing.laws import Law, demand
 from mrflow.testing.of_slots import ALONE, POINTS
 
@@ -203,78 +202,32 @@ def _cache_items(cache: Cache, info: ModelInfo) -> None:
             demand(error < 1e-3, f"picture {i} alone differs from picture {i} of a batch by {error:.2g} of the largest")
 
 
-@dataclass(frozen=True)
-class SpoiledCache(Cache):
-    """Every second evaluation, with one thing wrong."""
-
-    how: str = ""
-
-    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
-        if self.how == "holds":
-
-            def third(look: Evaluation) -> bool:
-                _asked.append(1)
-                return len(_asked) % 3 == 0
-
-            return third
-        if self.how == "counted":  # all of them, once there is a picture
-            return lambda look: look.index % 2 == 0 or look.grid is not None
-        return lambda look: look.index % 2 == 0
-
-    def span(self, blocks: int) -> tuple[int, int]:
-        return (1, blocks + 1) if self.how == "span" else (0, blocks)
-
-    def share(self, info: ModelInfo, tokens: int) -> float:
-        return 0.0 if self.how == "share" else 1.0
-
-    def make_step(self, pieces: Pieces, clock: Clock, info: ModelInfo) -> TransformerStep:
-        inner = super().make_step(pieces, clock, info)
-        if self.how == "remembers":
-            return _opened.setdefault("step", inner)
-        if self.how not in {"computed", "items"}:
-            return inner
-
-        def wrong(
-            tokens: Tensor, text: Tensor, cos: Tensor, sin: Tensor, table: Tensor, /, *, key: object = None
-        ) -> Tensor:
-            out = inner(tokens, text, cos, sin, table, key=key)
-            return 1.01 * out if self.how == "computed" else 0.9 * out + 0.1 * out.mean(0, keepdim=True)
-
-        return wrong
-
-
-_asked: list[int] = []
-_opened: dict[str, TransformerStep] = {}
-_FLUX: dict[str, object] = {"info": FLUX}
 _CACHE = "the contract of `mrflow.caches.Cache`"
 CACHE_LAWS: tuple[Law, ...] = (
     Law(
         "cache", "fresh rule", "Each picture, branch and integration has a rule of its own.", "rule() = rule()", _CACHE,
-        _fresh_rule, SpoiledCache("holds"), _FLUX,
+        _fresh_rule,
     ),
     Law(
         "cache", "span", "It leaves out blocks that there are.", "0 <= start <= stop <= n", _CACHE, _span,
-        SpoiledCache("span"), _FLUX,
     ),
     Law(
         "cache", "forecast", "It computes what its forecast says, at least once, for a cost above 0.",
-        "1 <= computed <= asked, share > 0", _CACHE, _forecast, SpoiledCache("share"), _FLUX,
+        "1 <= computed <= asked, share > 0", _CACHE, _forecast,
     ),
     Law(
         "cache", "computed", "What is computed is the network's own, to the bit; a threshold of 0 leaves nothing out.",
-        "blocks run = all, share = 1 => v = v_network", _CACHE, _computed, SpoiledCache("computed"), _FLUX,
+        "blocks run = all, share = 1 => v = v_network", _CACHE, _computed,
     ),
     Law(
         "cache", "fresh memory", "Each integration has a memory of its own.", "field() = field()", _CACHE,
-        _fresh_memory, SpoiledCache("remembers"), _FLUX,
+        _fresh_memory,
     ),
     Law(
         "cache", "counted", "The network does the work that is forecast, and what is counted was computed.",
         "blocks run / blocks = computed + kept (asked - computed)", "what `plan` counts: `mrflow.Plan.nfe`", _counted,
-        SpoiledCache("counted"), _FLUX,
     ),
     Law(
         "cache", "items", "Each picture of a batch decides for itself.", "v(x)_i = v(x_i)", ALONE, _cache_items,
-        SpoiledCache("items"), _FLUX,
     ),
 )  # fmt: skip

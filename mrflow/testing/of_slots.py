@@ -1,7 +1,6 @@
 """The laws of guidances, noises, upscalers and backbones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,10 +10,10 @@ from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.guidance import Guidance
-from mrflow.noise import Noise, PerItem
+from mrflow.noise import Noise
 from mrflow.protocols.upscaler import Upscaler
 from mrflow.testing.laws import Law, demand
-from mrflow.testing.toy import Toy, toy
+from mrflow.testing.toy import toy
 
 POINTS = (1.0, 0.8, 0.55, 0.3, 0.1)
 ALONE = "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`"
@@ -143,61 +142,26 @@ def _guidance_untouched(guidance: Guidance, model: Backbone | None) -> None:
     demand(same, "it changed the state or a velocity in place; make new tensors")
 
 
-@dataclass(frozen=True)
-class SpoiledGuidance(Guidance):
-    """u + 2 (c - u), with one thing wrong."""
-
-    how: str = ""
-
-    @property
-    def passes(self) -> int:
-        return 1 if self.how == "passes" else 2
-
-    def field(
-        self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
-    ) -> Velocity:
-        assert negative is not None
-        c, u = model.field(cond, options), model.field(negative.repeat(cond.batch), options)
-
-        def guided(x: Tensor, sigma: float) -> Tensor:
-            one, other = c(x, sigma), u(x, sigma)
-            if self.how == "items":
-                one = 0.9 * one + 0.1 * one.mean(0, keepdim=True)
-            if self.how == "in place":
-                return one.mul_(2).sub_(other)
-            out = (2.1 if self.how == "branches" else 2.0) * one - other
-            if self.how == "holds":
-                out = out + 0.01 * _held.get("v", torch.zeros(())).mean()
-                _held["v"] = out
-            return out
-
-        return guided
-
-
-_held: dict[str, Tensor] = {}
 _CFG = "Ho & Salimans 2022, arXiv 2207.12598"
-_ON: dict[str, object] = {"model": None}
 GUIDANCE_LAWS: tuple[Law, ...] = (
     Law(
         "guidance", "same branches", "Where both prompts are the same, guidance changes nothing.",
-        "c = u => u + w (c - u) = c",
-        _CFG, _same_branches, SpoiledGuidance("branches"), _ON,
+        "c = u => u + w (c - u) = c", _CFG, _same_branches,
     ),
     Law(
         "guidance", "passes", "It asks the model as often, and where, as `evals` and `branches` say.",
-        "evals = sum of |branch|", "what `plan` counts: `mrflow.Plan.nfe`", _passes, SpoiledGuidance("passes"), _ON,
+        "evals = sum of |branch|", "what `plan` counts: `mrflow.Plan.nfe`", _passes,
     ),
     Law(
         "guidance", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", ALONE, _guidance_items,
-        SpoiledGuidance("items"), _ON,
     ),
     Law(
         "guidance", "fresh", "Each integration has a field of its own.", "field() = field()",
-        "the contract of `mrflow.Guidance`", _guidance_fresh, SpoiledGuidance("holds"), _ON,
+        "the contract of `mrflow.Guidance`", _guidance_fresh,
     ),
     Law(
         "guidance", "untouched", "It changes no tensor that it is given.", "v' is a new tensor",
-        "the contract of `mrflow.Guidance`", _guidance_untouched, SpoiledGuidance("in place"), _ON,
+        "the contract of `mrflow.Guidance`", _guidance_untouched,
     ),
 )  # fmt: skip
 
@@ -245,44 +209,25 @@ def _own_generator(noise: Noise) -> None:
     demand(torch.equal(torch.get_rng_state(), before), "it draws from the global generator; make one for each item")
 
 
-@dataclass(frozen=True)
-class SpoiledNoise(Noise):
-    """`PerItem`, with one thing wrong."""
-
-    how: str = ""
-
-    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], *, scope: str, draw: int) -> Tensor:
-        x = PerItem()(seeds, shape, scope=scope, draw=0 if self.how == "draws" else draw)
-        if self.how == "global":
-            torch.rand(())
-        if self.how == "items":
-            x = x.flip(0)
-        if self.how == "uniform":
-            x = 12**0.5 * (torch.special.ndtr(x) - 0.5)
-        return x.double() if self.how == "kind" else x
-
-
 NOISE_LAWS: tuple[Law, ...] = (
     Law(
         "noise", "kind", "Noise is float32 of the shape asked for, on the CPU.", "n in R^shape",
-        "so that every device sees the same: `mrflow.noise`", _noise_kind, SpoiledNoise("kind"),
+        "so that every device sees the same: `mrflow.noise`", _noise_kind,
     ),
     Law(
         "noise", "normal", "Noise is standard normal and white.", "E n = 0, E n n^T = I, E n^4 = 3",
-        "x(1) ~ N(0, I): arXiv 2209.03003", _normal, SpoiledNoise("uniform"),
+        "x(1) ~ N(0, I): arXiv 2209.03003", _normal,
     ),
     Law(
         "noise", "items", "An item's noise depends on its seed alone.", "n(seeds)_i = n(seed_i)", ALONE, _noise_items,
-        SpoiledNoise("items"),
     ),
     Law(
         "noise", "apart", "Seeds and draws are independent.", "E n(a) n(b) = 0, a != b",
-        "the contract of `mrflow.noise.Noise`",
-        _apart, SpoiledNoise("draws"),
+        "the contract of `mrflow.noise.Noise`", _apart,
     ),
     Law(
         "noise", "own generator", "The global generator is left alone.", "state' = state",
-        "the contract of `mrflow.noise.Noise`", _own_generator, SpoiledNoise("global"),
+        "the contract of `mrflow.noise.Noise`", _own_generator,
     ),
 )  # fmt: skip
 
@@ -325,42 +270,22 @@ def _coarse(upscaler: Upscaler) -> None:
     demand(error < 0.05, f"reduced to its old size, a smooth picture is off by {error:.3f} on the average")
 
 
-@dataclass(frozen=True)
-class SpoiledUpscaler(Upscaler):
-    """Every pixel four times, with one thing wrong."""
-
-    how: str = ""
-
-    @property
-    def scale(self) -> int:
-        return 3 if self.how == "scale" else 2
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        if self.how == "in place":
-            pixels.mul_(0.999)
-        out = pixels.repeat_interleave(2, -1).repeat_interleave(2, -2)
-        if self.how == "items":
-            out = 0.9 * out + 0.1 * out.mean(0, keepdim=True)
-        return out.flip(-1) if self.how == "mirror" else out
-
-
 _UPSCALER = "the contract of `mrflow.Upscaler`"
 UPSCALER_LAWS: tuple[Law, ...] = (
     Law(
         "upscaler", "scale", "Both sides are multiplied by `scale`, also where a picture is not square.",
-        "(h, w) -> (k h, k w)", _UPSCALER, _scale, SpoiledUpscaler("scale"),
+        "(h, w) -> (k h, k w)", _UPSCALER, _scale,
     ),
     Law(
         "upscaler", "items", "An item of a batch is what it is alone.", "u(x)_i = u(x_i)", ALONE, _upscaler_items,
-        SpoiledUpscaler("items"),
     ),
     Law(
         "upscaler", "untouched", "It does not change its input, and gives the same again.", "u(x) = u(x)", _UPSCALER,
-        _upscaler_untouched, SpoiledUpscaler("in place"),
+        _upscaler_untouched,
     ),
     Law(
         "upscaler", "coarse", "A smooth picture, reduced again, is the picture.", "mean_k(u(x)) = x",
-        "super-resolution leaves the low frequencies: arXiv 2607.01642", _coarse, SpoiledUpscaler("mirror"),
+        "super-resolution leaves the low frequencies: arXiv 2607.01642", _coarse,
     ),
 )  # fmt: skip
 
@@ -428,62 +353,25 @@ def _refuses(model: Backbone, size: tuple[int, int] | None) -> None:
     demand(kept=False, text="its facts say one condition at a time, and `check` takes two; call info.require")
 
 
-class SpoiledModel(Toy):
-    """The toy, with one thing wrong."""
-
-    def __init__(self, how: str = "") -> None:
-        super().__init__()
-        self.how = how
-
-    def __repr__(self) -> str:
-        return f"SpoiledModel({self.how!r})"
-
-    def condition(self, prompts: Sequence[str]) -> Condition:
-        return super().condition(prompts[:1] if self.how == "prompts" else prompts)
-
-    def check(self, options: FieldOptions) -> None:
-        if self.how != "refuses":
-            super().check(options)
-
-    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
-        inner = super().field(cond, options)
-
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            v = inner(x, sigma)
-            if self.how == "velocity":
-                x.mul_(1.01)
-            return 0.9 * v + 0.1 * v.mean(0, keepdim=True) if self.how == "items" else v
-
-        return velocity
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return super().decode(latents) * (1.5 if self.how == "pictures" else 1.0)
-
-
-_SIZE: dict[str, object] = {"size": None}
 _BACKBONE = "the contract of `mrflow.Backbone`"
 BACKBONE_LAWS: tuple[Law, ...] = (
     Law(
         "backbone", "prompts", "Each prompt is one item; the upscaler is the one that its facts name.",
-        "|condition| = |prompts|",
-        _BACKBONE, _prompts, SpoiledModel("prompts"), _SIZE,
+        "|condition| = |prompts|", _BACKBONE, _prompts,
     ),
     Law(
         "backbone", "velocity", "A field is a function of the latents, finite and of their shape.",
-        "v(x, sigma) = E[eps - x0 | x]",
-        "arXiv 2210.02747", _velocity, SpoiledModel("velocity"), _SIZE,
+        "v(x, sigma) = E[eps - x0 | x]", "arXiv 2210.02747", _velocity,
     ),
     Law(
         "backbone", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", ALONE, _backbone_items,
-        SpoiledModel("items"), _SIZE,
     ),
     Law(
         "backbone", "pictures", "Pictures become latents of its space and come back as pixels in [0, 1].",
-        "(h, w) -> (h / downscale, w / downscale) -> (h, w)", _BACKBONE, _pictures, SpoiledModel("pictures"), _SIZE,
+        "(h, w) -> (h / downscale, w / downscale) -> (h, w)", _BACKBONE, _pictures,
     ),
     Law(
-        "backbone", "refuses", "`check` refuses what its facts say that it cannot.", "needs <= capabilities",
-        _BACKBONE, _refuses,
-        SpoiledModel("refuses"), _SIZE,
+        "backbone", "refuses", "`check` refuses what its facts say that it cannot.", "needs <= capabilities", _BACKBONE,
+        _refuses,
     ),
 )  # fmt: skip
