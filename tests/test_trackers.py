@@ -3,8 +3,11 @@
 import csv
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +62,11 @@ def test_a_tracker_hears_of_every_row_and_of_the_table(tmp_path: Path) -> None:
     again = Recorded()
     run_sweep(SWEEP, mf.toy(), tmp_path / "s", log=[again])
     assert [said[0] for said in again.told] == ["begin", "finish"]  # rows that were there are in the table alone
+    assert (config["before"], again.told[0][2]["before"]) == (0, 4)
+    more = Recorded()
+    run_sweep(replace(SWEEP, seeds=[0, 1]), mf.toy(), tmp_path / "s", log=[more])
+    rows = {said[1:4] for said in more.told[1:-1]}  # numbers count on
+    assert rows == {("ok", 3, True), ("ok", 4, True), ("bad", 3, True), ("bad", 4, True)}
 
 
 class InProcess:
@@ -157,6 +165,10 @@ def test_hosted_trackers_get_numbers_pictures_and_the_table(
     assert sum("ok/sharpness" in found and found["ok/picture"][0] == "image" for found in rows) == 2
     step, last = told[-2][1]
     assert step == 5 and last["methods"][1][:2] == ["method", "rows"] and len(last["methods"][2]) == 2
+    told.clear()
+    run_sweep(replace(SWEEP, seeds=[0, 1]), mf.toy(), tmp_path / "s", log=[tracker(f"{module}:mine")])
+    assert (told[0][1]["name"], told[0][1]["group"]) == ("s", "s")  # a run of its own, in the folder's group
+    assert [step for kind, (step, _) in told[1:-1] if kind == "log"] == [5, 6, 7, 8, 9]  # which goes on
 
 
 def test_only_the_first_pictures_of_a_chain_are_sent(tmp_path: Path) -> None:
@@ -179,31 +191,72 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     found.Reload()
     assert {"sharpness/ok", "seconds/ok", "failed/bad"} <= {*found.Tags()["scalars"]}
     assert [event.step for event in found.Scalars("sharpness/ok")] == [1, 2]
+    run_sweep(replace(SWEEP, seeds=[0, 1]), mf.toy(), tmp_path / "s", log=[tracker(f"tensorboard:{tmp_path / 'logs'}")])
+    found.Reload()
+    assert [event.step for event in found.Scalars("sharpness/ok")] == [1, 2, 3, 4]  # resumed: one curve
     assert set(found.Tags()["images"]) == {"pictures/ok", "pictures/bad"}
     texts = found.Tags()["tensors"]
     assert {"sweep/text_summary", "methods/text_summary"} <= {*texts}
 
 
 OFFLINE = """
-import mrflow as mf, sys
+import dataclasses, mrflow as mf, sys
 from mrflow.sweep import run_sweep, tracker
 from tests.test_trackers import SWEEP
-run_sweep(SWEEP, mf.toy(), sys.argv[1] + "/s", log=[tracker(sys.argv[2])])
+if __name__ == "__main__":
+    for seeds in ([0], [0, 1]):  # the second time the folder's sweep goes on
+        sweep = dataclasses.replace(SWEEP, seeds=seeds)
+        if sys.argv[3] == "ray":
+            from mrflow.sweep.cluster import Pool, run_on_ray
+            run_on_ray(sweep, mf.toy, sys.argv[1] + "/s", pool=Pool(workers=1), log=[tracker(sys.argv[2])])
+        else:
+            run_sweep(sweep, mf.toy(), sys.argv[1] + "/s", log=[tracker(sys.argv[2])])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
 @pytest.mark.parametrize("module", ["wandb", "trackio"])
-def test_without_a_network(module: str, tmp_path: Path) -> None:
-    """The real packages in their offline modes, in a process of their own."""
+def test_without_a_network(module: str, engine: str, tmp_path: Path) -> None:
+    """The real packages in their offline modes, in a process of their own: what they wrote is what the rows say."""
     pytest.importorskip(module)
     more = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1"}
     more |= {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
-    words = [sys.executable, "-c", OFFLINE, str(tmp_path), module]
+    words = [sys.executable, "-c", OFFLINE, str(tmp_path), module, engine]
     done = subprocess.run(words, env={**os.environ, **more}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "is left out" not in done.stderr, done.stderr[-2000:]
-    files = [p for p in tmp_path.rglob("*") if p.suffix in (".wandb", ".db", ".sqlite", ".parquet")]
-    assert files and all(p.stat().st_size > 0 for p in files), [str(p) for p in tmp_path.rglob("*")][:50]
+    made = read(tmp_path / "s")
+    assert len(made) == 8
+    look = {"wandb": wandb_wrote, "trackio": trackio_wrote}[module]
+    runs, numbers, pictures, tables = look(tmp_path)
+    assert runs == 2
+    assert all(str(row.metrics["sharpness"]) in numbers for row in made if row.done)
+    assert pictures == sum(row.done for row in made) == 7
+    rows = sorted(sorted(cells[1] for cells in each) for each in tables)
+    assert rows == [["2", "2 (1 failed)"], ["4", "4 (1 failed)"]]
+
+
+Wrote = tuple[int, str, int, list[list[list[str]]]]  # runs, numbers as text, pictures, tables of methods
+
+
+def wandb_wrote(folder: Path) -> Wrote:
+    """What wandb's offline runs hold: records (text within protobuf), and files beside them."""
+    runs = sorted(folder.rglob("*.wandb"))
+    text = "".join(path.read_bytes().decode("latin-1") for path in runs)
+    tables = [json.loads(path.read_text())["data"] for path in folder.rglob("*.table.json")]
+    return len(runs), text, len([*folder.rglob("media/images/*/*.png")]), tables
+
+
+def trackio_wrote(folder: Path) -> Wrote:
+    """What Trackio's database holds, and the files beside it; each run's steps go on where the one before ended."""
+    with closing(sqlite3.connect(next(folder.rglob("mrflow.db")))) as database:
+        kept = database.execute("SELECT step, metrics, run_name FROM metrics ORDER BY id").fetchall()
+    assert [step for step, *_ in kept] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9]  # the fifth of each is the table
+    logged = [json.loads(text) for _, text, _ in kept]
+    tables = [[[*line.values()] for line in found["methods"]["_value"]] for found in logged if "methods" in found]
+    text = "".join(map(str, logged))
+    pictures = [*(folder / "trackio" / "media").rglob("*.png")]
+    return len(tables), text, len(pictures), tables
 
 
 @pytest.fixture(scope="module")

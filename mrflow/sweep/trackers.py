@@ -19,6 +19,7 @@ from mrflow.machine.failures import passes
 from mrflow.records.files import check_writable
 from mrflow.records.readable import stage_text
 from mrflow.sweep.rows import Row
+from mrflow.sweep.store import read
 from mrflow.sweep.tables import Table, table
 
 log = logging.getLogger(__name__)
@@ -30,10 +31,13 @@ class Tracker(Protocol):
     """What is told of a sweep, in this order: `begin` once, `row` for each row that is made, `finish` once."""
 
     def begin(self, name: str, config: Mapping[str, Any]) -> None:
-        """The sweep's folder by name; its model, versions and chains in words. May refuse with a PlanError."""
+        """The sweep's folder by name; its model, versions and chains in words, and how many rows were there (`before`).
+
+        May refuse with a PlanError.
+        """
 
     def row(self, row: Row, number: int, picture: Path | None) -> None:
-        """The `number`-th row of its chain (from 1) that was made now; its picture, for the first ones of a chain."""
+        """A row as it is made; `number` counts on from those of its chain that were there. Pictures of a chain's first."""
 
     def finish(self, methods: Table) -> None:
         """The table of methods over all rows of the folder; called also where the sweep was stopped."""
@@ -106,17 +110,21 @@ class TensorBoard:
 class HostedTracker:
     """Weights & Biases or Trackio, whose modules have one interface; `WANDB_MODE=offline` and Trackio need no network.
 
+    Each time a sweep is started or resumed is a run, and all runs of a folder are a group: their steps go on where the
+    one before ended, and processes that share a folder do not write into one another's run.
+
     Raises:
         PlanError: the package is not installed (extra of the same name).
     """
 
     def __init__(self, module: str, project: str) -> None:
         self.module, self.project = _package(module, module), project
-        self._step = 0
+        self._step = 0  # rows of all chains
 
     def begin(self, name: str, config: Mapping[str, Any]) -> None:
         """Begin a run of the project."""
-        self.module.init(project=self.project, name=name, config=dict(config))
+        self._step = config["before"]
+        self.module.init(project=self.project, name=name, group=name, config=dict(config))
 
     def row(self, row: Row, number: int, picture: Path | None) -> None:
         """Numbers by chain, with a step for each row."""
@@ -138,15 +146,16 @@ class Logs:
 
     def __init__(self, trackers: Sequence[Tracker], folder: Path, said: Mapping[str, Any]) -> None:
         self._trackers, self._folder = list(trackers), folder
-        self._made: Counter[str] = Counter()
+        self._rows = _counted(folder) if trackers else Counter[str]()
         config = {key: said[key] for key in ("model", "weights", "reference", "prompts", "seeds", "rows", "versions")}
+        config["before"] = self._rows.total()
         for each in trackers:
             each.begin(folder.resolve().name, {**config, "chains": _in_words(said["chains"])})
 
     def row(self, row: Row) -> None:
         """Tell all of a row."""
-        self._made[row.chain] += 1
-        number = self._made[row.chain]
+        self._rows[row.chain] += 1
+        number = self._rows[row.chain]
         picture = self._folder / row.picture if row.picture is not None and number <= PICTURES else None
         self._each(lambda tracker: tracker.row(row, number, picture))
 
@@ -168,6 +177,14 @@ class Logs:
                     raise
                 log.warning("--log %s is left out: %s: %s", type(each).__name__, type(error).__name__, error)
                 self._trackers.remove(each)
+
+
+def _counted(folder: Path) -> Counter[str]:
+    """How many rows of each chain are there; none where the rows are made on machines whose folder is not seen here."""
+    try:
+        return Counter(row.chain for row in read(folder))
+    except PlanError:
+        return Counter()
 
 
 def _in_words(chains: Mapping[str, Sequence[object]]) -> dict[str, str]:
