@@ -37,7 +37,7 @@ class Tracker(Protocol):
         """
 
     def row(self, row: Row, number: int, picture: Path | None) -> None:
-        """A row as it is made; `number` counts on from those of its chain that were there. Pictures of a chain's first."""
+        """A row as it is made; `number` counts on from those of its chain that were there. Pictures of the first."""
 
     def finish(self, methods: Table) -> None:
         """The table of methods over all rows of the folder; called also where the sweep was stopped."""
