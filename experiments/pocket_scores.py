@@ -16,7 +16,7 @@ import hashlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ from experiments.train_pocket.data import WORLDS
 from mrflow.display.sheet import warm_up
 from mrflow.records.chains import encode_chain
 from mrflow.records.pictures import check_writable, write_bytes
-from mrflow.scenes.grammar import held_out_captions
-from mrflow.scenes.score import other_captions, score
+from mrflow.scenes.grammar import held_out_captions, parse_caption
+from mrflow.scenes.score import score
 from mrflow.sweep import compare_differences, controls, family, seed_of
 from mrflow.sweep import interval as mean_of
 
@@ -54,6 +54,16 @@ def seeds_of(captions: list[str]) -> list[int]:
     for caption in captions:
         out.append(seed_of(caption, seen[caption]))
         seen[caption] += 1
+    return out
+
+
+def other_captions(captions: Sequence[str]) -> list[str | None]:
+    """For each caption the next different one of its own kind, going round; None where there is no such caption."""
+    kinds = [parse_caption(caption).kind for caption in captions]
+    out: list[str | None] = []
+    for i, caption in enumerate(captions):
+        later = (j % len(captions) for j in range(i + 1, i + len(captions)))
+        out.append(next((captions[j] for j in later if kinds[j] == kinds[i] and captions[j] != caption), None))
     return out
 
 

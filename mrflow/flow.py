@@ -35,13 +35,6 @@ def to_noise(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
     return x + (1.0 - sigma) * velocity
 
 
-def velocity_from_denoised(x: Tensor, x0: Tensor, sigma: float) -> Tensor:
-    """The velocity (x - x0) / sigma of the line through `x` that ends at `x0`; sigma must be above 0."""
-    if not sigma > 0:
-        raise PlanError(f"velocity from a clean estimate needs sigma above 0, got {sigma!r}")
-    return (x - x0) / sigma
-
-
 def raise_noise(x: Tensor, eps: Tensor, sigma: float, to: float) -> Tensor:
     """Move `x` from `sigma` up to `to` with fresh noise, keeping the marginal of the flow.
 

@@ -92,7 +92,8 @@ def test_values_of_a_forward_are_no_more_than_is_said(ops: Ops) -> None:
         net = meta(Flux(params), ops)
         tokens, cos = torch.empty(1, n, 64), torch.empty(text + n, 64)
         words = torch.empty(1, text, params.hidden, dtype=torch.bfloat16)
-        table = torch.empty(1, params.modulations, params.hidden, dtype=torch.bfloat16)
+        vectors = 12 * params.double_blocks + 3 * params.single_blocks + 2
+        table = torch.empty(1, vectors, params.hidden, dtype=torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
         step(net, tokens, words, cos, cos, table)
     assert mf.FLUX.footprint is not None

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mrflow.errors import PlanError
-from mrflow.flow import denoised, finite, raise_noise, renoise, to_noise, velocity_from_denoised
-from tests.strategies import LAW, sigmas
+from mrflow.flow import denoised, finite, raise_noise, renoise, to_noise
+from tests.strategies import LAW
 
 
 def pair(seed: int) -> tuple[Tensor, Tensor]:
@@ -25,24 +25,11 @@ def test_a_point_on_the_line_gives_both_ends_back(seed: int, sigma: float) -> No
     torch.testing.assert_close(to_noise(x, v, sigma), eps)
 
 
-@LAW
-@given(st.integers(0, 99), sigmas)
-def test_velocity_from_denoised_inverts_denoised(seed: int, sigma: float) -> None:
-    x, v = pair(seed)
-    torch.testing.assert_close(velocity_from_denoised(x, denoised(x, v, sigma), sigma), v, rtol=1e-9, atol=1e-9)
-
-
 def test_the_convention_in_numbers() -> None:
     x0, eps = torch.tensor(2.0), torch.tensor(-3.0)
     assert renoise(x0, eps, 0.25).item() == 0.75 * 2 + 0.25 * -3
     assert renoise(x0, eps, 0.0).item() == 2.0
     assert renoise(x0, eps, 1.0).item() == -3.0
-
-
-@pytest.mark.parametrize("sigma", [0.0, -0.1, float("nan")])
-def test_velocity_needs_a_level_above_zero(sigma: float) -> None:
-    with pytest.raises(PlanError, match="needs sigma above 0"):
-        velocity_from_denoised(torch.zeros(1), torch.zeros(1), sigma)
 
 
 def coefficients(sigma: float, to: float) -> tuple[float, float]:

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 
 import mrflow as mf
-from mrflow.errors import PlanError
 from mrflow.models.pocket.model import LONG_TEXT, VOCABULARY, WORDS
 from mrflow.models.pocket.networks import tokenise
 from mrflow.scenes import hard, legible
 from mrflow.scenes.grammar import FULL, CaptionError, Face, Object, Scene, Word, held_out, sample_caption
 from mrflow.scenes.hard import HARD, KINDS, caption_of, cells, fill_hard, held_out_hard_captions, parse_hard, sample
-from mrflow.scenes.legible import hard_score, hard_score_many, read_parts
+from mrflow.scenes.legible import hard_score, read_parts
 from mrflow.scenes.render import render, render_window
+from tests.scene_scores import hard_score_many
 
 EACH = pytest.mark.parametrize("kind", KINDS)
 CATEGORIES = {
@@ -261,8 +261,6 @@ def test_what_cannot_be_read_is_refused_or_read_as_nothing() -> None:
     assert hard_score(black, "two 12% faces, calm sad") == {"expressions": 0.0, "overall": 0.0}
     with pytest.raises(CaptionError, match="'five purple stars' is of the older world; mrflow.scenes.score reads it"):
         read_parts(black, "five purple stars")
-    with pytest.raises(PlanError, match="1 pictures but 2 captions"):
-        hard_score_many(black[None], ["a", "b"])
     small = drawn(["a green sign in 13% letters, CAT and DOG and SUN"], side=128)[0]
     assert hard_score(small, "a green sign in 13% letters, CAT and DOG and SUN")["letters"] == 1.0
     assert legible.LEAST == 256

@@ -71,16 +71,10 @@ def test_points_are_where_the_velocity_is_asked_for_and_never_zero(sigmas: tuple
     ids=name,
 )
 def test_evaluations_are_counted(solver: Solver, one: int, twelve: int, cut_twelve: int) -> None:
-    assert solver.evals_for(1) == one
-    assert solver.evals_for(12) == twelve
-    assert solver.evals_for(12, to_zero=False) == cut_twelve
+    assert len(solver.points((1.0, 0.0))) == one
+    assert len(solver.points([(12 - i) / 12 for i in range(13)])) == twelve
+    assert len(solver.points([(13 - i) / 13 for i in range(13)])) == cut_twelve
     assert len(solver.points(cut(Linear(20)(1.0, 1, FLUX), 0.4))) == cut_twelve
-
-
-@pytest.mark.parametrize("steps", [0, -1, True, 1.5])
-def test_evaluations_of_no_steps(steps: int) -> None:
-    with pytest.raises(PlanError, match="steps must be a whole number of at least 1"):
-        Euler().evals_for(steps)
 
 
 @pytest.mark.parametrize("solver", ALL, ids=name)
@@ -280,7 +274,6 @@ def test_a_solver_of_ones_own() -> None:
     got = integrate(Damped(), steady(0), X, (1.0, 0.5, 0.0))
     torch.testing.assert_close(got, X - 0.5)
     assert Damped().points((1.0, 0.5, 0.0)) == (1.0, 0.5)
-    assert Damped().evals_for(9) == 9
 
 
 @pytest.mark.parametrize(("churn", "steps", "start"), [(0.0, 6, 1.0), (2.0, 8, 1.0), (20.0, 8, 1.0), (10.0, 4, 0.6)])

@@ -41,7 +41,7 @@ def test_any_cut_of_the_blocks_gives_the_same_bits(kind: str, dtype: torch.dtype
     img, txt = (torch.randn(2, n, hidden, generator=g).to(dtype) for n in (6, 4))
     table = torch.randn(2, 12 * pieces.count + 2, hidden, generator=g).to(dtype)
     if isinstance(net, Flux):
-        table = table[:, : net.params.modulations]
+        table = table[:, : 12 * net.params.double_blocks + 3 * net.params.single_blocks + 2]
     angles = torch.randn(10, head // 2, generator=g)
     rope = Rope(angles.cos(), angles.sin())
     with torch.no_grad():

@@ -25,7 +25,7 @@ from mrflow.models.pocket.model import (
 )
 from mrflow.models.pocket.networks import CompactSR, tokenise
 from mrflow.scenes.grammar import FULL, held_out_captions
-from mrflow.scenes.score import score_many
+from tests.scene_scores import score_many
 
 CHAIN = mf.recipes.paper(low=(128, 128), size=(256, 256))  # the smaller pair of sizes that it was trained at
 DEFAULT = mf.recipes.paper(low=info("pocket").low, size=info("pocket").size)

@@ -8,9 +8,8 @@ import pytest
 
 import mrflow as mf
 from experiments import pocket_scores
-from experiments.pocket_scores import NATIVE, STAGED, interval, read_back, scored, seeds_of
+from experiments.pocket_scores import NATIVE, STAGED, interval, other_captions, read_back, scored, seeds_of
 from mrflow.scenes.grammar import FULL, held_out_captions
-from mrflow.scenes.score import other_captions
 from mrflow.sweep import seed_of
 
 CAPTIONS = held_out_captions(FULL, 5)

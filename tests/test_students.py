@@ -12,7 +12,7 @@ from mrflow.checkpoints.adapters import check_loras
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.models.pocket.model import NEWEST
 from mrflow.records.files import known_file
-from mrflow.scenes import FULL, held_out_captions, score_many
+from mrflow.scenes import FULL, held_out_captions
 from mrflow.students import (
     HYPER_8,
     HYPER_16,
@@ -24,6 +24,7 @@ from mrflow.students import (
 )
 from tests.parity.test_flux import relative
 from tests.parity.test_official import UP, pipeline, words
+from tests.scene_scores import score_many
 from tests.test_lora import QWEN_LINEARS, qwen_lora
 from tests.test_pocket import older
 from tests.test_qwen import repo as qwen_repo  # noqa: F401  (fixture)

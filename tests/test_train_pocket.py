@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 import mrflow as mf
 from experiments.train_pocket import __main__ as recipe
 from experiments.train_pocket import autoencoder, data, flow, short_runs, sr, student
-from experiments.train_pocket.data import grid, pictures
+from experiments.train_pocket.data import POCKET_1, grid, pictures
 from experiments.train_pocket.export import digest
 from experiments.train_pocket.loop import Loop, Run, cosine, finished, flat_then_linear, keep_settings
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import ResourceError
 from mrflow.models.pocket.model import SMALL, WEIGHTS, load_pocket
-from mrflow.scenes.grammar import FULL, POCKET_1, held_out_captions
+from mrflow.scenes.grammar import FULL, held_out_captions
 from tests.test_pocket import older
 
 TINY = 0.0008

@@ -124,7 +124,8 @@ def flux_step(ops: Ops, pixels: int, *, params: FluxParams = FLUX, text: int = 5
         n = (pixels // 16) ** 2
         tokens, words = torch.empty(1, n, params.in_channels), torch.empty(1, text, params.hidden, dtype=torch.bfloat16)
         cos = torch.empty(text + n, params.head // 2)
-        table = torch.empty(1, params.modulations, params.hidden, dtype=torch.bfloat16)
+        vectors = 12 * params.double_blocks + 3 * params.single_blocks + 2
+        table = torch.empty(1, vectors, params.hidden, dtype=torch.bfloat16)
         with counting() as counts:
             step(net, tokens, words, cos, cos, table)
     return counts

@@ -19,10 +19,22 @@ from torch import Tensor
 
 from mrflow.errors import ResourceError
 from mrflow.records.pictures import to_images
-from mrflow.scenes.grammar import FULL, POCKET_1, Scene, World, held_out
+from mrflow.scenes.grammar import FULL, Scene, World, held_out
 from mrflow.scenes.hard import HARD, HardWorld, sample
 from mrflow.scenes.render import render
 
+POCKET_1 = World(
+    shapes=("circle", "square", "triangle", "cross"),
+    colours=("red", "green", "blue", "black"),
+    max_count=4,
+    letters="ACEHLNOTX",
+    word_lengths=(2, 3, 4),
+    letter_sizes=("big",),
+    textures=("stripes", "dots", "checks"),
+    densities=("coarse", "medium"),
+    jitter=0.006,
+    kinds=(("object", 1.0), ("pair", 1.0), ("count", 0.7), ("face", 0.6), ("word", 1.7)),
+)
 WORLDS = {"pocket-1": POCKET_1, "full": FULL}
 KEPT = replace(  # what of the hard world the autoencoder keeps at 128 px; of letters only those of 13 %
     HARD,

@@ -23,14 +23,14 @@ import mrflow as mf
 from experiments import pocket_scores
 from experiments.pocket_scores import interval
 from experiments.train_pocket import autoencoder, flow
-from experiments.train_pocket.data import rendered, start_log, unit
+from experiments.train_pocket.data import POCKET_1, rendered, start_log, unit
 from experiments.train_pocket.loop import Run, keep_settings, part_file
 from mrflow.checkpoints.safetensors import read_header
 from mrflow.errors import MrflowError
 from mrflow.models import choose_device
 from mrflow.models.pocket.model import SMALL
 from mrflow.records.pictures import write_bytes
-from mrflow.scenes.grammar import POCKET_1, held_out_captions, parse_caption
+from mrflow.scenes.grammar import held_out_captions, parse_caption
 from mrflow.sweep import seed_of
 
 SIZE, AUTOENCODER_STEPS, WIDTH, HEAD = 128, 1700, 128, 32

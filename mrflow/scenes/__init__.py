@@ -3,7 +3,6 @@
 from mrflow.scenes.fidelity import fidelity as fidelity
 from mrflow.scenes.fidelity import law_distance as law_distance
 from mrflow.scenes.grammar import FULL as FULL
-from mrflow.scenes.grammar import POCKET_1 as POCKET_1
 from mrflow.scenes.grammar import CaptionError as CaptionError
 from mrflow.scenes.grammar import Scene as Scene
 from mrflow.scenes.grammar import World as World
@@ -16,16 +15,12 @@ from mrflow.scenes.hard import HARD as HARD
 from mrflow.scenes.hard import HardWorld as HardWorld
 from mrflow.scenes.legible import CaptionPart as CaptionPart
 from mrflow.scenes.legible import hard_score as hard_score
-from mrflow.scenes.legible import hard_score_many as hard_score_many
 from mrflow.scenes.legible import read_parts as read_parts
 from mrflow.scenes.reading import Facts as Facts
 from mrflow.scenes.reading import read_facts as read_facts
 from mrflow.scenes.render import render as render
 from mrflow.scenes.score import CATEGORIES as CATEGORIES
 from mrflow.scenes.score import Scores as Scores
-from mrflow.scenes.score import chance as chance
-from mrflow.scenes.score import other_captions as other_captions
 from mrflow.scenes.score import score as score
 from mrflow.scenes.score import score_facts as score_facts
-from mrflow.scenes.score import score_many as score_many
 from mrflow.scenes.stray import stray as stray

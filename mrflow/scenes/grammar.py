@@ -175,18 +175,6 @@ class World:
 
 
 FULL = World()
-POCKET_1 = World(
-    shapes=("circle", "square", "triangle", "cross"),
-    colours=("red", "green", "blue", "black"),
-    max_count=4,
-    letters="ACEHLNOTX",
-    word_lengths=(2, 3, 4),
-    letter_sizes=("big",),
-    textures=("stripes", "dots", "checks"),
-    densities=("coarse", "medium"),
-    jitter=0.006,
-    kinds=(("object", 1.0), ("pair", 1.0), ("count", 0.7), ("face", 0.6), ("word", 1.7)),
-)
 
 
 def sample_scene(world: World, rng: random.Random) -> Scene:

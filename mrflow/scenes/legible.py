@@ -6,7 +6,7 @@ if the named alternative fits best, well enough, and strongly enough to be meant
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mrflow.errors import PlanError
 from mrflow.scenes.grammar import (
     COLOURS,
     DAYLIGHT,
@@ -84,15 +83,6 @@ def read_parts(pixels: Array | Tensor, caption: str, *, look: str = "") -> list[
 def hard_score(pixels: Array | Tensor, caption: str, *, look: str = "") -> dict[str, float]:
     """The share of right parts in each category that the caption speaks of, and their mean as `overall`."""
     return _shares(read_parts(pixels, caption, look=look))
-
-
-def hard_score_many(pixels: Array | Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """The mean of `hard_score` per category over pictures (n, 3, side, side) that have it."""
-    if len(pixels) != len(captions):
-        raise PlanError(f"{len(pixels)} pictures but {len(captions)} captions; give one caption per picture")
-    rows = [hard_score(picture, caption) for picture, caption in zip(pixels, captions, strict=True)]
-    columns = {name: [row[name] for row in rows if name in row] for name in (*READ_BY, "overall")}
-    return {name: sum(values) / len(values) for name, values in columns.items() if values}
 
 
 def _shares(parts: Iterable[CaptionPart]) -> dict[str, float]:

@@ -6,13 +6,11 @@ other.
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
 
 from torch import Tensor
 
-from mrflow.errors import PlanError
 from mrflow.scenes.grammar import FACE_RADIUS, OBJECT_RADIUS, PLACES, Face, Object, Scene, Word, parse_caption
 from mrflow.scenes.letters import Array
 from mrflow.scenes.reading import Facts, nearest_size, read_facts
@@ -51,43 +49,6 @@ def score(pixels: Array | Tensor, caption: str) -> Scores:
     """
     parse_caption(caption)  # refused before the picture is read
     return score_facts(read_facts(pixels), caption)
-
-
-def score_many(pixels: Array | Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """The mean per category over pictures (n, 3, side, side); a category averages the pictures that have it."""
-    _same_length(pixels, captions)
-    return _means(score(picture, caption) for picture, caption in zip(pixels, captions, strict=True))
-
-
-def chance(pixels: Array | Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """What `score_many` gives for wrong captions: each picture gets the next different caption of its own kind.
-
-    Pictures whose caption is the only one of its kind are left out.
-    """
-    _same_length(pixels, captions)
-    pairs = zip(pixels, other_captions(captions), strict=True)
-    return _means(score(picture, other) for picture, other in pairs if other is not None)
-
-
-def other_captions(captions: Sequence[str]) -> list[str | None]:
-    """For each caption the next different one of its own kind, going round; None where there is no such caption."""
-    kinds = [parse_caption(caption).kind for caption in captions]
-    out: list[str | None] = []
-    for i, caption in enumerate(captions):
-        later = (j % len(captions) for j in range(i + 1, i + len(captions)))
-        out.append(next((captions[j] for j in later if kinds[j] == kinds[i] and captions[j] != caption), None))
-    return out
-
-
-def _same_length(pixels: Array | Tensor, captions: Sequence[str]) -> None:
-    if len(pixels) != len(captions):
-        raise PlanError(f"{len(pixels)} pictures but {len(captions)} captions; give one caption per picture")
-
-
-def _means(scores: Iterable[Scores]) -> dict[str, float]:
-    table = [s.as_dict() for s in scores]
-    columns = {name: [row[name] for row in table if name in row] for name in (*CATEGORIES, "overall")}
-    return {name: sum(values) / len(values) for name, values in columns.items() if values}
 
 
 # ---------------------------------------------------------------------------------------------------- facts to scores

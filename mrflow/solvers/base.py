@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mrflow import flow
-from mrflow._checks import check_whole
 from mrflow.errors import NonFiniteError, PlanError, PromiseError
 from mrflow.flow import Velocity
 from mrflow.schedules.base import Sigmas, check_sigmas
@@ -55,12 +54,6 @@ class Solver(ABC):
         Found by integrating a single number, so it cannot differ from what a run does.
         """
         return _points(self, check_sigmas(sigmas))
-
-    def evals_for(self, steps: int, *, to_zero: bool = True) -> int:
-        """Exact number of evaluations of this many steps, of a schedule that ends at 0 or (cut) above it."""
-        check_whole("steps", steps, 1)
-        whole = steps if to_zero else steps + 1
-        return len(self.points([(whole - i) / whole for i in range(steps + 1)]))
 
 
 class StochasticSolver(Solver):

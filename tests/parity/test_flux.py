@@ -170,7 +170,7 @@ def test_folded_modulation_and_rope_give_the_same_bits(dtype: torch.dtype) -> No
     with torch.no_grad():
         modulation = net.modulate(given["sigma"], given["guidance"], given["pooled"])  # pyright: ignore
         rope = net.rope(given["ids"], given["context_ids"])  # pyright: ignore
-    assert modulation.shape == (2, SMALL.modulations, SMALL.hidden)
+    assert modulation.shape == (2, 12 * SMALL.double_blocks + 3 * SMALL.single_blocks + 2, SMALL.hidden)
     folded = {**given, "pooled": torch.full_like(given["pooled"], float("nan"))}  # type: ignore[arg-type]
     assert torch.equal(call(net, given), call(net, folded, modulation=modulation, rope=rope))
 

@@ -55,11 +55,6 @@ class FluxParams(TransformerParams):
     guidance: bool = True
     theta: float = 10000.0
 
-    @property
-    def modulations(self) -> int:
-        """Modulation vectors of one evaluation: 12 a double block, 3 a single block, 2 at the end."""
-        return 12 * self.double_blocks + 3 * self.single_blocks + 2
-
 
 def image_ids(h: int, w: int, *, device: torch.device | str | None = None) -> Float[Tensor, "l 3"]:
     """Positions (0, row, column) of an h x w grid of tokens, counted from 0, row by row."""

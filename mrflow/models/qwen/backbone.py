@@ -62,7 +62,7 @@ class Qwen(LanguageConditioned):
 
     @property
     def transformer(self) -> QwenImage:
-        """The network itself: `embed_image`, `blocks`, `head` and `attention` are open to wrappers."""
+        """The network itself: `embed_image`, `some_blocks`, `head` and `attention` are open to wrappers."""
         assert isinstance(self._net, QwenImage)
         return self._net
 

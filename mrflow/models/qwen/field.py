@@ -27,7 +27,9 @@ def qwen_step(
     if isinstance(key, tuple):
         image, texts = cast("tuple[int, tuple[int, ...]]", key)
         attend = partial(packed_attention, texts=texts, image=image, attend=net.attention)
-    img = net.blocks(net.embed_image(tokens), text, Rope(cos, sin), table, attend=attend)
+    img, _ = net.some_blocks(
+        net.embed_image(tokens), text, Rope(cos, sin), table, 0, len(net.double_blocks), attend=attend
+    )
     return net.head(img, table)
 
 

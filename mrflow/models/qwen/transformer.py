@@ -5,12 +5,11 @@ Parameter names are those of `flux.py` where the parts are the same; diffusers' 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
@@ -65,17 +64,6 @@ def positions_qwen(h: int, w: int, text: int, *, device: torch.device | str | No
     return torch.cat((words, grid.flatten(0, 1)))
 
 
-def masked_attention(
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h n d"],
-    v: Float[Tensor, "b h n d"],
-    *,
-    keys: Bool[Tensor, "b n"],
-) -> Float[Tensor, "b h n d"]:
-    """Attention to the keys that are marked."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None])
-
-
 def packed_attention(
     q: Float[Tensor, "1 h n d"],
     k: Float[Tensor, "1 h n d"],
@@ -124,24 +112,6 @@ class QwenImage(Transformer):
         self.final_layer = FinalLayer(p)
         self.final_layer.scale_first = split
 
-    def forward(
-        self,
-        tokens: Float[Tensor, "b l i"],
-        grid: tuple[int, int],
-        context: Float[Tensor, "b t c"],
-        sigma: Float[Tensor, " b"],
-        *,
-        mask: Bool[Tensor, "b t"] | None = None,
-    ) -> Float[Tensor, "b l o"]:
-        """The velocity in the network's dtype; `mask` marks the states that are text, where a batch is padded."""
-        attend = self.attention
-        if mask is not None and not bool(mask.all()):
-            attend = partial(masked_attention, keys=F.pad(mask, (0, tokens.shape[1]), value=True))
-        table = self.tables([sigma])[0]
-        rope = self.rope(positions_qwen(*grid, context.shape[1], device=tokens.device))
-        img = self.blocks(self.embed_image(tokens), self.embed_text(context), rope, table, attend=attend)
-        return self.head(img, table)
-
     def rope(self, places: Float[Tensor, "n 3"]) -> Rope:
         """Rotations of tokens at these positions."""
         return rope_tables(places, self.params.axes, theta=self.params.theta)
@@ -179,18 +149,6 @@ class QwenImage(Transformer):
         """The text stream; it does not depend on the level."""
         text: Tensor = self.txt_in(self.txt_norm(context.to(self.stream_dtype)))
         return text
-
-    def blocks(
-        self,
-        img: Float[Tensor, "b l d"],
-        txt: Float[Tensor, "b t d"],
-        rope: Rope,
-        modulation: Float[Tensor, "m v d"],
-        *,
-        attend: Attention | None = None,
-    ) -> Float[Tensor, "b l d"]:
-        """The image stream after all blocks; `modulation` has one row for all items, or one each."""
-        return self.some_blocks(img, txt, rope, modulation, 0, len(self.double_blocks), attend=attend)[0]
 
     def some_blocks(
         self,
