@@ -19,6 +19,7 @@ from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
 from mrflow.sweep.plots import front_of, limits, mark, speed_ticks, write_plots
 from mrflow.sweep.report import page
+from mrflow.sweep.styles import styles
 from mrflow.sweep.summary import load_rows, summarise
 from tests.test_cli import call, here  # noqa: F401
 from tests.test_report import browser, data, texts  # noqa: F401
@@ -116,7 +117,7 @@ def versions() -> dict[str, str]:
 def test_rows_without_a_number_are_told_with_the_reason(scored: Path) -> None:
     slow = next(c for c in summary(scored)["chains"] if c["label"] == "slow")
     assert slow["missing"] == {
-        "score": [(f"SceneScore(): {UNREAD}", 2), ("the metric does not apply to it", 2)],
+        "score": [(f"SceneScore() failed: {UNREAD}", 2), ("the metric does not apply", 2)],
     }  # fmt: skip
     assert slow["metrics"]["score"]["pictures"] == 20
 
@@ -233,6 +234,14 @@ return out;
 """
 
 
+def parts(html: str) -> tuple[str, str, str]:
+    """A page's data, and what comes before and after it."""
+    start = '<script type="application/json" id="data">'
+    before, _, rest = html.partition(start)
+    text, _, after = rest.partition("</script>")
+    return before + start, text, "</script>" + after
+
+
 @pytest.fixture
 def opened(browser: Any, scored: Path) -> Iterator[Any]:  # noqa: F811
     """The page of known numbers, opened from disk."""
@@ -284,11 +293,44 @@ class TestInABrowser:
                 len(ticks) > 2 and min(ticks) >= 0 and (metric not in ("score", "fit.boundary_iou") or max(ticks) == 1)
             )
 
+    def test_names_of_ties_lie_on_nothing(self, browser: Any, scored: Path, tmp_path: Path) -> None:  # noqa: F811
+        """Three methods in each of four places, with names too long for the room between them."""
+        before, text, after = parts(page(scored, link=True))
+        found = json.loads(text)
+        first = found["chains"][0]
+        found["chains"] = [
+            {**first, "label": f"a method of long name {i}" if i % 3 else f"m{i}", "style": [i % 10, i % 8]}
+            | {"speedup": {"mean": 1 + i // 3, "low": 1 + i // 3 - 0.1, "high": 1 + i // 3 + 0.1}}
+            for i in range(12)
+        ]
+        path = tmp_path / "ties.html"
+        path.write_text(before + json.dumps(found) + after)
+        size = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(path.as_uri())
+        boxes = browser.execute_script(
+            "return Object.fromEntries(['.name text', '.name path', '.mark', '.err'].map(q => [q, "
+            "[...document.querySelectorAll('#trade ' + q)].map(e => e.getBoundingClientRect())"
+            ".map(r => [r.left, r.top, r.right, r.bottom])]))"
+        )
+        names, marks = boxes[".name text"], boxes[".mark"]
+        assert len(names) == len(boxes[".name path"]) == len(marks) == 12  # each with its mark beside it
+        room = browser.execute_script("return document.querySelector('#trade svg').getBoundingClientRect().right")
+        assert max(n[2] for n in names) <= room
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        others = [*marks, *boxes[".err"]]
+        for i, name in enumerate(names):
+            low = [name[0] + 1, name[1] + 2, name[2] - 1, name[3] - 2]  # a line's height holds some air
+            for a, b, c, d in others + names[:i]:
+                assert not (a < low[2] and low[0] < c and b < low[3] and low[1] < d), texts(browser, ".name")[i]
+
     def test_degenerate_intervals_and_missing_numbers(self, opened: Any) -> None:
         choose(opened, "metric", "score")
         assert "no failure in 24: up to 0.12 could hide" in texts(opened, "#table .note")
         assert "4 without score" in texts(opened, "#table .note")
-        assert "slow: 4 of 24 pictures have no score. 2: SceneScore(): ValueError" in texts(opened, "#missing p")[0]
+        said = texts(opened, "#missing p")[0]
+        assert said.startswith("slow: 4 of 24 pictures have no score: SceneScore() failed: ValueError: unreadable")
+        assert said.endswith("yy (2 of them); the metric does not apply (2 of them).")
         choose(opened, "metric", "fit.corner")
         assert all("[" not in t for t in texts(opened, "#table td:nth-child(4)"))
 
@@ -356,19 +398,25 @@ class TestInABrowser:
 @pytest.mark.filterwarnings("ignore")
 def test_twenty_thousand_rows_are_paged(browser: Any, scored: Path, tmp_path: Path) -> None:  # noqa: F811
     """As many items as 20,000 rows have; the list of pictures holds a window of them, and all can be reached."""
-    html = page(scored, link=True)
-    before, _, rest = html.partition('<script type="application/json" id="data">')
-    text, _, after = rest.partition("</script>")
+    before, text, after = parts(page(scored, link=True))
     found = json.loads(text)
     found["items"] = [{**found["items"][i % 24], "prompt": f"prompt {i}", "draw": i} for i in range(5000)]
     path = tmp_path / "large.html"
-    path.write_text(before + '<script type="application/json" id="data">' + json.dumps(found) + "</script>" + after)
+    path.write_text(before + json.dumps(found) + after)
     browser.get(path.as_uri())
     assert len(texts(browser, "#item option")) == 200
     assert texts(browser, "#place") == ["1 of 5000; the list shows 200 of them"]
     browser.execute_script("document.getElementById('previous').click()")
     assert texts(browser, "#place")[0].startswith("5000 of 5000") and "prompt 4999" in texts(browser, "#details p")[0]
     assert len(browser.execute_script("return [...document.querySelectorAll('img')]")) < 60
+
+
+def test_no_two_methods_look_the_same() -> None:
+    alike = styles(f"sigma {i}" for i in range(80))
+    assert len(set(alike.values())) == 80
+    assert {look.marker for look in list(alike.values())[:10]} == {0}  # a family, while there are colours
+    apart = styles(("native 8", "paper", "native 12"))
+    assert [tuple(look) for look in apart.values()] == [(0, 0), (1, 1), (2, 0)]
 
 
 def test_the_table_of_methods(scored: Path) -> None:

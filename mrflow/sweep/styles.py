@@ -23,10 +23,14 @@ def _kind(label: str) -> str:
 
 
 def styles(labels: Iterable[str], family: Callable[[str], str] = _kind) -> dict[str, Style]:
-    """For each label its own colour (they come again after ten), and the marker of its family."""
+    """For each label its own colour (they come again after ten), and the marker of its family.
+
+    Where both have come already, it has the next marker: no two of up to 80 labels look the same.
+    """
     families: dict[str, int] = {}
     out: dict[str, Style] = {}
     for label in labels:
-        marker = families.setdefault(family(label), len(families))
-        out[label] = Style(len(out) % len(COLOURS), marker % len(MARKERS))
+        colour, marker = len(out) % len(COLOURS), families.setdefault(family(label), len(families))
+        ways = [Style(colour, (marker + i) % len(MARKERS)) for i in range(len(MARKERS))]
+        out[label] = next((way for way in ways if way not in out.values()), ways[0])
     return out

@@ -225,13 +225,13 @@ def missing(rows: Sequence[Row], metric: str, said: Mapping[str, Any]) -> list[t
     for row in rows:
         if number(row, metric) is not None:
             continue
-        errors = [f"{name}: {text}" for name, text in row.unmeasured.items() if gives(name)]
+        errors = [f"{name} failed: {text}" for name, text in row.unmeasured.items() if gives(name)]
         if errors:
             found["; ".join(errors)] += 1
         elif any(gives(name) for name in row.measured):
-            found["the metric does not apply to it"] += 1
+            found["the metric does not apply"] += 1
         else:
-            found["not measured (added later, or the reference's picture was not there)"] += 1
+            found["not measured, as the metric was added later or the reference's picture was not there"] += 1
     return found.most_common()
 
 
