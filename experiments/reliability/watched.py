@@ -49,8 +49,8 @@ def watched(attempt: Attempt, numbers: range, *, hang: float, growth: int) -> It
 def _child(attempt: Attempt, numbers: range, write: int) -> NoReturn:
     """The forked process: a line for each attempt.
 
-    Garbage that was there before an attempt and is freed in it would hide as many bytes of what it takes. So what came with the fork
-    is never freed here, and what an attempt left is freed before the next one is measured.
+    Garbage that was there before an attempt and is freed in it would hide as many bytes of what it takes. So what came
+    with the fork is never freed here, and what an attempt left is freed before the next one is measured.
     """
     gc.collect()
     gc.freeze()
