@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,76 @@ def test_a_metric_that_fails_costs_its_own_number_only(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
+class Slow(Metric):
+    """Hangs for one prompt, and may answer to nothing, as a library would."""
+
+    deaf: bool = False
+
+    def __call__(self, made: Measured) -> Mapping[str, float]:
+        while made.prompt in ACTING and self.deaf:
+            with suppress(BaseException):
+                time.sleep(600)
+        if made.prompt in ACTING:
+            time.sleep(20)
+        return {"slow": 1.0}
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_metric_that_hangs_costs_its_own_number_only(tmp_path: Path, drawn: bool) -> None:
+    """Of rows that are being made, and of those that were made before it was asked for."""
+    sweep = one(metrics=[Sharpness(), Slow(), Picky()])
+    if drawn:
+        run_sweep(one(metrics=[Sharpness()]), mf.toy(), tmp_path)
+    ACTING.update("ab")
+    done = run_sweep(sweep, mf.toy(), tmp_path, row_timeout=0.5)
+    assert (done.made, done.before, done.failed, done.unmeasured) == ((0, 2, 0, 2) if drawn else (2, 0, 0, 2))
+    rows = read(tmp_path)
+    assert all(set(r.metrics) == {"sharpness"} and set(r.unmeasured) == {"Slow(deaf=False)", "Picky()"} for r in rows)
+    assert all("longer than 0.5 s (--row-timeout)" in r.unmeasured["Slow(deaf=False)"] for r in rows)
+    ACTING.clear()
+    assert run_sweep(sweep, mf.toy(), tmp_path).unmeasured == 0
+
+
+DEAF = """
+import sys
+sys.path.insert(0, {root!r})
+import mrflow as mf
+from mrflow.sweep import Sharpness, run_sweep
+from tests.test_reliability import ACTING, Slow, one
+ACTING.add("a")
+sweep = one(metrics=[Slow(True), Sharpness()])
+done = run_sweep(sweep, mf.toy(), {folder!r}, row_timeout=0.5, retry=bool(sys.argv[1:]))
+print(done.made, done.before, done.failed, done.left, done.unmeasured)
+"""
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_metric_that_cannot_be_interrupted_ends_the_process_once(tmp_path: Path, drawn: bool) -> None:
+    """The next run leaves it, and says so; --retry asks it again."""
+    folder = tmp_path / "s"
+    if drawn:
+        run_sweep(one(metrics=[Sharpness()]), mf.toy(), folder)
+
+    def go(*more: str) -> "subprocess.CompletedProcess[str]":
+        code = DEAF.format(root=ROOT, folder=str(folder))
+        return subprocess.run(
+            [sys.executable, "-c", code, *more], capture_output=True, text=True, timeout=120, check=False
+        )
+
+    first = go()
+    assert first.returncode == 75 and "cannot be interrupted" in first.stderr
+    then = go()
+    assert then.returncode == 0, then.stderr
+    assert then.stdout.split() == (["0", "2", "0", "0", "1"] if drawn else ["1", "1", "0", "0", "1"])
+    rows = {r.prompt: r for r in read(folder)}
+    assert rows["a"].unmeasured["Slow(deaf=True)"].startswith(maker.HUNG) and "sharpness" in rows["b"].metrics
+    assert not rows["b"].unmeasured and not list((folder / "leases").glob("*.json"))
+    assert go("retry").returncode == 75
+    done = run_sweep(one(metrics=[Slow(True), Sharpness()]), mf.toy(), folder, retry=True)
+    assert (done.made, done.unmeasured) == (0, 0)
+
+
+@dataclass(frozen=True)
 class Endless(Metric):
     """Gives numbers that no row holds, or more than a row holds."""
 
@@ -372,6 +443,34 @@ def test_what_cannot_be_interrupted_ends_with_its_process(tmp_path: Path) -> Non
     assert done.returncode == 75 and "cannot be interrupted" in done.stderr
     (row,) = read(tmp_path / "s")
     assert row.cause == "timeout" and not list((tmp_path / "s" / "leases").glob("*.json"))
+
+
+WARM = """
+import sys, time
+sys.path.insert(0, {root!r})
+import mrflow as mf
+from mrflow.sweep import maker, run_sweep
+from tests.test_reliability import one
+def stuck(*_, **__):
+    while True:
+        try:
+            time.sleep(600)
+        except BaseException:
+            pass
+maker.warm_up = stuck
+done = run_sweep(one(), mf.toy(), {folder!r}, batch=2, row_timeout=0.3)
+print(done.made, done.failed, done.left, done.stayed)
+"""
+
+
+def test_rows_that_hang_in_their_warm_up_are_made_alone_and_written_off(tmp_path: Path) -> None:
+    """Both rows hang together, then each alone; the fourth run has nothing left to do."""
+    code, ended = WARM.format(root=ROOT, folder=str(tmp_path / "s")), list[int]()
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+        ended.append(done.returncode)
+    assert ended == [75, 75, 75, 0] and done.stdout.split() == ["0", "0", "0", "2"]
+    assert [row.cause for row in read(tmp_path / "s")] == ["timeout", "timeout"]
 
 
 TWICE = """

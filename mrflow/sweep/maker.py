@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Pair = tuple[Prompt, int]  # and the number of the draw
 Held = tuple[Pair, Claim]
 CACHE_BYTES = 1 << 30
+HUNG = "it hung for longer than"  # how the text of a metric begins that is measured again only with `retry`
 
 
 class Remembering(Wrapper):
@@ -72,6 +73,7 @@ class Maker:
         self.again: dict[str, str] = {}
         self.stayed = 0  # rows that failed before and are left so
         self._stale: dict[str, tuple[str, Pair]] = {}
+        self._slow, self._retry = set[tuple[str, str]](), False  # metrics that took too long here, with their rows
         self.model = Remembering(model)
         self.prints = {label: fingerprints(chain) for label, chain in sweep.chains.items()}
         self.plans = sweep.plans(model.info)
@@ -102,6 +104,7 @@ class Maker:
             PlanError: something else has the place of a row that is to be made, see `Store.check_places`.
         """
         out: list[int] = []
+        self._retry = retry
         for pair in pairs:
             lacking, tags = 0, sorted(pair[0].tags.items())
             for label in self.labels:
@@ -168,23 +171,19 @@ class Maker:
             if row is None or not self._is_outdated(row, label, pair):
                 continue
             prompt, _ = pair
-            new = self._unmeasured(row, label)
-            metrics, measured, unmeasured = dict(row.metrics), set(row.measured), dict(row.unmeasured)
+            new = [metric for metric in self._unmeasured(row, label) if not self._is_given_up(row, metric)]
+            kept = {name: text for name, text in row.unmeasured.items() if name in map(repr, self.sweep.metrics)}
+            now = replace(row, chain=label, tags=dict(prompt.tags), unmeasured=kept)
             pixels = reference = None
             try:
                 pixels = self._picture(row) if new else None
                 reference = self._reference(label, pair) if new and self.needs_reference else None
             except MrflowError as error:
-                unmeasured = {repr(metric): _say(error) for metric in new}
+                now = replace(now, unmeasured=dict(now.unmeasured) | {repr(metric): _say(error) for metric in new})
                 pixels = None
             if pixels is not None:
                 looked = Measured(pixels, prompt.text, row.seed, prompt.tags, self.model, reference)
-                found, names, unmeasured = self._numbers(new, looked, label)
-                metrics, measured = metrics | found, measured | names
-            now = replace(
-                row, chain=label, tags=dict(prompt.tags), metrics=metrics, measured=sorted(measured),
-                unmeasured=unmeasured,
-            )  # fmt: skip
+                now = self._measure(now, new, looked)
             if now != row:
                 self.store.commit(now)
                 changed += 1
@@ -192,26 +191,46 @@ class Maker:
                 on_row(now)
         return changed
 
-    def _numbers(
-        self, metrics: Sequence[Metric], measured: Measured, label: str
-    ) -> tuple[dict[str, float], set[str], dict[str, str]]:
-        """Numbers, the metrics that gave them, and what kept others from it; one that lacks its reference waits."""
-        out, names, errors = dict[str, float](), set[str](), dict[str, str]()
+    def _is_given_up(self, row: Row, metric: Metric) -> bool:
+        """Whether a metric took too long for a row: in this run, or so that its process had to end for it."""
+        name = repr(metric)
+        return (row.key, name) in self._slow or (not self._retry and row.unmeasured.get(name, "").startswith(HUNG))
+
+    def _measure(self, row: Row, metrics: Sequence[Metric], made: Measured) -> Row:
+        """A row with these metrics' numbers, or what kept it from them; one that lacks its reference waits."""
+        numbers, names, errors = dict(row.metrics), set(row.measured), dict(row.unmeasured)
+
+        def now() -> Row:
+            return replace(row, metrics=numbers, measured=sorted(names), unmeasured=errors)
+
         for metric in metrics:
-            if metric.needs_reference and measured.reference is None and label != self.sweep.reference:
+            name = repr(metric)
+            errors.pop(name, None)
+            if metric.needs_reference and made.reference is None and row.chain != self.sweep.reference:
                 continue
+
+            def stuck(name: str = name) -> None:
+                errors[name] = f"{HUNG} {self.row_timeout:g} s (--row-timeout) and could not be interrupted"
+                self.store.commit(now())
+                self.store.release([row.key])
+                self.store.leases.abandon()
+
             try:
-                found = metric(measured)
-                new = {name: float(value) for name, value in found.items() if abs(value) <= LARGEST}
-                if len(out | new) > MOST:
-                    raise PlanError(f"with it the metrics give {len(out | new)} numbers a picture, {MOST} at most")
-                out |= new
-                names.add(repr(metric))
+                with time_limit(self.row_timeout, stuck):
+                    found = metric(made)
+                    new = {part: float(value) for part, value in found.items() if abs(value) <= LARGEST}
+                if len(numbers | new) > MOST:
+                    raise PlanError(f"with it the metrics give {len(numbers | new)} numbers a picture, {MOST} at most")
+                numbers |= new
+                names.add(name)
+            except RowTimeoutError:
+                errors[name] = f"it took longer than {self.row_timeout:g} s (--row-timeout)"
+                self._slow.add((row.key, name))
             except BaseException as error:
                 if passes(error) or is_device_lost(error):
                     raise
-                errors[repr(metric)] = _say(error)
-        return out, names, errors
+                errors[name] = _say(error)
+        return now()
 
     def make(
         self, pairs: Sequence[Pair], *, calm: bool = False, on_row: Callable[[Row], None] | None = None
@@ -297,7 +316,7 @@ class Maker:
         self.store.leases.doing([c.key for _, c in group], "alone" if len(group) == 1 else "together")
         keep = self.needs_latents or self.sweep.pictures == "stages"
         rows: list[Row] = []
-        with self._with_limit(label, group):
+        with self._with_limit(label, group):  # of each metric it is measured for itself
             result = run(
                 chain,
                 self.model,
@@ -309,13 +328,13 @@ class Maker:
             )
             took = self._true_cost(label, pairs, result)
             images, timed = result.images, group[0][1].key
-            for i, (pair, claim) in enumerate(group):
-                data = png(images[i], make_record(result, i))
-                try:
-                    picture = self.store.write_picture(self.store.picture_path(claim.key), data)
-                    rows.append(self._row(label, pair, claim, result, i, images[i], took, picture, data, timed))
-                except LeaseLostError:
-                    continue
+        for i, (pair, claim) in enumerate(group):
+            data = png(images[i], make_record(result, i))
+            try:
+                picture = self.store.write_picture(self.store.picture_path(claim.key), data)
+                rows.append(self._row(label, pair, claim, result, i, images[i], took, picture, data, timed))
+            except LeaseLostError:
+                continue
         return rows
 
     @contextmanager
@@ -323,11 +342,15 @@ class Maker:
         """Within the time that rows may take."""
 
         def stuck() -> None:
-            """What cannot be interrupted ends with its process: alone it is written off, else it is made alone next."""
+            """What cannot be interrupted ends with its process: alone it is written off, else it is made alone next,
+            also where it hung before it was said to be computed, in the warm-up.
+            """
             if len(group) == 1:
                 said = f"it hung for longer than {self.row_timeout:g} s (--row-timeout) and could not be interrupted"
                 self.store.commit(self._failure(label, *group[0], said, "timeout"))
                 self.store.release([group[0][1].key])
+            else:
+                self.store.leases.doing([claim.key for _, claim in group], "together")
             self.store.leases.abandon()
 
         with time_limit(None if self.row_timeout is None else self.row_timeout * len(group), stuck):
@@ -368,8 +391,7 @@ class Maker:
             self._reference(label, pair) if self.needs_reference else None,
             self._latents(result, item) if self.needs_latents else None,
         )
-        metrics, names, unmeasured = self._numbers(self.sweep.metrics, measured, label)
-        return replace(
+        row = replace(
             self._begun(label, pair, claim),
             status="done",
             seed=result.seeds[item],
@@ -379,9 +401,6 @@ class Maker:
             flops=sum(t[2] for t in took) / batch,
             peak_bytes=result.peak_bytes,
             stages=stages,
-            metrics=metrics,
-            measured=sorted(names),
-            unmeasured=unmeasured,
             picture=picture,
             picture_bytes=len(data),
             picture_sha256=sha256_of(data),
@@ -389,6 +408,7 @@ class Maker:
             batch=batch,
             timed=timed,
         )
+        return self._measure(row, self.sweep.metrics, measured)
 
     def _failure(self, label: str, pair: Pair, claim: Claim, error: str, cause: Cause) -> Row:
         begun = self._begun(label, pair, claim)
