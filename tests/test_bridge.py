@@ -32,7 +32,9 @@ def state(pipe: Any) -> dict[str, Any]:
         if not isinstance(module, torch.nn.Module):
             continue
         for name, inner in module.named_modules():
-            plain = {k: v for k, v in vars(inner).items() if not k.startswith(("_parameters", "_buffers", "_modules"))}
+            # `rope_deltas` is what older transformers keep of the last call, whoever made it.
+            left = ("_parameters", "_buffers", "_modules", "rope_deltas")
+            plain = {k: v for k, v in vars(inner).items() if not k.startswith(left)}
             seen[f"{part}.{name}"] = {k: repr(v) if isinstance(v, dict | list) else id(v) for k, v in plain.items()}
         tensors = [*module.named_parameters(), *module.named_buffers()]
         seen[f"{part} tensors"] = [

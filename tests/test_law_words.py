@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ from tests.spoiled import COUNTEREXAMPLES, SETTINGS, Even, SpoiledCache, Spoiled
 WORDS = {  # of each law's counterexample
     "schedule: floats": (
         "from 1.0 on flux1-dev at 16 tokens: levels must be a tuple of at least two finite Python floats, got "
-        "(np.float64(1.0), np.float64(0.75), np.float64(0.5), np.float64(0.25))"
+        f"{tuple(np.float64(v) for v in (1.0, 0.75, 0.5, 0.25))!r}"
     ),
     "schedule: start": "from 1.0 on flux1-dev at 16 tokens: begins at 0.99",
     "schedule: zero": "from 1.0 on flux1-dev at 16 tokens: ends at 1e-06, not at exactly 0",

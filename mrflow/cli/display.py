@@ -12,11 +12,12 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import NoReturn
 
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn
 
 from mrflow.display.notes import printable
 from mrflow.errors import MrflowError, words_of
@@ -34,6 +35,14 @@ class Plain(Console):
         """Print, as rich does."""
         with suppress(OSError, ValueError):
             super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **how)  # type: ignore[arg-type]
+
+
+@contextmanager
+def progress_bar(err: Console, *columns: ProgressColumn) -> Generator[Progress]:
+    """A bar on stderr that goes when it is done; where that is no terminal, one that writes nothing."""
+    bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    with bar if err.is_terminal else nullcontext():  # before 14.3 rich ends a disabled bar with an empty line
+        yield bar
 
 
 class _Handler(logging.Handler):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 from torch import Tensor
 
 from mrflow.backbone import Backbone
 from mrflow.cli.chains import build
-from mrflow.cli.display import duration, width
+from mrflow.cli.display import duration, progress_bar, width
 from mrflow.cli.options import ChainOptions, DrawOptions, refuse
 from mrflow.cli.parsing import (
     free_path,
@@ -234,7 +234,7 @@ def progress(err: Console, planned: Plan, groups: Sequence[int] = (1,)) -> Gener
         return f", {duration(seconds / through * (total - through))} left" if through and seconds > 1 else ""
 
     group = 0
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with progress_bar(err, *columns) as bar:
         task = bar.add_task("", total=1, note="")
 
         def listen(event: Event) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Shown
 from rich.table import Column
 
-from mrflow.cli.display import duration, width, wrap
+from mrflow.cli.display import duration, progress_bar, width, wrap
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import load_file, load_model, module_name
 from mrflow.cli.verbs import SweepOptions
@@ -178,7 +177,7 @@ def bar(err: Console) -> Generator[Callable[[Progress], None]]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    with Shown(*columns, console=err, transient=True, disable=not err.is_terminal) as shown:
+    with progress_bar(err, *columns) as shown:
         task = shown.add_task("", total=None, left="")
 
         def show(at: Progress) -> None:
