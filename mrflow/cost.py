@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mrflow.checkpoints.adapters import flops_per_token
 from mrflow.errors import PlanError
 from mrflow.guidance import own_guidance
+from mrflow.machine import hardware
 from mrflow.model_info import CacheLike, ModelInfo
 from mrflow.spec import Latents, Pixels, check_size
 from mrflow.stage import AnyChain, Plan, Work, plan
@@ -128,6 +129,8 @@ def floor_seconds(planned: Plan, *, flops: float = H200[1], bandwidth: float = H
 
 
 ROWS = 3  # rows of tiles alive at once: measured
+# On processors without bfloat16: values of a matrix that are float32 at a time (4 MiB), but rows of it at the least.
+WIDE_BLOCK, WIDE_ROWS = 1 << 20, 256
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,20 @@ class Memory:
 
 
 def memory(
-    planned: Plan, *, offload: "Offload" = "none", storage: str | None = None, fold: bool = True, value_bytes: int = 2
+    planned: Plan,
+    *,
+    offload: "Offload" = "none",
+    storage: str | None = None,
+    fold: bool = True,
+    value_bytes: int = 2,
+    device: str = "cuda",
 ) -> Memory | None:
     """What a plan needs on the device: weights that are there, and values alive at once; None where sizes are unknown.
 
     For a model that is not loaded, weights are counted in bfloat16, and `storage="fp8"` halves its blocks. Attention is
-    taken to keep no table of scores, convolutions no workspace: a GPU's libraries may take more.
+    taken to keep no table of scores, convolutions no workspace: a GPU's libraries may take more. Values of two bytes
+    (`value_bytes`) are bfloat16: on `device="cpu"`, where this processor has no instructions for it, transformers keep
+    theirs in float32, and a part of a matrix too (`mrflow.models.wide`).
     """
     info = planned.model
     f, a = info.footprint, info.architecture
@@ -177,22 +188,26 @@ def memory(
     else:
         folding = max(0, f.modulation_pair - f.block_pair)
     beside = text if offload == "none" else 0
+    wide = value_bytes == 2 and device == "cpu" and not hardware.has_bfloat16()
+    largest = int((3 + a.mlp_ratio) * a.hidden**2)  # what a single block's first product is, all parts joined
+    cast = 4 * min(largest, max(WIDE_BLOCK, int(WIDE_ROWS * (1 + a.mlp_ratio) * a.hidden))) if wide else 0
     moments = {"encoding the prompt": text + (steady if offload == "none" else 0)}
     if folding:
         moments["folding modulations"] = steady + folding + beside
     for row in planned.rows:
-        values = 0.0
+        values, size, more = 0.0, value_bytes, 0
         pixels = next((s for s in (row.out, row.spec) if isinstance(s, Pixels)), None)
         if row.work.nfe and isinstance(row.out, Latents):
+            size, more = 4 if wide else size, cast
             values = f.forward_values * ((row.tokens or row.out.tokens) + a.text_tokens) * a.hidden * row.out.batch
             if row.parts > 1:  # tiles lie in a row as float32: what is given and comes back, in parts and whole
                 cells = row.tokens * row.parts * info.space.channels * info.space.patch**2
-                values += ROWS * cells * row.out.batch * 4 / value_bytes
+                values += ROWS * cells * row.out.batch * 4 / size
             values *= 2 if row.work.negative else 1  # both branches of the guidance in one pass
         elif pixels is not None and isinstance(row.spec, Latents) != isinstance(row.out, Latents):
             per_pixel = f.encode_values if isinstance(row.out, Latents) else f.decode_values
             values = per_pixel * pixels.batch * pixels.height * pixels.width
         if values:
             name = f"{row.name} {row.out}"
-            moments[name] = max(moments.get(name, 0), steady + beside + int(values * value_bytes))
+            moments[name] = max(moments.get(name, 0), steady + beside + more + int(values * size))
     return Memory(moments)

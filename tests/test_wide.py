@@ -1,5 +1,8 @@
 """bfloat16 on processors without it: float32 between the weights, which stay as they lie."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +12,85 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mrflow as mf
+from mrflow.cost import memory
+from mrflow.machine import hardware
 from mrflow.models import wide
+from mrflow.models.fields import step
+from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.lora import AdaptedLinear, Change
-from mrflow.models.wide import WideLinear
+from mrflow.models.wide import WideLinear, widen
+from tests.live import LiveBytes
 from tests.parity.test_flux import relative
 from tests.tiny import write_flux_repo, write_qwen_repo, write_zimage_repo
 
 
-def test_blocks_of_rows_are_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def product(x: torch.Tensor, plain: nn.Linear) -> torch.Tensor:
+    bias = None if plain.bias is None else plain.bias.double()
+    return torch.nn.functional.linear(x.double(), plain.weight.double(), bias)
+
+
+def widened(*sizes: int, bias: bool = True) -> nn.Linear:
+    plain = nn.Linear(*sizes, bias=bias).bfloat16().requires_grad_(False)
+    plain.__class__ = WideLinear
+    return plain
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3])  # two rows are multiplied as they lie, six in float32
+def test_blocks_of_rows_are_the_product(monkeypatch: pytest.MonkeyPatch, tokens: int, bias: bool) -> None:
+    monkeypatch.setattr(wide, "BLOCK", 1)
     monkeypatch.setattr(wide, "ROWS", 5)
     torch.manual_seed(0)
-    plain = nn.Linear(16, 12).bfloat16()
-    x = torch.randn(2, 3, 16).bfloat16()
-    want = torch.nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double())
-    plain.__class__ = WideLinear
-    got = plain(x)
+    plain = widened(16, 12, bias=bias)
+    x = torch.randn(2, tokens, 16).bfloat16()
+    got, want = plain(x), product(x, plain)
     assert got.dtype == torch.bfloat16 and torch.equal(got, want.bfloat16())
+    exact = plain(x.float())
+    assert exact.dtype == torch.float32 and relative(exact, want) < 1e-6
+
+
+class Casts(TorchDispatchMode):
+    """How many values of matrices were made float32, and how many of them in new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied = self.new = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.ndim == 2 and out.dtype == torch.float32:
+            self.copied += out.numel() * ("copy_" in str(func))
+            self.new += out.numel() * ("_to_copy" in str(func))
+        return out
+
+
+def test_a_vector_of_modulations_casts_no_matrix_and_others_are_cast_where_the_last_one_was() -> None:
+    plain, vector, tokens = widened(64, 48), torch.randn(1, 64).bfloat16(), torch.randn(1, 9, 64)
+    with torch.inference_mode():
+        plain(tokens)
+    for x, count in ((vector, 0), (tokens, 48 * 64)):
+        with Casts() as casts:
+            plain(x)
+        assert (casts.copied, casts.new) == (count, 0)
+
+
+def test_gradients_are_those_of_the_product() -> None:
+    """What autograd keeps is not written over by the next product."""
+    torch.manual_seed(0)
+    first, second = widened(16, 16), widened(16, 8)
+    x = torch.randn(5, 16, requires_grad=True)
+    second(first(x)).sum().backward()
+    assert x.grad is not None
+    assert relative(x.grad, (second.weight.double().sum(0) @ first.weight.double()).expand(5, -1)) < 1e-5
+
+
+def test_threads_do_not_share_what_they_cast() -> None:
+    torch.manual_seed(0)
+    layers, x = [widened(32, 32) for _ in range(8)], torch.randn(40, 32)
+    want = [layer(x) for layer in layers]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda i: torch.equal(layers[i % 8](x), want[i % 8]), range(400))
+        assert all(found)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -38,10 +104,10 @@ def test_a_model_is_widened_where_the_processor_needs_it(tmp_path: Path, monkeyp
         assert all(p.dtype == dtype for p in model.transformer.parameters())
         return kinds, mf.run(stage, model, "a cat", seed=1).data
 
-    monkeypatch.setattr(wide, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda: True)
     kinds, native = latents(torch.bfloat16)
     assert kinds == {nn.Linear}
-    monkeypatch.setattr(wide, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda: False)
     kinds, exact = latents(torch.float32)
     assert kinds == {nn.Linear}
     kinds, widened = latents(torch.bfloat16)
@@ -89,7 +155,7 @@ def test_nothing_between_the_products_is_bfloat16(write: Any, tmp_path: Path, mo
     exact: Any = mf.load(tmp_path / "r", device="cpu", dtype=torch.float32)
     for p in exact.transformer.parameters():
         p.data = p.data.bfloat16().float()
-    monkeypatch.setattr(wide, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda: False)
     model: Any = mf.load(tmp_path / "r", device="cpu", dtype=torch.bfloat16)
     assert all(type(m) is not nn.Linear for m in model.transformer.modules())
     exact.transformer.tables = model.transformer.tables  # whose levels are rounded as the reference rounds them
@@ -103,3 +169,32 @@ def test_nothing_between_the_products_is_bfloat16(write: Any, tmp_path: Path, mo
         assert relative(got, exact.field(cond)(x, 0.7)) < 1e-5
     views = ("aten.split", "aten.slice", "aten.t.", "aten.view", "aten.transpose", "aten.alias", "aten.detach")
     assert not {name for name, dtype in dtypes.seen if dtype != torch.float32 and not name.startswith(views)}
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_its_memory_is_predicted(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one step holds beside the weights, against bytes that are counted: float32, and a part of a matrix."""
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(wide, "_kept", threading.local())  # what this thread has cast before counts too
+    params = FluxParams(hidden=256, heads=2, context=64, pooled=32, double_blocks=2, single_blocks=2)
+    net = Flux(params, split=split).to(torch.bfloat16).eval().requires_grad_(False)
+    widen(net)
+    text, side = 64, 24
+    given = torch.randn(1, side * side, 64), torch.randn(1, text, 256)
+    cos, table = torch.randn(text + side * side, 64), torch.randn(1, params.modulations, 256)
+    with torch.no_grad(), LiveBytes() as live:
+        step(net, *given, cos, cos, table)
+    flux = mf.FLUX
+    assert flux.architecture is not None and flux.footprint is not None
+    sizes = replace(flux.architecture, hidden=256, text_tokens=text)
+    planned = mf.plan(mf.Sample(16 * side, 16 * side, mf.Linear(1)), replace(flux, architecture=sizes))
+
+    def values(device: str) -> int:
+        found = memory(planned, device=device)
+        assert found is not None
+        return max(found.moments.values()) - flux.footprint.total  # type: ignore[union-attr]
+
+    assert 0.8 * values("cpu") < live.peak <= values("cpu")
+    assert values("cuda") < 0.6 * live.peak
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda: True)
+    assert values("cpu") == values("cuda")

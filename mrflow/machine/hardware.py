@@ -1,4 +1,4 @@
-"""What pictures are made on, for people."""
+"""What pictures are made on: for people, and what its instructions are good for."""
 
 import platform
 from contextlib import suppress
@@ -26,3 +26,8 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "processor"
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor's bfloat16 products are not emulated value by value."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
