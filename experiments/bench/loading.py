@@ -141,7 +141,9 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.9, help="a whole number of blocks, one pair at least")
     parser.add_argument("--width", type=int, default=WIDTH, help="below 3072: diffusers' shards alone")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=sorted({c.name[:2] for c in CASES}), help="default: all")
     args = parser.parse_args()
+    wanted = [c for c in CASES if not args.cases or c.name[:2] in args.cases]
     rows: list[Row] = []
     checks: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -150,7 +152,7 @@ def main() -> None:
         mapping = find_spec("accelerate") is not None
         print(f"{size / 1e9:.2f} GB = {size / MIB:.0f} MiB in bfloat16; memory in MiB, diffusers / ours;")
         print(f"diffusers runs {'with' if mapping else 'WITHOUT'} accelerate\n")
-        for case in (c for c in CASES if args.width == WIDTH or c.where != SINGLE):
+        for case in (c for c in wanted if args.width == WIDTH or c.where != SINGLE):
             theirs, ours = code("theirs", folder, case), code("ours", folder, case)
             if process(theirs).report["digest"] != process(ours).report["digest"]:
                 raise Unequal(f"{case.name}: the two sides loaded different tensors")

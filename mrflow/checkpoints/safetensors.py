@@ -427,7 +427,7 @@ def fill_module(
         old = getattr(parent, leaf)
         setattr(parent, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
     starts = {storage.data_ptr(): path for path, storage in files.items()}
-    kept = {starts.get(t.untyped_storage().data_ptr()) for t in module.state_dict().values()}
+    kept = {starts.get(t.untyped_storage().data_ptr()) for t in (*module.parameters(), *module.buffers())}
     module.__dict__["_mapped"] = {path: files[path].nbytes() for path in kept if path is not None}
 
 
