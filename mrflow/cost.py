@@ -4,26 +4,18 @@ Only matrix products, attention and convolutions count. For a transformer of wid
 each block of either kind costs 24 d^2 S in its linears and 4 d S^2 in attention: FLUX.1-dev 12.909e9 S + 700,416 S^2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from mrflow.checkpoints.adapters import flops_per_token
+from mrflow.checkpoints.adapters import Lora, flops_per_token
 from mrflow.errors import PlanError
-from mrflow.guidance import own_guidance
+from mrflow.guidance import Guidance, own_guidance
 from mrflow.machine import hardware
-from mrflow.model_info import CacheLike, ModelInfo
+from mrflow.model_info import CacheLike, ModelInfo, Offload
+from mrflow.schedules import Sigmas
+from mrflow.solvers import Solver
 from mrflow.spec import Latents, Pixels, check_size
 from mrflow.stage import AnyChain, Plan, Work, plan
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mrflow.checkpoints.adapters import Lora
-    from mrflow.guidance import Guidance
-    from mrflow.model_info import Offload
-    from mrflow.schedules import Sigmas
-    from mrflow.solvers import Solver
 
 
 def forward_flops(model: ModelInfo, tokens: int) -> float:
@@ -61,11 +53,11 @@ def encode_flops(model: ModelInfo, height: int, width: int) -> float:
 def sampling_work(
     model: ModelInfo,
     out: Latents,
-    sigmas: "Sigmas",
-    solver: "Solver",
-    guidance: "Guidance | None",
+    sigmas: Sigmas,
+    solver: Solver,
+    guidance: Guidance | None,
     cache: CacheLike | None = None,
-    lora: "Sequence[Lora]" = (),
+    lora: Sequence[Lora] = (),
 ) -> Work:
     """The forwards of one integration: what the solver evaluates, times the passes of the guidance there.
 
@@ -153,7 +145,7 @@ class Memory:
 def memory(
     planned: Plan,
     *,
-    offload: "Offload" = "none",
+    offload: Offload = "none",
     storage: str | None = None,
     fold: bool = True,
     value_bytes: int = 2,

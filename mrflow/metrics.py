@@ -1,18 +1,14 @@
 """Numbers about pictures, as plain functions: one value for each item of a batch."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.flow import double
 
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
 
-
-def round_trip_energy(model: "Backbone", latents: Tensor) -> Tensor:
+def round_trip_energy(model: Backbone, latents: Tensor) -> Tensor:
     """How far latents (b, c, h, w) are from any picture's: the mean of (encode(decode(z)) - z) squared, shape (b).
 
     0 and up, lower is nearer; the encoder's mode. A lift whose energy is many times that of sampled latents has left

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from mrflow._checks import check_sides, is_whole, require
+from mrflow.caches import Cache
 from mrflow.checkpoints.adapters import Loras, PiFlow
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
@@ -25,9 +26,6 @@ from mrflow.stage import Chain
 from mrflow.stages import Decode, Encode, Lift, Quantise, Refine, Reinject, Sample, Tiles, Upscale
 from mrflow.students import Student
 from mrflow.upscalers.interpolate import Filter
-
-if TYPE_CHECKING:
-    from mrflow.caches import Cache
 
 SPECTRUM = PowerSpectrum()
 SIGMA = 0.12  # the published noise level of refinement (arXiv 2607.01642; official scripts)
@@ -62,7 +60,7 @@ def native(
     schedule: Schedule | None = None,
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
-    cache: "Cache | None" = None,
+    cache: Cache | None = None,
     lora: Loras = (),
 ) -> Chain[Start, Pixels]:
     """Plain sampling at full size: what staged sampling is held against."""
@@ -84,7 +82,7 @@ def paper(
     guidance: Guidance | None = None,
     refine_guidance: Guidance | None = None,
     noise: Noise = PerItem(),
-    cache: "Cache | None" = None,
+    cache: Cache | None = None,
     lora: Loras = (),
     refine_lora: Loras = (),
     tiles: Tiles | None = None,
@@ -155,7 +153,7 @@ def ladder(
     schedule: Schedule | None = None,
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
-    cache: "Cache | None" = None,
+    cache: Cache | None = None,
     tiles: Tiles | None = None,
 ) -> Chain[Start, Pixels]:
     """MrFlow over more than two resolutions: sizes rise, and every rung is upscaled, noised and refined.
@@ -464,7 +462,7 @@ def enlarge(
     schedule: Schedule | None = None,
     solver: Solver = Euler(),
     guidance: Guidance | None = None,
-    cache: "Cache | None" = None,
+    cache: Cache | None = None,
     tiles: Tiles | None = None,
 ) -> Chain[Pixels, Pixels]:
     """MrFlow's second half for a picture that exists already: give it to `run` as `start=`; `tiles` as in `ladder`."""

@@ -1,18 +1,15 @@
 """Linear previews: a pixel of each latent cell, fitted to a model by least squares."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.protocols.decoder import Decoder
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class LinearDecoder(Decoder):
         return F.conv2d(latents, weight[:, :, None, None], bias)
 
 
-def linear_decoder(model: "Backbone", pixels: Float[Tensor, "b 3 h w"]) -> LinearDecoder:
+def linear_decoder(model: Backbone, pixels: Float[Tensor, "b 3 h w"]) -> LinearDecoder:
     """The linear preview that fits a model's autoencoder best on these images, in [0, 1], by least squares.
 
     Each cell's latents, and 1, against the mean colour of the pixels it stands for. Images should be of the kind that

@@ -4,19 +4,17 @@ import html as escaping
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from mrflow._checks import check_whole
+from mrflow.backbone import Backbone
 from mrflow.display import html
 from mrflow.display.notes import printable
 from mrflow.records.pictures import png, strip, to_images
 from mrflow.runner import Event, Noted, StageBegan, StageEnded, Stepped
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
-    from mrflow.solvers import Step
+from mrflow.solvers import Step
 
 EVERY_SECONDS = 0.1  # how often a line or a bar is drawn again
 
@@ -55,7 +53,7 @@ class ShowProgress:
         PlanError: `every` is no whole number above 0.
     """
 
-    def __init__(self, preview: "Backbone | None" = None, *, every: int = 1) -> None:
+    def __init__(self, preview: Backbone | None = None, *, every: int = 1) -> None:
         check_whole("every", every, 1)
         self.preview, self.every = preview, every
         self._show = _notebook() or (_Terminal() if sys.stderr is not None and sys.stderr.isatty() else _Silent())
@@ -86,7 +84,7 @@ class ShowProgress:
             text = f"{event.done} of {event.total} rows{bad}{left}"
             self._draw(text, event.done, event.total, last=event.done >= event.total)
 
-    def _look(self, step: "Step") -> None:
+    def _look(self, step: Step) -> None:
         """Decode the clean estimate for a notebook."""
         if self.preview is None or not self._show.pictures or step.index % self.every or step.denoised.ndim != 4:
             return

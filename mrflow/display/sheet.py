@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.records.pictures import to_images
 from mrflow.result import Result
@@ -15,9 +15,6 @@ from mrflow.schedules import Shifted
 from mrflow.spec import Pixels
 from mrflow.stage import AnyChain, Chain, human, plan
 from mrflow.stages import Sample
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
 
 MARGIN, GAP, PAIRS = 8, 20, 2  # pixels within a pair and between pairs; pairs a row
 INK, PAPER = (30, 30, 34), (250, 250, 250)
@@ -56,7 +53,7 @@ def stage_names(chain: AnyChain) -> list[str]:
     return [f"{number}-{type(stage).__name__.lower()}" for number, stage in enumerate(tuple(chain)[:-1], 1)]
 
 
-def warm_up(chains: Sequence[AnyChain], model: "Backbone", batch: int, prompt: str = "") -> None:
+def warm_up(chains: Sequence[AnyChain], model: Backbone, batch: int, prompt: str = "") -> None:
     """Run each chain once, with two steps where it allows that, so that a comparison does not time first calls.
 
     `prompt` is one that every chain can draw.

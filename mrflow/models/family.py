@@ -5,12 +5,12 @@ ask the same family, so that they cannot differ.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -23,9 +23,6 @@ from mrflow.models.blocks import Transformer
 from mrflow.models.offload import RuntimeOptions
 from mrflow.protocols.upscaler import Upscaler
 from mrflow.stage import Chain
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 BUILT_IN = (
     "mrflow.models.flux.family:FluxFamily",
@@ -194,7 +191,7 @@ def family_of_network(net: object) -> Family:
     )
 
 
-def marks() -> "Iterator[tuple[str, str]]":
+def marks() -> Iterator[tuple[str, str]]:
     """(tensor name, what has it) of all families: transformers first, for files that hold other networks too."""
     for family in families():
         yield from ((mark, family.transformer) for mark in family.marks)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,11 @@ from mrflow.models.offload import (
     module_tensors,
     watch,
 )
+from mrflow.models.piflow import Policies
 from mrflow.models.transformer_model import TransformerModel
 from mrflow.models.wide import widen
 from mrflow.protocols.upscaler import Upscaler
 from mrflow.tiling import in_tiles
-
-if TYPE_CHECKING:
-    from mrflow.models.piflow import Policies
 
 _ADAPTING = threading.RLock()  # adapters are read once, whichever thread asks first
 TILE = 64  # latent cells a side, where the autoencoder works in tiles
@@ -156,7 +154,7 @@ class LatentModel(TransformerModel):
     def conditioning_vector(self, cond: Condition, sigma: float, *, guidance: float | None = None) -> Tensor:
         """What every modulation starts from at a level: (b, width)."""
 
-    def policies(self, adapter: PiFlow, loras: Sequence[Lora]) -> "Policies":
+    def policies(self, adapter: PiFlow, loras: Sequence[Lora]) -> Policies:
         """The same model with a pi-Flow adapter, and perhaps LoRAs, on top; the last one that was asked for is kept.
 
         Raises:

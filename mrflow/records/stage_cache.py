@@ -11,13 +11,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from mrflow._checks import check_path, check_whole
+from mrflow.backbone import Backbone, Condition
 from mrflow.display.notes import note
 from mrflow.flow import finite
 from mrflow.records.chains import fingerprint
@@ -25,9 +25,6 @@ from mrflow.records.files import read_regular
 from mrflow.records.publish import publish
 from mrflow.spec import Pixels, Spec, Start, State
 from mrflow.stage import A, B, Chain, Plan
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone, Condition
 
 
 class StageCache:
@@ -54,12 +51,12 @@ class StageCache:
     def keys(
         self,
         chain: Chain[A, B],
-        model: "Backbone",
+        model: Backbone,
         prompts: Sequence[str],
         seeds: Sequence[int],
         negative: str,
         first: State[Spec],
-        condition: "Condition | None",
+        condition: Condition | None,
     ) -> list[list[str]]:
         """For each stage, a key for each item."""
         info = model.info

@@ -1,7 +1,7 @@
 """Noise to latents over growing grids that share one noise field (Fresco)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -17,9 +17,7 @@ from mrflow.rivals.shared import GrowingTokens, at_places, shared_out
 from mrflow.schedules import Schedule, Shifted, Sigmas, shift_static
 from mrflow.solvers import Euler
 from mrflow.spec import Latents, Start, State
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
+from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class SampleConverged(GrowingTokens):
         """How many of the coarse tokens grow first."""
         return max(1, int(coarse * self.share))
 
-    def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Start], out: Latents, ctx: Context) -> Tensor:
         """Three integrations and two growths."""
         guidance, patch = self.guidance or own_guidance(ctx.model.info), out.space.patch
         first, second, third = self.sigmas(ctx.model.info)

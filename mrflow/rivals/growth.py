@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,9 @@ from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.schedules import shift_static
 from mrflow.spec import Latents, State
-from mrflow.stage import Stage
+from mrflow.stage import Context, Stage
 from mrflow.stages.decode import check_space
 from mrflow.stages.lift import lifted_spec
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Grow(Stage[Latents, Latents]):
         large = lifted_spec(spec, self.size, model)
         return replace(large, sigma=shift_static(spec.sigma, large.height / spec.height))
 
-    def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Latents], out: Latents, ctx: Context) -> Tensor:
         """Grow."""
         noise = ctx.noise(out.shape, source=self.noise)
         return grow(state.data, noise, state.spec.sigma)

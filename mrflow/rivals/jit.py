@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,7 @@ from mrflow.rivals.shared import ThreeStages, shared_out
 from mrflow.schedules import Beta, Schedule, Sigmas
 from mrflow.solvers import Euler, Step
 from mrflow.spec import Latents, Start, State
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
+from mrflow.stage import Context
 
 SOFT = 0.4  # of the mean distance between anchors: the standard deviation of the blur, at least one token
 CHUNK = 256  # tokens at once, in the search for the nearest anchors
@@ -71,7 +69,7 @@ class SampleAnchors(ThreeStages):
         few, more = (max(1, math.floor(whole * share)) for share in self.shares)
         return few, max(few, more), whole
 
-    def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Start], out: Latents, ctx: Context) -> Tensor:
         """Two integrations of anchors, item by item since each has its own, and one of all tokens."""
         guidance, patch = self.guidance or own_guidance(ctx.model.info), out.space.patch
         h, w = out.height // patch, out.width // patch

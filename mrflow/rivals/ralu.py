@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,10 +23,7 @@ from mrflow.rivals.shared import GrowingTokens, at_places
 from mrflow.schedules import Sigmas, shift_static
 from mrflow.solvers import Euler, Step
 from mrflow.spec import Latents, Start, State
-from mrflow.stage import Work
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
+from mrflow.stage import Context, Work
 
 Three = tuple[float, float, float]
 
@@ -82,7 +79,7 @@ class SampleRegions(GrowingTokens):
         decoding = Work(flops=spec.batch * decode_flops(model, self.height // 2, self.width // 2))
         return super().work(spec, out, model) + decoding
 
-    def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Start], out: Latents, ctx: Context) -> Tensor:
         """Three integrations and two transitions."""
         guidance, patch = self.guidance or own_guidance(ctx.model.info), out.space.patch
         first, second, third = self.sigmas(ctx.model.info)

@@ -1,7 +1,7 @@
 """Clean latents to more latents, over latents and over pixels, mixed where the two disagree."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,12 +13,9 @@ from mrflow.cost import decode_flops, encode_flops
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.spec import Latents, State
-from mrflow.stage import Stage, Work
+from mrflow.stage import Context, Stage, Work
 from mrflow.stages.decode import check_space
 from mrflow.stages.lift import lifted_spec
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class SelfLift(Stage[Latents, Latents]):
         small, large = (per * spec.height, per * spec.width), (per * out.height, per * out.width)
         return Work(flops=spec.batch * (decode_flops(model, *small) + encode_flops(model, *large)))
 
-    def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Latents], out: Latents, ctx: Context) -> Tensor:
         """Lift both ways and mix."""
         per = ctx.model.info.space.downscale
         lifted = interpolate(state.data, size=(out.height, out.width), mode="nearest-exact")

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -19,10 +18,7 @@ from mrflow.protocols.tokens import pack, unpack
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Euler
 from mrflow.spec import Latents, Start, check_size
-from mrflow.stage import Stage, Work
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
+from mrflow.stage import Context, Stage, Work
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def shared_out(grid: Sigmas, steps: tuple[int, int, int]) -> tuple[Sigmas, Sigma
 
 
 def at_places(
-    ctx: "Context",
+    ctx: Context,
     guidance: Guidance,
     tokens: Float[Tensor, "b n d"],
     sigmas: Sigmas,

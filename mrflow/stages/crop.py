@@ -1,17 +1,14 @@
 """Pixels to fewer pixels, cut off at the edges."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from mrflow._checks import check_whole
 from mrflow.model_info import ModelInfo
 from mrflow.spec import Pixels, State
-from mrflow.stage import Stage
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
+from mrflow.stage import Context, Stage
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Crop(Stage[Pixels, Pixels]):
             check_whole(name, side, 1, have, wanted=f"a whole number of pixels from 1 to the picture's {have}")
         return Pixels(spec.batch, self.height, self.width)
 
-    def apply(self, state: State[Pixels], out: Pixels, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Pixels], out: Pixels, ctx: Context) -> Tensor:
         """Cut."""
         top, left = (state.spec.height - self.height) // 2, (state.spec.width - self.width) // 2
         return state.data[:, :, top : top + self.height, left : left + self.width].contiguous()

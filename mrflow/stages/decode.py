@@ -1,7 +1,7 @@
 """Latents to pixels."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -10,10 +10,7 @@ from mrflow.errors import PlanError, PromiseError
 from mrflow.model_info import ModelInfo
 from mrflow.protocols.decoder import Decoder
 from mrflow.spec import Latents, Pixels, State
-from mrflow.stage import Stage, Work
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
+from mrflow.stage import Context, Stage, Work
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Decode(Stage[Latents, Pixels]):
             return Work(flops=spec.batch * out.height * out.width * self.decoder.flops_per_pixel)
         return Work(flops=spec.batch * decode_flops(model, out.height, out.width))
 
-    def apply(self, state: State[Latents], out: Pixels, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Latents], out: Pixels, ctx: Context) -> Tensor:
         """Decode."""
         if self.decoder is None:
             return ctx.model.decode(state.data)

@@ -1,7 +1,7 @@
 """Pixels to clean latents."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -9,10 +9,7 @@ from mrflow.cost import encode_flops
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.spec import Latents, Pixels, State, check_size
-from mrflow.stage import Stage, Work
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
+from mrflow.stage import Context, Stage, Work
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Encode(Stage[Pixels, Latents]):
         """The encoder's arithmetic, where the model's facts tell it."""
         return Work(flops=spec.batch * encode_flops(model, spec.height, spec.width))
 
-    def apply(self, state: State[Pixels], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Pixels], out: Latents, ctx: Context) -> Tensor:
         """Encode."""
         noise = ctx.noise(out.shape, source=self.noise) if self.posterior else None
         return ctx.model.encode(state.data, noise)

@@ -2,11 +2,11 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
-from mrflow.backbone import FieldOptions
+from mrflow.backbone import Backbone, FieldOptions
 from mrflow.caches.base import Cache, check_fits
 from mrflow.checkpoints.adapters import Lora, Loras, PiFlow, check_loras
 from mrflow.cost import sampling_work
@@ -18,11 +18,7 @@ from mrflow.noise import Noise, PerItem
 from mrflow.schedules import Sigmas
 from mrflow.solvers import Euler, Solver, StochasticEuler
 from mrflow.spec import Latents, Spec
-from mrflow.stage import PlannedStage, Stage
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
-    from mrflow.stage import Context
+from mrflow.stage import Context, PlannedStage, Stage
 
 ENOUGH = 0.75  # of the variance that Euler without churn leaves; below, a note says so
 BEGINNING = 1e-5  # how far apart the levels may lie: rounding of float32
@@ -113,7 +109,7 @@ class Integrating(Stage[S, Latents]):
                 "make both the same"
             )
 
-    def check(self, model: "Backbone") -> None:
+    def check(self, model: Backbone) -> None:
         """An adapter must fit the model."""
         model.check(self.options)
 
@@ -125,7 +121,7 @@ class Integrating(Stage[S, Latents]):
         """What one forward is given of latents, and how many such forwards make the whole."""
         return out, 1
 
-    def integrate(self, x: Tensor, out: Latents, ctx: "Context") -> Tensor:
+    def integrate(self, x: Tensor, out: Latents, ctx: Context) -> Tensor:
         """From the first of the planned levels to the last; churn that takes much of the variance is noted."""
         if self.policy is not None:
             return ctx.follow(self.policy, x, ctx.sigmas, guidance=self.guidance, lora=self.adapters)

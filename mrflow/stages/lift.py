@@ -1,7 +1,7 @@
 """Latents to more latents, without pixels."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -11,12 +11,9 @@ from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.protocols.upscaler import LatentUpscaler, apply_upscaler, passes_to, scale_of
 from mrflow.spec import Latents, State, check_size
-from mrflow.stage import Stage, Work
+from mrflow.stage import Context, Stage, Work
 from mrflow.stages.decode import check_known
 from mrflow.upscalers.interpolate import Filter, check_filter
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Lift(Stage[Latents, Latents]):
         cells = sum(spec.height * spec.width * net.scale ** (2 * i) for i in range(passes))
         return Work(flops=spec.batch * cells * net.flops_per_cell)
 
-    def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Latents], out: Latents, ctx: Context) -> Tensor:
         """Enlarge."""
         x, size = state.data, (out.height, out.width)
         if self.upscaler is not None:

@@ -1,17 +1,14 @@
 """Pixels to 8 bits and back: the step between stages that the published scripts take, for those who want it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from mrflow.model_info import ModelInfo
 from mrflow.spec import Pixels, State
-from mrflow.stage import Stage
+from mrflow.stage import Context, Stage
 from mrflow.upscalers.composite import quantise
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,6 @@ class Quantise(Stage[Pixels, Pixels]):
         """The same facts."""
         return spec
 
-    def apply(self, state: State[Pixels], out: Pixels, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Pixels], out: Pixels, ctx: Context) -> Tensor:
         """floor(255 x) / 255 or round(255 x) / 255."""
         return quantise(state.data, truncate=self.truncate)

@@ -1,7 +1,7 @@
 """Noisy latents to clean ones: the refinement stage."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -10,12 +10,10 @@ from mrflow.guidance import Guidance
 from mrflow.model_info import ModelInfo
 from mrflow.schedules import DirectSigma, Schedule, Sigmas
 from mrflow.spec import Latents, State
+from mrflow.stage import Context
 from mrflow.stages.decode import check_space
 from mrflow.stages.integrating import Integrating
 from mrflow.stages.tiles import InTiles, Tiles, check_tiles
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Refine(Integrating[Latents]):
         """From the level of the latents."""
         return self.schedule(begin.sigma, begin.tokens, model)
 
-    def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Latents], out: Latents, ctx: Context) -> Tensor:
         """Integrate."""
         return self.integrate(state.data, out, ctx)
 

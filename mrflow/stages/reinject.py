@@ -1,7 +1,7 @@
 """Clean latents to noisy ones."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,11 +12,8 @@ from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.schedules.partial import Level
 from mrflow.spec import Latents, State
-from mrflow.stage import Stage
+from mrflow.stage import Context, Stage
 from mrflow.stages.decode import check_space
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,6 @@ class Reinject(Stage[Latents, Latents]):
             raise PlanError(f"latents already hold noise (sigma {spec.sigma:g}); put Refine() before Reinject()")
         return replace(spec, sigma=float(sigma))
 
-    def apply(self, state: State[Latents], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Latents], out: Latents, ctx: Context) -> Tensor:
         """Mix."""
         return renoise(state.data, ctx.noise(out.shape, source=self.noise), out.sigma)

@@ -1,7 +1,7 @@
 """Noise to latents: the sampling stage."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -9,10 +9,8 @@ from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.schedules import Schedule, Shifted, Sigmas, cut
 from mrflow.spec import Latents, Start, State, check_size
+from mrflow.stage import Context
 from mrflow.stages.integrating import Integrating
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,6 @@ class Sample(Integrating[Start]):
         sigmas = self.schedule(begin.sigma, begin.tokens, model)
         return cut(sigmas, self.stop) if self.stop else sigmas
 
-    def apply(self, state: State[Start], out: Latents, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Start], out: Latents, ctx: Context) -> Tensor:
         """Draw noise and integrate."""
         return self.integrate(ctx.noise(out.shape, source=self.noise), out, ctx)

@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,10 +14,7 @@ from mrflow.scenes.hard import draw_scene
 from mrflow.scenes.looks import look_of, restyle
 from mrflow.scenes.render import render
 from mrflow.spec import Pixels, Start, State
-from mrflow.stage import Stage
-
-if TYPE_CHECKING:
-    from mrflow.stage import Context
+from mrflow.stage import Context, Stage
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Truth(Stage[Start, Pixels]):
             look_of(self.look)
         return Pixels(spec.batch, self.height, self.width)
 
-    def apply(self, state: State[Start], out: Pixels, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Start], out: Pixels, ctx: Context) -> Tensor:
         """Render, float32 in [0, 1]."""
         scenes = [draw_scene(prompt, random.Random(seed)) for prompt, seed in zip(ctx.prompts, ctx.seeds, strict=True)]
         pixels = np.stack([render(restyle(scene, self.look), out.height) for scene in scenes])

@@ -1,21 +1,18 @@
 """Pixels to more pixels."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from mrflow._checks import check_sides
+from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.protocols.upscaler import Upscaler, apply_upscaler, passes_to, scale_of
 from mrflow.spec import MAX_SIDE, Pixels, State
-from mrflow.stage import Stage, Work
+from mrflow.stage import Context, Stage, Work
 from mrflow.stages.lift import check_rise
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
-    from mrflow.stage import Context
 
 
 @dataclass(frozen=True)
@@ -65,14 +62,14 @@ class Upscale(Stage[Pixels, Pixels]):
             flops += spec.batch * height * width * per_pixel
         return Work(flops=flops)
 
-    def check(self, model: "Backbone") -> None:
+    def check(self, model: Backbone) -> None:
         """The model must have a net of its own where none is named."""
         if self.upscaler is None and model.upscaler is None:
             raise PlanError(
                 f"{model.info.name} was loaded without a super-resolution net; name one, such as Upscale(Lanczos(2))"
             )
 
-    def apply(self, state: State[Pixels], out: Pixels, ctx: "Context") -> Tensor:
+    def apply(self, state: State[Pixels], out: Pixels, ctx: Context) -> Tensor:
         """Enlarge, then resize if the sizes still differ."""
         upscaler = self.upscaler or ctx.model.upscaler
         if upscaler is None:

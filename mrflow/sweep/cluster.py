@@ -5,30 +5,27 @@ costs at most the rows that it had in hand: its leases are seen to be dead, and 
 """
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mrflow._checks import is_number, is_whole
+from mrflow.backbone import Backbone
 from mrflow.errors import DeviceLostError, PlanError, ResourceError
 from mrflow.records import sources
 from mrflow.records.chains import sources_of
 from mrflow.sweep import leases
+from mrflow.sweep.grid import Sweep
 from mrflow.sweep.limits import RETRY
 from mrflow.sweep.local import Progress, RowTally, Summary, check_run, manifest
 from mrflow.sweep.maker import Maker, Pair
 from mrflow.sweep.rows import Row
 from mrflow.sweep.store import MAX_TRIES, Store
 from mrflow.sweep.trackers import Logs, Tracker
-
-if TYPE_CHECKING:
-    import threading
-
-    from mrflow.backbone import Backbone
-    from mrflow.sweep.grid import Sweep
 
 MOST = 10_000  # workers
 ROUNDS = MAX_TRIES + 2  # how often at least what is still missing is handed out: a row may take workers down with it
@@ -69,8 +66,8 @@ class Worker:
 
     def __init__(
         self,
-        sweep: "Sweep",
-        load: "Callable[[], Backbone]",
+        sweep: Sweep,
+        load: Callable[[], Backbone],
         folder: str,
         row_timeout: float | None = None,
         code: Mapping[str, str] | None = None,
@@ -118,8 +115,8 @@ class Worker:
 
 
 def run_on_ray(
-    sweep: "Sweep",
-    load: "Callable[[], Backbone]",
+    sweep: Sweep,
+    load: Callable[[], Backbone],
     folder: str | Path,
     pool: Pool = Pool(),
     *,
@@ -128,7 +125,7 @@ def run_on_ray(
     retry: bool = False,
     row_timeout: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-    stop: "threading.Event | None" = None,
+    stop: threading.Event | None = None,
     log: Sequence[Tracker] = (),
 ) -> Summary:
     """`run_sweep` with the workers of a pool; `load` makes the model in each of them.
@@ -161,8 +158,8 @@ def run_on_ray(
 
 def _run(
     ray: Any,  # noqa: ANN401
-    sweep: "Sweep",
-    load: "Callable[[], Backbone]",
+    sweep: Sweep,
+    load: Callable[[], Backbone],
     folder: str,
     pool: Pool,
     batch: int,
@@ -170,7 +167,7 @@ def _run(
     retry: bool,  # noqa: FBT001
     row_timeout: float | None,
     on_progress: Callable[[Progress], None] | None,
-    stop: "threading.Event | None",
+    stop: threading.Event | None,
     log: Sequence[Tracker],
 ) -> Summary:
     kind = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=3)(Worker)

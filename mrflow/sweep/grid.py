@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 from mrflow import __version__
 from mrflow._checks import check_seed
@@ -16,11 +16,9 @@ from mrflow.records.chains import Plain, encode_chain, fingerprint
 from mrflow.records.files import cache_folder
 from mrflow.spec import Pixels, Start
 from mrflow.stage import AnyChain, AnyStage, Chain, Plan, plan
+from mrflow.sweep.metrics import Metric
 from mrflow.sweep.rows import row_key as row_key
 from mrflow.sweep.rows import seed_of as seed_of
-
-if TYPE_CHECKING:
-    from mrflow.sweep.metrics import Metric
 
 Pictures = Literal["last", "stages"]
 
@@ -49,7 +47,7 @@ class Sweep:
     chains: Mapping[str, AnyChain]
     prompts: Sequence[Prompt]
     seeds: Sequence[int]
-    metrics: Sequence["Metric"]
+    metrics: Sequence[Metric]
     model: str
     negative: str | None
     reference: str
@@ -61,7 +59,7 @@ class Sweep:
         prompts: Iterable[str | Prompt],
         *,
         seeds: Iterable[int] = (0,),
-        metrics: Iterable["Metric"] = (),
+        metrics: Iterable[Metric] = (),
         model: str = "pocket",
         negative: str | None = None,
         reference: str | None = None,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from mrflow.records.stage_cache import StageCache
 from mrflow.result import Result, make_record
 from mrflow.runner import run
 from mrflow.spec import Latents, Pixels
+from mrflow.stage import AnyChain
 from mrflow.sweep.failures import is_device_lost
 from mrflow.sweep.grid import Prompt, Sweep, fingerprints, row_key, seed_of, versions, weights
 from mrflow.sweep.leases import Claim, LeaseLostError
@@ -34,9 +34,6 @@ from mrflow.sweep.limits import RowTimeoutError, time_limit
 from mrflow.sweep.metrics import Measured, Metric, needs_of
 from mrflow.sweep.rows import LARGEST, MOST, Cause, Row, sha256_of
 from mrflow.sweep.store import MAX_TRIES, Store
-
-if TYPE_CHECKING:
-    from mrflow.stage import AnyChain
 
 Pair = tuple[Prompt, int]  # and the number of the draw
 Held = tuple[Pair, Claim]
@@ -448,7 +445,7 @@ class Maker:
             out.append(mine)
         return out
 
-    def _warm_up(self, label: str, chain: "AnyChain", batch: int, prompt: str) -> None:
+    def _warm_up(self, label: str, chain: AnyChain, batch: int, prompt: str) -> None:
         """First calls at a shape are slow: they are made before anything is timed."""
         shapes = (batch, *(str(row.out.shape) for row in self.plans[label].rows))
         if self._warm is not None and shapes not in self._warm:

@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mrflow import metrics as numbers
 from mrflow._checks import check_path
+from mrflow.backbone import Backbone
 from mrflow.errors import PlanError, WeightsError
 from mrflow.scenes.fidelity import fidelity
 from mrflow.scenes.grammar import CaptionError
@@ -22,9 +23,6 @@ from mrflow.scenes.score import score
 from mrflow.scenes.stray import stray
 from mrflow.sweep.aims import Aim, Scale, as_scale, own
 from mrflow.upscalers.weights import read_state
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Measured:
     prompt: str
     seed: int
     tags: Mapping[str, str]
-    model: "Backbone"
+    model: Backbone
     reference: Tensor | None = None
     latents: Tensor | None = None
 

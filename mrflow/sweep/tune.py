@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from mrflow import recipes, schedules, solvers
 from mrflow._checks import check_whole
+from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.guidance import Guidance
 from mrflow.model_info import ModelInfo
@@ -33,9 +34,6 @@ from mrflow.sweep.rows import Row
 from mrflow.sweep.statistics import ConfidenceInterval, interval, is_share, pareto, values
 from mrflow.sweep.store import Store
 from mrflow.upscalers import Interpolate, Lanczos
-
-if TYPE_CHECKING:
-    from mrflow.backbone import Backbone
 
 StagedChain = Chain[Start, Pixels]
 
@@ -192,7 +190,7 @@ class TuneResult:
 
 def tune(
     asked: Tune,
-    model: "Backbone",
+    model: Backbone,
     folder: str | Path,
     *,
     trials: int = 40,
@@ -269,7 +267,7 @@ def tune(
 
 def _draw(
     asked: Tune,
-    model: "Backbone",
+    model: Backbone,
     folder: Path,
     reference: StagedChain,
     batch: int,

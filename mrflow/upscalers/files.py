@@ -3,17 +3,14 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mrflow.errors import MrflowError, WeightsError
+from mrflow.protocols.upscaler import Upscaler
 from mrflow.records.files import locate
 from mrflow.upscalers.nets import RRDBParams
 from mrflow.upscalers.network import NetworkFacts, OneFile, OpenedNetwork, Precision
 from mrflow.upscalers.spandrel import Spandrel
 from mrflow.upscalers.weights import network, read_state, recognise, rename
-
-if TYPE_CHECKING:
-    from mrflow.protocols.upscaler import Upscaler
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def _own(path: str, sha256: str) -> OpenedNetwork:
     return OpenedNetwork(net, facts)
 
 
-def load_upscaler(path: str | Path, *, tile: int | None = None, dtype: Precision | None = None) -> "Upscaler":
+def load_upscaler(path: str | Path, *, tile: int | None = None, dtype: Precision | None = None) -> Upscaler:
     """The upscaler that a checkpoint holds: mrflow's own network where it is one of them, else spandrel's.
 
     Raises:
