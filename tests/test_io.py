@@ -16,7 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import mrflow as mf
-from mrflow.caches.dbcache import Similar
+from mrflow.caches.dmd import Modes
 from mrflow.records import pictures as io
 from mrflow.records.chains import decode, decode_chain, encode, encode_chain, name_of
 
@@ -94,8 +94,8 @@ def test_bad_records(data: object, text: str) -> None:
 def test_what_cannot_be_recorded_is_said() -> None:
     with pytest.raises(mf.RecordError, match="object cannot be written into a record"):
         encode(object())
-    with pytest.raises(mf.RecordError, match="Similar is not a public name of mrflow"):
-        encode(Similar(0.1, 1, 1, 1, 1))
+    with pytest.raises(mf.RecordError, match="Modes is not a public name of mrflow"):
+        encode(Modes(4, 0.1))
 
 
 def test_every_type_a_chain_may_hold_has_a_public_name() -> None:

@@ -19,20 +19,41 @@ COMPUTED = ((0.0, 1.0), (0.12, 0.27), (0.24, 0.17), (0.8, 0.10), (1.0, 0.0))
 
 
 @dataclass(frozen=True)
-class Similar:
-    """The rule of DBCache. Computed are warm-up evaluations (each `every`-th of the first `warmup`), those after
-    `limit` cached ones in a row or `most` in all, and those where the front's change differs by `threshold` or more
-    from what it was when last computed: mean |r_prev - r| / mean |r_prev|. A threshold of 1 or more never differs.
+class DualBlock(Cache):
+    """What DBCache and DMD share: which blocks always run, and when the others do; the fields are DBCache's.
+
+    Computed are warm-up evaluations (each `every`-th of the first `warmup`), those after `limit` cached ones in a row
+    or `most` in all, and those where the front's change differs by `threshold` or more from what it was when last
+    computed: mean |r_prev - r| / mean |r_prev|. A threshold of 1 or more never differs.
     """
 
-    threshold: float
-    warmup: int
-    every: int
-    limit: int | None
-    most: int | None
+    threshold: float = 0.08
+    front: int = field(default=8, kw_only=True)
+    back: int = field(default=0, kw_only=True)
+    warmup: int = field(default=8, kw_only=True)
+    every: int = field(default=1, kw_only=True)
+    limit: int | None = field(default=None, kw_only=True)
+    most: int | None = field(default=None, kw_only=True)
 
-    def open(self) -> Rule:
-        """A fresh rule for one picture."""
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, 0)
+        for name, least in (("front", 1), ("back", 0), ("warmup", 0), ("every", 1)):
+            check_whole(name, getattr(self, name), least)
+        for name, bound in (("limit", self.limit), ("most", self.most)):
+            if bound is not None:
+                check_whole(name, bound, 0)
+        self.extrapolation()
+
+    @abstractmethod
+    def extrapolation(self) -> Predictor:
+        """Of what the blocks between added."""
+
+    def span(self, blocks: int) -> tuple[int, int]:
+        """Between front and back."""
+        return min(self.front, blocks), max(self.front, blocks - self.back)
+
+    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
+        """Similarity of the front's change."""
         before = list[Tensor]()
         row = cached = 0
 
@@ -63,48 +84,6 @@ class Similar:
             share = max(share, 1 / (self.limit + 1))
         computed = warm + round(share * rest)
         return computed if self.most is None else max(computed, evaluations - self.most)
-
-
-@dataclass(frozen=True)
-class DualBlock(Cache):
-    """What DBCache and DMD share: which blocks always run, and when the others do; the fields are DBCache's."""
-
-    threshold: float = 0.08
-    front: int = field(default=8, kw_only=True)
-    back: int = field(default=0, kw_only=True)
-    warmup: int = field(default=8, kw_only=True)
-    every: int = field(default=1, kw_only=True)
-    limit: int | None = field(default=None, kw_only=True)
-    most: int | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, 0)
-        for name, least in (("front", 1), ("back", 0), ("warmup", 0), ("every", 1)):
-            check_whole(name, getattr(self, name), least)
-        for name, bound in (("limit", self.limit), ("most", self.most)):
-            if bound is not None:
-                check_whole(name, bound, 0)
-        self.extrapolation()
-
-    @abstractmethod
-    def extrapolation(self) -> Predictor:
-        """Of what the blocks between added."""
-
-    def span(self, blocks: int) -> tuple[int, int]:
-        """Between front and back."""
-        return min(self.front, blocks), max(self.front, blocks - self.back)
-
-    def rule(self, info: ModelInfo, sigmas: Sequence[float]) -> Rule:
-        """Similarity of the front's change."""
-        return self._similar.open()
-
-    def estimate(self, evaluations: int) -> int:
-        """From the speed-ups published for FLUX.1-dev."""
-        return self._similar.estimate(evaluations)
-
-    @property
-    def _similar(self) -> Similar:
-        return Similar(self.threshold, self.warmup, self.every, self.limit, self.most)
 
 
 @dataclass(frozen=True)

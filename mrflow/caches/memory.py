@@ -118,26 +118,20 @@ class CachedStep:
         """Whether each picture is computed: its rule says so, nothing is kept of it, or no block can be left out."""
         seen: dict[str, Tensor] = {}
 
-        def modulated_input(i: int) -> Tensor:
-            if "modulated_input" not in seen:
-                seen["modulated_input"] = self.pieces.modulated_input(img, table)
-            return seen["modulated_input"][i : i + 1]
-
-        def change(i: int) -> Tensor:
-            if "change" not in seen:
-                seen["change"] = front - img
-            return seen["change"][i : i + 1]
-
-        def latents(shown: Callable[[], Tensor], i: int) -> Tensor:
-            if "latents" not in seen:
-                seen["latents"] = shown()
-            return seen["latents"][i : i + 1]
-
         clock, due = self.clock, list[bool]()
+        shown: dict[str, Callable[[], Tensor]] = {
+            "modulated_input": lambda: self.pieces.modulated_input(img, table),
+            "change": lambda: front - img,
+            **({} if clock.latents is None else {"latents": clock.latents}),
+        }
+
+        def show(name: str, i: int) -> Tensor:
+            if name not in seen:
+                seen[name] = shown[name]()
+            return seen[name][i : i + 1]
+
         for i, item in enumerate(self.items):
-            eyes = {"modulated_input": partial(modulated_input, i), "change": partial(change, i)}
-            if clock.latents is not None:
-                eyes["latents"] = partial(latents, clock.latents, i)
+            eyes = {name: partial(show, name, i) for name in shown}
             look = Evaluation(self.index, clock.place, clock.total, clock.sigma, **eyes, grid=clock.grid)
             due.append(item.rule(look) or not item.kept or self.start == self.stop)
         return due

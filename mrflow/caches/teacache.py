@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from mrflow._checks import check_number
@@ -89,7 +90,7 @@ class TeaCache(Cache):
                 return True
             modulated = look.modulated_input()
             if before and not look.last:
-                total += abs(polynomial(coefficients, difference(modulated, before[0])))
+                total += abs(float(np.polyval(coefficients, difference(modulated, before[0]))))
                 computed = not total < self.threshold
             else:
                 computed = True
@@ -103,11 +104,3 @@ class TeaCache(Cache):
     def estimate(self, evaluations: int) -> int:
         """From the speed-ups claimed for FLUX.1-dev at this threshold; the two ends are always computed."""
         return max(2, round(evaluations / interpolate(CLAIMED, self.threshold)))
-
-
-def polynomial(coefficients: Sequence[float], x: float) -> float:
-    """The value at x, highest power first (Horner)."""
-    value = 0.0
-    for c in coefficients:
-        value = value * x + c
-    return value
