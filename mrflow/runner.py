@@ -13,7 +13,7 @@ from torch import Tensor
 from mrflow._checks import check_seed, require
 from mrflow.backbone import Backbone, Condition
 from mrflow.cost import forward_flops
-from mrflow.display.notes import collect_notes, note, tally_work
+from mrflow.display.notes import Tally, collect_notes, note, tally_work
 from mrflow.errors import Interruption, MrflowError, PlanError, PromiseError, PromptError
 from mrflow.flow import finite
 from mrflow.machine.devices import Stopwatch
@@ -98,10 +98,7 @@ def run(
         PlanError: the arguments or the chain cannot work, or a fork broke CUDA; before any tensor is made.
         PromiseError, NonFiniteError: a stage broke its promise; the text names the stage.
     """
-    if not isinstance(chain, Chain | Stage):
-        raise PlanError(f"run wants a chain of stages, got {chain!r}; join stages with >>")
-    if not isinstance(getattr(model, "info", None), ModelInfo):
-        raise PlanError(f"run wants a loaded model, such as mf.load({model if isinstance(model, str) else 'pocket'!r})")
+    _check_runnable(chain, model)
     if keep not in (False, True, "path"):
         raise PlanError(f'keep takes False, True or "path", got {keep!r}')
     require(condition is None or isinstance(condition, Condition), "condition", "a Condition", condition)
@@ -116,13 +113,7 @@ def run(
         planned = plan(whole, model.info, batch=len(prompts), start=first.spec)
     else:
         planned = _same(planned, stages, model.info, first.spec)
-    for number, stage in enumerate(stages, 1):
-        try:
-            stage.check(model)
-        except BaseException as error:
-            if passes(error):
-                raise
-            raise name_stage(error, f"stage {number} of {len(stages)}, {short(stage)}") from error
+    _check_stages(stages, model)
     negative = _negative(negative, model.info)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -153,15 +144,13 @@ def run(
         for index, (stage, row, scope) in enumerate(zip(stages, planned.rows, scopes(stages), strict=True)):
             _emit(on_event, StageBegan(index, len(stages), row.name, row.out))
             watch, cached, notes = Stopwatch(model.device), index < done, list[str]()
-            work = Work() if cached else row.work
+            work = Work()
             if not cached:
                 inner = replace(context, scope=scope, on_step=_relay(on_event, index, path), sigmas=row.sigmas)
                 where = f"stage {index + 1} of {len(stages)}, {short(stage)}"
                 with collect_notes() as notes, tally_work() as tally, _heard():
                     data = keep_promise(stage, State(row.spec, data), row.out, inner, where)
-                if tally.caches or (tally.computed and row.work.estimated):
-                    flops = sum(forwards * forward_flops(model.info, tokens) for forwards, tokens in tally.forwards)
-                    work = Work(math.ceil(tally.computed / len(prompts)), flops)
+                work = _done(row.work, tally, model.info, len(prompts))
                 if tally.caches:
                     notes.append(str(tally))
                 for text in notes:
@@ -189,6 +178,33 @@ def run(
         tuple(path or ()),
         None if path is None else lambda latents: model.decode(latents.to(model.device)),
     )
+
+
+def _check_runnable(chain: object, model: object) -> None:
+    """Refuse what is no chain, and what is no model."""
+    if not isinstance(chain, Chain | Stage):
+        raise PlanError(f"run wants a chain of stages, got {chain!r}; join stages with >>")
+    if not isinstance(getattr(model, "info", None), ModelInfo):
+        raise PlanError(f"run wants a loaded model, such as mf.load({model if isinstance(model, str) else 'pocket'!r})")
+
+
+def _check_stages(stages: Sequence[AnyStage], model: Backbone) -> None:
+    """Have every stage refuse the model that it cannot work with; the error names the stage."""
+    for number, stage in enumerate(stages, 1):
+        try:
+            stage.check(model)
+        except BaseException as error:
+            if passes(error):
+                raise
+            raise name_stage(error, f"stage {number} of {len(stages)}, {short(stage)}") from error
+
+
+def _done(planned: Work, tally: Tally, info: ModelInfo, pictures: int) -> Work:
+    """What a stage did: as planned, or as counted where a plan can only estimate."""
+    if not (tally.caches or (tally.computed and planned.estimated)):
+        return planned
+    flops = sum(forwards * forward_flops(info, tokens) for forwards, tokens in tally.forwards)
+    return Work(math.ceil(tally.computed / pictures), flops)
 
 
 def _encode(model: Backbone, prompts: Sequence[str]) -> Condition:

@@ -106,18 +106,8 @@ def load(
         if odd := [name for name, value in given.items() if value]:
             raise PlanError(f"pocket takes no {odd[0]}: it is one small file")
         return load_pocket(path, device=chosen, dtype=dtype or torch.float32, loras=loras, on_facts=on_facts)
-    hub = next((hub for hub, facts in published_models().items() if facts.name == str(where)), None)
-    if hub is not None and not path.exists():
-        raise WeightsError(
-            f"{where} is a name for planning (mrflow plan --model {where}); to load it, say where its files are: a hub "
-            f"id such as {hub}, a folder or a file"
-        )
-
-    if not path.exists() and ("/" not in str(where) or path.suffix == ".safetensors"):
-        raise WeightsError(
-            f"there is no model or file {str(where)!r}; use 'pocket' ({', '.join(SHIPPED)}), a hub id such as "
-            "black-forest-labs/FLUX.1-dev, a folder or a safetensors file"
-        )
+    if not path.exists():
+        _check_hub_id(str(where))
     files = find(where, vae=vae, text=text)
     working = dtype or compute_dtype(files.transformer)
     if compute is not None:
@@ -131,6 +121,21 @@ def load(
     files = replace(files, curve=curve or files.curve, text_tokens=text_tokens)
     options = Loading(files, version, working, dtype, chosen, storage, runtime, upscaler, chain, loras, on_facts)
     return files.family.load(options)
+
+
+def _check_hub_id(where: str) -> None:
+    """Refuse what is no file here and can be no model on the hub."""
+    hub = next((hub for hub, facts in published_models().items() if facts.name == where), None)
+    if hub is not None:
+        raise WeightsError(
+            f"{where} is a name for planning (mrflow plan --model {where}); to load it, say where its files are: a hub "
+            f"id such as {hub}, a folder or a file"
+        )
+    if "/" not in where or Path(where).suffix == ".safetensors":
+        raise WeightsError(
+            f"there is no model or file {where!r}; use 'pocket' ({', '.join(SHIPPED)}), a hub id such as "
+            "black-forest-labs/FLUX.1-dev, a folder or a safetensors file"
+        )
 
 
 def _curve(shift: Shift | float | None, text_tokens: int | None, family: Family) -> Shift | None:

@@ -7,7 +7,7 @@ older convention marks itself with a tensor `scaled_fp8` and names scales `<laye
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -47,19 +47,11 @@ def with_scales(header: Header) -> Header:
         WeightsError: another quantisation, or an 8-bit weight that should have a scale has none: one that the file
             lists as quantised, or any in a file that has scales and no list.
     """
-    tensors = dict(header.tensors)
-    for ending, what in REFUSED.items():
-        if found := [name for name in tensors if name.endswith(ending)]:
-            raise WeightsError(f"{header.path} is quantised ({what}: {some(found)}); use a bfloat16 or fp8 file")
-    if str(header.metadata.get("model_class", "")).startswith("Nunchaku"):
-        raise WeightsError(f"{header.path} is quantised (Nunchaku); use a bfloat16 or fp8 file")
     listed = _listed(header)
-    for name, kind in listed.items():
-        if kind not in FORMATS:
-            raise WeightsError(f"{header.path}: {name} is quantised as {kind!r}; use a bfloat16 or fp8 file")
-    marked = False
+    _refuse_quantised(header, listed)
+    tensors, marked = dict(header.tensors), False
     scales: dict[str, Entry] = {}
-    for name, entry in header.tensors.items():
+    for name in header.tensors:
         if name.endswith(SCALES):
             weight = name.rpartition(".")[0] + ".weight"
             if weight in scales:
@@ -68,8 +60,6 @@ def with_scales(header: Header) -> Header:
         elif name.endswith((*ACTIVATIONS, *MARKS)):
             marked |= name.endswith(MARKS)
             del tensors[name]
-        elif entry.dtype == torch.uint8:
-            raise WeightsError(f"{header.path}: {name} is quantised to packed bytes; use a bfloat16 or fp8 file")
     whole = not listed and "_quantization_metadata" not in header.metadata and (marked or bool(scales))
     lost = [name for name in scales if name not in tensors]
     if lost:
@@ -98,6 +88,22 @@ def with_scales(header: Header) -> Header:
         if name not in idle:
             tensors[name] = replace(tensors[name], scale=scale)
     return replace(header, tensors=tensors)
+
+
+def _refuse_quantised(header: Header, listed: Mapping[str, str]) -> None:
+    """Refuse what is neither plain nor scaled fp8; `listed` are the layers that the file says are quantised."""
+    how = "use a bfloat16 or fp8 file"
+    for ending, what in REFUSED.items():
+        if found := [name for name in header.tensors if name.endswith(ending)]:
+            raise WeightsError(f"{header.path} is quantised ({what}: {some(found)}); {how}")
+    if str(header.metadata.get("model_class", "")).startswith("Nunchaku"):
+        raise WeightsError(f"{header.path} is quantised (Nunchaku); {how}")
+    for name, kind in listed.items():
+        if kind not in FORMATS:
+            raise WeightsError(f"{header.path}: {name} is quantised as {kind!r}; {how}")
+    for name, entry in header.tensors.items():
+        if entry.dtype == torch.uint8 and not name.endswith((*SCALES, *ACTIVATIONS, *MARKS)):
+            raise WeightsError(f"{header.path}: {name} is quantised to packed bytes; {how}")
 
 
 def _wants_scale(name: str, entry: Entry) -> bool:

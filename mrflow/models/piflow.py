@@ -134,17 +134,15 @@ def read_head(file: Path, net: Transformer, *, device: torch.device) -> Head:
         )
     first = header.tensors[f"{MEANS if mixture else OUT}.weight"]
     count = first.shape[0] // tokens
-    cells = PATCH**2
-    want = {f"{NORM}.weight": (2 * d, d), f"{NORM}.bias": (2 * d,)}
+    linears = {NORM: (2 * d, d)}
     if mixture:
-        want |= {f"{MEANS}.weight": (count * tokens, d), f"{MEANS}.bias": (count * tokens,)}
-        want |= {f"{WEIGHTS}.weight": (count * cells, d), f"{WEIGHTS}.bias": (count * cells,)}
+        linears |= {MEANS: (count * tokens, d), WEIGHTS: (count * PATCH**2, d)}
         if f"{STDS}.1.weight" in own:
             inner = header.tensors[f"{STDS}.1.weight"].shape[0]
-            want |= {f"{STDS}.1.weight": (inner, d), f"{STDS}.1.bias": (inner,)}
-            want |= {f"{STDS}.3.weight": (1, inner), f"{STDS}.3.bias": (1,)}
+            linears |= {f"{STDS}.1": (inner, d), f"{STDS}.3": (1, inner)}
     else:
-        want |= {f"{OUT}.weight": (count * tokens, d), f"{OUT}.bias": (count * tokens,)}
+        linears |= {OUT: (count * tokens, d)}
+    want = {f"{n}.weight": shape for n, shape in linears.items()} | {f"{n}.bias": s[:1] for n, s in linears.items()}
     problems = [f"{name} is missing" for name in want if name not in own]
     problems += [
         f"{name} has shape {header.tensors[name].shape}, expected {shape}"
