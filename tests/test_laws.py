@@ -1,6 +1,7 @@
 """Every law lets through what is right; `test_law_words` holds what each catches."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -97,7 +98,8 @@ def test_a_check_holds_every_law(
 ) -> None:
     held, every = list[str](), getattr(room, laws)
     watched = [replace(law, check=lambda *_, name=law.name, **__: held.append(name)) for law in every]
-    monkeypatch.setattr(room, laws, tuple(watched))
+    monkeypatch.setattr(room, laws, copy(every))
+    getattr(room, laws)[:] = watched
     check()
     assert held == [law.name for law in every] and all(law in LAWS for law in every)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 Kind = Literal[
     "schedule", "solver", "stage", "transition", "guidance", "noise", "cache", "upscaler", "backbone"
@@ -38,6 +38,35 @@ class Law:
             self.check(subject, **settings)
         except LawBroken as broken:
             raise LawBroken(f"{subject!r} breaks the law of {self.kind}s {self.name!r}: {broken}") from None
+
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+class Laws(list[Law]):
+    """The laws that plug-ins of one kind keep, in the order in which they are held; most are written in `source`."""
+
+    def __init__(self, kind: Kind, source: str) -> None:
+        super().__init__()
+        self.kind, self.source = kind, source
+
+    def law(self, name: str, formula: str, source: str = "") -> Callable[[F], F]:
+        """A decorator: the function below it checks the law that its docstring says."""
+
+        def add(check: F) -> F:
+            self.append(Law(self.kind, name, check.__doc__ or "", formula, source or self.source, check))
+            return check
+
+        return add
+
+    def hold(self, subject: object, **settings: object) -> None:
+        """Hold a plug-in to every one of them.
+
+        Raises:
+            LawBroken: as `Law.hold`.
+        """
+        for law in self:
+            law.hold(subject, **settings)
 
 
 def demand(kept: bool, text: str) -> None:  # noqa: FBT001  (reads like assert)

@@ -18,12 +18,15 @@ from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.layers import Merge
 from mrflow.protocols.pieces import Pieces, StepFactory
-from mrflow.testing.laws import Law, demand
+from mrflow.testing.laws import Laws, demand
 from mrflow.testing.of_slots import ALONE, POINTS
 
 SIZES = FluxParams(
     context=8, pooled=8, hidden=32, heads=2, axes=(4, 6, 6), double_blocks=3, single_blocks=3, guidance=False
 )
+
+
+CACHE_LAWS = Laws("cache", "the contract of `mrflow.caches.Cache`")
 
 
 def check_cache(cache: Cache, *, info: ModelInfo = FLUX) -> None:
@@ -35,8 +38,7 @@ def check_cache(cache: Cache, *, info: ModelInfo = FLUX) -> None:
         LawBroken: naming the law. PlanError: the cache refuses the model.
     """
     cache.check(info)
-    for law in CACHE_LAWS:
-        law.hold(cache, info=info)
+    CACHE_LAWS.hold(cache, info=info)
 
 
 def _rule(cache: Cache, info: ModelInfo) -> list[bool] | None:
@@ -48,19 +50,25 @@ def _rule(cache: Cache, info: ModelInfo) -> list[bool] | None:
     return [bool(rule(Evaluation(i, i, len(POINTS), sigma))) for i, sigma in enumerate(POINTS)]
 
 
+@CACHE_LAWS.law("fresh rule", "rule() = rule()")
 def _fresh_rule(cache: Cache, info: ModelInfo) -> None:
+    """Each picture, branch and integration has a rule of its own."""
     one = _rule(cache, info)
     demand(one == _rule(cache, info), "a second rule decides differently; what it remembers must lie in the rule")
 
 
+@CACHE_LAWS.law("span", "0 <= start <= stop <= n")
 def _span(cache: Cache, info: ModelInfo) -> None:
+    """It leaves out blocks that there are."""
     a = info.architecture
     blocks = a.double_blocks + a.single_blocks if a else 57
     start, stop = cache.span(blocks)
     demand(0 <= start <= stop <= blocks, f"its span of {blocks} blocks is from {start} to {stop}")
 
 
+@CACHE_LAWS.law("forecast", "1 <= computed <= asked, share > 0")
 def _forecast(cache: Cache, info: ModelInfo) -> None:
+    """It computes what its forecast says, at least once, for a cost above 0."""
     f = cache.forecast(info, POINTS, POINTS)
     demand(f.asked == len(POINTS) and 1 <= f.computed <= f.asked, f"it forecasts {f.computed} of {f.asked} evaluations")
     decided = _rule(cache, info)
@@ -150,7 +158,9 @@ ONE = slice(0, 1)
 BLOCKS = SIZES.double_blocks + SIZES.single_blocks
 
 
+@CACHE_LAWS.law("computed", "blocks run = all, share = 1 => v = v_network")
 def _computed(cache: Cache, info: ModelInfo) -> None:
+    """What is computed is the network's own, to the bit; a threshold of 0 leaves nothing out."""
     n = _Network(info)
     for what in (cache, *_never(cache)):
         whole = what.share(n.info, 24) == 1.0
@@ -171,7 +181,9 @@ def _never(cache: Cache) -> list[Cache]:
     return [replace(cache, threshold=0.0)]  # type: ignore[type-var]
 
 
+@CACHE_LAWS.law("fresh memory", "field() = field()")
 def _fresh_memory(cache: Cache, info: ModelInfo) -> None:
+    """Each integration has a memory of its own."""
     n = _Network(info)
     one = n.looks(cache, n.x, ONE)
     n.looks(cache, -n.x, ONE)
@@ -180,7 +192,11 @@ def _fresh_memory(cache: Cache, info: ModelInfo) -> None:
     demand(same, "a second integration gives something else; what it remembers must lie in the step that it opens")
 
 
+@CACHE_LAWS.law(
+    "counted", "blocks run / blocks = computed + kept (asked - computed)", "what `plan` counts: `mrflow.Plan.nfe`"
+)
 def _counted(cache: Cache, info: ModelInfo) -> None:
+    """The network does the work that is forecast, and what is counted was computed."""
     n = _Network(info)
     looks, f = n.looks(cache, n.x, ONE), cache.forecast(n.info, POINTS, POINTS)
     made = sum(look.blocks for look in looks) / BLOCKS
@@ -193,41 +209,12 @@ def _counted(cache: Cache, info: ModelInfo) -> None:
     demand((asked, computed) == (len(POINTS), whole), text)
 
 
+@CACHE_LAWS.law("items", "v(x)_i = v(x_i)", ALONE)
 def _cache_items(cache: Cache, info: ModelInfo) -> None:
+    """Each picture of a batch decides for itself."""
     n = _Network(info)
     both = n.looks(cache, n.x)
     for i in range(2):
         for a, b in zip(n.looks(cache, n.x, slice(i, i + 1)), both, strict=True):
             error = float((a.v - b.v[i : i + 1]).abs().max() / b.v.abs().max())
             demand(error < 1e-3, f"picture {i} alone differs from picture {i} of a batch by {error:.2g} of the largest")
-
-
-_CACHE = "the contract of `mrflow.caches.Cache`"
-CACHE_LAWS: tuple[Law, ...] = (
-    Law(
-        "cache", "fresh rule", "Each picture, branch and integration has a rule of its own.", "rule() = rule()", _CACHE,
-        _fresh_rule,
-    ),
-    Law(
-        "cache", "span", "It leaves out blocks that there are.", "0 <= start <= stop <= n", _CACHE, _span,
-    ),
-    Law(
-        "cache", "forecast", "It computes what its forecast says, at least once, for a cost above 0.",
-        "1 <= computed <= asked, share > 0", _CACHE, _forecast,
-    ),
-    Law(
-        "cache", "computed", "What is computed is the network's own, to the bit; a threshold of 0 leaves nothing out.",
-        "blocks run = all, share = 1 => v = v_network", _CACHE, _computed,
-    ),
-    Law(
-        "cache", "fresh memory", "Each integration has a memory of its own.", "field() = field()", _CACHE,
-        _fresh_memory,
-    ),
-    Law(
-        "cache", "counted", "The network does the work that is forecast, and what is counted was computed.",
-        "blocks run / blocks = computed + kept (asked - computed)", "what `plan` counts: `mrflow.Plan.nfe`", _counted,
-    ),
-    Law(
-        "cache", "items", "Each picture of a batch decides for itself.", "v(x)_i = v(x_i)", ALONE, _cache_items,
-    ),
-)  # fmt: skip

@@ -1,6 +1,6 @@
 """The laws of guidances, noises, upscalers and backbones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,11 +12,14 @@ from mrflow.flow import Velocity
 from mrflow.guidance import Guidance
 from mrflow.noise import Noise
 from mrflow.protocols.upscaler import Upscaler
-from mrflow.testing.laws import Law, demand
+from mrflow.testing.laws import Laws, demand
 from mrflow.testing.toy import toy
 
 POINTS = (1.0, 0.8, 0.55, 0.3, 0.1)
 ALONE = "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`"
+
+
+GUIDANCE_LAWS = Laws("guidance", "the contract of `mrflow.Guidance`")
 
 
 def check_guidance(guidance: Guidance, *, model: Backbone | None = None) -> None:
@@ -25,8 +28,10 @@ def check_guidance(guidance: Guidance, *, model: Backbone | None = None) -> None
     Raises:
         LawBroken: naming the law. PlanError: the guidance refuses the model.
     """
-    for law in GUIDANCE_LAWS:
-        law.hold(guidance, model=model)
+    GUIDANCE_LAWS.hold(guidance, model=model)
+
+
+NOISE_LAWS = Laws("noise", "the contract of `mrflow.noise.Noise`")
 
 
 def check_noise(noise: Noise) -> None:
@@ -35,8 +40,10 @@ def check_noise(noise: Noise) -> None:
     Raises:
         LawBroken: naming the law and what was measured.
     """
-    for law in NOISE_LAWS:
-        law.hold(noise)
+    NOISE_LAWS.hold(noise)
+
+
+UPSCALER_LAWS = Laws("upscaler", "the contract of `mrflow.Upscaler`")
 
 
 def check_upscaler(upscaler: Upscaler) -> None:
@@ -45,8 +52,10 @@ def check_upscaler(upscaler: Upscaler) -> None:
     Raises:
         LawBroken: naming the law and what was measured.
     """
-    for law in UPSCALER_LAWS:
-        law.hold(upscaler)
+    UPSCALER_LAWS.hold(upscaler)
+
+
+BACKBONE_LAWS = Laws("backbone", "the contract of `mrflow.Backbone`")
 
 
 def check_backbone(model: Backbone, *, size: tuple[int, int] | None = None) -> None:
@@ -57,26 +66,23 @@ def check_backbone(model: Backbone, *, size: tuple[int, int] | None = None) -> N
     Raises:
         LawBroken: naming the law and what was measured.
     """
-    for law in BACKBONE_LAWS:
-        law.hold(model, size=size)
+    BACKBONE_LAWS.hold(model, size=size)
 
 
-class _Watched(Wrapper):
-    """A model that keeps the levels at which each of its fields is asked, and what they gave."""
+class Watched(Wrapper):
+    """A model that tells of every evaluation of its fields: their options, the latents, sigma and the velocity."""
 
-    def __init__(self, model: Backbone) -> None:
+    def __init__(self, model: Backbone, tell: Callable[[FieldOptions, Tensor, float, Tensor], object]) -> None:
         super().__init__(model)
-        self.asked: list[list[float]] = []
-        self.gave: list[tuple[Tensor, Tensor]] = []
+        self.tell = tell
 
     def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
-        inner, own = self.model.field(cond, options), list[float]()
-        self.asked.append(own)
+        """The model's field, watched."""
+        inner = self.model.field(cond, options)
 
         def watched(x: Tensor, sigma: float) -> Tensor:
-            own.extend([sigma] * (1 + len(options.beside)))
             v = inner(x, sigma)
-            self.gave.append((v, v.clone()))
+            self.tell(options, x, sigma, v)
             return v
 
         return watched
@@ -86,18 +92,26 @@ class _Guided:
     """A guidance on a model: both conditions, and latents."""
 
     def __init__(self, guidance: Guidance, model: Backbone | None) -> None:
-        self.guidance, self.model = guidance, _Watched(model or toy())
+        self.guidance, self.model = guidance, Watched(model or toy(), self.keep)
+        self.asked: list[float] = []
+        self.gave: list[tuple[Tensor, Tensor]] = []
         self.cond, self.negative = self.model.condition(["a", "b"]), self.model.condition([""])
         patch, channels = self.model.info.space.patch, self.model.info.space.channels
         shape = (2, channels, 4 * patch, 6 * patch)
         self.x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def keep(self, options: FieldOptions, x: Tensor, sigma: float, v: Tensor) -> None:
+        self.asked += [sigma] * (1 + len(options.beside))
+        self.gave.append((v, v.clone()))
 
     def __call__(self, cond: Condition, negative: Condition | None, x: Tensor) -> list[Tensor]:
         field = self.guidance.field(self.model, cond, negative, FieldOptions(sigmas=POINTS))
         return [field(x, sigma).clone() for sigma in POINTS]
 
 
+@GUIDANCE_LAWS.law("same branches", "c = u => u + w (c - u) = c", "Ho & Salimans 2022, arXiv 2207.12598")
 def _same_branches(guidance: Guidance, model: Backbone | None) -> None:
+    """Where both prompts are the same, guidance changes nothing."""
     g = _Guided(guidance, model)
     field = g.model.field(g.cond.item(0))
     for got, sigma in zip(g(g.cond.item(0), g.cond.item(0), g.x[:1]), POINTS, strict=True):
@@ -106,18 +120,22 @@ def _same_branches(guidance: Guidance, model: Backbone | None) -> None:
         demand(error < 1e-3, text)
 
 
+@GUIDANCE_LAWS.law("passes", "evals = sum of |branch|", "what `plan` counts: `mrflow.Plan.nfe`")
 def _passes(guidance: Guidance, model: Backbone | None) -> None:
+    """It asks the model as often, and where, as `evals` and `branches` say."""
     g = _Guided(guidance, model)
     g(g.cond, g.negative, g.x)
-    made, said = sum(map(len, g.model.asked)), guidance.evals(POINTS)
+    made, said = len(g.asked), guidance.evals(POINTS)
     demand(made == said, f"{len(POINTS)} evaluations take {made} passes, and `evals` says {said}")
     demand(made <= guidance.passes * len(POINTS), f"{made} passes are more than `passes` {guidance.passes} a time")
-    asked = sorted(sigma for own in g.model.asked for sigma in own)
+    asked = sorted(g.asked)
     branches = sorted(sigma for branch in guidance.branches(POINTS) for sigma in branch)
     demand(asked == branches, f"fields are asked at {asked}, and `branches` says {branches}")
 
 
+@GUIDANCE_LAWS.law("items", "v(x)_i = v(x_i)", ALONE)
 def _guidance_items(guidance: Guidance, model: Backbone | None) -> None:
+    """An item of a batch is what it is alone."""
     g = _Guided(guidance, model)
     whole = g(g.cond, g.negative, g.x)
     for i in range(2):
@@ -126,7 +144,9 @@ def _guidance_items(guidance: Guidance, model: Backbone | None) -> None:
             demand(error < 1e-3, f"item {i} alone differs from item {i} of a batch by {error:.2g}")
 
 
+@GUIDANCE_LAWS.law("fresh", "field() = field()")
 def _guidance_fresh(guidance: Guidance, model: Backbone | None) -> None:
+    """Each integration has a field of its own."""
     g = _Guided(guidance, model)
     one = g(g.cond, g.negative, g.x)
     g(g.cond, g.negative, -g.x)
@@ -134,36 +154,14 @@ def _guidance_fresh(guidance: Guidance, model: Backbone | None) -> None:
     demand(same, "a second integration gives something else; what it remembers must lie in the field")
 
 
+@GUIDANCE_LAWS.law("untouched", "v' is a new tensor")
 def _guidance_untouched(guidance: Guidance, model: Backbone | None) -> None:
+    """It changes no tensor that it is given."""
     g = _Guided(guidance, model)
     kept = g.x.clone()
     g(g.cond, g.negative, g.x)
-    same = torch.equal(g.x, kept) and all(torch.equal(now, then) for now, then in g.model.gave)
+    same = torch.equal(g.x, kept) and all(torch.equal(now, then) for now, then in g.gave)
     demand(same, "it changed the state or a velocity in place; make new tensors")
-
-
-_CFG = "Ho & Salimans 2022, arXiv 2207.12598"
-GUIDANCE_LAWS: tuple[Law, ...] = (
-    Law(
-        "guidance", "same branches", "Where both prompts are the same, guidance changes nothing.",
-        "c = u => u + w (c - u) = c", _CFG, _same_branches,
-    ),
-    Law(
-        "guidance", "passes", "It asks the model as often, and where, as `evals` and `branches` say.",
-        "evals = sum of |branch|", "what `plan` counts: `mrflow.Plan.nfe`", _passes,
-    ),
-    Law(
-        "guidance", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", ALONE, _guidance_items,
-    ),
-    Law(
-        "guidance", "fresh", "Each integration has a field of its own.", "field() = field()",
-        "the contract of `mrflow.Guidance`", _guidance_fresh,
-    ),
-    Law(
-        "guidance", "untouched", "It changes no tensor that it is given.", "v' is a new tensor",
-        "the contract of `mrflow.Guidance`", _guidance_untouched,
-    ),
-)  # fmt: skip
 
 
 SHAPE = (8, 4, 16, 24)
@@ -173,13 +171,17 @@ def _draw(noise: Noise, seeds: Sequence[int] = range(8), draw: int = 0) -> Tenso
     return noise(list(seeds), (len(seeds), *SHAPE[1:]), scope="law/0", draw=draw)
 
 
+@NOISE_LAWS.law("kind", "n in R^shape", "so that every device sees the same: `mrflow.noise`")
 def _noise_kind(noise: Noise) -> None:
+    """Noise is float32 of the shape asked for, on the CPU."""
     x = _draw(noise)
     ok = tuple(x.shape) == SHAPE and x.dtype == torch.float32 and x.device.type == "cpu"
     demand(ok, f"it gives {x.dtype} {tuple(x.shape)} on {x.device}, not float32 {SHAPE} on the CPU")
 
 
+@NOISE_LAWS.law("normal", "E n = 0, E n n^T = I, E n^4 = 3", "x(1) ~ N(0, I): arXiv 2209.03003")
 def _normal(noise: Noise) -> None:
+    """Noise is standard normal and white."""
     x = _draw(noise, range(32)).double()
     mean, variance, fourth = float(x.mean()), float(x.var()), float(x.pow(4).mean())
     ok = abs(mean) < 0.03 and abs(variance - 1) < 0.05 and abs(fourth - 3) < 0.3
@@ -189,47 +191,30 @@ def _normal(noise: Noise) -> None:
         demand(abs(together) < 0.05, f"neighbours along axis {axis} are correlated by {together:.2f}")
 
 
+@NOISE_LAWS.law("items", "n(seeds)_i = n(seed_i)", ALONE)
 def _noise_items(noise: Noise) -> None:
+    """An item's noise depends on its seed alone."""
     x = _draw(noise)
     demand(torch.equal(x, _draw(noise)), "the same seeds give other noise the second time")
     same = all(torch.equal(_draw(noise, [i]), x[i : i + 1]) for i in (0, 3, 7))
     demand(same, "an item's noise depends on its neighbours in the batch")
 
 
+@NOISE_LAWS.law("apart", "E n(a) n(b) = 0, a != b")
 def _apart(noise: Noise) -> None:
+    """Seeds and draws are independent."""
     one, two = _draw(noise, range(32)), _draw(noise, range(32), draw=1)
     for what, a, b in (("seeds", one[:-1], one[1:]), ("draws", one, two)):
         together = float((a * b).mean())
         demand(abs(together) < 0.05, f"noise of two {what} is correlated by {together:.2f}")
 
 
+@NOISE_LAWS.law("own generator", "state' = state")
 def _own_generator(noise: Noise) -> None:
+    """The global generator is left alone."""
     before = torch.get_rng_state()
     _draw(noise)
     demand(torch.equal(torch.get_rng_state(), before), "it draws from the global generator; make one for each item")
-
-
-NOISE_LAWS: tuple[Law, ...] = (
-    Law(
-        "noise", "kind", "Noise is float32 of the shape asked for, on the CPU.", "n in R^shape",
-        "so that every device sees the same: `mrflow.noise`", _noise_kind,
-    ),
-    Law(
-        "noise", "normal", "Noise is standard normal and white.", "E n = 0, E n n^T = I, E n^4 = 3",
-        "x(1) ~ N(0, I): arXiv 2209.03003", _normal,
-    ),
-    Law(
-        "noise", "items", "An item's noise depends on its seed alone.", "n(seeds)_i = n(seed_i)", ALONE, _noise_items,
-    ),
-    Law(
-        "noise", "apart", "Seeds and draws are independent.", "E n(a) n(b) = 0, a != b",
-        "the contract of `mrflow.noise.Noise`", _apart,
-    ),
-    Law(
-        "noise", "own generator", "The global generator is left alone.", "state' = state",
-        "the contract of `mrflow.noise.Noise`", _own_generator,
-    ),
-)  # fmt: skip
 
 
 def _picture(batch: int = 2) -> Tensor:
@@ -241,20 +226,26 @@ def _up(upscaler: Upscaler, pixels: Tensor) -> Tensor:
         return upscaler(pixels)
 
 
+@UPSCALER_LAWS.law("scale", "(h, w) -> (k h, k w)")
 def _scale(upscaler: Upscaler) -> None:
+    """Both sides are multiplied by `scale`, also where a picture is not square."""
     out, k = _up(upscaler, _picture()), upscaler.scale
     ok = tuple(out.shape) == (2, 3, 12 * k, 20 * k) and out.dtype == torch.float32
     demand(ok, f"it makes {out.dtype} {tuple(out.shape)} of a 12x20 picture, and `scale` says {k}")
 
 
+@UPSCALER_LAWS.law("items", "u(x)_i = u(x_i)", ALONE)
 def _upscaler_items(upscaler: Upscaler) -> None:
+    """An item of a batch is what it is alone."""
     both, x = _up(upscaler, _picture()), _picture()
     for i in range(2):
         error = float((_up(upscaler, x[i : i + 1]) - both[i : i + 1]).abs().max())
         demand(error < 1e-3, f"item {i} alone differs from item {i} of a batch by {error:.2g}")
 
 
+@UPSCALER_LAWS.law("untouched", "u(x) = u(x)")
 def _upscaler_untouched(upscaler: Upscaler) -> None:
+    """It does not change its input, and gives the same again."""
     x = _picture()
     kept = x.clone()
     one = _up(upscaler, x)
@@ -262,32 +253,14 @@ def _upscaler_untouched(upscaler: Upscaler) -> None:
     demand(torch.equal(one, _up(upscaler, x)), "two calls differ")
 
 
+@UPSCALER_LAWS.law("coarse", "mean_k(u(x)) = x", "super-resolution leaves the low frequencies: arXiv 2607.01642")
 def _coarse(upscaler: Upscaler) -> None:
+    """A smooth picture, reduced again, is the picture."""
     down, across = torch.linspace(0.1, 0.9, 12)[:, None], torch.linspace(0.2, 0.7, 20)
     x = torch.stack((0.5 * down + 0.5 * across, 0.7 - 0.5 * down + 0 * across, 0.1 + across + 0 * down))[None]
     out = torch.nn.functional.avg_pool2d(_up(upscaler, x).clamp(0, 1), upscaler.scale)
     error = float((out - x).abs().mean())
     demand(error < 0.05, f"reduced to its old size, a smooth picture is off by {error:.3f} on the average")
-
-
-_UPSCALER = "the contract of `mrflow.Upscaler`"
-UPSCALER_LAWS: tuple[Law, ...] = (
-    Law(
-        "upscaler", "scale", "Both sides are multiplied by `scale`, also where a picture is not square.",
-        "(h, w) -> (k h, k w)", _UPSCALER, _scale,
-    ),
-    Law(
-        "upscaler", "items", "An item of a batch is what it is alone.", "u(x)_i = u(x_i)", ALONE, _upscaler_items,
-    ),
-    Law(
-        "upscaler", "untouched", "It does not change its input, and gives the same again.", "u(x) = u(x)", _UPSCALER,
-        _upscaler_untouched,
-    ),
-    Law(
-        "upscaler", "coarse", "A smooth picture, reduced again, is the picture.", "mean_k(u(x)) = x",
-        "super-resolution leaves the low frequencies: arXiv 2607.01642", _coarse,
-    ),
-)  # fmt: skip
 
 
 class _Model:
@@ -306,7 +279,18 @@ class _Model:
             return self.model.field(cond)((self.x if x is None else x)[items], 0.7)
 
 
+@BACKBONE_LAWS.law("prompts", "|condition| = |prompts|")
+def _prompts(model: Backbone, size: tuple[int, int] | None) -> None:
+    """Each prompt is one item; the upscaler is the one that its facts name."""
+    m = _Model(model, size)
+    demand(m.cond.batch == 2, f"two prompts are encoded as {m.cond.batch}")
+    net = model.upscaler
+    demand(net is None or net.scale == model.info.upscale, "`upscaler` has another scale than `info.upscale`")
+
+
+@BACKBONE_LAWS.law("velocity", "v(x, sigma) = E[eps - x0 | x]", "arXiv 2210.02747")
 def _velocity(model: Backbone, size: tuple[int, int] | None) -> None:
+    """A field is a function of the latents, finite and of their shape."""
     m = _Model(model, size)
     kept = m.x.clone()
     v = m.velocity()
@@ -316,7 +300,9 @@ def _velocity(model: Backbone, size: tuple[int, int] | None) -> None:
     demand(torch.equal(v, m.velocity()), "two fresh fields differ at the same latents")
 
 
+@BACKBONE_LAWS.law("items", "v(x)_i = v(x_i)", ALONE)
 def _backbone_items(model: Backbone, size: tuple[int, int] | None) -> None:
+    """An item of a batch is what it is alone."""
     m = _Model(model, size)
     v = m.velocity()
     bound = 1e-3 * float(v.abs().max())
@@ -325,7 +311,9 @@ def _backbone_items(model: Backbone, size: tuple[int, int] | None) -> None:
         demand(error <= bound, f"item {i} alone differs from item {i} of a batch by {error:.2g}")
 
 
+@BACKBONE_LAWS.law("pictures", "(h, w) -> (h / downscale, w / downscale) -> (h, w)")
 def _pictures(model: Backbone, size: tuple[int, int] | None) -> None:
+    """Pictures become latents of its space and come back as pixels in [0, 1]."""
     m = _Model(model, size)
     pixels = torch.rand(2, 3, *m.size, generator=torch.Generator().manual_seed(0)).to(model.device)
     with torch.inference_mode():
@@ -336,14 +324,9 @@ def _pictures(model: Backbone, size: tuple[int, int] | None) -> None:
     demand(float(back.min()) >= 0 and float(back.max()) <= 1, "decoded pixels must be clamped to [0, 1]")
 
 
-def _prompts(model: Backbone, size: tuple[int, int] | None) -> None:
-    m = _Model(model, size)
-    demand(m.cond.batch == 2, f"two prompts are encoded as {m.cond.batch}")
-    net = model.upscaler
-    demand(net is None or net.scale == model.info.upscale, "`upscaler` has another scale than `info.upscale`")
-
-
+@BACKBONE_LAWS.law("refuses", "needs <= capabilities")
 def _refuses(model: Backbone, size: tuple[int, int] | None) -> None:
+    """`check` refuses what its facts say that it cannot."""
     if model.info.capabilities.together:
         return
     try:
@@ -351,27 +334,3 @@ def _refuses(model: Backbone, size: tuple[int, int] | None) -> None:
     except PlanError:
         return
     demand(kept=False, text="its facts say one condition at a time, and `check` takes two; call info.require")
-
-
-_BACKBONE = "the contract of `mrflow.Backbone`"
-BACKBONE_LAWS: tuple[Law, ...] = (
-    Law(
-        "backbone", "prompts", "Each prompt is one item; the upscaler is the one that its facts name.",
-        "|condition| = |prompts|", _BACKBONE, _prompts,
-    ),
-    Law(
-        "backbone", "velocity", "A field is a function of the latents, finite and of their shape.",
-        "v(x, sigma) = E[eps - x0 | x]", "arXiv 2210.02747", _velocity,
-    ),
-    Law(
-        "backbone", "items", "An item of a batch is what it is alone.", "v(x)_i = v(x_i)", ALONE, _backbone_items,
-    ),
-    Law(
-        "backbone", "pictures", "Pictures become latents of its space and come back as pixels in [0, 1].",
-        "(h, w) -> (h / downscale, w / downscale) -> (h, w)", _BACKBONE, _pictures,
-    ),
-    Law(
-        "backbone", "refuses", "`check` refuses what its facts say that it cannot.", "needs <= capabilities", _BACKBONE,
-        _refuses,
-    ),
-)  # fmt: skip

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from mrflow.flow import Velocity
 from mrflow.solvers import RK4, AdaptiveSolver, Solver, StochasticSolver, integrate
-from mrflow.testing.laws import Law, demand
+from mrflow.testing.laws import Laws, demand
 from mrflow.testing.toy import Mixture
 
 CENTRES, STD, BEGINS = (-0.9, 0.7), 0.4, (0.55, -0.4, 1.3)
 MIXTURE = Mixture(torch.tensor([[m] for m in CENTRES], dtype=torch.float64), STD)
+
+
+SOLVER_LAWS = Laws("solver", "solvers are frozen: `mrflow.solvers`")
 
 
 def check_solver(solver: Solver, *, order: float) -> None:
@@ -26,8 +29,7 @@ def check_solver(solver: Solver, *, order: float) -> None:
     Raises:
         LawBroken: naming the law and what was measured. PlanError: it asks for the field at sigma 0.
     """
-    for law in SOLVER_LAWS:
-        law.hold(solver, order=order)
+    SOLVER_LAWS.hold(solver, order=order)
 
 
 def _even(n: int) -> list[float]:
@@ -71,19 +73,29 @@ def measured_order(
     return math.log(errors[0] / errors[-1]) / math.log(steps[-1] / steps[0])
 
 
+@SOLVER_LAWS.law("order", "|x_n - x| = O(n^-p)", "F(x, sigma) is constant along the flow of a one-dimensional mixture")
 def _even_order(solver: Solver, order: float) -> None:
+    """Its error falls with its order where steps are even."""
     if not isinstance(solver, StochasticSolver) and not solver.estimated:
         got = measured_order(solver)
         demand(abs(got - order) < 0.35, f"order {got:.2f} on the mixture's flow, not {order:g}")
 
 
+@SOLVER_LAWS.law(
+    "order on uneven levels",
+    "|x_n - x| = O(n^-p)",
+    "as `order`; Hairer, Norsett & Wanner, Solving ODEs I, III.5 (variable steps)",
+)
 def _uneven_order(solver: Solver, order: float) -> None:
+    """Its order holds from sigma 1 on uneven levels too."""
     if not isinstance(solver, StochasticSolver) and not solver.estimated:
         got, order = measured_order(solver, steps=(64, 256), grid=uneven), min(order, solver.order_at_ends)
         demand(got > order - 0.45, f"order {got:.2f} on uneven levels from sigma 1, not {order:g}")
 
 
+@SOLVER_LAWS.law("point mass", "v = (x - x0) / sigma => x(0) = x0", "arXiv 2209.03003: straight paths need one step")
 def _point(solver: Solver, order: float) -> None:
+    """Data of one point are reached exactly at sigma 0."""
     if solver.at_zero:  # this field is 0/0 there
         return
     target = torch.tensor([[0.3, -0.7]], dtype=torch.float64)
@@ -115,7 +127,9 @@ def _made(solver: Solver, x: Tensor, velocity: Velocity = MIXTURE.velocity) -> T
     return integrate(solver, velocity, x, GRID, noise=lambda: draw().expand_as(x))
 
 
+@SOLVER_LAWS.law("untouched", "x' is a new tensor")
 def _untouched(solver: Solver, order: float) -> None:
+    """It changes no tensor that it is given."""
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def watched(x: Tensor, sigma: float) -> Tensor:
@@ -137,7 +151,9 @@ def _untouched(solver: Solver, order: float) -> None:
         demand(torch.equal(now, then), f"it changed {what} in place; make new tensors")
 
 
+@SOLVER_LAWS.law("stateless", "step = f(v, x, sigma, to, past)")
 def _stateless(solver: Solver, order: float) -> None:
+    """It remembers nothing but `past`: integrations do not meet."""
     x = _data()
     want = _made(solver, x)
     demand(torch.equal(_made(solver, x), want), "the same integration gives something else the second time")
@@ -151,7 +167,11 @@ def _stateless(solver: Solver, order: float) -> None:
     demand(ok, "another integration in between changes this one; what it remembers goes through `past`")
 
 
+@SOLVER_LAWS.law(
+    "items", "step(x)_i = step(x_i)", "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`"
+)
 def _items(solver: Solver, order: float) -> None:
+    """An item of a batch is what it is alone."""
     x = _data()
     whole = _made(solver, x)
     for i in range(len(x)):
@@ -159,7 +179,9 @@ def _items(solver: Solver, order: float) -> None:
         demand(error < 1e-9, f"item {i} alone differs from item {i} of a batch by {error:.2g}")
 
 
+@SOLVER_LAWS.law("evaluations", "points = levels asked at", "what `plan` counts: `mrflow.Plan.nfe`")
 def _evals(solver: Solver, order: float) -> None:
+    """It asks for the field where `points` says, and `evals` times in a full step."""
     sigmas, counted = _even(5), list[list[float]]()
 
     def counting(x: Tensor, sigma: float) -> Tensor:
@@ -179,7 +201,11 @@ def _evals(solver: Solver, order: float) -> None:
     demand(full == solver.evals, f"a full step takes {full} evaluations, and `evals` says {solver.evals}")
 
 
+@SOLVER_LAWS.law(
+    "tolerance", "|x - x_exact| < 30 tolerance", "Hairer, Norsett & Wanner, Solving ODEs I, II.4 (step size control)"
+)
 def _tolerance(solver: Solver, order: float) -> None:
+    """One that chooses its steps makes errors of the size of its tolerance."""
     if not isinstance(solver, AdaptiveSolver):
         return
     x, wrong = _data(5), list[float]()
@@ -213,7 +239,13 @@ def _variance(solver: StochasticSolver, n: int, start: float) -> float:
     return float(response[0] * true(sigmas[0]) + response[1:].sum()) / true(sigmas[-1])
 
 
+@SOLVER_LAWS.law(
+    "marginal",
+    "a^2 m(sigma_0) + sum b_i^2 -> m(sigma_n), m(s) = s^2 + (1 - s)^2",
+    "arXiv 2206.00364, app. B: the SDE has the marginals of the ODE",
+)
 def _marginal(solver: Solver, order: float) -> None:
+    """A stochastic solver leaves the variance of the flow, as steps get finer."""
     if not isinstance(solver, StochasticSolver):
         return
     for start in (0.9, 1.0):
@@ -221,45 +253,3 @@ def _marginal(solver: Solver, order: float) -> None:
         ok = abs(many - 1) < 0.01 or abs(many - 1) < 0.3 * abs(few - 1)
         left = f"{few:.3f} of the true variance in 64 steps from sigma {start:g} and {many:.3f} in 512"
         demand(ok, f"it leaves {left}; it must go to 1")
-
-
-_PURE = "solvers are frozen: `mrflow.solvers`"
-SOLVER_LAWS: tuple[Law, ...] = (
-    Law(
-        "solver", "order", "Its error falls with its order where steps are even.", "|x_n - x| = O(n^-p)",
-        "F(x, sigma) is constant along the flow of a one-dimensional mixture", _even_order,
-    ),
-    Law(
-        "solver", "order on uneven levels", "Its order holds from sigma 1 on uneven levels too.", "|x_n - x| = O(n^-p)",
-        "as `order`; Hairer, Norsett & Wanner, Solving ODEs I, III.5 (variable steps)", _uneven_order,
-    ),
-    Law(
-        "solver", "point mass", "Data of one point are reached exactly at sigma 0.",
-        "v = (x - x0) / sigma => x(0) = x0", "arXiv 2209.03003: straight paths need one step", _point,
-    ),
-    Law(
-        "solver", "untouched", "It changes no tensor that it is given.", "x' is a new tensor", _PURE, _untouched,
-    ),
-    Law(
-        "solver", "stateless", "It remembers nothing but `past`: integrations do not meet.",
-        "step = f(v, x, sigma, to, past)", _PURE, _stateless,
-    ),
-    Law(
-        "solver", "items", "An item of a batch is what it is alone.", "step(x)_i = step(x_i)",
-        "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`", _items,
-    ),
-    Law(
-        "solver", "evaluations", "It asks for the field where `points` says, and `evals` times in a full step.",
-        "points = levels asked at", "what `plan` counts: `mrflow.Plan.nfe`", _evals,
-    ),
-    Law(
-        "solver", "tolerance", "One that chooses its steps makes errors of the size of its tolerance.",
-        "|x - x_exact| < 30 tolerance", "Hairer, Norsett & Wanner, Solving ODEs I, II.4 (step size control)",
-        _tolerance,
-    ),
-    Law(
-        "solver", "marginal", "A stochastic solver leaves the variance of the flow, as steps get finer.",
-        "a^2 m(sigma_0) + sum b_i^2 -> m(sigma_n), m(s) = s^2 + (1 - s)^2",
-        "arXiv 2206.00364, app. B: the SDE has the marginals of the ODE", _marginal,
-    ),
-)  # fmt: skip

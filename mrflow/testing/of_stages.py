@@ -7,16 +7,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
+from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.errors import PlanError, PromiseError
-from mrflow.flow import Velocity
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.runner import run
 from mrflow.spec import Latents, Pixels, Spec, Start, State
 from mrflow.stage import AnyChain, AnyStage, Context
-from mrflow.testing.laws import Law, demand
+from mrflow.testing.laws import Laws, demand
+from mrflow.testing.of_slots import Watched
 from mrflow.testing.toy import Toy, toy
+
+LINE = "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003"
+STAGE_LAWS = Laws("stage", "the contract of `mrflow.Stage`")
 
 
 def check_stage(stage: AnyStage, *, spec: Spec | None = None, model: Toy | None = None) -> None:
@@ -27,8 +30,7 @@ def check_stage(stage: AnyStage, *, spec: Spec | None = None, model: Toy | None 
     Raises:
         LawBroken: naming the law. MrflowError: the plan refuses, or a promise is broken.
     """
-    for law in STAGE_LAWS:
-        law.hold(stage, spec=spec, model=model)
+    STAGE_LAWS.hold(stage, spec=spec, model=model)
 
 
 def input_for(stage: AnyStage, model: ModelInfo) -> Spec:
@@ -81,13 +83,30 @@ class _Run:
         return run(AnyChain((self.stage,)), model or self.model, prompts, seed=seeds, start=start).data
 
 
+@STAGE_LAWS.law("plan", "plan(a) = plan(a)")
 def _plan(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    """A plan depends on its arguments alone."""
     r = _Run(stage, spec, model)
     same = stage.plan(r.spec, r.model.info) == stage.plan(r.spec, r.model.info)
     demand(same, f"two plans for {r.spec} differ; plan must depend on its arguments alone")
 
 
+@STAGE_LAWS.law("untouched", "x' is a new tensor")
+def _untouched(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    """It does not change the tensor that it is given."""
+    r = _Run(stage, spec, model)
+    kept = r.data.clone()
+    try:
+        r()
+    except PromiseError as broken:  # the runner looks too
+        demand("changed the tensor" not in str(broken), str(broken))
+        raise
+    demand(torch.equal(r.data, kept), "it changed the tensor it was given; work on a copy")
+
+
+@STAGE_LAWS.law("promise", "shape(apply) = plan.shape")
 def _promise(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    """It makes what its plan says, also where a picture is not square."""
     r = _Run(stage, spec, model)
     try:
         r()
@@ -102,23 +121,16 @@ def _promise(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
         demand(kept=False, text=f"it works for {square}, but not for {r.spec}: {broken}")
 
 
-def _untouched(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
-    r = _Run(stage, spec, model)
-    kept = r.data.clone()
-    try:
-        r()
-    except PromiseError as broken:  # the runner looks too
-        demand("changed the tensor" not in str(broken), str(broken))
-        raise
-    demand(torch.equal(r.data, kept), "it changed the tensor it was given; work on a copy")
-
-
+@STAGE_LAWS.law("seed", "apply(x, seed) = apply(x, seed)")
 def _seed(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    """The same seed gives the same picture."""
     r = _Run(stage, spec, model)
     demand(torch.equal(r(), r()), "two runs with one seed differ; draw noise with ctx.noise")
 
 
+@STAGE_LAWS.law("items", "apply(x)_i = apply(x_i)")
 def _items(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    """An item of a batch is what it is alone."""
     r = _Run(stage, spec, model)
     whole = r()
     for i in range(r.spec.batch):
@@ -126,36 +138,27 @@ def _items(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
         demand(error <= 1e-4, f"item {i} alone differs from item {i} of a batch by {error:.2g}")
 
 
-class Counting(Wrapper):
-    """A model that keeps the noise levels at which its fields were asked, once for each item."""
-
-    def __init__(self, model: Toy) -> None:
-        super().__init__(model)
-        self.asked: list[float] = []
-
-    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
-        """The model's field, counted."""
-        inner = self.model.field(cond, options)
-
-        def counted(x: Tensor, sigma: float) -> Tensor:
-            parts = options.positions.parts if options.positions else 1
-            self.asked.extend([sigma] * (len(x) * (1 + len(options.beside)) * parts))
-            return inner(x, sigma)
-
-        return counted
+def _parts(options: FieldOptions) -> int:
+    return options.positions.parts if options.positions else 1
 
 
+@STAGE_LAWS.law("forwards", "Work.nfe = forwards / batch", "the contract of `mrflow.Plan`")
 def _forwards(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    """It asks the model as often, and at those noise levels, as its plan says."""
     r = _Run(stage, spec, model)
     row = stage.plan_row(r.spec, r.model.info)
-    counting = Counting(r.model)
-    r(model=counting)
+    asked: list[float] = []  # once for each item
+
+    def count(options: FieldOptions, x: Tensor, sigma: float, v: Tensor) -> None:
+        asked.extend([sigma] * (len(x) * (1 + len(options.beside)) * _parts(options)))
+
+    r(model=Watched(r.model, count))
     if not row.work.estimated:
-        made = len(counting.asked) / r.spec.batch
+        made = len(asked) / r.spec.batch
         demand(made == row.work.nfe, f"its plan says {row.work.nfe} forwards a picture, and it made {made:g}")
     if row.evaluations:
-        asked, said = set(counting.asked), set(row.evaluations)
-        demand(asked == said, f"its plan says evaluations at {sorted(said)}, and it asked at {sorted(asked)}")
+        at, said = set(asked), set(row.evaluations)
+        demand(at == said, f"its plan says evaluations at {sorted(said)}, and it asked at {sorted(at)}")
 
 
 STD = 0.002
@@ -170,51 +173,44 @@ class _Plain(Toy):
         return Condition({"colours": colour.contiguous().to(self.device)})
 
 
-class _Watching(Wrapper):
-    """A model that keeps what its fields were given, item by item, by the level that they were asked at."""
-
-    def __init__(self, model: Toy) -> None:
-        super().__init__(model)
-        self.given: dict[float, list[Tensor]] = {}
-
-    def field(self, cond: Condition, options: FieldOptions = FieldOptions()) -> Velocity:
-        """The model's field, watched."""
-        inner = self.model.field(cond, options)
-
-        def watched(x: Tensor, sigma: float) -> Tensor:
-            for part in x.chunk(options.positions.parts if options.positions else 1, -1):  # they may overlap
-                self.given.setdefault(sigma, []).extend(part)
-            return inner(x, sigma)
-
-        return watched
-
-
-def _on_plain(stage: AnyStage, spec: Spec | None, model: Toy | None) -> tuple[Tensor, Latents, _Watching]:
-    """What a stage makes of a batch of plain pictures of deviation `STD` round one colour, its plan, what was asked."""
+def _on_plain(
+    stage: AnyStage, spec: Spec | None, model: Toy | None
+) -> tuple[Tensor, Latents, Tensor, dict[float, list[Tensor]]]:
+    """What a stage makes of a batch of plain pictures of deviation `STD` round one colour; its plan, the colour, and
+    the latents, item by item, that the model was given at each level.
+    """
     plain = _Plain(std=STD, positions=(model or toy()).info.capabilities.positions)
+    asked: dict[float, list[Tensor]] = {}
+
+    def keep(options: FieldOptions, x: Tensor, sigma: float, v: Tensor) -> None:
+        for part in x.chunk(_parts(options), -1):  # they may overlap
+            asked.setdefault(sigma, []).extend(part)
+
     first = with_batch(_Run(stage, spec, model).spec, 32)
     out = stage.plan(first, plain.info)
     assert isinstance(out, Latents)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(first.shape, generator=generator)
     data = (0.5 + 0.01 * noise).clamp(0, 1)
+    colour = plain.condition([""])["colours"][0, 0, :, None, None]
     if isinstance(first, Latents):
-        colour = plain.condition([""])["colours"][0, 0, :, None, None]
         clean = colour + STD * torch.randn(first.shape, generator=generator)
         data = (1 - first.sigma) * clean + first.sigma * noise
     start: State[Spec] = State(first, data)
-    watching = _Watching(plain)
-    return run(AnyChain((stage,)), watching, [""] * 32, seed=list(range(32)), start=start).data, out, watching
+    made = run(AnyChain((stage,)), Watched(plain, keep), [""] * 32, seed=list(range(32)), start=start).data
+    return made, out, colour[..., 0], asked
 
 
 def _deviation(sigma: float) -> float:
     return math.sqrt((1 - sigma) ** 2 * STD**2 + sigma**2)
 
 
+@STAGE_LAWS.law("level", "Var x = (1 - sigma')^2 std^2 + sigma'^2", LINE)
 def _level(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    """Latents hold the noise that the plan says."""
     if not issubclass(stage.gives, Latents):
         return
-    made, out, _ = _on_plain(stage, spec, model)
+    made, out, *_ = _on_plain(stage, spec, model)
     got, want = float(made.var(0).mean().sqrt()), _deviation(out.sigma)
     ok = abs(got - want) < 0.03 + 0.06 * out.sigma
     demand(
@@ -222,12 +218,17 @@ def _level(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
     )
 
 
+@STAGE_LAWS.law(
+    "marginals",
+    "Var x_i = Var (sum x_i) / n = (1 - sigma)^2 std^2 + sigma^2 at every evaluation",
+    LINE,
+)
 def _marginals(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+    """Wherever it asks the model, the latents hold noise of that level, and white noise."""
     if not issubclass(stage.gives, Latents):
         return
-    _, _, watching = _on_plain(stage, spec, model)
-    colour = watching.condition([""])["colours"][0, 0, :, None]
-    for sigma, rows in watching.given.items():
+    _, _, colour, asked = _on_plain(stage, spec, model)
+    for sigma, rows in asked.items():
         cells = [(row.flatten(1) - (1 - sigma) * colour) / _deviation(sigma) for row in rows]
         each = torch.cat([row.flatten() for row in cells])
         sums = torch.stack([row.sum(1) / math.sqrt(row.shape[1]) for row in cells])
@@ -239,39 +240,7 @@ def _marginals(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
         demand(abs(float(each.square().mean()) - 1) <= 0.06 and abs(float(sums.square().mean()) - 1) <= 0.6, text)
 
 
-_STAGE = "the contract of `mrflow.Stage`"
-STAGE_LAWS: tuple[Law, ...] = (
-    Law(
-        "stage", "plan", "A plan depends on its arguments alone.", "plan(a) = plan(a)", _STAGE, _plan,
-    ),
-    Law(
-        "stage", "untouched", "It does not change the tensor that it is given.", "x' is a new tensor", _STAGE,
-        _untouched,
-    ),
-    Law(
-        "stage", "promise", "It makes what its plan says, also where a picture is not square.",
-        "shape(apply) = plan.shape", _STAGE, _promise,
-    ),
-    Law(
-        "stage", "seed", "The same seed gives the same picture.", "apply(x, seed) = apply(x, seed)", _STAGE, _seed,
-    ),
-    Law(
-        "stage", "items", "An item of a batch is what it is alone.", "apply(x)_i = apply(x_i)", _STAGE, _items,
-    ),
-    Law(
-        "stage", "forwards", "It asks the model as often, and at those noise levels, as its plan says.",
-        "Work.nfe = forwards / batch", "the contract of `mrflow.Plan`", _forwards,
-    ),
-    Law(
-        "stage", "level", "Latents hold the noise that the plan says.", "Var x = (1 - sigma')^2 std^2 + sigma'^2",
-        "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003", _level,
-    ),
-    Law(
-        "stage", "marginals", "Wherever it asks the model, the latents hold noise of that level, and white noise.",
-        "Var x_i = Var (sum x_i) / n = (1 - sigma)^2 std^2 + sigma^2 at every evaluation",
-        "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003", _marginals,
-    ),
-)  # fmt: skip
+TRANSITION_LAWS = Laws("transition", LINE)
 
 
 def check_transition(stage: AnyStage, *, sigma: float = 0.6, size: tuple[int, int] = (8, 8)) -> None:
@@ -284,8 +253,7 @@ def check_transition(stage: AnyStage, *, sigma: float = 0.6, size: tuple[int, in
     Raises:
         LawBroken: naming the law and what was measured. PlanError: the stage refuses the latents.
     """
-    for law in TRANSITION_LAWS:
-        law.hold(stage, sigma=sigma, size=size)
+    TRANSITION_LAWS.hold(stage, sigma=sigma, size=size)
 
 
 class _Transition:
@@ -379,20 +347,30 @@ def _kept(t: _Transition, k: int, m: int) -> list[tuple[float, float]]:
     return list(zip(found, [(1 - t.out.sigma) * a for a in amplitudes], strict=True))
 
 
+@TRANSITION_LAWS.law("signal", "(1 - sigma) c -> (1 - sigma') c")
 def _signal(stage: AnyStage, sigma: float, size: tuple[int, int]) -> None:
+    """A constant picture keeps the signal that the new level has."""
     t = _Transition(stage, sigma, size)
     for c, (got, want) in enumerate(_kept(t, 0, 0)):
         text = f"{t.where}: channel {c} of a constant picture comes out as {got:.3f}, not {want:.3f}"
         demand(abs(got - want) <= 0.03, text)
 
 
+@TRANSITION_LAWS.law(
+    "picture",
+    "(1 - sigma) cos(pi k (i + 1/2) / n) -> (1 - sigma') cos(pi k (j + 1/2) / n'), k <= 1",
+    LINE + "; DCT-II modes of both grids",
+)
 def _modes(stage: AnyStage, sigma: float, size: tuple[int, int]) -> None:
+    """Coarse structure stays where it is, in every channel."""
     t = _Transition(stage, sigma, size)
     for k, m in ((0, 1), (1, 0), (1, 1)):
         _demand_mode(t, k, m, 0.12)
 
 
+@TRANSITION_LAWS.law("detail", "as `picture`, k = 2, to 35 %", LINE + "; DCT-II modes of both grids")
 def _details(stage: AnyStage, sigma: float, size: tuple[int, int]) -> None:
+    """It keeps more of a picture than its coarse structure."""
     t = _Transition(stage, sigma, size)
     for k, m in ((0, 2), (2, 0), (2, 2)):
         _demand_mode(t, k, m, 0.35)
@@ -405,7 +383,9 @@ def _demand_mode(t: _Transition, k: int, m: int, off: float) -> None:
         demand(abs(got - want) <= 0.03 + off * abs(want), text)
 
 
+@TRANSITION_LAWS.law("white", "sigma^2 A A^T + sum B_d B_d^T = sigma'^2 I, for x' = A x + sum B_d n_d")
 def _white(stage: AnyStage, sigma: float, size: tuple[int, int]) -> None:
+    """Pure noise comes out as white noise of the new level."""
     t = _Transition(stage, sigma, size)
     level = t.out.sigma
     shapes = t.linear() if level > 0 and math.prod(t.out.shape[1:]) <= 2000 else None
@@ -451,25 +431,3 @@ def _white_by_samples(t: _Transition) -> None:
                     f"{together:.2f}; it must be white"
                 )
                 demand(abs(together) <= 0.05, text)
-
-
-_LINE = "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003"
-TRANSITION_LAWS: tuple[Law, ...] = (
-    Law(
-        "transition", "signal", "A constant picture keeps the signal that the new level has.",
-        "(1 - sigma) c -> (1 - sigma') c", _LINE, _signal,
-    ),
-    Law(
-        "transition", "picture", "Coarse structure stays where it is, in every channel.",
-        "(1 - sigma) cos(pi k (i + 1/2) / n) -> (1 - sigma') cos(pi k (j + 1/2) / n'), k <= 1",
-        _LINE + "; DCT-II modes of both grids", _modes,
-    ),
-    Law(
-        "transition", "detail", "It keeps more of a picture than its coarse structure.", "as `picture`, k = 2, to 35 %",
-        _LINE + "; DCT-II modes of both grids", _details,
-    ),
-    Law(
-        "transition", "white", "Pure noise comes out as white noise of the new level.",
-        "sigma^2 A A^T + sum B_d B_d^T = sigma'^2 I, for x' = A x + sum B_d n_d", _LINE, _white,
-    ),
-)  # fmt: skip
