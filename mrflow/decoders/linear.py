@@ -1,6 +1,7 @@
 """Linear previews: a pixel of each latent cell, fitted to a model by least squares."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ class LinearDecoder(Decoder):
     fits one to a model.
     """
 
+    scale: ClassVar[int] = 1
     space: str
     weight: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     bias: tuple[float, float, float]
@@ -30,11 +32,6 @@ class LinearDecoder(Decoder):
             raise PlanError("a linear decoder has three rows of factors, one a colour, and three values of bias")
         object.__setattr__(self, "weight", rows)
         object.__setattr__(self, "bias", tuple(float(v) for v in self.bias))
-
-    @property
-    def scale(self) -> int:
-        """One pixel a cell."""
-        return 1
 
     def __call__(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
         """The map, cell by cell.

@@ -17,11 +17,11 @@ from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.safetensors import Entry, Header, Source, chosen_checkpoint, load_into, open_checkpoint
 from mrflow.errors import PlanError, WeightsError
 from mrflow.protocols.decoder import Decoder
-from mrflow.records.files import locate
+from mrflow.records.files import FileNamed
 
 
 @dataclass(frozen=True)
-class TinyDecoder(Decoder):
+class TinyDecoder(FileNamed, Decoder):
     """The decoder of a tiny autoencoder (TAESD, TAEF1; github.com/madebyollin/taesd) from a file of yours.
 
     `path` is the decoder's own safetensors file, or the whole autoencoder as diffusers' `AutoencoderTiny` saves it, a
@@ -40,14 +40,8 @@ class TinyDecoder(Decoder):
         where = check_path("the file", self.path)
         if where.is_dir():
             where = chosen_checkpoint(where)
-        where, found = locate(str(where), self.sha256)
-        object.__setattr__(self, "path", str(where))
-        object.__setattr__(self, "sha256", found)
+        self.find_file("path", where)
         _ = self.net
-
-    def to_record(self) -> dict[str, object]:
-        """The fields that go into a record: no folder names."""
-        return {"path": Path(self.path).name, "space": self.space, "sha256": self.sha256}
 
     @property
     def net(self) -> "TinyNet":

@@ -8,12 +8,12 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, ClassVar, NoReturn, cast
 
 from mrflow._checks import check_path
 from mrflow.errors import ResourceError, WeightsError
@@ -239,6 +239,28 @@ def locate(path: str, sha256: str) -> tuple[Path, str]:
             f"{where} is another file than the one asked for: its SHA-256 begins {found[:12]}, not {sha256[:12]}"
         )
     return where, found
+
+
+class FileNamed:
+    """A frozen dataclass that names files: `files` are the fields that do, each with that of its SHA-256."""
+
+    files: ClassVar[Mapping[str, str]] = {"path": "sha256"}
+
+    def find_file(self, field: str, path: str | Path) -> Path:
+        """Have a field say where its file lies, and another its SHA-256; `path` is where it is said to be.
+
+        Raises:
+            WeightsError: as `locate`.
+        """
+        where, found = locate(str(path), getattr(self, self.files[field]))
+        object.__setattr__(self, field, str(where))
+        object.__setattr__(self, self.files[field], found)
+        return where
+
+    def to_record(self) -> dict[str, object]:
+        """The fields that go into a record: no folder names."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
+        return values | {name: Path(values[name]).name for name in self.files}
 
 
 def digest(path: Path) -> str:

@@ -16,8 +16,18 @@ from mrflow.stages.decode import check_known
 from mrflow.upscalers.interpolate import Filter, check_filter
 
 
+class Sized:
+    """A stage to a `size` in pixels: a pair, or one number for a square."""
+
+    size: tuple[int, int] | None
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            object.__setattr__(self, "size", check_sides("size", self.size))
+
+
 @dataclass(frozen=True)
-class Lift(Stage[Latents, Latents]):
+class Lift(Sized, Stage[Latents, Latents]):
     """Clean latents interpolated to a picture size, (height, width) in pixels (default: twice the sides).
 
     The baseline that needs neither autoencoder nor network. What it gives is no picture's latents: the autoencoder's
@@ -33,8 +43,7 @@ class Lift(Stage[Latents, Latents]):
 
     def __post_init__(self) -> None:
         check_filter(self.filter)
-        if self.size is not None:
-            object.__setattr__(self, "size", check_sides("size", self.size))
+        super().__post_init__()
 
     def plan(self, spec: Latents, model: ModelInfo) -> Latents:
         """Latents of `size`, of the same noise level 0.

@@ -5,18 +5,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mrflow._checks import check_sides
 from mrflow.backbone import Backbone
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo
 from mrflow.protocols.upscaler import Upscaler, apply_upscaler, passes_to, scale_of
 from mrflow.spec import MAX_SIDE, Pixels, State
 from mrflow.stage import Context, Stage, Work
-from mrflow.stages.lift import check_rise
+from mrflow.stages.lift import Sized, check_rise
 
 
 @dataclass(frozen=True)
-class Upscale(Stage[Pixels, Pixels]):
+class Upscale(Sized, Stage[Pixels, Pixels]):
     """Super-resolution. `upscaler=None` is the model's own net.
 
     `size`, a (height, width) in pixels, asks for more or less than the upscaler's scale gives: the upscaler runs as
@@ -26,10 +25,6 @@ class Upscale(Stage[Pixels, Pixels]):
     scope: ClassVar[str] = "Upscale"
     upscaler: Upscaler | None = None
     size: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.size is not None:
-            object.__setattr__(self, "size", check_sides("size", self.size))
 
     def scale(self, model: ModelInfo) -> int:
         """What one pass of the upscaler multiplies the sides by."""

@@ -2,24 +2,25 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 
 from mrflow._checks import check_whole, is_whole
 from mrflow.checkpoints.safetensors import some
 from mrflow.errors import PlanError, ResourceError, WeightsError
-from mrflow.records.files import locate
+from mrflow.records.files import FileNamed
 from mrflow.upscalers.network import Network, NetworkFacts, OpenedNetwork, Precision, check_settings
 from mrflow.upscalers.torchvision_shim import use_shim
 from mrflow.upscalers.weights import misfits, read_state
 
 
 @dataclass(frozen=True)
-class BasicSR(Network):
+class BasicSR(FileNamed, Network):
     """Any network registered in basicsr's `ARCH_REGISTRY`, yours too, as an option file's `network_g` describes it.
 
     `options` is a BasicSR option file (YAML) with `scale` and `network_g`; `weights` a checkpoint that BasicSR wrote,
@@ -33,6 +34,7 @@ class BasicSR(Network):
         WeightsError: a file is missing, unsafe or broken, or the weights do not fit the network.
     """
 
+    files: ClassVar[Mapping[str, str]] = {"options": "options_sha256", "weights": "weights_sha256"}
     options: str
     weights: str = ""
     multiple: int | None = None
@@ -45,26 +47,9 @@ class BasicSR(Network):
         check_settings(self.tile, self.dtype)
         if self.multiple is not None:
             check_whole("an upscaler's multiple", self.multiple, 1, 1024)
-        where, found = locate(self.options, self.options_sha256)
-        object.__setattr__(self, "options", str(where))
-        object.__setattr__(self, "options_sha256", found)
-        weights = self.weights or _pretrained(where)
-        where, found = locate(weights, self.weights_sha256)
-        object.__setattr__(self, "weights", str(where))
-        object.__setattr__(self, "weights_sha256", found)
+        where = self.find_file("options", self.options)
+        self.find_file("weights", self.weights or _pretrained(where))
         _ = self.network
-
-    def to_record(self) -> dict[str, object]:
-        """The fields that go into a record: no folder names."""
-        return {
-            "options": Path(self.options).name,
-            "weights": Path(self.weights).name,
-            "multiple": self.multiple,
-            "options_sha256": self.options_sha256,
-            "weights_sha256": self.weights_sha256,
-            "tile": self.tile,
-            "dtype": self.dtype,
-        }
 
     @property
     def network(self) -> OpenedNetwork:

@@ -17,14 +17,14 @@ from mrflow.checkpoints.configs import read_config
 from mrflow.checkpoints.safetensors import chosen_checkpoint
 from mrflow.errors import PlanError, WeightsError
 from mrflow.protocols.upscaler import LatentUpscaler
-from mrflow.records.files import locate, spelled
+from mrflow.records.files import FileNamed, spelled
 from mrflow.upscalers.weights import State, read_state
 
 Skip = Literal["nearest", "bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
-class LatentCheckpoint(LatentUpscaler):
+class LatentCheckpoint(FileNamed, LatentUpscaler):
     """LSSGen's latent upsampler (Tang et al. 2025, arXiv 2507.16154) from a file or a folder as diffusers saves it.
 
     `space` is the name of the latents that it was trained on, which no file says: "flux1" for FLUX.1's and Z-Image's.
@@ -46,19 +46,19 @@ class LatentCheckpoint(LatentUpscaler):
         where = check_path("the file", self.path)
         if where.is_dir():
             where = chosen_checkpoint(where)
-        where, found = locate(str(where), self.sha256)
+        where = self.find_file("path", where)
         skip, groups = _settings(spelled(where.parent, "config.json"))
         skip, groups = self.skip or skip, groups if self.groups is None else self.groups
         if skip not in get_args(Skip):
             raise PlanError(f"skip must be one of {', '.join(get_args(Skip))}, got {skip!r}")
-        for name, value in (("path", str(where)), ("sha256", found), ("skip", skip), ("groups", groups)):
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "skip", skip)
+        object.__setattr__(self, "groups", groups)
         _ = self.net
 
     def to_record(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
-        own = {"space": self.space, "skip": self.skip, "groups": self.groups}
-        return {"path": Path(self.path).name, "sha256": self.sha256, **own}
+        record = super().to_record()
+        return {"path": record.pop("path"), "sha256": record.pop("sha256"), **record}  # fingerprints keep this order
 
     @property
     def net(self) -> "LatentNet":

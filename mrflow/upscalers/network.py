@@ -5,7 +5,6 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from mrflow.display.notes import note
 from mrflow.errors import NonFiniteError, PlanError, ResourceError, WeightsError
 from mrflow.machine.failures import is_out_of_memory
 from mrflow.protocols.upscaler import Upscaler
-from mrflow.records.files import locate
+from mrflow.records.files import FileNamed
 from mrflow.tiling import in_tiles
 
 FADE = 16  # pixels over which one tile fades into the next
@@ -224,7 +223,7 @@ class Network(Upscaler):
 
 
 @dataclass(frozen=True)
-class OneFile(Network):
+class OneFile(FileNamed, Network):
     """A network whose weights are one file. A record names it without its folder, and its SHA-256.
 
     Raises:
@@ -238,14 +237,8 @@ class OneFile(Network):
 
     def __post_init__(self) -> None:
         check_settings(self.tile, self.dtype)
-        where, found = locate(self.path, self.sha256)
-        object.__setattr__(self, "path", str(where))
-        object.__setattr__(self, "sha256", found)
+        self.find_file("path", self.path)
         _ = self.network
-
-    def to_record(self) -> dict[str, object]:
-        """The fields that go into a record: no folder names."""
-        return {"path": Path(self.path).name, "sha256": self.sha256, "tile": self.tile, "dtype": self.dtype}
 
 
 def pad_to_multiple(pixels: Tensor, facts: NetworkFacts) -> Tensor:
