@@ -36,17 +36,22 @@ T = TypeVar("T")
 
 
 def squares(recipe: Callable[P, T]) -> Callable[P, T]:
-    """The recipe with its sizes checked: each a (height, width), or one number for a square."""
+    """The recipe with its sizes checked: each a (height, width), or one number for a square, and each rises."""
     form = signature(recipe)
 
     @wraps(recipe)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        given = form.bind(*args, **kwargs).arguments
+        bound = form.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
         for name in ("low", "size"):
             if name in given:
                 given[name] = check_sides(name, given[name])
-        if isinstance(given.get("sizes"), list | tuple):
+        if "sizes" in given:
             given["sizes"] = [check_sides("each of sizes", each) for each in given["sizes"]]
+            _check_ladder(given["sizes"])
+        if "low" in given:
+            _check_rise(given["low"], given["size"], "low ", "size ")
         return recipe(**given)  # type: ignore[call-arg]
 
     return checked
@@ -94,7 +99,6 @@ def paper(
     `upscaler=None` is the model's own net. The published maths with the posterior's mode and per-item noise; `official`
     has the published draws.
     """
-    _check_rise(low, size, "low ", "size ")
     return (
         Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance, noise=noise, cache=cache, lora=lora)
         >> Decode()
@@ -126,7 +130,6 @@ def official(
     """The published procedure, draw for draw: noise from a generator seeded with the seed; then, from one seeded with
     seed + 1, the posterior sample and the injected noise. `eight_bit` adds its rounding between the stages.
     """
-    _check_rise(low, size, "low ", "size ")
     small = Sample(*low, Shifted(steps), noise=Stream(0)) >> Decode()
     large = (
         small >> Quantise() >> Upscale(upscaler, size) >> Quantise(truncate=True)
@@ -163,7 +166,6 @@ def ladder(
     `schedule` and `cache` are the first rung's. With `tiles`, rungs larger than a tile are refined in tiles.
     """
     rungs = tuple(sizes)
-    _check_ladder(rungs)
     levels = tuple(sigmas) if isinstance(sigmas, Sequence) else (sigmas,) * (len(rungs) - 1)
     nets = tuple(upscalers) if isinstance(upscalers, Sequence) else (upscalers,) * (len(rungs) - 1)
     for name, given in (("sigmas", levels), ("upscalers", nets)):
@@ -194,7 +196,6 @@ def latent(
 
     With an `upscaler`, a network that was trained to (`LatentCheckpoint`) enlarges them.
     """
-    _check_rise(low, size, "low ", "size ")
     return (
         Sample(*low, schedule or Shifted(steps), solver=solver, guidance=guidance)
         >> Lift(size, filter, upscaler=upscaler)
@@ -229,7 +230,6 @@ def stacked(
     levels, the last of them far above 0.12: whether a refinement at `sigma` suits one is to be measured, as are the
     levels of the low stage: the model's own for that size, or with `full_levels` those of the full size.
     """
-    _check_rise(low, size, "low ", "size ")
     if refine not in ("student", "base"):
         raise PlanError(f"refine must be 'student' or 'base', got {refine!r}")
     grid = student.schedule(steps)
@@ -267,7 +267,6 @@ def piflow(
     The refinement begins, as in the official code, at the last level of pi-Flow's own schedule with a whole last step:
     0.5161 for 4 steps. That is far above MrFlow's 0.12, which `sigma=0.12` gives, and no level it was trained on.
     """
-    _check_rise(low, size, "low ", "size ")
     whole = FlowMap(steps, final_step=1.0)
     again: float | Level = Level(whole, steps - 1) if sigma is None else sigma
     return (
@@ -297,7 +296,6 @@ def lift(
     One grid of steps[0] + steps[1] steps for the full size; after the first ones the clean estimate is enlarged and
     noised to the level that was reached, or to `sigma`, from where the refinement has a grid of its own.
     """
-    _check_rise(low, size, "low ", "size ")
     begin, again, rest = _handover(steps, sigma, schedule, size, guidance)
     return Sample(*low, begin, guidance=guidance) >> Lift(size, filter) >> again >> rest >> Decode()
 
@@ -315,7 +313,6 @@ def selflift(
     guidance: Guidance | None = None,
 ) -> Chain[Start, Pixels]:
     """SelfLift-zero (arXiv 2609.02036): as `lift`, with a lift over latents and pixels, mixed where they disagree."""
-    _check_rise(low, size, "low ", "size ")
     begin, again, rest = _handover(steps, sigma, schedule, size, guidance)
     mixing = SelfLift(size, share, *weights)
     return Sample(*low, begin, guidance=guidance) >> mixing >> again >> rest >> Decode()
@@ -350,7 +347,6 @@ def speed(
     `speed_steps` gives the counts of SPEED's own rule.
     """
     rungs = tuple(sizes)
-    _check_ladder(rungs)
     each = counts("steps", steps, len(rungs))
     grid, size = schedule or Shifted(sum(each)), rungs[-1]
     chain = Sample(*rungs[0], Part(grid, 0, each[0], size=size), guidance=guidance) >> Grow(rungs[1])

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from mrflow.schedules.base import MAX_STEPS as MAX_STEPS
 from mrflow.schedules.base import Beta as Beta
 from mrflow.schedules.base import Cosine as Cosine
 from mrflow.schedules.base import DirectSigma as DirectSigma

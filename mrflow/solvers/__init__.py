@@ -4,7 +4,6 @@ from mrflow.solvers.adaptive import AdaptiveSolver as AdaptiveSolver
 from mrflow.solvers.adaptive import BogackiShampine as BogackiShampine
 from mrflow.solvers.adaptive import DormandPrince as DormandPrince
 from mrflow.solvers.adaptive import Pair as Pair
-from mrflow.solvers.base import NOWHERE as NOWHERE
 from mrflow.solvers.base import FiniteCheck as FiniteCheck
 from mrflow.solvers.base import History as History
 from mrflow.solvers.base import Solver as Solver

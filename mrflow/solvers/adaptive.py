@@ -159,10 +159,7 @@ class BogackiShampine(AdaptiveSolver):
     """
 
     evals: ClassVar[int] = 3
-
-    @property
-    def pair(self) -> Pair:
-        return BOGACKI_SHAMPINE
+    pair: ClassVar[Pair] = BOGACKI_SHAMPINE
 
 
 @dataclass(frozen=True)
@@ -173,10 +170,7 @@ class DormandPrince(AdaptiveSolver):
     """
 
     evals: ClassVar[int] = 6
-
-    @property
-    def pair(self) -> Pair:
-        return DORMAND_PRINCE
+    pair: ClassVar[Pair] = DORMAND_PRINCE
 
 
 @lru_cache(maxsize=256)
