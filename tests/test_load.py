@@ -25,12 +25,12 @@ from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError, ResourceError, WeightsError
 from mrflow.models.describe import describe
 from mrflow.models.flux.backbone import Flux1
-from mrflow.models.flux.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
+from mrflow.models.flux.weights import FLUX_AUTOENCODER, load_flux, save_flux
 from mrflow.models.scheduler import shift_of
 from tests.live import LiveBytes
 from tests.parity.test_flux import relative
 from tests.parity.test_official import UP, pipeline, words
-from tests.tiny import write_flux_repo
+from tests.tiny import save_vae_flux, write_flux_repo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 CHAIN = mf.recipes.paper(UP, low=(32, 48), size=(64, 96), steps=3)
@@ -49,7 +49,7 @@ def single(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights as two files in BFL's layout."""
     folder = tmp_path_factory.mktemp("single")
     save_flux(load_flux(repo / "transformer"), folder / "flux1-dev.safetensors")
-    save_vae_flux(load_vae_flux(repo / "vae"), folder / "ae.safetensors")
+    save_vae_flux(FLUX_AUTOENCODER.prepare(repo / "vae").read(), folder / "ae.safetensors")
     return folder
 
 

@@ -23,6 +23,7 @@ from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from tests.lora_files import LAYOUTS, flux_linears, low_rank, write_lora
 from tests.parity.test_flux import SMALL, relative
 from tests.parity.test_official import words
+from tests.parity.test_qwen_image import forward
 from tests.test_cli import call
 from tests.test_load import draw, loaded, repo, single  # noqa: F401  (fixtures)
 from tests.test_qwen import repo as qwen_repo  # noqa: F401
@@ -684,7 +685,7 @@ def test_diffusers_agrees_on_qwen(way: str, qwen_repo: Path, tmp_path: Path) -> 
             encoder_hidden_states_mask=torch.ones(1, 5, dtype=torch.long), return_dict=False,
         )[0]  # fmt: skip
         ours = mf.load(qwen_repo, device="cpu", lora=file).transformer  # type: ignore[attr-defined]  # pyright: ignore
-        got = ours(x, (3, 4), context, torch.tensor([0.5]))
+        got = forward(ours, x, (3, 4), context, torch.tensor([0.5]))
     assert relative(got, want) < 1e-4
 
 

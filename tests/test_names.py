@@ -18,17 +18,18 @@ from mrflow.checkpoints.names import bare, before, common_wrapper, plain
 from mrflow.checkpoints.safetensors import map_tensor, open_checkpoint
 from mrflow.errors import WeightsError
 from mrflow.models.flux.text import find_text
-from mrflow.models.flux.weights import load_flux, load_vae_flux, save_flux, save_vae_flux
+from mrflow.models.flux.weights import FLUX_AUTOENCODER, load_flux, save_flux
 from mrflow.models.headers import kind
 from mrflow.models.lora import changes
 from mrflow.models.qwen.text import QwenText
-from mrflow.models.qwen.weights import prepare_qwen, prepare_vae_qwen, wan
+from mrflow.models.qwen.weights import QWEN_AUTOENCODER, QWEN_TRANSFORMER, wan
 from mrflow.upscalers import load_upscaler
 from mrflow.upscalers.weights import read_state, rename
 from tests.sr_files import as_first_generation, as_trunk, compact, rrdb
 from tests.test_lora import TINY, Flux, lora
 from tests.test_qwen import repo as qwen_repo  # noqa: F401
 from tests.test_text import repo  # noqa: F401  (a fixture)
+from tests.tiny import save_vae_flux
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 State = dict[str, Tensor]
@@ -89,13 +90,17 @@ MAIN = "diffusion_pytorch_model.safetensors"
 FAMILIES: dict[str, tuple[str, str, Callable[[Path], State]]] = {
     "FLUX": ("flux", f"transformer/{MAIN}", lambda p: values(load_flux(p))),
     "FLUX, BFL": ("flux", "bfl/flux.safetensors", lambda p: values(load_flux(p))),
-    "FLUX's autoencoder": ("flux", f"vae/{MAIN}", lambda p: values(load_vae_flux(p))),
-    "FLUX's autoencoder, BFL": ("flux", "bfl/ae.safetensors", lambda p: values(load_vae_flux(p))),
+    "FLUX's autoencoder": ("flux", f"vae/{MAIN}", lambda p: values(FLUX_AUTOENCODER.prepare(p).read())),
+    "FLUX's autoencoder, BFL": ("flux", "bfl/ae.safetensors", lambda p: values(FLUX_AUTOENCODER.prepare(p).read())),
     "CLIP": ("flux", "text_encoder/model.safetensors", read_clip),
     "T5": ("flux", "text_encoder_2/model.safetensors", read_t5),
-    "Qwen-Image": ("qwen", f"transformer/{MAIN}", lambda p: values(prepare_qwen(p).read())),
-    "Qwen-Image's autoencoder": ("qwen", f"vae/{MAIN}", lambda p: values(prepare_vae_qwen(p).read())),
-    "Qwen-Image's autoencoder, Wan": ("qwen", "wan/vae.safetensors", lambda p: values(prepare_vae_qwen(p).read())),
+    "Qwen-Image": ("qwen", f"transformer/{MAIN}", lambda p: values(QWEN_TRANSFORMER.prepare(p).read())),
+    "Qwen-Image's autoencoder": ("qwen", f"vae/{MAIN}", lambda p: values(QWEN_AUTOENCODER.prepare(p).read())),
+    "Qwen-Image's autoencoder, Wan": (
+        "qwen",
+        "wan/vae.safetensors",
+        lambda p: values(QWEN_AUTOENCODER.prepare(p).read()),
+    ),
     "Qwen2.5-VL": ("qwen", "text_encoder/model.safetensors", read_qwen_text),
 }
 
@@ -109,7 +114,7 @@ def repositories(repo: Path, qwen_repo: Path, tmp_path_factory: Any) -> dict[str
     (out["flux"] / "bfl").mkdir()
     (out["qwen"] / "wan").mkdir()
     save_flux(load_flux(repo / "transformer"), out["flux"] / "bfl/flux.safetensors")
-    save_vae_flux(load_vae_flux(repo / "vae"), out["flux"] / "bfl/ae.safetensors")
+    save_vae_flux(FLUX_AUTOENCODER.prepare(repo / "vae").read(), out["flux"] / "bfl/ae.safetensors")
     video = load_file(qwen_repo / f"vae/{MAIN}")
     save_file({wan(name)[0]: t for name, t in video.items()}, out["qwen"] / "wan/vae.safetensors")
     shutil.copy(qwen_repo / "vae/config.json", out["qwen"] / "wan/config.json")

@@ -21,10 +21,9 @@ from mrflow.models.qwen.text import QwenText
 from mrflow.models.qwen.transformer import QwenImage
 from mrflow.models.qwen.vae import VaeQwen
 from mrflow.models.qwen.weights import (
-    qwen_layout,
+    QWEN_AUTOENCODER,
     qwen_names,
     qwen_params,
-    qwen_vae_layout,
     qwen_vae_params,
     same,
     wan,
@@ -119,7 +118,7 @@ def test_qwen_image() -> None:
     with torch.device("meta"):
         split, fused = (QwenImage(qwen_params(given, names), split=split) for split in (True, False))
     for net in (split, fused):
-        assert expected(net, qwen_layout(net, names)) == {n: e.shape for n, e in given.tensors.items()}
+        assert expected(net, transformer_layout(net, names)) == {n: e.shape for n, e in given.tensors.items()}
     assert QWEN.architecture is not None
     count = sum(p.numel() for p in fused.parameters())
     assert count == QWEN.architecture.parameters == GOLDEN["qwen_image"]["parameters"] == 20_430_401_088
@@ -130,7 +129,7 @@ def test_qwen_vae(which: str) -> None:
     given, names = header(which), same if which == "qwen_vae" else wan
     with torch.device("meta"):
         vae = VaeQwen(qwen_vae_params(given, names))
-    layout = qwen_vae_layout(vae, given, names)
+    layout = QWEN_AUTOENCODER.place(vae, given, names)
     needed = {n: e.shape for n, e in given.tensors.items() if ".time_conv." not in n}
     assert {s.names[0] for s in layout.values()} == set(needed)
     for name, tensor in vae.state_dict().items():

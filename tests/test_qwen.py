@@ -21,11 +21,11 @@ from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models import info
 from mrflow.models.describe import describe
-from mrflow.models.flux.weights import load_vae_flux
+from mrflow.models.flux.weights import FLUX_AUTOENCODER
 from mrflow.models.layers import attention
 from mrflow.models.qwen.backbone import Qwen
 from mrflow.models.qwen.transformer import packed_attention, positions_qwen
-from mrflow.models.qwen.weights import prepare_vae_qwen, wan
+from mrflow.models.qwen.weights import QWEN_AUTOENCODER, wan
 from tests.parity.test_flux import relative
 from tests.tiny import write_qwen_repo
 
@@ -228,7 +228,7 @@ def test_wan_names_give_the_same_autoencoder(repo: Path, tmp_path: Path) -> None
     save_file({names[n]: t for n, t in tensors.items()}, tmp_path / "qwen_image_vae.safetensors")
     shutil.copy(repo / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "net.safetensors")
     shutil.copy(repo / "transformer" / "config.json", tmp_path / "config.json")
-    ours, theirs = (prepare_vae_qwen(p).read() for p in (repo / "vae", tmp_path / "qwen_image_vae.safetensors"))
+    ours, theirs = (QWEN_AUTOENCODER.prepare(p).read() for p in (repo / "vae", tmp_path / "qwen_image_vae.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     model = loaded(tmp_path / "net.safetensors", text=repo)
     assert relative(draw(model).pixels, draw(loaded(repo)).pixels) < 1e-6
@@ -319,7 +319,7 @@ def test_what_load_refuses_of_the_encoder_plan_refuses(repo: Path, tmp_path: Pat
 
 def test_its_autoencoder_is_not_taken_for_flux(repo: Path) -> None:
     with pytest.raises(WeightsError, match="is not a FLUX autoencoder: it looks like a Qwen-Image autoencoder"):
-        load_vae_flux(repo / "vae")
+        FLUX_AUTOENCODER.prepare(repo / "vae").read()
 
 
 def test_vision_tower_and_head_are_never_read(repo: Path, tmp_path: Path) -> None:

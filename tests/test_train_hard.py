@@ -13,7 +13,7 @@ import mrflow as mf
 from experiments import hard_scores
 from experiments.train_pocket import flow
 from experiments.train_pocket import hard as recipe
-from experiments.train_pocket.data import pictures
+from experiments.train_pocket.data import pictures, tensors_of
 from experiments.train_pocket.flow import Trainee, losses_at
 from experiments.train_pocket.loop import Loop, PieceOver, Run, cosine, finished, keep_settings
 from experiments.train_pocket.muon import orthogonalised
@@ -28,7 +28,6 @@ from mrflow.models.pocket.model import (
     WORDS,
     load_pocket,
     open_pocket,
-    tensors_of,
 )
 from mrflow.scenes.grammar import held_out
 from mrflow.scenes.hard import HARD, KINDS, parse_hard

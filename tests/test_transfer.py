@@ -14,12 +14,13 @@ import mrflow as mf
 from experiments import transfer
 from experiments.failures.questions import Setting
 from experiments.train_pocket import finetune, flow, student
+from experiments.train_pocket.data import tensors_of
 from experiments.train_pocket.export import export
 from experiments.train_pocket.hard import start_from
 from mrflow.checkpoints.adapters import check_loras
 from mrflow.checkpoints.safetensors import save_file
 from mrflow.models import info
-from mrflow.models.pocket.model import NEWEST, VOCABULARY, WEIGHTS, WORDS, open_pocket, tensors_of
+from mrflow.models.pocket.model import NEWEST, VOCABULARY, WEIGHTS, WORDS, open_pocket
 from mrflow.scenes.grammar import held_out
 from mrflow.scenes.hard import parse_hard
 from mrflow.scenes.looks import LOOKS

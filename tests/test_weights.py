@@ -29,16 +29,16 @@ from mrflow.models.flux.initial import reset
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.flux.weights import (
+    FLUX_AUTOENCODER,
     bfl,
     flux_diffusers,
     flux_layout,
     load_flux,
-    load_vae_flux,
     save_flux,
-    save_vae_flux,
     vae_diffusers,
     vae_layout,
 )
+from tests.tiny import save_vae_flux
 
 PARAMS = FluxParams(8, 8, 12, 6, 16, 2, (2, 2, 4), 4.0, 1, 2, guidance=True)
 LAYOUT = {"weight": Source(("w",), (3,)), "bias": Source(("b",), (3,))}
@@ -534,7 +534,7 @@ def test_shards_without_an_index_and_half_an_autoencoder_are_named(tmp_path: Pat
     half = {name: x for name, x in load_file(tmp_path / "vae.safetensors").items() if name.startswith("decoder")}
     save_file(half, tmp_path / "half.safetensors")
     with pytest.raises(WeightsError, match=r"half\.safetensors has no encoder of images"):
-        load_vae_flux(tmp_path / "half.safetensors")
+        FLUX_AUTOENCODER.prepare(tmp_path / "half.safetensors").read()
 
 
 def test_one_kind_of_checkpoint_is_not_taken_for_another(tmp_path: Path) -> None:
@@ -542,7 +542,7 @@ def test_one_kind_of_checkpoint_is_not_taken_for_another(tmp_path: Path) -> None
     save_flux(Flux(PARAMS), flux)
     save_vae_flux(VaeFlux(VaeParams((4, 8), groups=2)), vae)
     with pytest.raises(WeightsError, match="not a FLUX autoencoder: it looks like a FLUX transformer"):
-        load_vae_flux(flux)
+        FLUX_AUTOENCODER.prepare(flux).read()
     with pytest.raises(WeightsError, match="not a FLUX transformer: it looks like a FLUX autoencoder"):
         load_flux(vae)
 

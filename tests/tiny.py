@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from mrflow.checkpoints.safetensors import save_file, to_layout
+from mrflow.models.flux.vae import VaeFlux
+from mrflow.models.flux.weights import bfl, vae_layout
 from tests.parity.test_flux import CASES, scatter
 
 VAES: dict[str, dict[str, Any]] = {
@@ -31,6 +34,18 @@ def kl(channels: tuple[int, ...] = (32, 64), *, latent: int = 16, **settings: An
         use_post_quant_conv=False,
         **(usual | settings),
     )
+
+
+def save_vae_flux(vae: VaeFlux, path: Path) -> None:
+    """Write an autoencoder in BFL's layout; scale, shift and groups go into the file's metadata."""
+    p = vae.params
+    config = {
+        "_class_name": "AutoencoderKL",
+        "scaling_factor": p.scale,
+        "shift_factor": p.shift,
+        "norm_num_groups": p.groups,
+    }
+    save_file(to_layout(vae.state_dict(), vae_layout(vae, bfl(""))), path, metadata={"config": json.dumps(config)})
 
 
 def bytes_as_letters() -> list[str]:

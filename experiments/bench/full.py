@@ -39,7 +39,8 @@ from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.fp8 import Fp8Linear, store_fp8
 from mrflow.models.latent_model import LatentModel, footprint
 from mrflow.models.offload import RuntimeOptions
-from mrflow.models.qwen.backbone import DECODE, ENCODE, Qwen
+from mrflow.models.qwen.backbone import Qwen
+from mrflow.models.qwen.family import DECODE, ENCODE
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
 

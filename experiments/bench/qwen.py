@@ -18,8 +18,9 @@ from torch import Tensor
 
 from experiments.bench.forward import LIMITS, scatter
 from experiments.bench.protocol import Row, paired, publish
+from mrflow.models.fields import ModulationTables
 from mrflow.models.qwen.field import QwenField, qwen_step
-from mrflow.models.qwen.weights import prepare_qwen, prepare_vae_qwen
+from mrflow.models.qwen.weights import QWEN_AUTOENCODER, QWEN_TRANSFORMER
 
 TEXTS = (50, 6)
 LEVEL = 0.86332
@@ -94,7 +95,7 @@ def step_rows(name: str, dtypes: Sequence[torch.dtype], repeats: int | None) -> 
         for dtype in dtypes:
             call = reference(dtype)
             theirs.save_pretrained(folder)
-            net = prepare_qwen(folder, dtype=dtype, fuse=True).read().eval().requires_grad_(False)  # noqa: FBT003
+            net = QWEN_TRANSFORMER.prepare(folder, dtype=dtype, fuse=True).read().eval().requires_grad_(False)  # noqa: FBT003
 
             def ours(net: Any = net) -> Tensor:  # noqa: ANN401
                 from mrflow.protocols.tokens import pack
@@ -109,9 +110,10 @@ def step_rows(name: str, dtypes: Sequence[torch.dtype], repeats: int | None) -> 
                     kept[id(net)] = QwenField(
                         net,
                         [[word[0]] for word in words],
-                        sigmas=None,
                         step=lambda *a, key=None: qwen_step(net, *a, key=key),
-                        tables=lambda levels: net.tables([torch.full((1,), level) for level in levels]),
+                        table=ModulationTables(
+                            lambda levels: net.tables([torch.full((1,), level) for level in levels]), None
+                        ),
                     )
                 return kept[id(net)]
 
@@ -137,7 +139,7 @@ def vae_rows(sides: Sequence[int], *, half: bool, repeats: int | None) -> list[R
             p.copy_(1 + 0.1 * noise if name.endswith("gamma") else noise * max(1, p[0].numel()) ** -0.5)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        vae = prepare_vae_qwen(folder).read().eval().requires_grad_(False)  # noqa: FBT003
+        vae = QWEN_AUTOENCODER.prepare(folder).read().eval().requires_grad_(False)  # noqa: FBT003
         for p in vae.parameters():
             p.data = p.data.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p.data.clone()
     mean = torch.tensor(vae.params.mean).view(1, -1, 1, 1, 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from experiments.bench.forward import scatter
 from experiments.bench.protocol import FAST, Row, paired, publish
 from mrflow.models.flux.vae import VaeFlux
-from mrflow.models.flux.weights import load_vae_flux
+from mrflow.models.flux.weights import FLUX_AUTOENCODER
 
 CHANNELS = (128, 256, 512, 512)
 LIMIT = 1e-5
@@ -50,7 +50,7 @@ def both(folder: Path) -> tuple[Any, VaeFlux]:
     theirs: Any = autoencoder(CHANNELS).eval()
     scatter(theirs)
     theirs.save_pretrained(folder)
-    ours = load_vae_flux(folder).eval()
+    ours = FLUX_AUTOENCODER.prepare(folder).read().eval()
     for p in ours.parameters():
         if p.ndim == 4 and p.shape[-1] > 1:
             p.data = p.data.contiguous(memory_format=torch.channels_last)

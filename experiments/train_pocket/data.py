@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+from mrflow.checkpoints.safetensors import Header
 from mrflow.errors import ResourceError
 from mrflow.records.pictures import to_images
 from mrflow.scenes.grammar import FULL, Scene, World, held_out
@@ -62,6 +64,12 @@ def rendered(scenes: Sequence[Scene], size: int, pool: Executor | None = None) -
         for job in jobs:
             job.result()
         return torch.from_numpy(out)  # the memory lives as long as this does, its name does not
+
+
+def tensors_of(header: Header) -> dict[str, Tensor]:
+    """All tensors of a version, from its file or its two, as they are stored."""
+    files = sorted({entry.file for entry in header.tensors.values()})
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 @contextmanager

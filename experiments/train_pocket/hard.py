@@ -27,7 +27,7 @@ from torch import Tensor
 
 from experiments.train_pocket import autoencoder, sr
 from experiments.train_pocket.autoencoder import State, loaded
-from experiments.train_pocket.data import KEPT, rendered, start_log, unit
+from experiments.train_pocket.data import KEPT, rendered, start_log, tensors_of, unit
 from experiments.train_pocket.export import export
 from experiments.train_pocket.flow import RATE, Trainee, drawn, losses_at, optimisers, plain_attention, prepare
 from experiments.train_pocket.loop import Loop, PieceOver, Run, finished, flat_then_linear, keep_settings, save_whole
@@ -44,7 +44,6 @@ from mrflow.models.pocket.model import (
     WORDS,
     channels_last,
     open_pocket,
-    tensors_of,
 )
 from mrflow.models.pocket.networks import tokenise
 from mrflow.records.files import write_bytes

@@ -56,7 +56,7 @@ class Family(ABC):
     text_tokens: ClassVar[bool] = False
 
     @abstractmethod
-    def names(self, parameter: str) -> tuple[str, ...]:
+    def names(self, parameter: str, /) -> tuple[str, ...]:
         """The published names of a parameter, of several where files keep the rows of one matrix apart."""
 
     def aliases(self, path: str) -> Mapping[str, int | None]:
@@ -64,7 +64,7 @@ class Family(ABC):
         parts whose rows they mean (None: all)."""
         return {}
 
-    def find_text(self, folder: Path) -> object:
+    def find_text(self, folder: Path, /) -> object:
         """The text encoders in a folder, by their headers.
 
         Raises:

@@ -84,9 +84,7 @@ def _even(parts: int, rows: int) -> tuple[int, ...]:
 def transformer_layout(
     net: nn.Module,
     names: Names,
-    *,
     split: Callable[[int, int], tuple[int, ...]] = _even,
-    scale_first: bool = True,
 ) -> Layout:
     """Where every parameter of a transformer lies.
 
@@ -99,9 +97,14 @@ def transformer_layout(
             layout[name] = apart
             continue
         parts = names(name)
-        swap = "norm_out" in parts[0] and not scale_first
+        swap = "norm_out" in parts[0] and not net.get_submodule("final_layer").scale_first
         layout[name] = Source(parts, split(len(parts), tensor.shape[0]), swap=swap)
     return layout
+
+
+def layout_by_name(net: nn.Module, names: Names) -> Layout:
+    """Where every parameter of a network lies whose file keeps each in a tensor of its own."""
+    return {name: Source(names(name), (len(tensor),)) for name, tensor in net.state_dict().items()}
 
 
 def count_numbered(header: Header, names: Names, template: str) -> int:

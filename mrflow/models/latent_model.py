@@ -21,7 +21,7 @@ from mrflow.checkpoints.safetensors import Header, compute_dtype, mapped_files
 from mrflow.display.notes import note
 from mrflow.errors import PlanError
 from mrflow.machine.failures import is_out_of_memory
-from mrflow.model_info import Footprint, ModelInfo
+from mrflow.model_info import Architecture, Footprint, LatentSpace, ModelInfo, Shift
 from mrflow.models import lora, piflow
 from mrflow.models.block_runner import BlockRunner
 from mrflow.models.blocks import Transformer
@@ -297,6 +297,40 @@ def footprint(flow: Transformer, vae: nn.Module, text: object | None, **values: 
         text_layers=sum(layers),
         text_pair=largest_pair(layers),
         **values,
+    )
+
+
+def latent_facts(base: ModelInfo, vae: Autoencoder, curve: Shift | None) -> ModelInfo:
+    """The facts of a published model with the latents of this autoencoder, and the curve where one is given."""
+    space = LatentSpace(base.space.name, vae.params.latent, vae.params.downscale)
+    return replace(base, space=space, shift=curve or base.shift)
+
+
+def own_facts(
+    base: ModelInfo,
+    net: Transformer,
+    vae: Any,  # noqa: ANN401
+    text: object | None,
+    *,
+    curve: Shift | None,
+    parameters: int,
+    text_tokens: int | None = None,
+    **values: float,
+) -> ModelInfo:
+    """The facts of a published model with the sizes of these parts, and the curve and text's length where given.
+
+    `parameters` are the transformer's, `values` those of `Footprint`.
+    """
+    assert base.architecture is not None
+    p: Any = net.params
+    double = getattr(p, "double_blocks", 0)
+    tokens = text_tokens or base.architecture.text_tokens
+    return replace(
+        latent_facts(base, vae, curve),
+        architecture=Architecture(
+            p.hidden, double, len(net.stack()) - double, p.context, tokens, parameters, p.mlp_ratio
+        ),
+        footprint=footprint(net, vae, text, **values),
     )
 
 

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,38 +19,24 @@ from mrflow.models.family import Family, Files, Loading
 from mrflow.models.language import LanguageText
 from mrflow.models.latent_model import count_parameters, text_bytes
 from mrflow.models.lora import changes, merge
+from mrflow.models.prepared import Published, PublishedTransformer
 
 
 class TransformerFamily(Family):
-    """It says how its parts are prepared and what facts follow; planning and loading are alike for all.
+    """It says how its parts are published and what facts follow; planning and loading are alike for all.
 
-    `model` is made of the parts; `words` is its text encoder where that is a language model; `text_layer` is what
-    numbers a text encoder's layers in tensor names, `no_chain` says why fold=chain is refused.
+    `parts` are the transformer and the autoencoder, `model` is made of them; `words` is its text encoder where that is
+    a language model; `text_layer` is what numbers a text encoder's layers in tensor names, `no_chain` says why
+    fold=chain is refused.
     """
 
+    parts: ClassVar[tuple[PublishedTransformer[Any], Published[Any]]]
     model: ClassVar[Callable[..., Backbone]]
     words: ClassVar[type[LanguageText] | None] = None
     text_layer: ClassVar[str] = "layers"
     no_chain: ClassVar[str] = "fold=chain is for Qwen-Image, of whose weights modulations are a third: use fold=True"
 
-    @abstractmethod
-    def prepare(
-        self,
-        header: Header,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        storage: Literal["fp8"] | None = None,
-    ) -> CheckedNetwork[Any]:
-        """The transformer, its names and shapes checked."""
-
-    @abstractmethod
-    def prepare_autoencoder(
-        self, header: Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> CheckedNetwork[Any]:
-        """The autoencoder, its names and shapes checked."""
-
-    def find_text(self, folder: Path) -> object:
+    def find_text(self, folder: Path, /) -> object:
         """A language model in a folder, where the family has one."""
         return super().find_text(folder) if self.words is None else self.words.find(folder)
 
@@ -83,8 +69,9 @@ class TransformerFamily(Family):
 
     def facts(self, files: Files) -> ModelInfo:
         """Of the networks that the headers describe."""
-        prepared = self.prepare(files.transformer)
-        vae = self.prepare_autoencoder(files.vae, dtype=prepared.dtype).net.to(prepared.dtype)
+        transformer, autoencoder = self.parts
+        prepared = transformer.prepare(files.transformer)
+        vae = autoencoder.prepare(files.vae, dtype=prepared.dtype).net.to(prepared.dtype)
         net = prepared.net.to(prepared.dtype)
         words = None
         if files.text is not None:
@@ -95,8 +82,11 @@ class TransformerFamily(Family):
     def load(self, loading: Loading) -> Backbone:
         """The model from its parts."""
         files, resting = loading.files, loading.resting
-        prepared_vae = self.prepare_autoencoder(files.vae, dtype=loading.working, device=resting)
-        prepared = self.prepare(files.transformer, dtype=loading.working, device=resting, storage=loading.storage)
+        transformer, autoencoder = self.parts
+        prepared_vae = autoencoder.prepare(files.vae, dtype=loading.working, device=resting)
+        prepared = transformer.prepare(
+            files.transformer, dtype=loading.working, device=resting, storage=loading.storage
+        )
         parameters = count_parameters(prepared.net)
         changed = changes(prepared.net, loading.loras, files.where) if loading.loras else {}
         self.check(prepared, loading, changed)

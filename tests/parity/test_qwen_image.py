@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrflow.models.qwen.transformer import QwenImage, positions_qwen
-from mrflow.models.qwen.weights import prepare_qwen, prepare_vae_qwen
+from mrflow.models.qwen.weights import QWEN_AUTOENCODER, QWEN_TRANSFORMER
 from tests.parity.test_flux import relative
 from tests.tiny import QWEN_WIDTHS, write_qwen_repo
 
@@ -42,7 +42,7 @@ def test_the_transformer_in_float32_and_bfloat16(case: str, fuse: bool | None, t
 
     folder = write_qwen_repo(tmp_path / "r", case=case, words=False) / "transformer"
     g = torch.Generator().manual_seed(1)
-    exact = prepare_qwen(folder, fuse=fuse).read()
+    exact = QWEN_TRANSFORMER.prepare(folder, fuse=fuse).read()
     for grid in ((4, 6), (5, 3), (7, 7)):
         tokens = torch.randn(2, grid[0] * grid[1], 64, generator=g)
         context = torch.randn(2, 9, QWEN_WIDTHS[case], generator=g)
@@ -50,7 +50,7 @@ def test_the_transformer_in_float32_and_bfloat16(case: str, fuse: bool | None, t
         sigma = torch.tensor([0.86332, 0.12])
         for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
             theirs = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=dtype)
-            ours = prepare_qwen(folder, dtype=dtype, fuse=fuse).read()
+            ours = QWEN_TRANSFORMER.prepare(folder, dtype=dtype, fuse=fuse).read()
             with torch.no_grad():
                 want = theirs(
                     hidden_states=tokens.to(dtype),
@@ -70,7 +70,7 @@ def test_the_autoencoder_for_one_frame(case: str, tmp_path: Path) -> None:
     from diffusers import AutoencoderKLQwenImage
 
     folder = write_qwen_repo(tmp_path / "r", case=case, words=False) / "vae"
-    theirs, ours = AutoencoderKLQwenImage.from_pretrained(folder), prepare_vae_qwen(folder).read()
+    theirs, ours = AutoencoderKLQwenImage.from_pretrained(folder), QWEN_AUTOENCODER.prepare(folder).read()
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (theirs.config.latents_mean, theirs.config.latents_std))
     g = torch.Generator().manual_seed(1)
     z, x = torch.randn(2, 16, 6, 10, generator=g), torch.rand(2, 3, 48, 80, generator=g)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from mrflow.errors import PlanError
 from mrflow.models.flux.vae import VaeFlux, VaeParams
-from mrflow.models.flux.weights import load_vae_flux, save_vae_flux
+from mrflow.models.flux.weights import FLUX_AUTOENCODER
 from tests.parity.test_flux import relative
-from tests.tiny import kl
+from tests.tiny import kl, save_vae_flux
 
 # channels, blocks, groups, latent channels, scale, shift, and a picture's sides.
 CASES: dict[str, tuple[tuple[int, ...], int, int, int, float, float, tuple[int, int]]] = {
@@ -78,14 +78,14 @@ def sample_inputs(case: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("case", CASES)
 def test_float32_and_bfloat16_agree_with_diffusers(case: str, tmp_path: Path) -> None:
     theirs = diffusers_vae(case, tmp_path)
-    vae = load_vae_flux(tmp_path)
+    vae = FLUX_AUTOENCODER.prepare(tmp_path).read()
     pixels, noise = sample_inputs(case)
     want = reference(theirs, pixels, noise, torch.float32)
     for got, wanted in zip(ours_of(vae, pixels, noise), want, strict=True):
         assert got.dtype == torch.float32
         assert relative(got, wanted) < 1e-5
 
-    half = load_vae_flux(tmp_path, dtype=torch.bfloat16)
+    half = FLUX_AUTOENCODER.prepare(tmp_path, dtype=torch.bfloat16).read()
     rough = reference(theirs.to(torch.bfloat16), pixels, noise, torch.bfloat16)
     for got, theirs_half, wanted in zip(ours_of(half, pixels, noise), rough, want, strict=True):
         # 3e-2 between two bfloat16 runs; ours keeps latents in float32 and must be no further from float32 than theirs.
@@ -97,11 +97,11 @@ def test_float32_and_bfloat16_agree_with_diffusers(case: str, tmp_path: Path) ->
 @pytest.mark.parametrize("case", CASES)
 def test_bfl_layout_gives_the_same_bits(case: str, tmp_path: Path) -> None:
     diffusers_vae(case, tmp_path)
-    vae = load_vae_flux(tmp_path)
+    vae = FLUX_AUTOENCODER.prepare(tmp_path).read()
     native = tmp_path / "native" / "ae.safetensors"
     native.parent.mkdir()
     save_vae_flux(vae, native)
-    again = load_vae_flux(native)
+    again = FLUX_AUTOENCODER.prepare(native).read()
     assert again.params == vae.params
     pixels, noise = sample_inputs(case)
     assert all(map(torch.equal, ours_of(vae, pixels, noise), ours_of(again, pixels, noise)))

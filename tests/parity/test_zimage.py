@@ -14,7 +14,7 @@ from mrflow.checkpoints.safetensors import save_file
 from mrflow.cli.chains import build
 from mrflow.models.zimage.field import alike
 from mrflow.models.zimage.transformer import ZImage, ZImageParams, positions_zimage
-from mrflow.models.zimage.weights import prepare_zimage, single_file
+from mrflow.models.zimage.weights import ZIMAGE_TRANSFORMER, single_file
 from tests.parity.reenact_bridge import official_z_image
 from tests.parity.test_bridge import UP
 from tests.parity.test_flux import relative
@@ -44,7 +44,7 @@ def test_the_transformer_in_float32_and_bfloat16(case: str, fuse: bool | None, t
     sigma = torch.tensor([0.86332, 0.12])
     for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
         theirs = ZImageTransformer2DModel.from_pretrained(folder, torch_dtype=dtype)
-        ours = prepare_zimage(folder, dtype=dtype, fuse=fuse).read()
+        ours = ZIMAGE_TRANSFORMER.prepare(folder, dtype=dtype, fuse=fuse).read()
         for grid, lengths in (((4, 6), (9, 20)), ((8, 8), (32, 32)), ((5, 3), (33, 40))):
             x = torch.randn(2, 16, 2 * grid[0], 2 * grid[1], generator=g)
             texts = [torch.randn(n, ZIMAGE_WIDTHS[case], generator=g) for n in lengths]
@@ -117,12 +117,12 @@ def test_the_published_script_of_nine_steps_and_one(repo: Path, pipe: Any, monke
 
 def test_single_files_give_the_same_network(repo: Path, tmp_path: Path) -> None:
     """The other published layout: q, k, v in one matrix, and names of its own."""
-    ours = prepare_zimage(repo / "transformer", fuse=True).read()
+    ours = ZIMAGE_TRANSFORMER.prepare(repo / "transformer", fuse=True).read()
     state = {single_file(name)[0]: tensor for name, tensor in ours.state_dict().items()}
     state["norm_final.weight"] = torch.ones(3)  # in files, and used by none
     config = json.loads((repo / "transformer" / "config.json").read_text())
     save_file(state, tmp_path / "z.safetensors", metadata={"config": json.dumps(config)})
-    again = prepare_zimage(tmp_path / "z.safetensors").read().state_dict()
+    again = ZIMAGE_TRANSFORMER.prepare(tmp_path / "z.safetensors").read().state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.state_dict().items())
 
 

@@ -3,19 +3,19 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import mrflow as mf
-from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, Source, save_file
+from mrflow.checkpoints.safetensors import Header, save_file
 from mrflow.model_info import Architecture
 from mrflow.models.blocks import Transformer, TransformerParams
 from mrflow.models.family import Files
+from mrflow.models.headers import layout_by_name
 from mrflow.models.latent_model import LatentModel, footprint
 from mrflow.models.layers import Merge, Rope
-from mrflow.models.prepared import prepare_autoencoder, prepare_transformer
+from mrflow.models.prepared import Published, PublishedTransformer
 from mrflow.models.transformer_family import TransformerFamily
 from mrflow.protocols.pieces import StepFactory
 from mrflow.protocols.tokens import pack, unpack
@@ -126,12 +126,33 @@ class ToyModel(LatentModel):
         return velocity
 
 
+def toy_names(parameter: str) -> tuple[str, ...]:
+    """How the files call a parameter."""
+    return (f"toy_{parameter}",)
+
+
+TRANSFORMER = PublishedTransformer(
+    "a Toy transformer",
+    names=lambda header: toy_names,
+    sizes=lambda header, names: ToyParams(),
+    build=lambda sizes, split: ToyNet(),
+    layout=layout_by_name,
+)
+AUTOENCODER = Published(
+    "a Toy autoencoder",
+    names=lambda header: toy_names,
+    sizes=lambda header, names: VaeParams(),
+    build=lambda sizes: ToyVae(),
+    layout=layout_by_name,
+)
+
+
 class ToyFamily(TransformerFamily):
     """The family."""
 
     name = "Toy"
-    transformer = "a Toy transformer"
-    autoencoder = "a Toy autoencoder"
+    parts = (TRANSFORMER, AUTOENCODER)
+    transformer, autoencoder = TRANSFORMER.what, AUTOENCODER.what
     marks = ("toy_lift.weight",)
     autoencoder_marks = ("toy_down.weight",)
     pipelines = ("ToyPipeline",)
@@ -139,16 +160,7 @@ class ToyFamily(TransformerFamily):
     model = ToyModel
 
     def names(self, parameter: str) -> tuple[str, ...]:
-        return (f"toy_{parameter}",)
-
-    def layout(self, net: nn.Module) -> Layout:
-        return {n: Source(self.names(n), (len(t),)) for n, t in net.state_dict().items()}
-
-    def prepare(self, header: Header, **how: Any) -> CheckedNetwork[ToyNet]:
-        return prepare_transformer(header, lambda split: ToyNet(), self.layout, **how)
-
-    def prepare_autoencoder(self, header: Header, **how: Any) -> CheckedNetwork[ToyVae]:
-        return prepare_autoencoder(header, ToyVae, self.layout, **how)
+        return toy_names(parameter)
 
     def info(self, net: ToyNet, vae: ToyVae, text: object, files: Files, parameters: int) -> mf.ModelInfo:
         return mf.ModelInfo(

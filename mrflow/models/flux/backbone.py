@@ -1,23 +1,19 @@
 """FLUX.1 as a backbone: text encoders, transformer and autoencoder behind the methods that stages use."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from mrflow.backbone import Condition, FieldOptions
-from mrflow.display.notes import note
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.machine.devices import to_device
-from mrflow.model_info import Architecture, LatentSpace, ModelInfo, Shift, flux_facts
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.text import ClipT5
 from mrflow.models.flux.transformer import Flux
-from mrflow.models.flux.vae import VaeFlux
-from mrflow.models.latent_model import LatentModel, encoded_once, footprint
+from mrflow.models.latent_model import LatentModel, encoded_once
 from mrflow.models.transformer_model import repeat, side_by_side
 from mrflow.protocols.pieces import StepFactory
 
@@ -90,34 +86,3 @@ class Flux1(LatentModel):
                 f"{tuple(context.shape)} and {tuple(pooled.shape)}; was the prompt encoded for another model?"
             )
         return to_device(context, self._device), to_device(pooled, self._device)
-
-
-def flux1_info(
-    flow: Flux,
-    vae: VaeFlux,
-    text: object,
-    curve: Shift | None,
-    text_tokens: int | None,
-    parameters: int,
-    *,
-    path: object,
-) -> ModelInfo:
-    """All facts of a model but the version, with its own sizes: `flux_facts` for its curve of levels."""
-    p = flow.params
-    base = flux_facts(guidance=p.guidance, curve=curve)
-    assert base.architecture is not None
-    if not p.guidance and curve is None:
-        note(
-            f"{path} has no guidance embedding, and no scheduler configuration says its levels: taken for "
-            "FLUX.1-schnell (shift 1, 256 text tokens). A de-distilled FLUX.1-dev needs shift=mrflow.FLUX.shift, "
-            "text_tokens=512"
-        )
-    tokens = text_tokens or base.architecture.text_tokens
-    architecture = Architecture(p.hidden, p.double_blocks, p.single_blocks, p.context, tokens, parameters, p.mlp_ratio)
-    return replace(
-        base,
-        space=LatentSpace("flux1", vae.params.latent, vae.params.downscale),
-        shift=curve or base.shift,
-        architecture=architecture,
-        footprint=footprint(flow, vae, text),
-    )

@@ -1,25 +1,26 @@
 """FLUX.1: its files, its names, its facts, and how it is built."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from mrflow.checkpoints.safetensors import CheckedNetwork, Header
-from mrflow.model_info import FLUX, SCHNELL, ModelInfo
+from mrflow.checkpoints.safetensors import Header
+from mrflow.display.notes import note
+from mrflow.model_info import FLUX, SCHNELL, ModelInfo, flux_facts
 from mrflow.models.family import Files
-from mrflow.models.flux.backbone import Flux1, flux1_info
+from mrflow.models.flux.backbone import Flux1
 from mrflow.models.flux.text import find_text, prepare_text
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.flux.weights import (
+    FLUX_AUTOENCODER,
+    FLUX_TRANSFORMER,
     flux_diffusers,
     flux_names,
     flux_params,
-    prepare_flux,
-    prepare_vae_flux,
     vae_names,
     vae_params,
 )
+from mrflow.models.latent_model import own_facts
 from mrflow.models.transformer_family import TransformerFamily
 
 NATIVE = "decoder.mid.block_1.conv1.weight"  # a name of BFL's autoencoder that the other layout changes
@@ -37,8 +38,8 @@ class FluxFamily(TransformerFamily):
     """FLUX.1-dev, -schnell, and models of their architecture, in Black Forest Labs' layout or diffusers'."""
 
     name = "FLUX"
-    transformer = "a FLUX transformer"
-    autoencoder = "a FLUX autoencoder"
+    parts = (FLUX_TRANSFORMER, FLUX_AUTOENCODER)
+    transformer, autoencoder = FLUX_TRANSFORMER.what, FLUX_AUTOENCODER.what
     marks = ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.norm.linear.weight")
     autoencoder_marks = ("decoder.up.0.block.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight")
     text_marks: ClassVar[Mapping[str, str]] = {
@@ -56,10 +57,9 @@ class FluxFamily(TransformerFamily):
     text_layer = "block"
     no_chain = "fold=chain is for Qwen-Image; FLUX's modulations depend on the prompt too: use fold=True"
     text_tokens = True
-
-    def names(self, parameter: str) -> tuple[str, ...]:
-        """diffusers' names."""
-        return flux_diffusers(parameter)
+    names = staticmethod(flux_diffusers)
+    find_text = staticmethod(find_text)
+    prepare_text = staticmethod(prepare_text)
 
     def aliases(self, path: str) -> Mapping[str, int | None]:
         """XLabs' names; a single block's joint projection is meant without the MLP's rows."""
@@ -69,29 +69,20 @@ class FluxFamily(TransformerFamily):
         return {f"{kind}.{index}.{alias}": 3 if alias == "processor.qkv_lora" else None
                 for alias, own in table.items() if own == rest}  # fmt: skip
 
-    def find_text(self, folder: Path) -> object:
-        """CLIP and T5."""
-        return find_text(folder)
-
-    def prepare(self, header: Header, **how: Any) -> CheckedNetwork[Flux]:  # noqa: ANN401
-        """In either layout."""
-        return prepare_flux(header, **how)
-
-    def prepare_autoencoder(self, header: Header, **how: Any) -> CheckedNetwork[VaeFlux]:  # noqa: ANN401
-        """In either layout."""
-        return prepare_vae_flux(header, **how)
-
-    def prepare_text(self, files: Any, **how: Any) -> Callable[[], object]:  # noqa: ANN401
-        """CLIP and T5."""
-        return prepare_text(files, **how)
-
     def text_headers(self, files: Any) -> tuple[Header, ...]:  # noqa: ANN401
         """CLIP's and T5's."""
         return (files.clip, files.t5)
 
     def info(self, net: Flux, vae: VaeFlux, text: object, files: Files, parameters: int) -> ModelInfo:
         """FLUX.1-dev's or -schnell's, told apart by the guidance embedding, with the files' own sizes."""
-        return flux1_info(net, vae, text, files.curve, files.text_tokens, parameters, path=files.where)
+        if not net.params.guidance and files.curve is None:
+            note(
+                f"{files.where} has no guidance embedding, and no scheduler configuration says its levels: taken for "
+                "FLUX.1-schnell (shift 1, 256 text tokens). A de-distilled FLUX.1-dev needs shift=mrflow.FLUX.shift, "
+                "text_tokens=512"
+            )
+        base, tokens = flux_facts(guidance=net.params.guidance, curve=files.curve), files.text_tokens
+        return own_facts(base, net, vae, text, curve=files.curve, parameters=parameters, text_tokens=tokens)
 
     def describe(self, what: str, header: Header) -> list[str]:
         """Layout and sizes."""

@@ -7,14 +7,13 @@ long because names, sizes, loading and saving of one layout are only understood 
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, Source, save_file, to_layout
+from mrflow.checkpoints.safetensors import Header, Layout, Source, save_file, to_layout
 from mrflow.errors import WeightsError
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
@@ -31,7 +30,7 @@ from mrflow.models.headers import (
     transformer_layout,
 )
 from mrflow.models.layers import SplitLinear
-from mrflow.models.prepared import network_header, prepare_autoencoder, prepare_transformer, sizes_of
+from mrflow.models.prepared import Published, PublishedTransformer, sizes_of
 
 # diffusers 0.42.1 `loaders/single_file_utils.py`
 EMBEDDERS = {
@@ -87,29 +86,12 @@ def load_flux(
     storage: Literal["fp8"] | None = None,
     fuse: bool | None = None,
 ) -> Flux:
-    """`prepare_flux`, and read the weights at once."""
-    return prepare_flux(where, dtype=dtype, device=device, storage=storage, fuse=fuse).read()
-
-
-def prepare_flux(
-    where: str | Path | Header,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    storage: Literal["fp8"] | None = None,
-    fuse: bool | None = None,
-) -> CheckedNetwork[Flux]:
-    """A FLUX transformer from a file, folder or header, in BFL's or diffusers' layout (`prepare_transformer`).
+    """A FLUX transformer of a file, folder or header, in BFL's or diffusers' layout, its weights read at once.
 
     Raises:
-        WeightsError: it is no FLUX transformer, or anything in it is missing, left over or of a wrong shape.
+        WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
     """
-    header = network_header(where, "a FLUX transformer")
-    names = flux_names(header)
-    build, layout = partial(Flux, flux_params(header, names)), partial(flux_layout, names=names)
-    return prepare_transformer(
-        header, build, layout, dtype=dtype, device=device, storage=storage, fuse=fuse, apart=names is flux_diffusers
-    )
+    return FLUX_TRANSFORMER.prepare(where, dtype=dtype, device=device, storage=storage, fuse=fuse).read()
 
 
 def save_flux(flux: Flux, path: Path) -> None:
@@ -131,39 +113,6 @@ def whole_state(flux: Flux) -> dict[str, Tensor]:
             for leaf in ("weight", "bias"):
                 state[f"{name}.{leaf}"] = torch.cat([getattr(part, leaf) for part in module.parts])
     return state
-
-
-def load_vae_flux(
-    where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> VaeFlux:
-    """`prepare_vae_flux`, and read the weights at once."""
-    return prepare_vae_flux(where, dtype=dtype, device=device).read()
-
-
-def prepare_vae_flux(
-    where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> CheckedNetwork[VaeFlux]:
-    """A FLUX autoencoder from a file, folder or header, in BFL's or diffusers' layout (`prepare_autoencoder`).
-
-    Raises:
-        WeightsError: it is no such autoencoder, or anything in it is missing, left over or of a wrong shape.
-    """
-    header = network_header(where, "a FLUX autoencoder")
-    names = vae_names(header)
-    build, layout = partial(VaeFlux, vae_params(header, names)), partial(vae_layout, names=names)
-    return prepare_autoencoder(header, build, layout, dtype=dtype, device=device)
-
-
-def save_vae_flux(vae: VaeFlux, path: Path) -> None:
-    """Write an autoencoder in BFL's layout; scale, shift and groups go into the file's metadata."""
-    p = vae.params
-    config = {
-        "_class_name": VAE_CLASS,
-        "scaling_factor": p.scale,
-        "shift_factor": p.shift,
-        "norm_num_groups": p.groups,
-    }
-    save_file(to_layout(vae.state_dict(), vae_layout(vae, bfl(""))), path, metadata={"config": json.dumps(config)})
 
 
 FLUX_CLASS, VAE_CLASS = "FluxTransformer2DModel", "AutoencoderKL"
@@ -227,7 +176,7 @@ def flux_layout(flux: Flux, names: Names) -> Layout:
     def split(parts: int, rows: int) -> tuple[int, ...]:
         return (rows,) if parts == 1 else (d, d, d, rows - 3 * d)[:parts]
 
-    return transformer_layout(flux, names, split=split, scale_first=flux.final_layer.scale_first)
+    return transformer_layout(flux, names, split=split)
 
 
 def vae_layout(vae: VaeFlux, names: Names) -> Layout:
@@ -307,3 +256,9 @@ def vae_params(header: Header, names: Names) -> VaeParams:
             shift=config.number("shift_factor", VaeParams.shift),
             groups=config.whole("norm_num_groups", VaeParams.groups, high=4096),
         )
+
+
+FLUX_TRANSFORMER = PublishedTransformer(
+    "a FLUX transformer", flux_names, flux_params, Flux, flux_layout, joined="double_blocks.0.img_attn.qkv.weight"
+)
+FLUX_AUTOENCODER = Published("a FLUX autoencoder", vae_names, vae_params, VaeFlux, vae_layout)

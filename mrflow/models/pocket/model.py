@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.checkpoints.adapters import Lora
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.checkpoints.lora import read_adapter
-from mrflow.checkpoints.safetensors import Header, read_header
+from mrflow.checkpoints.safetensors import Header, check_layout, fill_module, read_header
 from mrflow.errors import PlanError, WeightsError
 from mrflow.flow import Velocity
 from mrflow.model_info import EVERYTHING, Architecture, Footprint, LatentSpace, ModelInfo, Shift
@@ -30,6 +29,7 @@ from mrflow.models.encoders import check_prompt
 from mrflow.models.fields import step as flux_step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.headers import layout_by_name
 from mrflow.models.pocket.networks import CompactSR, PocketAutoencoder, PocketTextEncoder, tokenise
 from mrflow.models.transformer_model import TransformerModel, repeat, side_by_side
 from mrflow.protocols.pieces import StepFactory
@@ -172,18 +172,11 @@ def dtype_mark(dtype: torch.dtype) -> str:
 class PocketSR(Upscaler):
     """The model's own x2 net: pictures of this world, enlarged."""
 
+    scale = 2
+    flops_per_pixel = POCKET.upscale_flops
+
     def __init__(self, net: CompactSR, version: str) -> None:
         self.net, self.version = net, version
-
-    @property
-    def scale(self) -> int:
-        """2."""
-        return 2
-
-    @property
-    def flops_per_pixel(self) -> float:
-        """Operations per pixel that comes in."""
-        return POCKET.upscale_flops
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Enlarge; not clamped."""
@@ -373,24 +366,8 @@ def say_other_teacher(loras: Sequence[Lora], version: str) -> None:
             log.warning("%s was taught by %s, and this is %s: %s", header.path.name, teacher, version, advice)
 
 
-def check_parts(header: Header, modules: Mapping[str, nn.Module]) -> None:
-    """Hold names and shapes of pocket's one file against its networks, before weights are read.
-
-    Raises:
-        WeightsError: a tensor is missing, left over, or of another shape.
-    """
-    named = [(f"{part}.{name}", t) for part, module in modules.items() for name, t in module.state_dict().items()]
-    want = {name: tuple(t.shape) for name, t in named}
-    for name, entry in header.tensors.items():
-        part, _, rest = name.partition(".")
-        if part not in modules:
-            raise WeightsError(f"{header.path.name}: {name!r} belongs to no part of pocket ({', '.join(modules)})")
-        if name not in want:
-            raise WeightsError(f"{header.path.name}: {part}: {rest} is not expected")
-        if entry.shape != want[name]:
-            raise WeightsError(f"{header.path.name}: {part}: {rest} has shape {entry.shape}, expected {want[name]}")
-    if missing := [name for name in want if name not in header.tensors]:
-        raise WeightsError(f"{header.path.name}: {len(missing)} tensors are missing: {', '.join(missing[:4])}")
+class PocketNetworks(nn.ModuleDict):
+    """The parts of the model, under the names that its file gives them."""
 
 
 def open_pocket(path: Path) -> Header:
@@ -410,12 +387,6 @@ def open_pocket(path: Path) -> Header:
     return replace(header, tensors={**header.tensors, **more.tensors})
 
 
-def tensors_of(header: Header) -> dict[str, Tensor]:
-    """All tensors of a version, from its file or its two, as they are stored."""
-    files = sorted({entry.file for entry in header.tensors.values()})
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
 def load_pocket(
     path: Path = WEIGHTS,
     *,
@@ -431,7 +402,6 @@ def load_pocket(
     """
     header = open_pocket(path)
     params, (words, length) = params_of(header), text_sizes(header)
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("text", "flow", "autoencoder", "sr")}
     with blueprint():
         text, flow, autoencoder, sr = (
             text_encoder(params.hidden, words=words, length=length),
@@ -439,9 +409,9 @@ def load_pocket(
             PocketAutoencoder(),
             CompactSR(),
         )
-    modules = dict(zip(parts, (text, flow, autoencoder, sr), strict=True))
-    check_parts(header, modules)
-
+    whole = PocketNetworks({"text": text, "flow": flow, "autoencoder": autoencoder, "sr": sr})
+    layout = layout_by_name(whole, lambda name: (name,))
+    check_layout(whole, header, layout, dtype=torch.float32)
     changes = lora.changes(flow, loras, "pocket")
     files = sorted({entry.file for entry in header.tensors.values()})
     version = header.metadata.get("version", "")
@@ -451,11 +421,7 @@ def load_pocket(
     )  # fmt: skip
     if on_facts is not None:
         on_facts(replace(info, version=info.version + dtype_mark(dtype)))
-    for name, tensor in tensors_of(header).items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor.float()
-    for part, module in modules.items():
-        module.load_state_dict(parts[part], strict=True, assign=True)
+    fill_module(whole, header, layout, dtype=torch.float32)
     say_other_teacher(loras, version)
     lora.merge(flow, changes)
     return Pocket(

@@ -3,7 +3,6 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,20 +12,15 @@ from torch import Tensor
 from mrflow.backbone import Condition, FieldOptions
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
-from mrflow.model_info import QWEN, Architecture, LatentSpace, ModelInfo, Shift
 from mrflow.models.blocks import Transformer
 from mrflow.models.fields import ModulationTables
 from mrflow.models.folded import FoldedLinear
 from mrflow.models.language_conditioned import LanguageConditioned
-from mrflow.models.latent_model import footprint
 from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.transformer import QwenImage
-from mrflow.models.qwen.vae import VaeQwen
 from mrflow.protocols.pieces import StepFactory
 from mrflow.protocols.tokens import CombinedField
 
-# Values alive at once per pixel in bfloat16, where norms work in float32: measured on the networks themselves.
-ENCODE, DECODE = 587.0, 676.0
 KEPT = 64  # levels whose modulations stay: 4.4 MB each in bfloat16
 
 
@@ -73,32 +67,17 @@ class Qwen(LanguageConditioned):
         """
         if options.guidance is not None:
             raise PlanError(f"{self._info.name} has no guidance embedding; use CFG(scale, rescale=True)")
-        sigmas = options.sigmas if self._runtime.fold else None
+        table = ModulationTables(self._tables, options.sigmas if self._runtime.fold else None)
+        using = partial(self._offload.using, "main")
+        make = partial(QwenField, self.transformer, table=table, using=using, positions=options.positions)
         if step is None or options.attention is not None:
-            return QwenField(
-                self.transformer,
-                [self._states(each) for each in (cond, *options.beside)],
-                sigmas=sigmas,
-                step=self._step if step is None else step(self._pieces),
-                tables=self._tables,
-                using=partial(self._offload.using, "main"),
-                positions=options.positions,
-                padded=options.attention is not None,
-            )
+            branches = [self._states(each) for each in (cond, *options.beside)]
+            own = self._step if step is None else step(self._pieces)
+            return make(branches, step=own, padded=options.attention is not None)
         items = self._states(cond)
         alike = len({len(item) for item in items}) == 1
-        tables = ModulationTables(self._tables, sigmas)
         fields = [
-            QwenField(
-                self.transformer,
-                [group],
-                sigmas=None,  # `tables` remembers for all fields
-                step=step(self._pieces),
-                tables=lambda wanted: [tables(sigma) for sigma in wanted],
-                using=partial(self._offload.using, "main"),
-                positions=options.positions,
-            )
-            for group in ([items] if alike else [[item] for item in items])
+            make([group], step=step(self._pieces)) for group in ([items] if alike else [[item] for item in items])
         ]
 
         def combine(*inner: Velocity) -> Velocity:
@@ -135,27 +114,3 @@ class Qwen(LanguageConditioned):
 
     def _made(self, sigmas: Sequence[float]) -> list[Tensor]:
         return self.transformer.tables([torch.full((1,), sigma, device=self._device) for sigma in sigmas])
-
-
-def qwen_facts(vae: VaeQwen, curve: Shift | None) -> ModelInfo:
-    """Facts of a model that do not depend on its transformer's weights: Qwen-Image's, with its own sizes."""
-    space = LatentSpace("qwen-image", vae.params.latent, vae.params.downscale)
-    return replace(QWEN, space=space, shift=curve or QWEN.shift)
-
-
-def qwen_info(
-    flow: QwenImage,
-    vae: VaeQwen,
-    text: object,
-    curve: Shift | None,
-    parameters: int,
-) -> ModelInfo:
-    """All facts of a model but the version."""
-    p = flow.params
-    assert QWEN.architecture is not None
-    words = QWEN.architecture.text_tokens
-    return replace(
-        qwen_facts(vae, curve),
-        architecture=Architecture(p.hidden, p.double_blocks, 0, p.context, words, parameters, p.mlp_ratio),
-        footprint=footprint(flow, vae, text, encode_values=ENCODE, decode_values=DECODE),
-    )

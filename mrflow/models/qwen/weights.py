@@ -6,10 +6,7 @@ The transformer is published under diffusers' names alone; the autoencoder under
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +14,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mrflow.checkpoints.safetensors import CheckedNetwork, Header, Layout, Source, assemble, fill_module, save_file
+from mrflow.checkpoints.safetensors import CheckedNetwork, Header, assemble, fill_module, save_file
 from mrflow.display.notes import note
 from mrflow.errors import ResourceError, WeightsError
 from mrflow.models.blocks import tables
 from mrflow.models.folded import FoldedLinear
 from mrflow.models.fp8 import Fp8Linear
-from mrflow.models.headers import ATTENTION, Names, agree, axes_of, config_of, count_numbered, shape, transformer_layout
-from mrflow.models.prepared import network_header, prepare_autoencoder, prepare_transformer, sizes_of
+from mrflow.models.headers import (
+    ATTENTION,
+    Names,
+    agree,
+    axes_of,
+    config_of,
+    count_numbered,
+    layout_by_name,
+    shape,
+    transformer_layout,
+)
+from mrflow.models.prepared import Published, PublishedTransformer, sizes_of
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
 
 CLASS, VAE_CLASS = "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
-TRANSFORMER, AUTOENCODER = "a Qwen-Image transformer", "a Qwen-Image autoencoder"
 TOP = {
     "img_in": ("img_in",),
     "txt_norm": ("txt_norm",),
@@ -115,24 +121,6 @@ class Given(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-def prepare_qwen(
-    where: str | Path | Header,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    storage: Literal["fp8"] | None = None,
-    fuse: bool | None = None,
-) -> CheckedNetwork[QwenImage]:
-    """A Qwen-Image transformer from a file, folder or header (`prepare_transformer`).
-
-    Raises:
-        WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
-    """
-    header = network_header(where, TRANSFORMER)
-    build, layout = partial(QwenImage, qwen_params(header, qwen_names)), partial(qwen_layout, names=qwen_names)
-    return prepare_transformer(header, build, layout, dtype=dtype, device=device, storage=storage, fuse=fuse)
-
-
 def qwen_names(name: str) -> tuple[str, ...]:
     """Published names of a native parameter: q, k, v are apart there."""
     stem, _, leaf = name.rpartition(".")
@@ -143,11 +131,6 @@ def qwen_names(name: str) -> tuple[str, ...]:
     else:
         targets = TOP[stem]
     return tuple(f"{t}.{'weight' if leaf == 'scale' else leaf}" for t in targets)
-
-
-def qwen_layout(net: QwenImage, names: Names) -> Layout:
-    """Where every parameter of the transformer lies; the last modulation is (scale, shift) there."""
-    return transformer_layout(net, names, scale_first=net.final_layer.scale_first)
 
 
 def qwen_params(header: Header, names: Names) -> QwenParams:
@@ -210,33 +193,6 @@ def wan(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def prepare_vae_qwen(
-    where: str | Path | Header, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> CheckedNetwork[VaeQwen]:
-    """A Qwen-Image autoencoder for pictures, in diffusers' or Wan's layout; what only video needs is not read.
-
-    Raises:
-        WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
-    """
-    header = network_header(where, AUTOENCODER)
-    names = wan if "decoder.middle.0.residual.0.gamma" in header.tensors else same
-    params = qwen_vae_params(header, names)
-    header = replace(header, tensors={n: e for n, e in header.tensors.items() if ".time_conv." not in n})
-    layout = partial(qwen_vae_layout, header=header, names=names)
-    return prepare_autoencoder(header, partial(VaeQwen, params), layout, dtype=dtype, device=device)
-
-
-def qwen_vae_layout(vae: VaeQwen, header: Header, names: Names) -> Layout:
-    """Where every parameter of the autoencoder lies; what has a time axis in the file gives its last slice."""
-    layout: dict[str, Source] = {}
-    for name, tensor in vae.state_dict().items():
-        (given,) = names(name)
-        entry = header.tensors.get(given)
-        framed = entry is not None and len(entry.shape) == tensor.ndim + 1
-        layout[name] = Source((given,), (tensor.shape[0],), frame=framed)
-    return layout
-
-
 def qwen_vae_params(header: Header, names: Names) -> QwenVaeParams:
     """Sizes of the autoencoder; mean and std of the latents are of a config, or the published ones for 16 channels."""
     channels: list[int] = []
@@ -264,3 +220,15 @@ def qwen_vae_params(header: Header, names: Names) -> QwenVaeParams:
             mean=config.numbers("latents_mean", QwenVaeParams.mean, count=latent),
             std=config.numbers("latents_std", QwenVaeParams.std, count=latent),
         )
+
+
+QWEN_TRANSFORMER = PublishedTransformer(
+    "a Qwen-Image transformer", lambda header: qwen_names, qwen_params, QwenImage, transformer_layout,
+    joined="double_blocks.0.img_attn.qkv.weight",
+)  # fmt: skip
+QWEN_AUTOENCODER = Published(
+    "a Qwen-Image autoencoder",
+    lambda header: wan if "decoder.middle.0.residual.0.gamma" in header.tensors else same,
+    qwen_vae_params, VaeQwen, layout_by_name,
+    unread=r".*\.time_conv\..*", framed=True,  # what only video needs
+)  # fmt: skip

@@ -3,9 +3,6 @@
 from dataclasses import replace
 
 from mrflow.model_info import FLUX, Architecture, Capabilities, Footprint, LatentSpace, ModelInfo, Shift
-from mrflow.models.flux.vae import VaeFlux
-from mrflow.models.latent_model import footprint
-from mrflow.models.zimage.transformer import ZImage
 
 TEXT_TOKENS = 64  # of a usual prompt in its template, filled up to a multiple of 32
 CAN = Capabilities(positions=True, cache=True, lora=True, together=True, attention=True)
@@ -47,21 +44,3 @@ UNDISTILLED = replace(
     TURBO, name="z-image", shift=Shift.fixed(6.0), cfg=5.0, native_steps=50, staged_steps=12, sigma=0.12
 )
 """Z-Image before its distillation: the published scale of 4 counts from the conditional branch, ours from the other."""
-
-
-def zimage_info(net: ZImage, vae: VaeFlux, text: object, curve: Shift | None, parameters: int) -> ModelInfo:
-    """All facts of a model but the version, with its own sizes.
-
-    Turbo and the undistilled model have the same tensors; their schedulers tell them apart: a factor of 3, and no
-    configuration at all, is taken for Turbo.
-    """
-    p = net.params
-    base = TURBO if curve in (None, TURBO.shift) else UNDISTILLED
-    sizes = Architecture(p.hidden, 0, len(net.stack()), p.context, TEXT_TOKENS, parameters, p.mlp_ratio)
-    return replace(
-        base,
-        space=LatentSpace("flux1", vae.params.latent, vae.params.downscale),
-        shift=curve or base.shift,
-        architecture=sizes,
-        footprint=footprint(net, vae, text),
-    )

@@ -4,21 +4,14 @@ Two layouts are published: single files, whose names ours follow, and diffusers'
 """
 
 import re
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Literal
 
-import torch
-
-from mrflow.checkpoints.safetensors import CheckedNetwork, Header
+from mrflow.checkpoints.safetensors import Header
 from mrflow.errors import WeightsError
 from mrflow.models.headers import Names, agree, axes_of, config_of, count_numbered, shape, transformer_layout
-from mrflow.models.prepared import network_header, prepare_transformer, sizes_of
+from mrflow.models.prepared import PublishedTransformer, sizes_of
 from mrflow.models.zimage.transformer import ZImage, ZImageParams
 
 CLASS = "ZImageTransformer2DModel"
-TRANSFORMER = "a Z-Image transformer"
 OWN = "x_embedder.weight"  # a name of the single files that diffusers' layout changes
 # Ours to the single files': norms and the level's embedding are the modules of all families.
 COMMON = (
@@ -32,7 +25,6 @@ DIFFUSERS = (
     (r"\.attention\.([qk])_norm\.", r".attention.norm_\1."),
     (r"\.attention\.out\.", r".attention.to_out.0."),
 )
-NOT_READ = ("norm_final.weight",)  # in some single files, and used by none
 
 
 def single_file(name: str) -> tuple[str, ...]:
@@ -55,30 +47,6 @@ def zimage_diffusers(name: str) -> tuple[str, ...]:
 def zimage_names(header: Header) -> Names:
     """The layout of a Z-Image transformer, recognised by its keys."""
     return single_file if OWN in header.tensors else zimage_diffusers
-
-
-def prepare_zimage(
-    where: str | Path | Header,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    storage: Literal["fp8"] | None = None,
-    fuse: bool | None = None,
-) -> CheckedNetwork[ZImage]:
-    """A Z-Image transformer from a file, folder or header, in either layout (`prepare_transformer`).
-
-    Raises:
-        WeightsError: it is none, or anything in it is missing, left over or of a wrong shape.
-    """
-    header = network_header(where, TRANSFORMER)
-    header = replace(header, tensors={n: e for n, e in header.tensors.items() if n not in NOT_READ})
-    names = zimage_names(header)
-    params = zimage_params(header, names)
-    return prepare_transformer(
-        header, partial(ZImage, params), partial(transformer_layout, names=names), dtype=dtype,
-        device=device, storage=storage, fuse=fuse, apart=names is zimage_diffusers,
-        blocks=lambda net: (*net.context_refiner, *net.stack()),
-    )  # fmt: skip
 
 
 def zimage_params(header: Header, names: Names) -> ZImageParams:
@@ -119,3 +87,10 @@ def zimage_params(header: Header, names: Names) -> ZImageParams:
             level=level,
             time=time,
         )
+
+
+ZIMAGE_TRANSFORMER = PublishedTransformer(
+    "a Z-Image transformer", zimage_names, zimage_params, ZImage, transformer_layout,
+    unread=r"norm_final\.weight",  # in some single files, and used by none
+    joined="layers.0.attention.qkv.weight", narrow=lambda net: (*net.context_refiner, *net.stack()),
+)  # fmt: skip
