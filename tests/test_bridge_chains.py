@@ -259,11 +259,11 @@ def test_to_diffusers_needs_no_diffusers_pipeline() -> None:
 
 
 def test_official_presets_by_name(pipes: Pipes) -> None:
-    from mrflow.bridge import PRESETS, official
+    from mrflow.bridge import PRESETS, preset
 
     assert {"flux1-dev", "qwen-image", "flux2-klein-base", "flux2-klein", "z-image"} == set(PRESETS)
     model = mf.from_diffusers(pipes("klein"), upscaler=UP)
-    chain = official(model.info, low=(32, 48), size=(64, 96))
+    chain = preset(model.info, low=(32, 48), size=(64, 96))
     assert mf.run(chain, model, "a cat").nfe == 5
     assert native(1) is not None
 

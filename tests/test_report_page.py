@@ -17,7 +17,7 @@ import mrflow as mf
 from mrflow.sweep import Fidelity, Lpips, Row, Scale, SceneScore, Sharpness, Store, Stray, run_sweep, seed_of, table
 from mrflow.sweep.local import manifest
 from mrflow.sweep.maker import Maker
-from mrflow.sweep.plots import front_of, limits, mark, speed_ticks, write_plots
+from mrflow.sweep.plots import draw_point, front_of, limits, speed_ticks, write_plots
 from mrflow.sweep.report import page
 from mrflow.sweep.styles import styles
 from mrflow.sweep.summary import load_rows, summarise
@@ -206,7 +206,7 @@ def test_an_interval_beyond_the_axes_ends_in_an_arrow() -> None:
 
     _, axes = pyplot.subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    mark(axes, (0.5, 0.4, 2.0), (2.0, 0.5, 3.0), "k", "o")
+    draw_point(axes, (0.5, 0.4, 2.0), (2.0, 0.5, 3.0), "k", "o")
     drawn = {line.get_marker(): (*map(float, line.get_xdata()), *map(float, line.get_ydata())) for line in axes.lines}
     pyplot.close()
     assert drawn[">"] == (1.0, 2.0) and drawn["^"] == (0.5, 1.0) and drawn["o"] == (0.5, 1.0)

@@ -27,12 +27,12 @@ from mrflow.records.files import TEMPORARY
 from mrflow.records.pictures import read_record
 from mrflow.sweep import (
     Measured,
+    PowerRatios,
     Psnr,
     RoundTrip,
     Row,
     SceneScore,
     Sharpness,
-    Spectrum,
     Ssim,
     Store,
     Stray,
@@ -59,7 +59,7 @@ def paper(sigma: float = 0.12, steps: int = 2) -> Any:
 def small(**more: Any) -> mf.Sweep:
     """Two chains, three prompts, two draws of each."""
     chains = {"native": mf.recipes.native(size=SIZE, steps=4), "staged": paper()}
-    settings: dict[str, Any] = {"seeds": (0, 1), "metrics": (Psnr(), Ssim(), Spectrum(2), Sharpness(), RoundTrip())}
+    settings: dict[str, Any] = {"seeds": (0, 1), "metrics": (Psnr(), Ssim(), PowerRatios(2), Sharpness(), RoundTrip())}
     return mf.Sweep(chains, [mf.Prompt("a", {"kind": "x"}), mf.Prompt("b", {"kind": "y"}), "c"], **(settings | more))
 
 
@@ -662,7 +662,7 @@ def measured(**more: Any) -> Measured:
 
 
 def test_metrics_leave_out_what_does_not_apply() -> None:
-    assert Psnr()(measured()) == Ssim()(measured()) == Spectrum()(measured()) == RoundTrip()(measured()) == {}
+    assert Psnr()(measured()) == Ssim()(measured()) == PowerRatios()(measured()) == RoundTrip()(measured()) == {}
     other = Measured(measured().pixels, "not of this world at all", 0, {}, mf.toy())
     assert SceneScore()(other) == Stray()(other) == {}
     wide = replace(measured(), pixels=torch.ones(3, 64, 96))
@@ -671,7 +671,7 @@ def test_metrics_leave_out_what_does_not_apply() -> None:
     assert Stray()(measured()) == {"stray": 100.0}  # noise has no pale ground
     same = measured(reference=measured().pixels)
     assert Psnr()(same) == {"psnr": 100.0} and Ssim()(same)["ssim"] == pytest.approx(1)
-    assert all(v == pytest.approx(1) for v in Spectrum()(same).values())
+    assert all(v == pytest.approx(1) for v in PowerRatios()(same).values())
 
 
 def test_what_killed_processes_left_is_swept_up_when_it_is_old(tmp_path: Path) -> None:

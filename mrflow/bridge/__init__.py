@@ -13,7 +13,7 @@ from mrflow.bridge.pipeline import ChainPipeline as ChainPipeline
 from mrflow.bridge.pipeline import to_diffusers as to_diffusers
 from mrflow.bridge.presets import PRESETS as PRESETS
 from mrflow.bridge.presets import Preset as Preset
-from mrflow.bridge.presets import official as official
+from mrflow.bridge.presets import preset as preset
 from mrflow.bridge.qwen import BridgedQwen as BridgedQwen
 from mrflow.bridge.qwen21 import BridgedQwen21 as BridgedQwen21
 from mrflow.bridge.sd3 import BridgedSD3 as BridgedSD3

@@ -48,7 +48,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def official(
+def preset(
     model: ModelInfo,
     upscaler: Upscaler | None = None,
     *,
@@ -62,12 +62,12 @@ def official(
     Raises:
         PlanError: there is no official script for this family.
     """
-    preset = PRESETS.get(model.name)
-    if preset is None:
+    known = PRESETS.get(model.name)
+    if known is None:
         raise PlanError(f"there is no official MrFlow preset for {model.name}, only for {', '.join(PRESETS)}")
-    count = preset.steps if steps is None else steps
-    level = preset.level(model, size) if sigma is None else sigma
-    if preset.sampled:
+    count = known.steps if steps is None else steps
+    level = known.level(model, size) if sigma is None else sigma
+    if known.sampled:
         return recipes.official(upscaler, low=low, size=size, steps=count, sigma=level)
     return (
         Sample(*low, Shifted(count), noise=Stream(0))

@@ -256,7 +256,7 @@ def parse_size(option: str, text: str, info: ModelInfo | None = None) -> tuple[i
     return height, width
 
 
-def check_scale(scale: float) -> None:
+def check_enlargement(scale: float) -> None:
     """Refuse a --scale that makes no sense."""
     if not 1 <= scale <= 16:
         raise PlanError(f"--scale must be from 1 to 16, got {scale:g}")
@@ -270,7 +270,7 @@ def refinement(
     Raises:
         PlanError: the scale makes no sense, or the picture does not fit and may not be cropped.
     """
-    check_scale(scale)
+    check_enlargement(scale)
     exact = Fraction(scale).limit_denominator(64)
     p, m = exact.numerator, exact.denominator * info.space.multiple
     unit = m // gcd(p, m)

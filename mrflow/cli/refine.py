@@ -13,7 +13,7 @@ from mrflow.cli.drawing import draw
 from mrflow.cli.options import SR_WORDS, option_of, refuse
 from mrflow.cli.parsing import (
     blaming,
-    check_scale,
+    check_enlargement,
     free_path,
     is_embedded,
     load_model,
@@ -88,7 +88,7 @@ def _enlarge(photo: Path, scale: float, sr: str | None, out: Path | None, force:
     net = None if sr == "own" else upscaler(sr)
     if not isinstance(net, Upscaler):
         raise PlanError(f"--sr-only needs an upscaler of pixels: --sr {SR_WORDS}")
-    check_scale(scale)
+    check_enlargement(scale)
     pixels = read_image(photo)
     height, width = (round(side * scale) for side in pixels.shape[-2:])
     if max(height, width) > MAX_SIDE:

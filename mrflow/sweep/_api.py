@@ -16,12 +16,12 @@ from mrflow.sweep.metrics import Legible as Legible
 from mrflow.sweep.metrics import Lpips as Lpips
 from mrflow.sweep.metrics import Measured as Measured
 from mrflow.sweep.metrics import Metric as Metric
+from mrflow.sweep.metrics import PowerRatios as PowerRatios
 from mrflow.sweep.metrics import Psnr as Psnr
 from mrflow.sweep.metrics import ReadText as ReadText
 from mrflow.sweep.metrics import RoundTrip as RoundTrip
 from mrflow.sweep.metrics import SceneScore as SceneScore
 from mrflow.sweep.metrics import Sharpness as Sharpness
-from mrflow.sweep.metrics import Spectrum as Spectrum
 from mrflow.sweep.metrics import Ssim as Ssim
 from mrflow.sweep.metrics import Stray as Stray
 from mrflow.sweep.rows import Row as Row

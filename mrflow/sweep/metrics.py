@@ -165,7 +165,7 @@ class Ssim(Metric):
 
 
 @dataclass(frozen=True)
-class Spectrum(Metric):
+class PowerRatios(Metric):
     """Power in rings of spatial frequency over the reference's: 1 is as much detail, lower is lost, higher is noise."""
 
     aims: ClassVar[Mapping[str, Aim | Scale]] = own("spectrum")

@@ -51,7 +51,7 @@ def write_plots(summary: Mapping[str, Any], stem: Path, *, metric: str | None = 
     axes.set_ylim(low, high)
     for chain in chains:
         fast, good = points[chain["label"]]
-        mark(axes, fast, good, COLOURS[chain["style"][0]], MARKERS[chain["style"][1]], label=chain["label"])
+        draw_point(axes, fast, good, COLOURS[chain["style"][0]], MARKERS[chain["style"][1]], label=chain["label"])
     front = front_of({label: (fast[0], good[0]) for label, (fast, good) in points.items()}, known)
     axes.plot([points[n][0][0] for n in front], [points[n][1][0] for n in front], "--", color="0.6", zorder=0)
     ticks = speed_ticks(slowest, fastest)
@@ -145,7 +145,7 @@ def limits(values: Sequence[Ends], known: Scale) -> tuple[float, float]:
     return low, high
 
 
-def mark(axes: Any, x: Ends, y: Ends, colour: str, marker: str, *, label: str = "") -> None:  # noqa: ANN401
+def draw_point(axes: Any, x: Ends, y: Ends, colour: str, marker: str, *, label: str = "") -> None:  # noqa: ANN401
     """A point with its intervals on axes whose limits are set; an arrow where one goes on beyond them."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.plot([max(x[1], left), min(x[2], right)], [y[0]] * 2, color=colour, lw=1, alpha=0.5)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mrflow as mf
-from mrflow.bridge import Bridged, Control, from_diffusers, official
+from mrflow.bridge import Bridged, Control, from_diffusers, preset
 from mrflow.cost import forward_flops
 from tests import tiny_bridge
 from tests.parity.reenact import generators, official_qwen
@@ -136,13 +136,13 @@ def test_official_mode_is_the_published_procedure(pipes: Callable[[str], Any]) -
     sizes: dict[str, Any] = dict(low=(48, 80), size=(96, 160))
     small, large = official_flux(pipes("dev"), {"prompt": list(PROMPTS)}, seeds=[5, 8], steps=12, upscale=UP, **sizes)
     model = from_diffusers(pipes("dev"))
-    result = mf.run(official(model.info, UP, **sizes), model, PROMPTS, seed=[5, 8], keep=True)
+    result = mf.run(preset(model.info, UP, **sizes), model, PROMPTS, seed=[5, 8], keep=True)
     kept = result.stages[1].data
     assert kept is not None and relative(kept, small) < 1e-4
     assert relative(result.pixels, large) < 1e-4
     _, large = official_qwen(pipes("qwen"), {"prompt": ["a cat"]}, seeds=[5], steps=12, upscale=UP, **sizes)
     model = from_diffusers(pipes("qwen"))
-    assert relative(mf.run(official(model.info, UP, **sizes), model, "a cat", seed=5).pixels, large) < 1e-4
+    assert relative(mf.run(preset(model.info, UP, **sizes), model, "a cat", seed=5).pixels, large) < 1e-4
 
 
 @pytest.mark.parametrize(("name", "scale", "steps", "sigma"), [("klein base", 4.0, 12, 0.12), ("klein", 1.0, 4, 0.25)])
@@ -154,7 +154,7 @@ def test_official_klein_is_the_published_script(
         pipes(name), ["a cat"], seed=5, low=low, size=size, steps=steps, sigma=sigma, scale=scale, upscale=UP
     )
     model = from_diffusers(pipes(name))
-    result = mf.run(official(model.info, UP, low=low, size=size), model, "a cat", seed=5, keep=True)
+    result = mf.run(preset(model.info, UP, low=low, size=size), model, "a cat", seed=5, keep=True)
     kept = result.stages[1].data
     assert kept is not None and relative(kept, small) < 1e-4
     assert relative(result.pixels, large) < 1e-4
@@ -164,7 +164,7 @@ def test_official_z_image_is_the_published_script(pipes: Callable[[str], Any]) -
     low, size = (48, 80), (96, 160)
     small, large = official_z_image(pipes("z-image"), PROMPTS, seeds=[5, 8], low=low, size=size, upscale=UP)
     model = from_diffusers(pipes("z-image"))
-    result = mf.run(official(model.info, UP, low=low, size=size), model, PROMPTS, seed=[5, 8], keep=True)
+    result = mf.run(preset(model.info, UP, low=low, size=size), model, PROMPTS, seed=[5, 8], keep=True)
     kept = result.stages[1].data
     assert kept is not None and relative(kept, small) < 1e-4
     assert relative(result.pixels, large) < 1e-4
@@ -273,7 +273,7 @@ def test_published_levels_of_the_presets() -> None:
     turbo = mf.ModelInfo("z", mf.LatentSpace("z-image"), mf.Shift.fixed(3.0))
     assert PRESETS["z-image"].level(turbo, size) == pytest.approx(0.2727, abs=5e-5)
     with pytest.raises(mf.PlanError, match="there is no official MrFlow preset for toy, only for flux1-dev, "):
-        official(mf.testing.TOY)
+        preset(mf.testing.TOY)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

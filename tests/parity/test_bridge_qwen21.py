@@ -115,7 +115,7 @@ def test_chains_run_and_what_cannot_be_is_refused(pipe: Any) -> None:
     with pytest.raises(PlanError, match="marks no text"):
         model.field(mf.Condition({**cond.tensors, "mask": torch.zeros_like(cond["mask"])}))
     with pytest.raises(PlanError, match="no official MrFlow preset for qwen-image-2.1"):
-        mf.bridge.official(model.info, mf.Lanczos(2))
+        mf.bridge.preset(model.info, mf.Lanczos(2))
     with pytest.raises(PlanError, match="no guidance into its attention"):
         mf.plan(mf.Sample(64, 96, guidance=mf.NAG(2.0)) >> mf.Decode(), model.info)
 
