@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.bench.kernels import counting
 from mrflow.display import notes
 from mrflow.models import kernels
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.kernels import errors, fused_kernels
+from mrflow.models.kernels.ops import FUSED
 from mrflow.models.layers import EPS, PLAIN, QKV, Rope, apply_rope, attention
+from mrflow.models.wide import WideLinear
 
 SMALL = FluxParams(hidden=64, heads=2, axes=(8, 12, 12), context=32, pooled=16, double_blocks=1, single_blocks=2)
 
@@ -109,6 +112,51 @@ def test_a_wrong_kernel_is_seen() -> None:
     for name, function in wrong.items():
         found = errors(PLAIN._replace(**{name: function}), cpu, torch.float32)
         assert {key.partition(",")[0].partition(" ")[0] for key, error in found.items() if error > 1} == {name}
+
+
+def test_a_wrong_epilogue_is_seen() -> None:
+    """In the precisions in which GELU's two forms are one."""
+    for function, wrong in ((PLAIN.linear_gelu, False), (lambda layer, x: F.relu(layer(x)), True)):
+        found = errors(PLAIN._replace(linear_gelu=function), torch.device("cpu"), torch.bfloat16)
+        assert {name for name, error in found.items() if error > 1} == ({"linear_gelu"} if wrong else set())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 5e-4), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_gelu_is_made_in_the_product_before_it(dtype: torch.dtype, near: float) -> None:
+    """One kernel, of views too; on a CPU, where torch has GELU's erf form there, as near as the two forms are."""
+    layer, x = torch.nn.Linear(24, 40).to(dtype), noise(2, 9, 48).to(dtype)[..., :24]
+    got, want = (ops.linear_gelu(layer, x) for ops in (FUSED, PLAIN))
+    assert got.shape == want.shape and got.dtype == dtype
+    assert float((got.float() - want.float()).abs().max()) < near * float(want.abs().max())
+    layer, x = layer.to("meta"), x.to("meta")
+    with counting() as counts:
+        FUSED.linear_gelu(layer, x[:1])
+    assert dict(counts.names) == {"_addmm_activation": 1} == {"_addmm_activation": counts.kernels["product"]}
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@torch.no_grad()
+def test_a_linear_of_another_kind_works_as_it_does() -> None:
+    for layer, x in ((Doubled(8, 8), noise(1, 3, 8)), (WideLinear(8, 8).bfloat16(), noise(1, 5, 8))):
+        assert torch.equal(FUSED.linear_gelu(layer, x), F.gelu(layer(x), approximate="tanh"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", [False, True])
+def test_blocks_ask_for_the_products_that_gelu_follows(last: bool) -> None:
+    """The bits of the modules one after another."""
+    block, asked = Flux(SMALL).double_blocks[0], list[torch.nn.Module]()
+    ops = PLAIN._replace(linear_gelu=lambda layer, x: asked.append(layer) or PLAIN.linear_gelu(layer, x))  # type: ignore[func-returns-value]
+    vectors: Any = noise(12, 1, 1, 64).unbind(0)
+    block(noise(1, 5, 64), noise(1, 4, 64), angles(9, 16), vectors, attention, last=last, ops=ops)
+    assert asked == ([block.img_mlp[0]] if last else [block.img_mlp[0], block.txt_mlp[0]])
+    x = noise(1, 5, 64)
+    assert torch.equal(block.img_mlp(x), torch.nn.Sequential(*block.img_mlp)(x))
 
 
 def test_another_epsilon_of_heads_is_seen() -> None:

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 def test_kernels_give_what_their_definitions_give(dtype: torch.dtype, width: int, heads: int) -> None:
     """Views, several items, heads of no power of two, more heads than one program turns."""
     found = errors(FUSED, CPU, dtype, width=width, heads=heads)
-    assert len(found) == 18 and max(found.values()) < 1, found
+    assert len(found) == 18 + (dtype != torch.float32) and max(found.values()) < 1, found
 
 
 def test_more_heads_than_one_program_turns() -> None:

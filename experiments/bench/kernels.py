@@ -28,7 +28,7 @@ from mrflow.models.layers import PLAIN, Ops
 from mrflow.models.qwen.field import qwen_step
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_addmm_activation")
 NOTHING = ("empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "detach", "lift_fresh")
 FLUX, QWEN = FluxParams(), QwenParams()
 WORDS = (6, 50)  # prompts of the two branches of Qwen-Image's guidance

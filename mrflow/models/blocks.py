@@ -75,9 +75,16 @@ def attended(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor
     return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
-def mlp(p: TransformerParams) -> nn.Sequential:
+class MLP(nn.Sequential):
     """Linear, GELU (tanh form), linear."""
-    return nn.Sequential(nn.Linear(p.hidden, p.mlp), nn.GELU(approximate="tanh"), nn.Linear(p.mlp, p.hidden))
+
+    def __init__(self, p: TransformerParams) -> None:
+        super().__init__(nn.Linear(p.hidden, p.mlp), nn.GELU(approximate="tanh"), nn.Linear(p.mlp, p.hidden))
+
+    def forward(self, input: Float[Tensor, "*b d"], ops: Ops = PLAIN) -> Float[Tensor, "*b d"]:
+        """The same shape."""
+        out: Tensor = self[2](ops.linear_gelu(self[0], input))
+        return out
 
 
 def clip_fp16(x: Tensor) -> Tensor:
@@ -92,7 +99,7 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         self.img_mod, self.txt_mod = Modulate(p.hidden, 6), Modulate(p.hidden, 6)
         self.img_attn, self.txt_attn = StreamAttention(p, split=split), StreamAttention(p, split=split)
-        self.img_mlp, self.txt_mlp = mlp(p), mlp(p)
+        self.img_mlp, self.txt_mlp = MLP(p), MLP(p)
 
     def forward(
         self,
@@ -123,11 +130,11 @@ class DoubleStreamBlock(nn.Module):
 
         seen = out[:, t:] if merged is None else merged.up(out[:, t:])
         img, x = ops.gated_norm(img, gate1, self.img_attn.proj(seen), shift2, scale2)
-        img = ops.gated(img, gate2, self.img_mlp(x))
+        img = ops.gated(img, gate2, self.img_mlp(x, ops))
         if last:
             return img, txt[:, :0]
         txt, x = ops.gated_norm(txt, tgate1, self.txt_attn.proj(out[:, :t]), tshift2, tscale2)
-        return img, clip_fp16(ops.gated(txt, tgate2, self.txt_mlp(x)))
+        return img, clip_fp16(ops.gated(txt, tgate2, self.txt_mlp(x, ops)))
 
 
 class FinalLayer(nn.Module):

@@ -200,6 +200,11 @@ def gelu_beside(out: Float[Tensor, "b n d"], inner: Float[Tensor, "b n m"]) -> F
     return torch.cat((out, F.gelu(inner, approximate="tanh")), -1)
 
 
+def linear_gelu(layer: nn.Module, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+    """GELU (tanh form) of what a linear gives."""
+    return F.gelu(layer(x), approximate="tanh")
+
+
 def rms(x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*b d"]:
     """x / sqrt(mean x^2 + eps) times the weight, rounded to its dtype once."""
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
@@ -223,7 +228,7 @@ def rms_gated(
 
 
 class Ops(NamedTuple):
-    """What blocks do between their matrix products; these are the definitions, others stand in on a GPU (`kernels`)."""
+    """What blocks do between their matrix products, and in the one that GELU follows; these are the definitions, others stand in on a GPU (`kernels`)."""
 
     norm: Callable[[Tensor, Tensor, Tensor], Tensor] = modulated
     gated: Callable[[Tensor, Tensor, Tensor], Tensor] = gated
@@ -232,6 +237,7 @@ class Ops(NamedTuple):
     gelu_beside: Callable[[Tensor, Tensor], Tensor] = gelu_beside
     rms_scaled: Callable[[Tensor, Tensor, Tensor, float], Tensor] = rms_scaled
     rms_gated: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = rms_gated
+    linear_gelu: Callable[[nn.Module, Tensor], Tensor] = linear_gelu
 
 
 PLAIN = Ops()

@@ -6,6 +6,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 
 from mrflow.display.notes import note
 from mrflow.models.layers import PLAIN, QKV, Ops, Rope
@@ -25,7 +26,7 @@ def compile_kernels(backend: Any) -> Ops:  # noqa: ANN401
         copy.__kwdefaults__ = f.__kwdefaults__
         return torch.compile(copy, backend=backend, dynamic=True, fullgraph=True)
 
-    return Ops(*map(own, PLAIN))
+    return PLAIN._replace(**{name: own(f) for name, f in PLAIN._asdict().items() if name != "linear_gelu"})
 
 
 def fused_kernels(device: torch.device) -> Ops:
@@ -86,6 +87,12 @@ def errors(
             got, want = (getattr(o, which)(*given) for o in (ops, PLAIN))
             pairs = zip(got, want, strict=True) if isinstance(got, tuple) else ((got, want),)
             found[f"{name}, {items}"] = max(differ(*pair) for pair in pairs)
+    if (device.type, dtype) != ("cpu", torch.float32):  # there GELU is the erf form, 5e-4 from the tanh form
+        layer = nn.Linear(2 * width, 3 * width, device=device, dtype=dtype).requires_grad_(False)  # noqa: FBT003
+        layer.weight.copy_(some(3 * width, 2 * width) / width**0.5)
+        layer.bias.copy_(some(3 * width))
+        given = some(2, 7, 3 * width)[..., : 2 * width]
+        found["linear_gelu"] = differ(ops.linear_gelu(layer, given), PLAIN.linear_gelu(layer, given))
     inner = some(2, 7, 5 * width)[..., width:]
     found["gelu_beside"] = differ(ops.gelu_beside(change, inner), PLAIN.gelu_beside(change, inner))
 

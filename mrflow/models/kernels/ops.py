@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import custom_op
 
-from mrflow.models.layers import EPS, QKV, Ops, Rope
+from mrflow.models.layers import EPS, PLAIN, QKV, Ops, Rope
 
 
 def _kernels() -> Any:  # noqa: ANN401
@@ -120,4 +120,16 @@ def _joint_heads(
     return q, k, streams[0].v if len(streams) == 1 else torch.cat([s.v for s in streams], 1)
 
 
-FUSED = Ops(_norm, _gated, _gated_norm, _joint_heads, _gelu_beside, _rms_scaled, _rms_gated)
+def _linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layers.linear_gelu` as one product, whose epilogue is GELU; it is rounded once, after it.
+
+    torch's own function: of the tanh form on CUDA, of the erf form on a CPU, where nobody calls it. Linears of other
+    kinds (in 8 bits, with adapters) work as defined.
+    """
+    if type(layer) is not nn.Linear or x.dtype != layer.weight.dtype:
+        return PLAIN.linear_gelu(layer, x)
+    flat = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+    return flat.view(*x.shape[:-1], -1)
+
+
+FUSED = Ops(_norm, _gated, _gated_norm, _joint_heads, _gelu_beside, _rms_scaled, _rms_gated, _linear_gelu)
