@@ -30,7 +30,7 @@ tune = mf.Tune(prompts, [mf.sweep.Sharpness()], "sharpness", 0.0)
 STAGED = {f"a-big-red-circle-seed0{part}.png" for part in ("", "-2-decode", "-3-upscale")}
 GENERATE = ["generate", "a big red circle", *SMALL]
 PHASES = {
-    "loading a model": ("mrflow.models.pocket.model:load_file", GENERATE),
+    "loading a model": ("mrflow.models.pocket.model:fill_module", GENERATE),
     "encoding the prompt": ("mrflow.models.pocket.model:Pocket.condition", GENERATE),
     "sampling": ("mrflow.models.flux.field:FluxField.velocity", GENERATE),
     "enlarging": ("mrflow.models.pocket.model:PocketSR.__call__", GENERATE),
@@ -45,7 +45,7 @@ PHASES = {
     "inspecting a model": ("mrflow.cli.records:inspect_file", ["inspect", "pocket"]),
     "planning": ("mrflow.cli.plan:plan", ["plan"]),
     "reading the sweep's file": ("mrflow.cli.sweeps:load_file", ["sweep", "s.py"]),
-    "loading for a sweep": ("mrflow.models.pocket.model:load_file", ["sweep", "s.py"]),
+    "loading for a sweep": ("mrflow.models.pocket.model:fill_module", ["sweep", "s.py"]),
     "a row": ("mrflow.models.flux.field:FluxField.velocity", ["sweep", "s.py", "--batch", "1"]),
     "a row's picture": ("mrflow.sweep.store:write_bytes", ["sweep", "s.py", "--batch", "1"]),
     "a metric": ("mrflow.sweep.metrics:Sharpness.__call__", ["sweep", "s.py", "--batch", "1"]),
