@@ -4,9 +4,10 @@ import errno
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TypeGuard, cast
+from typing import TypeGuard, cast, get_args
 
 from mrflow.errors import PlanError
 
@@ -70,6 +71,39 @@ def check_number(name: str, value: object, low: float | None = None, high: float
     require(
         is_number(value, -math.inf if low is None else low, math.inf if high is None else high), name, wanted, value
     )
+
+
+class Bound:
+    """What a field of a `Checked` is held to, in its type: `Annotated[float, Bound(check_number, 0.0, 1.0)]`.
+
+    `check` is given the field's name, or another `name`, its value, and what follows.
+    """
+
+    def __init__(self, check: Callable[..., object], *args: float, name: str = "") -> None:
+        self.check, self.args, self.name = check, args, name
+
+    def __repr__(self) -> str:
+        return f"{self.check.__name__.removeprefix('check_')}{self.args}"
+
+
+class Checked:
+    """A base of dataclasses whose fields are checked as their types say; None is, where the type has it."""
+
+    def __post_init__(self) -> None:
+        for name, held, optional in _held(type(self)):  # type: ignore[arg-type]  # mypy: a class is hashable
+            value = getattr(self, name)
+            if value is not None or not optional:
+                held.check(held.name or name, value, *held.args)
+
+
+@cache
+def _held(cls: type) -> list[tuple[str, Bound, bool]]:
+    return [
+        (field.name, held, type(None) in get_args(field.type.__origin__))
+        for field in getattr(cls, "__dataclass_fields__", {}).values()
+        for held in getattr(field.type, "__metadata__", ())
+        if isinstance(held, Bound)
+    ]
 
 
 MAX_SEED = 2**63 - 1

@@ -6,13 +6,14 @@ Each branch has a field of its own, so a cache that lives in a field never mixes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
 from mrflow import flow
-from mrflow._checks import check_number, check_whole, is_number, require
+from mrflow._checks import Checked, Bound, check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.display.notes import note
 from mrflow.errors import PlanError
@@ -34,7 +35,10 @@ def check_scale(name: str, value: object) -> None:
     require(is_number(value, 0, MAX_SCALE), name, f"at most {MAX_SCALE:g}", value)
 
 
-class Guidance(ABC):
+Scale = Annotated[float, Bound(check_scale)]
+
+
+class Guidance(Checked, ABC):
     """A way to guide. Write your own: a frozen dataclass with `passes` and `field`."""
 
     @property
@@ -66,11 +70,7 @@ class Guidance(ABC):
 class Distilled(Guidance):
     """The conditional field alone; `value` goes to the model's guidance embedding (None: the model's own value)."""
 
-    value: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.value is not None:
-            check_scale("guidance", self.value)
+    value: Annotated[float | None, Bound(check_scale, name="guidance")] = None
 
     @property
     def passes(self) -> int:
@@ -97,11 +97,8 @@ class TwoBranches(Guidance):
     Write your own: a frozen dataclass with `scale` and `packed` among its fields, and `mix`.
     """
 
-    scale: float
+    scale: Scale
     packed: bool
-
-    def __post_init__(self) -> None:
-        check_scale("scale", self.scale)
 
     @property
     def passes(self) -> int:
@@ -189,7 +186,7 @@ class CFG(TwoBranches):
     over the network, where the model can; two passes when memory runs out.
     """
 
-    scale: float
+    scale: Scale
     rescale: bool = field(default=False, kw_only=True)
     packed: bool = field(default=True, kw_only=True)
 
@@ -236,18 +233,11 @@ class APG(TwoBranches):
     The defaults are the paper's; momentum 0, eta 1 and no threshold are `CFG(scale)`.
     """
 
-    scale: float
-    momentum: float = field(default=-0.5, kw_only=True)
-    eta: float = field(default=0.0, kw_only=True)
-    threshold: float | None = field(default=None, kw_only=True)
+    scale: Scale
+    momentum: Annotated[float, Bound(check_number, -1.0, 1.0)] = field(default=-0.5, kw_only=True)
+    eta: Annotated[float, Bound(check_number, 0.0, 10.0)] = field(default=0.0, kw_only=True)
+    threshold: Annotated[float | None, Bound(check_number, 0.0)] = field(default=None, kw_only=True)
     packed: bool = field(default=True, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("momentum", self.momentum, -1.0, 1.0)
-        check_number("eta", self.eta, 0.0, 10.0)
-        if self.threshold is not None:
-            check_number("threshold", self.threshold, 0.0)
 
     def mix(self, info: ModelInfo) -> Mix:
         """The formula above; the momentum is this integration's."""
@@ -276,14 +266,10 @@ class CFGZero(TwoBranches):
     `CFG(scale)`.
     """
 
-    scale: float
-    zero: int = field(default=1, kw_only=True)
+    scale: Scale
+    zero: Annotated[int, Bound(check_whole, 0, 1000)] = field(default=1, kw_only=True)
     star: bool = field(default=True, kw_only=True)
     packed: bool = field(default=True, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("zero", self.zero, 0, 1000)
 
     def mix(self, info: ModelInfo) -> Mix:
         """The formula above, without the zeros."""
@@ -324,13 +310,9 @@ class TCFG(TwoBranches):
     matrix of rows c and u, for each picture. The paper's damping is 1; 0 is `CFG(scale)`.
     """
 
-    scale: float
-    damping: float = field(default=1.0, kw_only=True)
+    scale: Scale
+    damping: Annotated[float, Bound(check_number, 0.0, 1.0)] = field(default=1.0, kw_only=True)
     packed: bool = field(default=True, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("damping", self.damping, 0.0, 1.0)
 
     def mix(self, info: ModelInfo) -> Mix:
         """The formula above; the vector is c and u weighted by the first eigenvector of their inner products."""
@@ -363,14 +345,9 @@ class NAG(Guidance):
     published code's for FLUX. The distilled guidance of a model stays as it is; caches cannot be beside it.
     """
 
-    scale: float
-    tau: float = field(default=2.5, kw_only=True)
-    alpha: float = field(default=0.25, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_scale("scale", self.scale)
-        check_number("tau", self.tau, 1.0, 1000.0)
-        check_number("alpha", self.alpha, 0.0, 1.0)
+    scale: Scale
+    tau: Annotated[float, Bound(check_number, 1.0, 1000.0)] = field(default=2.5, kw_only=True)
+    alpha: Annotated[float, Bound(check_number, 0.0, 1.0)] = field(default=0.25, kw_only=True)
 
     @property
     def passes(self) -> int:

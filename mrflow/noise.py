@@ -4,15 +4,16 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from mrflow._checks import check_whole
+from mrflow._checks import Checked, Bound, check_whole
 from mrflow.errors import PlanError
 
 
-class Noise(ABC):
+class Noise(Checked, ABC):
     """A source of standard normal tensors, one item of a batch at a time."""
 
     @abstractmethod
@@ -73,11 +74,8 @@ class Nested(Noise):
     same seed begins with.
     """
 
-    factor: int = 2
+    factor: Annotated[int, Bound(check_whole, 1, 16)] = 2
     inner: Noise = field(default=PerItem(), kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_whole("factor", self.factor, 1, 16)
 
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], *, scope: str, draw: int) -> Tensor:
         k = self.factor

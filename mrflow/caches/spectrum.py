@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 
-from mrflow._checks import check_number, check_whole
+from mrflow._checks import Checked, Bound, check_number, check_whole
 from mrflow.caches.base import Cache
 from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Gram, lagrange_weights
@@ -80,17 +81,12 @@ class Spectrum(Cache):
 
 
 @dataclass(frozen=True)
-class Chebyshev:
+class Chebyshev(Checked):
     """Weights of all computed features in the curve that is fitted to them."""
 
-    degree: int
-    ridge: float
-    mix: float
-
-    def __post_init__(self) -> None:
-        check_whole("degree", self.degree, 0)
-        check_number("ridge", self.ridge, 0)
-        check_number("mix", self.mix, 0, 1)
+    degree: Annotated[int, Bound(check_whole, 0)]
+    ridge: Annotated[float, Bound(check_number, 0)]
+    mix: Annotated[float, Bound(check_number, 0, 1)]
 
     @property
     def keep(self) -> int:

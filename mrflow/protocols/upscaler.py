@@ -7,10 +7,11 @@ from typing import SupportsIndex, cast
 
 from torch import Tensor, float32, strided
 
+from mrflow._checks import Checked
 from mrflow.errors import NonFiniteError, PlanError, PromiseError
 
 
-class Upscaler(ABC):
+class Upscaler(Checked, ABC):
     """Enlarges pictures. Subclass it as a frozen dataclass, or with a `repr` that names the weights."""
 
     @property

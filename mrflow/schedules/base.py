@@ -9,8 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Annotated
 
-from mrflow._checks import check_number, check_whole, require
+from mrflow._checks import Checked, Bound, check_number, check_whole, require
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.schedules.quantiles import beta_grid
@@ -95,7 +96,22 @@ def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
     return sigmas
 
 
-class Schedule(ABC):
+def check_within(what: str, value: float, low: float, high: float) -> None:
+    """Refuse what is no number from low to high."""
+    check_number(what, value)
+    check_number(what, value, low, high)
+
+
+def check_between(what: str, value: float, low: float, high: float) -> None:
+    """Refuse what is no number above low and below high."""
+    check_number(what, value)
+    require(low < value < high, what, f"above {low:g} and below {high:g}", value)
+
+
+Steps = Annotated[int, Bound(check_whole, 1, MAX_STEPS)]
+
+
+class Schedule(Checked, ABC):
     """A way to choose noise levels. Write your own: a frozen dataclass with this one method."""
 
     @abstractmethod
@@ -107,10 +123,7 @@ class Schedule(ABC):
 class Linear(Schedule):
     """Even steps: start (1 - i / steps)."""
 
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
+    steps: Steps
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         return scale(_even(self.steps), start)
@@ -124,11 +137,8 @@ class Shifted(Schedule):
     `last`, the even grid from 1 ends there before 0. One step is (start, 0), also with a terminal.
     """
 
-    steps: int
+    steps: Steps
     shift: Shift | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         return scale(_shifted(self.steps, tokens, model.shift if self.shift is None else self.shift), start)
@@ -170,18 +180,13 @@ class DirectSigma(Schedule):
     the same repository does: start shift(1 - i / steps, mu); `DirectSigma.comfyui` gives that node's mu.
     """
 
-    steps: int
-    mu: float | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        if self.mu is not None:
-            check_within("mu", self.mu, -20.0, 20.0)
+    steps: Steps
+    mu: Annotated[float | None, Bound(check_within, -20.0, 20.0)] = field(default=None, kw_only=True)
 
     @staticmethod
     def comfyui(steps: int) -> "DirectSigma":
         """The ComfyUI node's own schedule: mu = 0.25 (steps - 1)."""
-        check_steps(steps)
+        check_whole("steps", steps, 1, MAX_STEPS)
         return DirectSigma(steps, mu=0.25 * (steps - 1))
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
@@ -197,15 +202,9 @@ class Karras(Schedule):
     the model's own curve at this many steps.
     """
 
-    steps: int
-    rho: float = field(default=7.0, kw_only=True)
-    low: float | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_within("rho", self.rho, 1.0, 100.0)
-        if self.low is not None:
-            check_between("low", self.low, 0.0, 1.0)
+    steps: Steps
+    rho: Annotated[float, Bound(check_within, 1.0, 100.0)] = field(default=7.0, kw_only=True)
+    low: Annotated[float | None, Bound(check_between, 0.0, 1.0)] = field(default=None, kw_only=True)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         n = self.steps
@@ -227,17 +226,10 @@ class Beta(Schedule):
     `Beta(steps, low=Shifted(steps)(1.0, tokens, model)[-2])`. `low` does nothing in one step.
     """
 
-    steps: int
-    alpha: float = field(default=0.6, kw_only=True)
-    beta: float = field(default=0.6, kw_only=True)
-    low: float | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_within("alpha", self.alpha, 0.25, 100.0)
-        check_within("beta", self.beta, 0.25, 100.0)
-        if self.low is not None:
-            check_between("low", self.low, 0.0, 1.0)
+    steps: Steps
+    alpha: Annotated[float, Bound(check_within, 0.25, 100.0)] = field(default=0.6, kw_only=True)
+    beta: Annotated[float, Bound(check_within, 0.25, 100.0)] = field(default=0.6, kw_only=True)
+    low: Annotated[float | None, Bound(check_between, 0.0, 1.0)] = field(default=None, kw_only=True)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         if self.low is not None and self.steps > 1:
@@ -255,14 +247,9 @@ class LogitNormal(Schedule):
     as mu added to `mean`.
     """
 
-    steps: int
-    mean: float = field(default=0.0, kw_only=True)
-    std: float = field(default=1.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_within("mean", self.mean, -5.0, 5.0)
-        check_within("std", self.std, 0.01, 8.0)
+    steps: Steps
+    mean: Annotated[float, Bound(check_within, -5.0, 5.0)] = field(default=0.0, kw_only=True)
+    std: Annotated[float, Bound(check_within, 0.01, 8.0)] = field(default=1.0, kw_only=True)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         normal, n = NormalDist(), self.steps
@@ -277,10 +264,7 @@ class Cosine(Schedule):
     The "CosMap" of arXiv 2403.03206, eq. 21: its signal-to-noise ratio is that of alpha = cos, sigma = sin.
     """
 
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
+    steps: Steps
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         angles = (math.pi / 2 * s for s in _even(self.steps)[1:-1])
@@ -319,14 +303,9 @@ class FlowMap(Schedule):
     length before the shift. 4 steps with final_step 1: 1, 0.9057, 0.7619, 0.5161, 0.
     """
 
-    steps: int
-    shift: float = field(default=3.2, kw_only=True)
-    final_step: float = field(default=0.5, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_within("shift", self.shift, 0.001, 1000.0)
-        check_within("final_step", self.final_step, 0.001, 1.0)
+    steps: Steps
+    shift: Annotated[float, Bound(check_within, 0.001, 1000.0)] = field(default=3.2, kw_only=True)
+    final_step: Annotated[float, Bound(check_within, 0.001, 1.0)] = field(default=0.5, kw_only=True)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         whole = self.steps - 1 + self.final_step
@@ -373,20 +352,3 @@ def scale(unit: Iterable[float], start: float) -> Sigmas:
 def _check_start(start: float) -> None:
     check_number("start", start)
     require(0.0 < start <= 1.0, "start", "above 0 and at most 1", start)
-
-
-def check_steps(steps: object) -> None:
-    """Refuse what is no whole number of steps from 1 to MAX_STEPS."""
-    check_whole("steps", steps, 1, MAX_STEPS)
-
-
-def check_within(what: str, value: float, low: float, high: float) -> None:
-    """Refuse what is no number from low to high."""
-    check_number(what, value)
-    check_number(what, value, low, high)
-
-
-def check_between(what: str, value: float, low: float, high: float) -> None:
-    """Refuse what is no number above low and below high."""
-    check_number(what, value)
-    require(low < value < high, what, f"above {low:g} and below {high:g}", value)

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from mrflow._checks import check_whole
+from mrflow._checks import Bound, check_whole
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo, Shift
-from mrflow.schedules.base import Schedule, Sigmas, check_between, check_steps, check_within, scale, shift, shift_static
+from mrflow.schedules.base import Schedule, Sigmas, Steps, check_between, check_within, scale, shift, shift_static
 from mrflow.schedules.quantiles import beta_grid
 
 Name = Literal["simple", "sgm_uniform", "beta", "linear_quadratic", "kl_optimal", "bong_tangent"]
@@ -30,16 +30,15 @@ class ComfyUI(Schedule):
     """
 
     name: Name
-    steps: int
-    table: int = field(default=10_000, kw_only=True)
+    steps: Steps
+    table: Annotated[int, Bound(check_whole, 2, 1_000_000)] = field(default=10_000, kw_only=True)
     shift: Shift | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = (*TABLED, "linear_quadratic", "kl_optimal", "bong_tangent")
         if self.name not in names:
             raise PlanError(f"ComfyUI makes the schedules {', '.join(names)}, got {self.name!r}")
-        check_steps(self.steps)
-        check_whole("table", self.table, 2, 1_000_000)
         if self.shift is not None and not isinstance(self.shift, Shift):
             raise PlanError(
                 f"a shift is a Shift, such as Shift.fixed(3.0), or None for the model's own, got {self.shift!r}"
@@ -74,17 +73,14 @@ class LinearQuadratic(Schedule):
     linear)^2 with q so that step `steps` is at 0. ComfyUI's "linear_quadratic"; no shift.
     """
 
-    steps: int
-    threshold: float = field(default=0.025, kw_only=True)
-    linear: int | None = field(default=None, kw_only=True)
+    steps: Steps
+    threshold: Annotated[float, Bound(check_between, 0.0, 1.0)] = field(default=0.025, kw_only=True)
+    linear: Annotated[int | None, Bound(check_whole, 1)] = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_between("threshold", self.threshold, 0.0, 1.0)
-        if self.linear is not None:
-            check_whole("linear", self.linear, 1)
-            if self.linear >= self.steps:
-                raise PlanError(f"linear must leave steps for the parabola, got {self.linear} of {self.steps}")
+        super().__post_init__()
+        if self.linear is not None and self.linear >= self.steps:
+            raise PlanError(f"linear must leave steps for the parabola, got {self.linear} of {self.steps}")
         if self.steps > 1:
             line, slope, bend = self._curve()
             if slope + 2 * bend * (self.steps - line) <= 0:
@@ -114,12 +110,8 @@ class KLOptimal(Schedule):
     tan((1 - a) atan(1) + a atan(low)), a = i / (steps - 1): optimal for Gaussian data in that paper's bound. No shift.
     """
 
-    steps: int
-    low: float = field(default=0.01, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_between("low", self.low, 0.0, 1.0)
+    steps: Steps
+    low: Annotated[float, Bound(check_between, 0.0, 1.0)] = field(default=0.01, kw_only=True)
 
     def __call__(self, start: float, tokens: int, model: ModelInfo) -> Sigmas:
         last, top, bottom = self.steps - 1, math.atan(1.0), math.atan(self.low)
@@ -136,14 +128,13 @@ class BongTangent(Schedule):
     pivot is a share of all places. No shift.
     """
 
-    steps: int
-    middle: float = field(default=0.5, kw_only=True)
+    steps: Steps
+    middle: Annotated[float, Bound(check_between, 0.0, 1.0)] = field(default=0.5, kw_only=True)
     pivots: tuple[float, float] = field(default=(0.6, 0.6), kw_only=True)
     slopes: tuple[float, float] = field(default=(0.2, 0.2), kw_only=True)
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_between("middle", self.middle, 0.0, 1.0)
+        super().__post_init__()
         for each in self.pivots:
             check_between("a pivot", each, 0.0, 1.0)
         for each in self.slopes:

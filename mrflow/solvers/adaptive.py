@@ -5,12 +5,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from mrflow._checks import check_number
+from mrflow._checks import Bound, check_number
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.schedules.base import Sigmas, check_sigmas
@@ -73,12 +73,9 @@ class AdaptiveSolver(Solver):
     Otherwise the last step, to 0, is Ralston's of order 3, which stays above it, with the midpoint rule beside it.
     """
 
-    tolerance: float = 1e-3
+    tolerance: Annotated[float, Bound(check_number, 1e-10, 1.0)] = 1e-3
     zero: bool = field(default=False, kw_only=True)
     estimated: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_number("tolerance", self.tolerance, 1e-10, 1.0)
 
     @property
     @abstractmethod

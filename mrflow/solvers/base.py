@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mrflow import flow
+from mrflow._checks import Checked
 from mrflow.errors import NonFiniteError, PlanError, PromiseError
 from mrflow.flow import Velocity
 from mrflow.schedules.base import Sigmas, check_sigmas
@@ -24,7 +25,7 @@ History = tuple[tuple[float, Tensor], ...]
 """What a solver remembers: (sigma, tensor), newest last; the velocity there, unless the solver says otherwise."""
 
 
-class Solver(ABC):
+class Solver(Checked, ABC):
     """One step of integration. Write your own: a frozen dataclass with `step`, and `evals` where it is not 1."""
 
     evals: ClassVar[int] = 1

@@ -15,13 +15,13 @@ in lambda next to either: integrated from 1 or to 0, these methods have order 2 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mrflow import flow
-from mrflow._checks import check_whole
+from mrflow._checks import Bound, check_whole
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.solvers.base import History, Solver, combine, half_log_snr
@@ -40,10 +40,7 @@ class DEIS(Solver):
 
     pointwise: ClassVar[bool] = True
     order_at_ends: ClassVar[float] = 2.0
-    solver_order: int = 2
-
-    def __post_init__(self) -> None:
-        check_whole("solver_order", self.solver_order, 1, 3)
+    solver_order: Annotated[int, Bound(check_whole, 1, 3)] = 2
 
     def step(self, v: Velocity, x: Tensor, sigma: float, to: float, past: History) -> tuple[Tensor, History]:
         now = v(x, sigma)
@@ -133,11 +130,11 @@ class UniPC(Solver):
 
     pointwise: ClassVar[bool] = True
     order_at_ends: ClassVar[float] = 2.0
-    solver_order: int = 2
+    solver_order: Annotated[int, Bound(check_whole, 1, 3)] = 2
     variant: Literal["bh1", "bh2"] = "bh2"
 
     def __post_init__(self) -> None:
-        check_whole("solver_order", self.solver_order, 1, 3)
+        super().__post_init__()
         if self.variant not in ("bh1", "bh2"):
             raise PlanError(f"a variant of UniPC is 'bh1' or 'bh2', got {self.variant!r}")
 

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from mrflow import flow
-from mrflow._checks import check_number, check_whole
+from mrflow._checks import Bound, check_number, check_whole
 from mrflow.errors import PlanError
 from mrflow.flow import Velocity
 from mrflow.schedules.base import check_sigmas, shift
@@ -29,10 +29,7 @@ class StochasticEuler(StochasticSolver):
 
     pointwise: ClassVar[bool] = True
 
-    churn: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_number("churn", self.churn, 0.0, 50.0)
+    churn: Annotated[float, Bound(check_number, 0.0, 50.0)] = 1.0
 
     def variance(self, sigmas: Sequence[float]) -> float:
         """The variance at the last of the levels over the true one, for unit Gaussian data and its exact velocity.
@@ -86,18 +83,14 @@ class SASolver(StochasticSolver):
 
     pointwise: ClassVar[bool] = True
 
-    tau: float = 1.0
-    solver_order: int = 2
-    corrector: int = 2
-    low: float = 0.0
-    high: float = 1.0
+    tau: Annotated[float, Bound(check_number, 0.0, 10.0)] = 1.0
+    solver_order: Annotated[int, Bound(check_whole, 1, 3)] = 2
+    corrector: Annotated[int, Bound(check_whole, 0, 3)] = 2
+    low: Annotated[float, Bound(check_number, 0.0, 1.0)] = 0.0
+    high: Annotated[float, Bound(check_number, 0.0, 1.0)] = 1.0
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, 0.0, 10.0)
-        check_whole("solver_order", self.solver_order, 1, 3)
-        check_whole("corrector", self.corrector, 0, 3)
-        check_number("low", self.low, 0.0, 1.0)
-        check_number("high", self.high, 0.0, 1.0)
+        super().__post_init__()
         if not self.low < self.high:
             raise PlanError(f"noise is added between two levels, low < high, got low {self.low!r}, high {self.high!r}")
 

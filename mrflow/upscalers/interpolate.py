@@ -1,28 +1,29 @@
 """Interpolation, the honest baseline of every learned upscaler."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrflow._checks import check_whole
+from mrflow._checks import Bound, check_whole
 from mrflow.errors import PlanError
 from mrflow.protocols.upscaler import Upscaler
 
 Filter = Literal["nearest", "bilinear", "bicubic"]
+Factor = Annotated[int, Bound(check_whole, 1, 16, name="an upscaler's factor")]
 
 
 @dataclass(frozen=True)
 class Interpolate(Upscaler):
     """Plain interpolation by a whole factor, the honest baseline of every learned upscaler."""
 
-    factor: int = 2
+    factor: Factor = 2
     filter: Filter = "bicubic"
 
     def __post_init__(self) -> None:
-        check_whole("an upscaler's factor", self.factor, 1, 16)
+        super().__post_init__()
         check_filter(self.filter)
 
     @property
@@ -48,10 +49,7 @@ def check_filter(filter: object) -> None:
 class Lanczos(Upscaler):
     """Windowed-sinc interpolation with three lobes: sinc(x) sinc(x / 3) for |x| < 3, edges repeated."""
 
-    factor: int = 2
-
-    def __post_init__(self) -> None:
-        check_whole("an upscaler's factor", self.factor, 1, 16)
+    factor: Factor = 2
 
     @property
     def scale(self) -> int:
