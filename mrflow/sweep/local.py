@@ -66,9 +66,10 @@ def run_sweep(
     """Make every row of a sweep that is not there yet; call it again after any interruption, it goes on.
 
     `shard` (i, n) takes every n-th pair of prompt and draw from the i-th on; `retry` makes failed rows again, those
-    whose process died are made again anyway; `row_timeout` is how many seconds a row may take, and each metric for a picture; `stop` ends it after the
-    batch that is being made. Rows that a process died with come last, each alone. `log` hears of every row as it is
-    made (`mrflow.sweep.trackers`); one that fails on the way is left out with a warning.
+    whose process died are made again anyway; `row_timeout` is how many seconds a row may take, and each metric for a
+    picture; `stop` ends it after the batch that is being made. Rows that a process died with come last, each alone.
+    `log` hears of every row as it is made (`mrflow.sweep.trackers`); one that fails on the way is left out with a
+    warning.
 
     Raises:
         PlanError: a chain cannot work with this model, the batch or the shard make no sense; before anything is made.
