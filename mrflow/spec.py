@@ -66,7 +66,7 @@ class Latents(Spec):
         return (self.height // self.space.patch) * (self.width // self.space.patch)
 
     def __str__(self) -> str:
-        return f"Latents {self.height}x{self.width} sigma={self.sigma:g}"
+        return f"Latents {self.height}x{self.width} sigma={self.sigma:.4g}"
 
 
 @dataclass(frozen=True)

@@ -283,16 +283,16 @@ class Plan:
 
     def table(self, columns: int | None = None) -> str:
         """Stages and their work in lines; where these are longer than `columns`, without what goes into each stage."""
-        text = self._table(with_input=True)
-        narrow = columns is not None and max(map(len, text.splitlines())) > columns
-        return self._table(with_input=False) if narrow else text
+        ways = [self._table(arrow) for arrow in (" -> ", "-> ", "")]
+        return next((way for way in ways if columns is None or max(map(len, way.splitlines())) <= columns), ways[-1])
 
-    def _table(self, *, with_input: bool) -> str:
+    def _table(self, arrow: str) -> str:
+        with_input = arrow.startswith(" ")
         cells = [
             (str(i), r.name, f"{r.spec if with_input else ''}", str(r.out), r.work) for i, r in enumerate(self.rows, 1)
         ]
         name, spec, out = (max(len(c[k]) for c in cells) for k in (1, 2, 3))  # type: ignore[arg-type]
-        lines, arrow = list[str](), " -> " if with_input else "-> "
+        lines = list[str]()
         for number, stage, before, after, work in cells:
             about = "~" if work.estimated else ""
             cost = (
@@ -326,7 +326,7 @@ def plan(
 ) -> Plan:
     """Check a whole chain for a model and count its cost, in microseconds and without weights.
 
-    `model` is a model's facts, or a loaded model; `start` what the chain is given, `Start(batch)` unless said.
+    `model` is a model's facts, or a loaded model; `start` what the chain is given (default: `Start(batch)`).
 
     Raises:
         PlanError: a stage cannot do what it is asked; the text names the stage and what would work.

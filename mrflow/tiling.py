@@ -21,7 +21,7 @@ def in_tiles(
     """f(x) for x of shape (b, c, h, w), made of tiles of `tile` cells a side that overlap by `overlap`.
 
     f changes sides by up / down; tile and overlap must be multiples of `down`. Of an overlap, the `margin` nearest to a
-    tile's own border (a third unless said) is not used, and over what is between the margins one tile fades into the
+    tile's own border (default: a third) is not used, and over what is between the margins one tile fades into the
     next: exact for a network that reaches no farther than the margin.
 
     Raises:

@@ -26,6 +26,7 @@ from mrflow.cli.plan import plan_text
 from mrflow.cli.records import difference_text, pixel_difference
 from mrflow.display.sheet import stage_table
 from mrflow.errors import PlanError
+from mrflow.models import info
 from mrflow.models.pocket.model import NEWEST
 from mrflow.records.pictures import describe_record
 from tests.test_cli import call, here  # noqa: F401
@@ -368,12 +369,30 @@ def test_a_record_of_an_older_mrflow_is_described() -> None:
     assert [line.index("Latents") for line in lines if "Latents" in line] == [len("  1  SampleRegionsOfMine  ")]
 
 
+@pytest.mark.parametrize("columns", [60, 120])
+def test_help_fits_the_terminal_and_cuts_no_sentence(columns: int) -> None:
+    lists = 0
+    verbs = [str(each.name) for each in app.registered_commands]
+    for words in ("", *verbs, "sweep run", "sweep export", "sr", "sr add", "sr list"):
+        done = CliRunner().invoke(app, [*words.split(), "--help"], terminal_width=columns)
+        out = done.stdout
+        assert done.exit_code == 0 and max(map(len, out.splitlines())) <= columns, out
+        listed = out.partition("Commands:")[2]
+        assert "..." not in listed, listed
+        lists += bool(listed)
+    assert lists == 2  # of all verbs, and those of `sr`; `sweep` alone is `sweep run`
+
+
 def test_tables_fit_names_and_terminals() -> None:
     chain = mf.recipes.ralu(size=(64, 64), steps=(1, 1, 1))
     planned = mf.plan(chain, mf.POCKET)
     for columns in (60, 120):
         lines = plan_text(planned, columns).splitlines()
         assert max(map(len, lines)) <= columns, columns
+    names = ("paper", "speed", "ralu", "selflift", "jit", "fresco", "lift", "native")
+    for name in names:  # at a size of four digits, and sigmas with many
+        wide = mf.plan(build(name, info("flux1-dev")), info("flux1-dev"))
+        assert max(map(len, plan_text(wide, 60).splitlines())) <= 60, name
     assert plan_text(planned) == plan_text(planned, 10_000) and " -> " in plan_text(planned).splitlines()[1]
     result = mf.run(mf.recipes.paper(size=(32, 32), low=(16, 16), steps=1), mf.toy(), "a")
     for columns in (60, 120):

@@ -39,7 +39,7 @@ class Cache(ABC):
         """
 
     def span(self, blocks: int) -> tuple[int, int]:
-        """The blocks that may be left out, from the first to before the last; all of them unless said."""
+        """The blocks that may be left out, from the first to before the last (default: all of them)."""
         return 0, blocks
 
     def feature(self) -> Feature:
@@ -51,7 +51,7 @@ class Cache(ABC):
         return Extrapolation()
 
     def estimate(self, evaluations: int) -> int:
-        """About how many of these are computed, where the picture decides; all of them unless said."""
+        """About how many of these are computed, where the picture decides (default: all of them)."""
         return evaluations
 
     def share(self, info: ModelInfo, tokens: int) -> float:

@@ -4,6 +4,7 @@ What a verb takes is declared in `verbs`. What it does stands in the file named 
 runs: its imports stand at its top, and help and completion load none of them.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -83,10 +84,17 @@ class SweepGroup(TyperGroup):
         return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
 
 
-sweeping = typer.Typer(
-    help="Draw chains x prompts x draws into a folder; export its rows.", cls=SweepGroup, context_settings=HELP_NAMES
+def _brief(text: str | None) -> str:
+    """What a verb does, up to its first comma, colon or semicolon: as much as a list of verbs has room for."""
+    return re.split("[,.:;]", text or "", maxsplit=1)[0] + "."
+
+
+SWEEPS, NETWORKS = (
+    "Draw chains x prompts x draws into a folder; export its rows.",
+    "Give networks short names, for --sr.",
 )
-networks = typer.Typer(help="Super-resolution networks by a short name.", no_args_is_help=True)
+sweeping = typer.Typer(help=SWEEPS, short_help=_brief(SWEEPS), cls=SweepGroup, context_settings=HELP_NAMES)
+networks = typer.Typer(help=NETWORKS, short_help=_brief(NETWORKS), no_args_is_help=True)
 app.add_typer(sweeping, name="sweep")
 app.add_typer(networks, name="sr")
 
@@ -105,7 +113,7 @@ VERBS: tuple[tuple[typer.Typer, str, type[Any], str], ...] = (
     (networks, "list", verbs.ListOptions, "networks:list_networks"),
 )
 for group, name, options, does in VERBS:
-    group.command(name)(command(options, does))
+    group.command(name, short_help=_brief(options.__doc__))(command(options, does))
 
 
 def run_app() -> None:

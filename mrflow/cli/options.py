@@ -32,7 +32,9 @@ class FactOptions:
 
     shift: Annotated[
         str | None,
-        typer.Option("--shift", help="Its shift of noise levels: a factor, or Shift(low, high) (default: its own)."),
+        typer.Option(
+            "--shift", help="Shift of the noise levels: a factor, or Shift(low, high) (default: the model's)."
+        ),
     ] = None
     text_tokens: Annotated[
         int | None, typer.Option("--text-tokens", help="FLUX.1: text tokens, 1 to 512 (default: 512; schnell 256).")

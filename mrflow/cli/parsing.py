@@ -115,7 +115,7 @@ def parse_lora(word: str) -> Lora:
 
 
 def parse_tiles(word: str | None) -> Tiles | None:
-    """Tiles of a side in pixels, or of a side and an overlap: 1024 or 1024,256; a quarter of the side unless said."""
+    """Tiles of a side in pixels, or of a side and an overlap (default: a quarter of the side): 1024 or 1024,256."""
     if word is None:
         return None
     try:

@@ -96,7 +96,7 @@ class SweepOptions:
     """
 
     file: Annotated[Path, typer.Argument(help="A Python file that defines `sweep = mf.Sweep(...)`, or file.py:name.")]
-    out: Annotated[Path | None, typer.Option("--out", help="The folder; named after the file unless said.")] = None
+    out: Annotated[Path | None, typer.Option("--out", help="The folder (default: named after the file).")] = None
     model: OtherModel = None
     batch: Batch = 4
     shard: Annotated[str, typer.Option("--shard", help="i/n: this process makes every n-th prompt and draw.")] = "0/1"
@@ -142,8 +142,8 @@ class ReportOptions:
     """Make one HTML page of a sweep: trade-off, categories, table, pictures side by side, the worst first."""
 
     folder: SweepFolder
-    out: Annotated[Path | None, typer.Option("--out", help="The page; FOLDER/report.html unless said.")] = None
-    title: Annotated[str | None, typer.Option("--title", help="Its heading; the folder's name unless said.")] = None
+    out: Annotated[Path | None, typer.Option("--out", help="The page (default: FOLDER/report.html).")] = None
+    title: Annotated[str | None, typer.Option("--title", help="Its heading (default: the folder's name).")] = None
     link: Annotated[bool, typer.Option("--link", help="Refer to the pictures instead of embedding them.")] = False
     table: Annotated[bool, typer.Option("--csv", help="Also the rows as CSV, beside the page.")] = False
     parquet: Annotated[bool, typer.Option("--parquet", help="Also the rows as Parquet.")] = False
@@ -183,7 +183,7 @@ class InspectOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions:
-    """Make a picture again from the record it carries."""
+    """Reproduce a picture from its own record."""
 
     picture: Annotated[Path, typer.Argument(help="A PNG that mrflow made.")]
     loading: ModelOptions
@@ -208,7 +208,7 @@ class ReplayOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AddOptions:
-    """Keep a network's file, so that --sr realesrgan-x4, anime or video finds it."""
+    """Keep a network's file under a short name, so that --sr realesrgan-x4, anime or video finds it."""
 
     file: Annotated[Path, typer.Argument(help="A checkpoint that you have: .pth, .safetensors or ncnn's .param.")]
     name: Annotated[
@@ -219,6 +219,6 @@ class AddOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
-    """Say which networks have short names, and which are here."""
+    """List the short names, and which of their networks are here."""
 
     as_json: Json = False

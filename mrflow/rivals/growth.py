@@ -29,7 +29,7 @@ class Grow(Stage[Latents, Latents]):
     picture's amplitude by r and leaves noise as it is, so what comes out is on the flow's line again, at the level
     sigma' = kappa sigma: signal 1 - sigma', noise variance sigma'^2. In float32, whatever the model computes in.
 
-    `size` is a picture size, (height, width) in pixels; twice the sides unless said.
+    `size` is a picture size, (height, width) in pixels (default: twice the sides).
     """
 
     scope: ClassVar[str] = "Grow"

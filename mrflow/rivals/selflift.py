@@ -26,7 +26,7 @@ class SelfLift(Stage[Latents, Latents]):
     (the posterior's mode). Where they disagree most, in the `share` of cells with the largest mean |z_pix - z_lat| over
     channels, w rises from `low` to `high` with the disagreement; elsewhere w is 0.
 
-    `size` is a picture size, (height, width) in pixels; twice the sides unless said. Published shares: 0.4 for FLUX.2
+    `size` is a picture size, (height, width) in pixels (default: twice the sides). Published shares: 0.4 for FLUX.2
     Klein, 0.3 for Z-Image-Turbo; a larger `low` is recommended for text.
     """
 

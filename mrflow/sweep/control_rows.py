@@ -24,11 +24,11 @@ def controls(
     size: tuple[int, int] | None = None,
     staged: StagedChain | None = None,
 ) -> dict[str, StagedChain]:
-    """Control rows by label, ready to be put beside a sweep's chains; `low` and `size` are the model's own unless said.
+    """Control rows by label, ready to be put beside a sweep's chains; `low` and `size` default to the model's own.
 
     For the embedded model, whose captions have a true scene: the truth, its autoencoder, and the staged path of the
     truth (rendered at `low`, autoencoder, super-resolution, autoencoder) alone and with the end of `staged` (from
-    `Reinject` on; `recipes.paper` unless said). For every model: one forward without guidance, and native sampling for
+    `Reinject` on; default: `recipes.paper`). For every model: one forward without guidance, and native sampling for
     what `staged` costs, with guidance and, where that is true classifier-free guidance, without it and with the more
     steps that this pays for.
 

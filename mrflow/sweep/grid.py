@@ -37,8 +37,8 @@ class Sweep:
 
     `seeds` number the draws of a prompt. The noise of a draw comes from `seed_of(prompt, draw)`, which is in its row
     and picture: no two prompts share it, and all chains share that of a prompt and draw. `prompts` are texts, `Prompt`s
-    with tags, or any iterable of them; `reference` is the label of the chain that the others are held against, the
-    first unless said. `metrics` are numbers for each picture; `pictures="stages"` keeps every stage's picture too.
+    with tags, or any iterable of them; `reference` is the label of the chain that the others are held against
+    (default: the first). `metrics` are numbers for each picture; `pictures="stages"` keeps every stage's picture too.
 
     Raises:
         PlanError: nothing to draw, a label or prompt twice, a reference that is none of the chains.

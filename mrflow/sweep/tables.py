@@ -74,7 +74,7 @@ class Table:
 def table(folder: str | Path, *metrics: str) -> Table:
     """Each method of a sweep: its rows, the means of metrics with 95 % intervals, its measured speed-up.
 
-    Metrics are the whole ones (no parts), at most four, unless said. Arrows say which way is better.
+    Metrics default to the whole ones (no parts), at most four. Arrows say which way is better.
 
     Raises:
         PlanError: it is no sweep's folder, has no rows yet, or none of its rows has such a metric.

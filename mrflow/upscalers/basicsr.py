@@ -26,7 +26,7 @@ class BasicSR(FileNamed, Network):
     `options` is a BasicSR option file (YAML) with `scale` and `network_g`; `weights` a checkpoint that BasicSR wrote,
     by default the file that its `path: pretrain_network_g` names. `param_key_g` there chooses among `params` and
     `params_ema`. BasicSR keeps no rules for sizes: pictures are padded to multiples of `multiple` (4, and the options'
-    `window_size`, unless said). A network of your own must be registered before: call `basicsr_package()`, then import
+    `window_size` by default). A network of your own must be registered before: call `basicsr_package()`, then import
     its module.
 
     Raises:
