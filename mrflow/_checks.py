@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeGuard, cast, get_args
+from typing import TypeGuard, cast, get_args, get_type_hints
 
 from mrflow.errors import PlanError
 
@@ -99,9 +99,9 @@ class Checked:
 @cache
 def _held(cls: type) -> list[tuple[str, Bound, bool]]:
     return [
-        (field.name, held, type(None) in get_args(field.type.__origin__))
-        for field in getattr(cls, "__dataclass_fields__", {}).values()
-        for held in getattr(field.type, "__metadata__", ())
+        (name, held, type(None) in get_args(hint.__origin__))
+        for name, hint in get_type_hints(cls, include_extras=True).items()
+        for held in getattr(hint, "__metadata__", ())
         if isinstance(held, Bound)
     ]
 

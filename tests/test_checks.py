@@ -1,7 +1,9 @@
 """Argument checks: what passes, what is refused, and in which words."""
 
+import importlib.util
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,26 @@ def test_no_module_checks_whole_numbers_by_itself() -> None:
         if re.search(r"isinstance\([\w.]+, bool\) or|not isinstance\([\w.]+, bool\)", text)
     }
     assert own == {"_checks.py"}
+
+
+def test_a_field_is_held_to_its_type_also_where_annotations_are_text(tmp_path: Path) -> None:
+    words = (
+        "from __future__ import annotations",
+        "from dataclasses import dataclass",
+        "from typing import Annotated",
+        "from mrflow._checks import Bound, Checked, check_number",
+        "@dataclass(frozen=True)",
+        "class Tint(Checked):",
+        "    much: Annotated[float | None, Bound(check_number, 0.0, 1.0)] = None",
+    )
+    (tmp_path / "textual_tint.py").write_text("\n".join(words), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("textual_tint", tmp_path / "textual_tint.py")
+    assert spec is not None and spec.loader is not None
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "textual_tint", module)
+        spec.loader.exec_module(module)
+        module.Tint()
+        module.Tint(1.0)
+        with pytest.raises(PlanError, match="much must be from 0 to 1, got 2"):
+            module.Tint(2.0)
