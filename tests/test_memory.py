@@ -129,7 +129,7 @@ class Recorder:
 
 def test_a_shape_is_recorded_at_its_second_call_and_replayed_from_then_on() -> None:
     calls, recorder = [], Recorder()
-    step = CudaGraph(lambda x, y: calls.append(1) or x * 2 + y, GraphPool(capture=recorder))  # type: ignore[func-returns-value]
+    step = CudaGraph(lambda x, y, key=None: calls.append(1) or x * 2 + y, GraphPool(capture=recorder))  # type: ignore[func-returns-value]
     for i in range(4):
         x, y = torch.full((2,), float(i)), torch.full((2,), 10.0 * i)
         assert torch.equal(step(x, y), x * 2 + y)
@@ -137,6 +137,15 @@ def test_a_shape_is_recorded_at_its_second_call_and_replayed_from_then_on() -> N
     step(torch.ones(3), torch.ones(3))
     step(torch.ones(2), torch.ones(2), key="other")
     assert recorder.captures == 1
+
+
+def test_what_is_recorded_knows_its_key() -> None:
+    """Called for itself, recorded and replayed alike: it says more than shapes do."""
+    step = CudaGraph(lambda x, key=0: x * key, GraphPool(capture=Recorder()))
+    for times in range(4):
+        for key in (2, 3):
+            x = torch.full((2,), 1.0 + times)
+            assert torch.equal(step(x, key=key), x * key)
 
 
 def test_what_a_replay_gives_is_not_overwritten_by_the_next() -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from mrflow.cost import evaluated_sigmas, memory
 from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError, WeightsError
 from mrflow.models import info
+from mrflow.models.cuda_graphs import CudaGraph, GraphPool
 from mrflow.models.describe import describe
+from mrflow.models.fields import ModulationTables
 from mrflow.models.flux.weights import FLUX_AUTOENCODER
 from mrflow.models.layers import attention
 from mrflow.models.qwen.backbone import Qwen
+from mrflow.models.qwen.field import QwenField, qwen_step
 from mrflow.models.qwen.transformer import packed_attention, positions_qwen
 from mrflow.models.qwen.weights import QWEN_AUTOENCODER, wan
 from tests.parity.test_flux import relative
@@ -217,6 +221,39 @@ print(compiled)
     assert done.returncode == 0, done.stderr[-2000:]
     # Norm, heads, two gates; two of them again where a view begins or ends elsewhere.
     assert done.stdout.split()[-1] == "6"
+
+
+def test_graphs_of_two_resolutions_and_six_prompt_lengths_are_recorded_once(
+    repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each pair of a resolution and a length, few enough for one pool, so that coming back records nothing."""
+    model, plain, captured = loaded(repo), loaded(repo), list[object]()
+
+    def capture(f: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
+        captured.append(f)
+        output = f(*inputs).clone()
+        return lambda: output.copy_(f(*inputs)), output  # type: ignore[return-value]
+
+    pool = GraphPool(capture=capture)
+    monkeypatch.setattr(model, "_step", CudaGraph(partial(qwen_step, model.transformer), pool))
+    given = [model.condition(["a dog" + " and a cat" * n, "a cat"]).tensors for n in range(6)]
+    lengths = [[int(n) for n in one["mask"].sum(1)] for one in given]
+    assert len({tuple(one) for one in lengths}) == 6
+    texts = [
+        [tensors["context"][i, :n] for i, n in enumerate(one)] for tensors, one in zip(given, lengths, strict=True)
+    ]
+    for count in (0, 12, 12):  # the first call of each runs itself, the second is recorded, the third is replayed
+        for h in (2, 4):
+            for words in texts:
+                tokens, found = torch.randn(1, 4 * h, 64), list[Tensor]()
+                for each in (model, plain):
+                    table = ModulationTables(each._tables, None)
+                    field = QwenField(each.transformer, [words[:1], words[1:]], step=each._step, table=table)
+                    with torch.inference_mode():
+                        found.append(field.velocity(tokens, 0.5, h, 4))
+                assert torch.equal(*found)
+        assert len(captured) == count
+    assert len(pool.kept) == 12
 
 
 def test_wan_names_give_the_same_autoencoder(repo: Path, tmp_path: Path) -> None:

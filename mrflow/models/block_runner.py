@@ -64,7 +64,16 @@ class BlockRunner:
 
 
 def joint(
-    net: Transformer, start: int, stop: int, img: Tensor, txt: Tensor, cos: Tensor, sin: Tensor, table: Tensor
+    net: Transformer,
+    start: int,
+    stop: int,
+    img: Tensor,
+    txt: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    table: Tensor,
+    *,
+    key: object = None,
 ) -> Tensor:
-    """Some blocks as a function of tensors that gives one: image, then text."""
+    """Some blocks as a function of tensors that gives one: image, then text. The `key` is the net's attention."""
     return torch.cat(net.some_blocks(img, txt, Rope(cos, sin), table, start, stop), 1)

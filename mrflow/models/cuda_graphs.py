@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,20 +69,21 @@ class CudaGraph:
         self.recorded: dict[object, _Recording | None] = {}
 
     def __call__(self, *inputs: Tensor, key: object = None) -> Tensor:
-        """f(*inputs); `key` tells apart what shapes do not."""
+        """f(*inputs, key=key), without a key where that is None; it tells apart what shapes do not."""
         which = (key, *((t.shape, t.dtype) for t in inputs))
+        f = self.f if key is None else partial(self.f, key=key)
         with self.pool.lock:
             if which not in self.seen:
                 self.seen.add(which)
-                return self.f(*inputs)
+                return f(*inputs)
             if which not in self.recorded:
-                self.recorded[which], output = self._record(inputs)
+                self.recorded[which], output = self._record(f, inputs)
                 if self.recorded[which] is not None:
                     self.pool.use(self, which)
                 return output
             recorded = self.recorded[which]
             if recorded is None:
-                return self.f(*inputs)
+                return f(*inputs)
             self.pool.use(self, which)
             return self._replay(recorded, inputs)
 
@@ -96,12 +98,12 @@ class CudaGraph:
         recorded.replay()
         return recorded.output.clone()
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> tuple[_Recording | None, Tensor]:
+    def _record(self, f: Function, inputs: tuple[Tensor, ...]) -> tuple[_Recording | None, Tensor]:
         """A recording that was held against f, or None; and f's own output."""
-        want = self.f(*inputs)
+        want = f(*inputs)
         try:
             own = tuple(t.clone() for t in inputs)
-            recorded = _Recording(own, *self.pool.capture(self.f, own))
+            recorded = _Recording(own, *self.pool.capture(f, own))
             got = self._replay(recorded, inputs)
         except RuntimeError as error:
             note(f"steps run one kernel at a time: recording a CUDA graph failed ({str(error).splitlines()[0]})")

@@ -228,7 +228,8 @@ def rms_gated(
 
 
 class Ops(NamedTuple):
-    """What blocks do between their matrix products, and in the one that GELU follows; these are the definitions, others stand in on a GPU (`kernels`)."""
+    """What blocks do between their matrix products, and in one that GELU follows. These are the definitions; others
+    stand in on a GPU (`kernels`)."""
 
     norm: Callable[[Tensor, Tensor, Tensor], Tensor] = modulated
     gated: Callable[[Tensor, Tensor, Tensor], Tensor] = gated

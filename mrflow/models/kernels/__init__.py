@@ -91,8 +91,8 @@ def errors(
         layer = nn.Linear(2 * width, 3 * width, device=device, dtype=dtype).requires_grad_(False)  # noqa: FBT003
         layer.weight.copy_(some(3 * width, 2 * width) / width**0.5)
         layer.bias.copy_(some(3 * width))
-        given = some(2, 7, 3 * width)[..., : 2 * width]
-        found["linear_gelu"] = differ(ops.linear_gelu(layer, given), PLAIN.linear_gelu(layer, given))
+        rows = some(2, 7, 3 * width)[..., : 2 * width]
+        found["linear_gelu"] = differ(ops.linear_gelu(layer, rows), PLAIN.linear_gelu(layer, rows))
     inner = some(2, 7, 5 * width)[..., width:]
     found["gelu_beside"] = differ(ops.gelu_beside(change, inner), PLAIN.gelu_beside(change, inner))
 
