@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from mrflow import flow
-from mrflow._checks import Checked, Bound, check_number, check_whole, is_number, require
+from mrflow._checks import Bound, Checked, check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.display.notes import note
 from mrflow.errors import PlanError

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from mrflow._checks import Checked, Bound, check_whole
+from mrflow._checks import Bound, Checked, check_whole
 from mrflow.errors import PlanError
 
 

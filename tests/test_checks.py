@@ -79,5 +79,5 @@ def test_a_field_is_held_to_its_type_also_where_annotations_are_text(tmp_path: P
         spec.loader.exec_module(module)
         module.Tint()
         module.Tint(1.0)
-        with pytest.raises(PlanError, match="much must be from 0 to 1, got 2"):
+        with pytest.raises(mf.PlanError, match="much must be from 0 to 1, got 2"):
             module.Tint(2.0)

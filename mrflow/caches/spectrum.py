@@ -7,7 +7,7 @@ from typing import Annotated
 
 import numpy as np
 
-from mrflow._checks import Checked, Bound, check_number, check_whole
+from mrflow._checks import Bound, Checked, check_number, check_whole
 from mrflow.caches.base import Cache
 from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Gram, lagrange_weights

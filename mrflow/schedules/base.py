@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Annotated
 
-from mrflow._checks import Checked, Bound, check_number, check_whole, require
+from mrflow._checks import Bound, Checked, check_number, check_whole, require
 from mrflow.errors import PlanError
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.schedules.quantiles import beta_grid
