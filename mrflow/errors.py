@@ -55,12 +55,3 @@ class RecordError(MrflowError, ValueError):
 
 class Interruption(BaseException):
     """What passes through stages, metrics and other code of users, and is no error of theirs."""
-
-
-def words_of(error: BaseException, most: int = 2000) -> str:
-    """An exception's text, of at most so many characters; empty where it has none, or where making it fails."""
-    try:
-        text = str(error).strip()
-    except Exception:
-        return ""
-    return text if len(text) <= most else f"{text[:most]}..."

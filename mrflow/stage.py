@@ -19,11 +19,11 @@ from mrflow.backbone import Backbone, Condition, FieldOptions
 from mrflow.checkpoints.adapters import Lora, PiFlow
 from mrflow.display import html
 from mrflow.display.notes import add_forwards
-from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError, words_of
+from mrflow.errors import ChainError, MrflowError, NonFiniteError, PlanError, PromiseError
 from mrflow.flow import finite
 from mrflow.guidance import Distilled, Guidance
 from mrflow.machine.devices import to_device
-from mrflow.machine.failures import name_stage, passes
+from mrflow.machine.failures import name_stage, passes, words_of
 from mrflow.model_info import ModelInfo
 from mrflow.noise import Noise, PerItem
 from mrflow.protocols.policies import GM, PolicyField, automatic, follow

@@ -19,9 +19,9 @@ from mrflow.bridge.blocks import BlockNames, open_forward
 from mrflow.bridge.facts import check_encoders
 from mrflow.bridge.version import Watch, version_of
 from mrflow.display.notes import note
-from mrflow.errors import MrflowError, PlanError, words_of
+from mrflow.errors import MrflowError, PlanError
 from mrflow.flow import Velocity
-from mrflow.machine.failures import name_stage, passes
+from mrflow.machine.failures import name_stage, passes, words_of
 from mrflow.model_info import Capabilities, ModelInfo
 from mrflow.models.encoders import check_prompt
 from mrflow.models.latent_model import encoded_once

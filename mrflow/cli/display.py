@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
 from mrflow.display.notes import printable
-from mrflow.errors import MrflowError, words_of
+from mrflow.errors import MrflowError
+from mrflow.machine.failures import words_of
 from mrflow.machine.interrupts import GRACE, end_at_once, listening
 
 CRASHED = 1

@@ -18,8 +18,8 @@ from mrflow import models
 from mrflow.backbone import Backbone
 from mrflow.checkpoints.adapters import Lora
 from mrflow.cli.options import SR_WORDS, DrawOptions, ModelOptions
-from mrflow.errors import MrflowError, PlanError, words_of
-from mrflow.machine.failures import name_stage, passes
+from mrflow.errors import MrflowError, PlanError
+from mrflow.machine.failures import name_stage, passes, words_of
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.offload import check_offload
 from mrflow.models.pocket.model import embedded_file

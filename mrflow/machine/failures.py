@@ -2,7 +2,7 @@
 
 import torch
 
-from mrflow.errors import Interruption, MrflowError, PromiseError, ResourceError, words_of
+from mrflow.errors import Interruption, MrflowError, PromiseError, ResourceError
 
 
 def name_stage(error: BaseException, where: str) -> MrflowError:
@@ -30,3 +30,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of any kind says that memory ran out, on a GPU or a CPU."""
     said = any(each in words_of(error) for each in ("not enough memory", "can't allocate memory"))
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def words_of(error: BaseException, most: int = 2000) -> str:
+    """An exception's text, of at most so many characters; empty where it has none, or where making it fails."""
+    try:
+        text = str(error).strip()
+    except Exception:
+        return ""
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -181,13 +182,13 @@ class Transformer(nn.Module, ABC):
     attention: Attention
     ops: Ops = PLAIN
     wide: bool = False
-    img_in: nn.Linear
+    embedder: str = "img_in"
     final_layer: FinalLayer
 
     @property
     def dtype(self) -> torch.dtype:
         """What its weights are kept in, and products are made in."""
-        return self.img_in.weight.dtype
+        return cast("nn.Linear", self.get_submodule(self.embedder)).weight.dtype
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -204,7 +205,7 @@ class Transformer(nn.Module, ABC):
 
     def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
         """The image stream of packed latents, of any floating dtype."""
-        image: Tensor = self.img_in(tokens.to(self.stream_dtype))
+        image: Tensor = self.get_submodule(self.embedder)(tokens.to(self.stream_dtype))
         return image
 
     def modulated_input(self, img: Tensor, modulation: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Failures that no retry in the same process mends: the device was lost."""
 
-from mrflow.errors import DeviceLostError, words_of
+from mrflow.errors import DeviceLostError
+from mrflow.machine.failures import words_of
 
 LOST = (
     "cuda error:", "hip error:", "device-side assert", "illegal memory access", "illegal address", "uncorrectable ecc",

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mrflow.backbone import Backbone, Condition, Wrapper
 from mrflow.display.sheet import warm_up
-from mrflow.errors import DeviceLostError, MrflowError, PlanError, ResourceError, words_of
-from mrflow.machine.failures import is_out_of_memory, passes
+from mrflow.errors import DeviceLostError, MrflowError, PlanError, ResourceError
+from mrflow.machine.failures import is_out_of_memory, passes, words_of
 from mrflow.machine.forks import check_process
 from mrflow.machine.hardware import machine
 from mrflow.records.files import beneath

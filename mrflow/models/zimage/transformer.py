@@ -166,6 +166,7 @@ class ZImage(Transformer):
     `attention` and `split` are as in `Flux`. Inside a token of the image the channel is the fastest index.
     """
 
+    embedder = "x_embedder"
     params: ZImageParams  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, params: ZImageParams, *, split: bool = False) -> None:
@@ -180,11 +181,6 @@ class ZImage(Transformer):
         self.noise_refiner = Blocks[Block](Block(p, split=split) for _ in range(p.refiners))
         self.layers = Blocks[Block](Block(p, split=split) for _ in range(p.layers))
         self.final_layer = FinalLayer(p, given=p.level, vectors=1)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the network computes in."""
-        return self.x_embedder.weight.dtype
 
     def rope(self, places: Float[Tensor, "n 3"]) -> Rope:
         """Rotations of tokens at these positions."""
@@ -217,11 +213,6 @@ class ZImage(Transformer):
         """The embedded level, counted from noise and rounded as in the pipeline: what every modulation starts from."""
         time = (1000 - 1000 * sigma.float()) / 1000 * 1000
         return self.t_embedder(sinusoid(time, SINUSOID).to(self.dtype))  # type: ignore[no-any-return]
-
-    def embed_image(self, tokens: Float[Tensor, "b l i"]) -> Float[Tensor, "b l d"]:
-        """The image stream, from tokens of any floating dtype."""
-        image: Tensor = self.x_embedder(tokens.to(self.stream_dtype))
-        return image
 
     def embed_text(self, context: Sequence[Float[Tensor, "_ c"]]) -> Float[Tensor, "b n d"]:
         """The refined text of each item, filled up to a multiple of 32, alike for all; no level changes it."""
