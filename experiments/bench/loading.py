@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("C5 diffusers' shards, same dtype", "diffusers", "bfloat16", 0.8, 20),
+    Case("C5 diffusers' shards, same dtype", "diffusers", "bfloat16", 1.3, 20),
     Case("C6 diffusers' shards, to float32", "diffusers", "float32", 1.5, SHARD / MIB),
     Case("C7 BFL's file, same dtype", SINGLE, "bfloat16", 1.0, 2 * TENSOR),
     Case("C7 BFL's file, to float32", SINGLE, "float32", 1.0, 4 * TENSOR),
