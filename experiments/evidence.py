@@ -36,7 +36,7 @@ PATHS = ("truth", "autoencoder", "staged path", "mean", "other")
 class Piece:
     """A command, how many captions of each category it asks for, and its seconds: some at once, some a caption.
 
-    The seconds are of two idle cores at 256 px.
+    The seconds are of two idle cores at 256 px; one core at 128 px takes about as long.
     """
 
     name: str
