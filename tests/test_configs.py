@@ -1,6 +1,7 @@
 """Configurations from outside: limits, types and ranges, and what none of them may do to a text encoder."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,14 @@ DYNAMIC = {
 def test_schedulers_are_held_to_types(settings: dict[str, Any]) -> None:
     with pytest.raises(WeightsError, match=r"scheduler_config.json cannot be used: [^(]* must be [a-z]"):
         shift_of(settings, "folder")
+
+
+@pytest.mark.parametrize("way", ["sde-dpmsolver", "sde-dpmsolver++"])
+def test_multistep_solvers_that_add_noise_are_refused_by_name(way: str) -> None:
+    settings = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
+    assert shift_of(settings | {"algorithm_type": "dpmsolver++"}, "folder") == mf.Shift.fixed(3.0)
+    with pytest.raises(WeightsError, match=re.escape(f"algorithm_type='{way}', fresh noise in every step")):
+        shift_of(settings | {"algorithm_type": way}, "folder")
 
 
 def test_flags_may_be_numbers_and_curves_have_names() -> None:

@@ -23,6 +23,7 @@ from mrflow.checkpoints.safetensors import map_tensor, open_checkpoint
 from mrflow.cost import memory
 from mrflow.display.notes import collect_notes
 from mrflow.errors import PlanError, ResourceError, WeightsError
+from mrflow.models import info
 from mrflow.models.describe import describe
 from mrflow.models.flux.backbone import Flux1
 from mrflow.models.flux.weights import FLUX_AUTOENCODER, load_flux, save_flux
@@ -30,7 +31,7 @@ from mrflow.models.scheduler import shift_of
 from tests.live import LiveBytes
 from tests.parity.test_flux import relative
 from tests.parity.test_official import UP, pipeline, words
-from tests.tiny import save_vae_flux, write_flux_repo
+from tests.tiny import save_vae_flux, write_flux_repo, write_qwen_repo, write_zimage_repo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 CHAIN = mf.recipes.paper(UP, low=(32, 48), size=(64, 96), steps=3)
@@ -90,6 +91,36 @@ def test_a_tokenizers_files_in_capitals_are_named(name: str, part: str, tmp_path
     to_capitals(folder / part / name)
     with pytest.raises(WeightsError, match=name.title()):
         mf.load(folder)
+
+
+OTHERWISE: list[tuple[Any, str, str, object]] = [
+    (write_flux_repo, "transformer", "patch_size", 2),
+    (write_flux_repo, "vae", "act_fn", "relu"),
+    (write_flux_repo, "vae", "mid_block_add_attention", False),
+    (write_flux_repo, "vae", "use_quant_conv", True),
+    (write_flux_repo, "vae", "use_post_quant_conv", True),
+    (write_qwen_repo, "transformer", "patch_size", 1),
+    (write_qwen_repo, "vae", "attn_scales", [0.5]),
+    (write_zimage_repo, "transformer", "norm_eps", 1e-6),
+    (write_zimage_repo, "transformer", "qk_norm", False),
+    (write_zimage_repo, "transformer", "t_scale", 1.0),
+    (write_zimage_repo, "transformer", "n_kv_heads", 1),
+]
+
+
+@pytest.mark.parametrize(("write", "part", "setting", "value"), OTHERWISE)
+def test_networks_that_compute_otherwise_in_what_no_shape_tells_are_refused(
+    write: Any, part: str, setting: str, value: object, tmp_path: Path
+) -> None:
+    """Their weights fit, and their pictures would be wrong without a word."""
+    folder = tmp_path / "m"
+    write(folder)
+    mf.load(folder)
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    for use in (mf.load, info):
+        with pytest.raises(WeightsError, match=f"its config is of another network: {setting} "):
+            use(str(folder))
 
 
 def draw(model: mf.Backbone, *, chain: Any = CHAIN, batch: int = 1, **more: Any) -> mf.Result:

@@ -158,6 +158,14 @@ def agree(header: Header, config: Mapping[str, Any], sizes: Mapping[str, Any]) -
         raise WeightsError(f"{header.path}: its config does not belong to its weights: {', '.join(wrong)}")
 
 
+def as_published(header: Header, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse a config of a network that computes otherwise, in what no shape tells, than the published one does."""
+    other = {key: value for key, value in settings.items() if config.get(key, value) != value}
+    wrong = [f"{key} {str(config[key])[:80]} ({value} is supported)" for key, value in other.items()]
+    if wrong:
+        raise WeightsError(f"{header.path}: its config is of another network: {', '.join(wrong)}")
+
+
 def kind(header: Header) -> str | None:
     """What a checkpoint is, as far as its keys tell."""
     return _first_of(header, RELATIVES) or _first_of(header, dict(marks()) | STRANGERS | SR)

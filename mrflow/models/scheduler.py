@@ -53,6 +53,8 @@ def _curve(config: Config, what: str, name: str, shift: float | None, last: floa
     for flag, meaning in OTHER_LEVELS.items():
         if config.flag(flag):
             raise PlanError(f"{what} has {flag}=True, {meaning}")
+    if flow and str(way := config.get("algorithm_type", "")).startswith("sde-"):
+        raise PlanError(f"{what} has algorithm_type={way!r}, {OTHER_LEVELS['stochastic_sampling']}")
     if flow and config.get("final_sigmas_type", "zero") != "zero":
         raise PlanError(f"{what} has final_sigmas_type={config['final_sigmas_type']!r}; a schedule here ends at 0")
     if (count := config.get("num_train_timesteps", 1000)) != 1000:

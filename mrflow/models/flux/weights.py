@@ -22,6 +22,7 @@ from mrflow.models.headers import (
     PART,
     Names,
     agree,
+    as_published,
     axes_of,
     config_of,
     count_numbered,
@@ -216,6 +217,7 @@ def flux_params(header: Header, names: Names) -> FluxParams:
             "guidance_embeds": guidance,
         },
     )
+    as_published(header, config, {"patch_size": 1})
     axes = axes_of(header, config, head, FluxParams.axes)
     with sizes_of(header):
         return FluxParams(
@@ -234,6 +236,13 @@ def flux_params(header: Header, names: Names) -> FluxParams:
         )
 
 
+# Of diffusers' AutoencoderKL, as FLUX.1's and Z-Image's are published.
+VAE_SETTINGS = {
+    "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": False, "use_post_quant_conv": False,
+    "in_channels": 3, "out_channels": 3,
+}  # fmt: skip
+
+
 def vae_params(header: Header, names: Names) -> VaeParams:
     """Sizes of a FLUX autoencoder; scale, shift and groups are of a config, or FLUX.1's for 16 channels."""
     levels = count_numbered(header, names, "encoder.down.{}.block.0.conv1.weight")
@@ -247,6 +256,7 @@ def vae_params(header: Header, names: Names) -> VaeParams:
     if latent != 16 and not {"scaling_factor", "shift_factor"} <= set(config):
         raise WeightsError(f"{header.path}: {latent} latent channels, but no config.json says their scale and shift")
     agree(header, config, {"latent_channels": latent, "block_out_channels": channels})
+    as_published(header, config, VAE_SETTINGS)
     with sizes_of(header):
         return VaeParams(
             channels=tuple(channels),

@@ -24,6 +24,7 @@ from mrflow.models.headers import (
     ATTENTION,
     Names,
     agree,
+    as_published,
     axes_of,
     config_of,
     count_numbered,
@@ -147,6 +148,7 @@ def qwen_params(header: Header, names: Names) -> QwenParams:
         raise WeightsError(f"{header.path}: its config sets {odd[0]}: another model than Qwen-Image, not supported")
     sizes = {"attention_head_dim": head, "num_attention_heads": hidden // head, "num_layers": blocks}
     agree(header, config, sizes | {"in_channels": in_channels, "joint_attention_dim": context})
+    as_published(header, config, {"patch_size": 2})
     axes = axes_of(header, config, head, QwenParams.axes)
     with sizes_of(header):
         return QwenParams(
@@ -212,6 +214,7 @@ def qwen_vae_params(header: Header, names: Names) -> QwenVaeParams:
     if latent != 16 and (mean is None or std is None):
         raise WeightsError(f"{header.path}: {latent} latent channels, but no config.json says their mean and std")
     agree(header, config, {"z_dim": latent, "base_dim": channels[0]})
+    as_published(header, config, {"attn_scales": [], "input_channels": 3})
     with sizes_of(header):
         return QwenVaeParams(
             channels=tuple(channels),

@@ -7,7 +7,16 @@ import re
 
 from mrflow.checkpoints.safetensors import Header
 from mrflow.errors import WeightsError
-from mrflow.models.headers import Names, agree, axes_of, config_of, count_numbered, shape, transformer_layout
+from mrflow.models.headers import (
+    Names,
+    agree,
+    as_published,
+    axes_of,
+    config_of,
+    count_numbered,
+    shape,
+    transformer_layout,
+)
 from mrflow.models.prepared import PublishedTransformer, sizes_of
 from mrflow.models.zimage.transformer import ZImage, ZImageParams
 
@@ -49,6 +58,10 @@ def zimage_names(header: Header) -> Names:
     return single_file if OWN in header.tensors else zimage_diffusers
 
 
+# Of diffusers' ZImageTransformer2DModel, as published: what no shape tells.
+SETTINGS = {"all_patch_size": [2], "all_f_patch_size": [1], "norm_eps": 1e-5, "qk_norm": True, "t_scale": 1000.0}
+
+
 def zimage_params(header: Header, names: Names) -> ZImageParams:
     """Sizes of a Z-Image transformer; the rotary axes are of a config, or the published ones for heads of 128.
 
@@ -71,6 +84,7 @@ def zimage_params(header: Header, names: Names) -> ZImageParams:
     config = config_of(header, CLASS)
     sizes = {"dim": hidden, "n_heads": hidden // head, "n_layers": layers, "n_refiner_layers": refiners}
     agree(header, config, sizes | {"cap_feat_dim": context, "in_channels": in_channels // 4})
+    as_published(header, config, SETTINGS | {"n_kv_heads": hidden // head})
     axes = axes_of(header, config, head, ZImageParams.axes, key="axes_dims")
     with sizes_of(header):
         return ZImageParams(
