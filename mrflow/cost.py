@@ -156,7 +156,7 @@ def memory(
     For a model that is not loaded, weights are counted in bfloat16, and `storage="fp8"` halves its blocks. Attention is
     taken to keep no table of scores, convolutions no workspace: a GPU's libraries may take more. Values of two bytes
     (`value_bytes`) are bfloat16: on `device="cpu"`, where this processor has no instructions for it, transformers keep
-    theirs in float32, and a part of a matrix too (`mrflow.models.wide`).
+    theirs in float32, and a part of a matrix too; autoencoders are float32 (`mrflow.models.wide`).
     """
     info = planned.model
     f, a = info.footprint, info.architecture
@@ -171,7 +171,8 @@ def memory(
             modulation_pair=f.modulation_pair // 2,
         )
     text = f.text + (f.text_pair if offload == "block" else f.text_layers)
-    steady = f.rest + f.autoencoder + (f.block_pair if offload == "block" else f.blocks)
+    wide = value_bytes == 2 and device == "cpu" and not hardware.has_bfloat16()
+    steady = f.rest + f.autoencoder * (2 if wide else 1) + (f.block_pair if offload == "block" else f.blocks)
     folding = 0
     if offload == "none" or (offload == "phase" and not fold):
         steady += f.modulation
@@ -180,17 +181,16 @@ def memory(
     else:
         folding = max(0, f.modulation_pair - f.block_pair)
     beside = text if offload == "none" else 0
-    wide = value_bytes == 2 and device == "cpu" and not hardware.has_bfloat16()
     largest = int((3 + a.mlp_ratio) * a.hidden**2)  # what a single block's first product is, all parts joined
     cast = 4 * min(largest, max(WIDE_BLOCK, int(WIDE_ROWS * (1 + a.mlp_ratio) * a.hidden))) if wide else 0
     moments = {"encoding the prompt": text + (steady if offload == "none" else 0)}
     if folding:
         moments["folding modulations"] = steady + folding + beside
     for row in planned.rows:
-        values, size, more = 0.0, value_bytes, 0
+        values, size, more = 0.0, 4 if wide else value_bytes, 0
         pixels = next((s for s in (row.out, row.spec) if isinstance(s, Pixels)), None)
         if row.work.nfe and isinstance(row.out, Latents):
-            size, more = 4 if wide else size, cast
+            more = cast
             values = f.forward_values * ((row.tokens or row.out.tokens) + a.text_tokens) * a.hidden * row.out.batch
             if row.parts > 1:  # tiles lie in a row as float32: what is given and comes back, in parts and whole
                 cells = row.tokens * row.parts * info.space.channels * info.space.patch**2

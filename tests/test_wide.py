@@ -12,11 +12,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mrflow as mf
+from mrflow.checkpoints.blueprint import blueprint
 from mrflow.cost import memory
 from mrflow.machine import hardware
 from mrflow.models import wide
 from mrflow.models.fields import step
 from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.flux.vae import VaeFlux, VaeParams
+from mrflow.models.latent_model import bytes_of
 from mrflow.models.lora import AdaptedLinear, Change
 from mrflow.models.wide import WideLinear, widen
 from tests.live import LiveBytes
@@ -181,7 +184,7 @@ def test_its_memory_is_predicted(split: bool, monkeypatch: pytest.MonkeyPatch) -
     widen(net)
     text, side = 64, 24
     given = torch.randn(1, side * side, 64), torch.randn(1, text, 256)
-    cos, table = torch.randn(text + side * side, 64), torch.randn(1, params.modulations, 256)
+    cos, table = torch.randn(text + side * side, 64), torch.randn(1, 12 * 2 + 3 * 2 + 2, 256)
     with torch.no_grad(), LiveBytes() as live:
         step(net, *given, cos, cos, table)
     flux = mf.FLUX
@@ -192,9 +195,45 @@ def test_its_memory_is_predicted(split: bool, monkeypatch: pytest.MonkeyPatch) -
     def values(device: str) -> int:
         found = memory(planned, device=device)
         assert found is not None
-        return max(found.moments.values()) - flux.footprint.total  # type: ignore[union-attr]
+        vae = flux.footprint.autoencoder if device == "cpu" and not hardware.has_bfloat16() else 0  # type: ignore[union-attr]
+        return max(found.moments.values()) - flux.footprint.total - vae  # type: ignore[union-attr]
 
     assert 0.8 * values("cpu") < live.peak <= values("cpu")
     assert values("cuda") < 0.6 * live.peak
     monkeypatch.setattr(hardware, "has_bfloat16", lambda: True)
     assert values("cpu") == values("cuda")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("write", [write_flux_repo, write_qwen_repo])
+def test_autoencoders_are_float32_there(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "r")
+    exact: Any = mf.load(tmp_path / "r", device="cpu", dtype=torch.float32)
+    for p in exact._vae.parameters():
+        p.data = p.data.bfloat16().float()
+    x = torch.randn(1, exact.info.space.channels, 4, 6, generator=torch.Generator().manual_seed(0))
+    errors = list[float]()
+    for has in (True, False):
+        monkeypatch.setattr(hardware, "has_bfloat16", lambda has=has: has)
+        model: Any = mf.load(tmp_path / "r", device="cpu", dtype=torch.bfloat16)
+        kept = torch.bfloat16 if has else torch.float32
+        assert {p.dtype for p in model._vae.parameters()} == {kept}
+        errors.append(relative(model.decode(x), exact.decode(x)))
+    assert errors[0] > 1e-3 and errors[1] < 1e-5
+
+
+def test_their_memory_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the bytes of the autoencoder, and of the values that it holds while it decodes."""
+    planned = mf.plan(mf.recipes.native(size=(1024, 1024), steps=1), mf.FLUX)
+    foot = mf.FLUX.footprint
+    assert foot is not None
+    found = dict[bool, int]()
+    for has in (True, False):
+        monkeypatch.setattr(hardware, "has_bfloat16", lambda has=has: has)
+        predicted = memory(planned, device="cpu")
+        assert predicted is not None
+        (found[has],) = (size for name, size in predicted.moments.items() if name.startswith("Decode"))
+    with blueprint():
+        narrow, broad = (bytes_of(VaeFlux(VaeParams()).to(dtype)) for dtype in (torch.bfloat16, torch.float32))
+    assert foot.autoencoder == narrow
+    assert found[False] - found[True] == broad - narrow + int(2 * foot.decode_values * 1024**2)

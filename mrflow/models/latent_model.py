@@ -41,7 +41,7 @@ from mrflow.models.offload import (
 )
 from mrflow.models.piflow import Policies
 from mrflow.models.transformer_model import TransformerModel
-from mrflow.models.wide import widen
+from mrflow.models.wide import widen, widen_autoencoder
 from mrflow.protocols.upscaler import Upscaler
 from mrflow.tiling import in_tiles
 
@@ -100,6 +100,8 @@ class LatentModel(TransformerModel):
         self.ledger = Ledger()
         for module in (flow, vae):
             module.eval().requires_grad_(False)  # noqa: FBT003
+        if device.type == "cpu":
+            widen_autoencoder(vae)
         for p in vae.parameters():
             if p.ndim == 4 and p.shape[-1] > 1:
                 p.data = p.data.contiguous(memory_format=torch.channels_last)

@@ -62,3 +62,9 @@ def widen(net: Transformer) -> None:
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
             module.__class__ = WideLinear
             net.wide = True
+
+
+def widen_autoencoder(vae: nn.Module) -> None:
+    """Make a bfloat16 autoencoder float32 where its processor needs that: it is small, and nearly all convolutions."""
+    if not hardware.has_bfloat16() and any(p.dtype == torch.bfloat16 for p in vae.parameters()):
+        vae.float()
