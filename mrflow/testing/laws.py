@@ -44,17 +44,22 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 class Laws(list[Law]):
-    """The laws that plug-ins of one kind keep, in the order in which they are held; most are written in `source`."""
+    """The laws that plug-ins of one kind keep, in the order in which they are held; most are written in `source`.
 
-    def __init__(self, kind: Kind, source: str) -> None:
+    Checks are given what `of` makes of a plug-in and its settings, where it is said.
+    """
+
+    def __init__(self, kind: Kind, source: str, of: Callable[..., object] | None = None) -> None:
         super().__init__()
-        self.kind, self.source = kind, source
+        self.kind, self.source, self.of = kind, source, of
 
     def law(self, name: str, formula: str, source: str = "") -> Callable[[F], F]:
         """A decorator: the function below it checks the law that its docstring says."""
 
         def add(check: F) -> F:
-            self.append(Law(self.kind, name, check.__doc__ or "", formula, source or self.source, check))
+            of = self.of
+            held = check if of is None else lambda subject, **settings: check(of(subject, **settings))
+            self.append(Law(self.kind, name, check.__doc__ or "", formula, source or self.source, held))
             return check
 
         return add

@@ -19,7 +19,7 @@ POINTS = (1.0, 0.8, 0.55, 0.3, 0.1)
 ALONE = "a picture depends on (chain, model, prompt, seed) alone: `mrflow.run`"
 
 
-GUIDANCE_LAWS = Laws("guidance", "the contract of `mrflow.Guidance`")
+GUIDANCE_LAWS = Laws("guidance", "the contract of `mrflow.Guidance`", lambda *given, **how: _Guided(*given, **how))
 
 
 def check_guidance(guidance: Guidance, *, model: Backbone | None = None) -> None:
@@ -55,7 +55,7 @@ def check_upscaler(upscaler: Upscaler) -> None:
     UPSCALER_LAWS.hold(upscaler)
 
 
-BACKBONE_LAWS = Laws("backbone", "the contract of `mrflow.Backbone`")
+BACKBONE_LAWS = Laws("backbone", "the contract of `mrflow.Backbone`", lambda *given, **how: _Model(*given, **how))
 
 
 def check_backbone(model: Backbone, *, size: tuple[int, int] | None = None) -> None:
@@ -110,9 +110,8 @@ class _Guided:
 
 
 @GUIDANCE_LAWS.law("same branches", "c = u => u + w (c - u) = c", "Ho & Salimans 2022, arXiv 2207.12598")
-def _same_branches(guidance: Guidance, model: Backbone | None) -> None:
+def _same_branches(g: _Guided) -> None:
     """Where both prompts are the same, guidance changes nothing."""
-    g = _Guided(guidance, model)
     field = g.model.field(g.cond.item(0))
     for got, sigma in zip(g(g.cond.item(0), g.cond.item(0), g.x[:1]), POINTS, strict=True):
         error = float((got - field(g.x[:1], sigma)).abs().max())
@@ -121,22 +120,20 @@ def _same_branches(guidance: Guidance, model: Backbone | None) -> None:
 
 
 @GUIDANCE_LAWS.law("passes", "evals = sum of |branch|", "what `plan` counts: `mrflow.Plan.nfe`")
-def _passes(guidance: Guidance, model: Backbone | None) -> None:
+def _passes(g: _Guided) -> None:
     """It asks the model as often, and where, as `evals` and `branches` say."""
-    g = _Guided(guidance, model)
     g(g.cond, g.negative, g.x)
-    made, said = len(g.asked), guidance.evals(POINTS)
+    made, said = len(g.asked), g.guidance.evals(POINTS)
     demand(made == said, f"{len(POINTS)} evaluations take {made} passes, and `evals` says {said}")
-    demand(made <= guidance.passes * len(POINTS), f"{made} passes are more than `passes` {guidance.passes} a time")
+    demand(made <= g.guidance.passes * len(POINTS), f"{made} passes are more than `passes` {g.guidance.passes} a time")
     asked = sorted(g.asked)
-    branches = sorted(sigma for branch in guidance.branches(POINTS) for sigma in branch)
+    branches = sorted(sigma for branch in g.guidance.branches(POINTS) for sigma in branch)
     demand(asked == branches, f"fields are asked at {asked}, and `branches` says {branches}")
 
 
 @GUIDANCE_LAWS.law("items", "v(x)_i = v(x_i)", ALONE)
-def _guidance_items(guidance: Guidance, model: Backbone | None) -> None:
+def _guidance_items(g: _Guided) -> None:
     """An item of a batch is what it is alone."""
-    g = _Guided(guidance, model)
     whole = g(g.cond, g.negative, g.x)
     for i in range(2):
         for got, both in zip(g(g.cond.item(i), g.negative, g.x[i : i + 1]), whole, strict=True):
@@ -145,9 +142,8 @@ def _guidance_items(guidance: Guidance, model: Backbone | None) -> None:
 
 
 @GUIDANCE_LAWS.law("fresh", "field() = field()")
-def _guidance_fresh(guidance: Guidance, model: Backbone | None) -> None:
+def _guidance_fresh(g: _Guided) -> None:
     """Each integration has a field of its own."""
-    g = _Guided(guidance, model)
     one = g(g.cond, g.negative, g.x)
     g(g.cond, g.negative, -g.x)
     same = all(torch.equal(a, b) for a, b in zip(one, g(g.cond, g.negative, g.x), strict=True))
@@ -155,9 +151,8 @@ def _guidance_fresh(guidance: Guidance, model: Backbone | None) -> None:
 
 
 @GUIDANCE_LAWS.law("untouched", "v' is a new tensor")
-def _guidance_untouched(guidance: Guidance, model: Backbone | None) -> None:
+def _guidance_untouched(g: _Guided) -> None:
     """It changes no tensor that it is given."""
-    g = _Guided(guidance, model)
     kept = g.x.clone()
     g(g.cond, g.negative, g.x)
     same = torch.equal(g.x, kept) and all(torch.equal(now, then) for now, then in g.gave)
@@ -280,18 +275,16 @@ class _Model:
 
 
 @BACKBONE_LAWS.law("prompts", "|condition| = |prompts|")
-def _prompts(model: Backbone, size: tuple[int, int] | None) -> None:
+def _prompts(m: _Model) -> None:
     """Each prompt is one item; the upscaler is the one that its facts name."""
-    m = _Model(model, size)
     demand(m.cond.batch == 2, f"two prompts are encoded as {m.cond.batch}")
-    net = model.upscaler
-    demand(net is None or net.scale == model.info.upscale, "`upscaler` has another scale than `info.upscale`")
+    net = m.model.upscaler
+    demand(net is None or net.scale == m.model.info.upscale, "`upscaler` has another scale than `info.upscale`")
 
 
 @BACKBONE_LAWS.law("velocity", "v(x, sigma) = E[eps - x0 | x]", "arXiv 2210.02747")
-def _velocity(model: Backbone, size: tuple[int, int] | None) -> None:
+def _velocity(m: _Model) -> None:
     """A field is a function of the latents, finite and of their shape."""
-    m = _Model(model, size)
     kept = m.x.clone()
     v = m.velocity()
     ok = v.shape == m.x.shape and bool(torch.isfinite(v).all())
@@ -301,9 +294,8 @@ def _velocity(model: Backbone, size: tuple[int, int] | None) -> None:
 
 
 @BACKBONE_LAWS.law("items", "v(x)_i = v(x_i)", ALONE)
-def _backbone_items(model: Backbone, size: tuple[int, int] | None) -> None:
+def _backbone_items(m: _Model) -> None:
     """An item of a batch is what it is alone."""
-    m = _Model(model, size)
     v = m.velocity()
     bound = 1e-3 * float(v.abs().max())
     for i in range(2):
@@ -312,25 +304,24 @@ def _backbone_items(model: Backbone, size: tuple[int, int] | None) -> None:
 
 
 @BACKBONE_LAWS.law("pictures", "(h, w) -> (h / downscale, w / downscale) -> (h, w)")
-def _pictures(model: Backbone, size: tuple[int, int] | None) -> None:
+def _pictures(m: _Model) -> None:
     """Pictures become latents of its space and come back as pixels in [0, 1]."""
-    m = _Model(model, size)
-    pixels = torch.rand(2, 3, *m.size, generator=torch.Generator().manual_seed(0)).to(model.device)
+    pixels = torch.rand(2, 3, *m.size, generator=torch.Generator().manual_seed(0)).to(m.model.device)
     with torch.inference_mode():
-        latents = model.encode(pixels)
-        back = model.decode(latents)
+        latents = m.model.encode(pixels)
+        back = m.model.decode(latents)
     demand(tuple(latents.shape) == m.shape, f"{m.size} pixels encode to {tuple(latents.shape)}, not {m.shape}")
     demand(back.shape == pixels.shape, f"they decode to {tuple(back.shape)}, not {tuple(pixels.shape)}")
     demand(float(back.min()) >= 0 and float(back.max()) <= 1, "decoded pixels must be clamped to [0, 1]")
 
 
 @BACKBONE_LAWS.law("refuses", "needs <= capabilities")
-def _refuses(model: Backbone, size: tuple[int, int] | None) -> None:
+def _refuses(m: _Model) -> None:
     """`check` refuses what its facts say that it cannot."""
-    if model.info.capabilities.together:
+    if m.model.info.capabilities.together:
         return
     try:
-        model.check(FieldOptions(beside=(model.condition(["a"]),)))
+        m.model.check(FieldOptions(beside=(m.model.condition(["a"]),)))
     except PlanError:
         return
     demand(kept=False, text="its facts say one condition at a time, and `check` takes two; call info.require")

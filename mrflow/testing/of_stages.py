@@ -19,7 +19,7 @@ from mrflow.testing.of_slots import Watched
 from mrflow.testing.toy import Toy, toy
 
 LINE = "x = (1 - sigma) x0 + sigma eps: arXiv 2209.03003"
-STAGE_LAWS = Laws("stage", "the contract of `mrflow.Stage`")
+STAGE_LAWS = Laws("stage", "the contract of `mrflow.Stage`", lambda *given, **how: _Run(*given, **how))
 
 
 def check_stage(stage: AnyStage, *, spec: Spec | None = None, model: Toy | None = None) -> None:
@@ -84,17 +84,15 @@ class _Run:
 
 
 @STAGE_LAWS.law("plan", "plan(a) = plan(a)")
-def _plan(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+def _plan(r: _Run) -> None:
     """A plan depends on its arguments alone."""
-    r = _Run(stage, spec, model)
-    same = stage.plan(r.spec, r.model.info) == stage.plan(r.spec, r.model.info)
+    same = r.stage.plan(r.spec, r.model.info) == r.stage.plan(r.spec, r.model.info)
     demand(same, f"two plans for {r.spec} differ; plan must depend on its arguments alone")
 
 
 @STAGE_LAWS.law("untouched", "x' is a new tensor")
-def _untouched(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+def _untouched(r: _Run) -> None:
     """It does not change the tensor that it is given."""
-    r = _Run(stage, spec, model)
     kept = r.data.clone()
     try:
         r()
@@ -105,9 +103,8 @@ def _untouched(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
 
 
 @STAGE_LAWS.law("promise", "shape(apply) = plan.shape")
-def _promise(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+def _promise(r: _Run) -> None:
     """It makes what its plan says, also where a picture is not square."""
-    r = _Run(stage, spec, model)
     try:
         r()
     except PromiseError as broken:
@@ -115,23 +112,21 @@ def _promise(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
             raise
         square = replace(r.spec, width=r.spec.shape[-2])  # type: ignore[type-var]  # pyright: ignore
         try:
-            _Run(stage, square, model)()
+            _Run(r.stage, square, r.model)()
         except PromiseError:
             raise broken from None
         demand(kept=False, text=f"it works for {square}, but not for {r.spec}: {broken}")
 
 
 @STAGE_LAWS.law("seed", "apply(x, seed) = apply(x, seed)")
-def _seed(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+def _seed(r: _Run) -> None:
     """The same seed gives the same picture."""
-    r = _Run(stage, spec, model)
     demand(torch.equal(r(), r()), "two runs with one seed differ; draw noise with ctx.noise")
 
 
 @STAGE_LAWS.law("items", "apply(x)_i = apply(x_i)")
-def _items(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+def _items(r: _Run) -> None:
     """An item of a batch is what it is alone."""
-    r = _Run(stage, spec, model)
     whole = r()
     for i in range(r.spec.batch):
         error = float((r(slice(i, i + 1)) - whole[i : i + 1]).abs().max()) if whole.numel() else 0.0
@@ -143,10 +138,9 @@ def _parts(options: FieldOptions) -> int:
 
 
 @STAGE_LAWS.law("forwards", "Work.nfe = forwards / batch", "the contract of `mrflow.Plan`")
-def _forwards(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+def _forwards(r: _Run) -> None:
     """It asks the model as often, and at those noise levels, as its plan says."""
-    r = _Run(stage, spec, model)
-    row = stage.plan_row(r.spec, r.model.info)
+    row = r.stage.plan_row(r.spec, r.model.info)
     asked: list[float] = []  # once for each item
 
     def count(options: FieldOptions, x: Tensor, sigma: float, v: Tensor) -> None:
@@ -173,21 +167,19 @@ class _Plain(Toy):
         return Condition({"colours": colour.contiguous().to(self.device)})
 
 
-def _on_plain(
-    stage: AnyStage, spec: Spec | None, model: Toy | None
-) -> tuple[Tensor, Latents, Tensor, dict[float, list[Tensor]]]:
+def _on_plain(r: _Run) -> tuple[Tensor, Latents, Tensor, dict[float, list[Tensor]]]:
     """What a stage makes of a batch of plain pictures of deviation `STD` round one colour; its plan, the colour, and
     the latents, item by item, that the model was given at each level.
     """
-    plain = _Plain(std=STD, positions=(model or toy()).info.capabilities.positions)
+    plain = _Plain(std=STD, positions=r.model.info.capabilities.positions)
     asked: dict[float, list[Tensor]] = {}
 
     def keep(options: FieldOptions, x: Tensor, sigma: float, v: Tensor) -> None:
         for part in x.chunk(_parts(options), -1):  # they may overlap
             asked.setdefault(sigma, []).extend(part)
 
-    first = with_batch(_Run(stage, spec, model).spec, 32)
-    out = stage.plan(first, plain.info)
+    first = with_batch(r.spec, 32)
+    out = r.stage.plan(first, plain.info)
     assert isinstance(out, Latents)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(first.shape, generator=generator)
@@ -197,7 +189,7 @@ def _on_plain(
         clean = colour + STD * torch.randn(first.shape, generator=generator)
         data = (1 - first.sigma) * clean + first.sigma * noise
     start: State[Spec] = State(first, data)
-    made = run(AnyChain((stage,)), Watched(plain, keep), [""] * 32, seed=list(range(32)), start=start).data
+    made = run(AnyChain((r.stage,)), Watched(plain, keep), [""] * 32, seed=list(range(32)), start=start).data
     return made, out, colour[..., 0], asked
 
 
@@ -206,11 +198,11 @@ def _deviation(sigma: float) -> float:
 
 
 @STAGE_LAWS.law("level", "Var x = (1 - sigma')^2 std^2 + sigma'^2", LINE)
-def _level(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+def _level(r: _Run) -> None:
     """Latents hold the noise that the plan says."""
-    if not issubclass(stage.gives, Latents):
+    if not issubclass(r.stage.gives, Latents):
         return
-    made, out, *_ = _on_plain(stage, spec, model)
+    made, out, *_ = _on_plain(r)
     got, want = float(made.var(0).mean().sqrt()), _deviation(out.sigma)
     ok = abs(got - want) < 0.03 + 0.06 * out.sigma
     demand(
@@ -223,11 +215,11 @@ def _level(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
     "Var x_i = Var (sum x_i) / n = (1 - sigma)^2 std^2 + sigma^2 at every evaluation",
     LINE,
 )
-def _marginals(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
+def _marginals(r: _Run) -> None:
     """Wherever it asks the model, the latents hold noise of that level, and white noise."""
-    if not issubclass(stage.gives, Latents):
+    if not issubclass(r.stage.gives, Latents):
         return
-    _, _, colour, asked = _on_plain(stage, spec, model)
+    _, _, colour, asked = _on_plain(r)
     for sigma, rows in asked.items():
         cells = [(row.flatten(1) - (1 - sigma) * colour) / _deviation(sigma) for row in rows]
         each = torch.cat([row.flatten() for row in cells])
@@ -240,7 +232,7 @@ def _marginals(stage: AnyStage, spec: Spec | None, model: Toy | None) -> None:
         demand(abs(float(each.square().mean()) - 1) <= 0.06 and abs(float(sums.square().mean()) - 1) <= 0.6, text)
 
 
-TRANSITION_LAWS = Laws("transition", LINE)
+TRANSITION_LAWS = Laws("transition", LINE, lambda *given, **how: _Transition(*given, **how))
 
 
 def check_transition(stage: AnyStage, *, sigma: float = 0.6, size: tuple[int, int] = (8, 8)) -> None:
@@ -348,9 +340,8 @@ def _kept(t: _Transition, k: int, m: int) -> list[tuple[float, float]]:
 
 
 @TRANSITION_LAWS.law("signal", "(1 - sigma) c -> (1 - sigma') c")
-def _signal(stage: AnyStage, sigma: float, size: tuple[int, int]) -> None:
+def _signal(t: _Transition) -> None:
     """A constant picture keeps the signal that the new level has."""
-    t = _Transition(stage, sigma, size)
     for c, (got, want) in enumerate(_kept(t, 0, 0)):
         text = f"{t.where}: channel {c} of a constant picture comes out as {got:.3f}, not {want:.3f}"
         demand(abs(got - want) <= 0.03, text)
@@ -361,17 +352,15 @@ def _signal(stage: AnyStage, sigma: float, size: tuple[int, int]) -> None:
     "(1 - sigma) cos(pi k (i + 1/2) / n) -> (1 - sigma') cos(pi k (j + 1/2) / n'), k <= 1",
     LINE + "; DCT-II modes of both grids",
 )
-def _modes(stage: AnyStage, sigma: float, size: tuple[int, int]) -> None:
+def _modes(t: _Transition) -> None:
     """Coarse structure stays where it is, in every channel."""
-    t = _Transition(stage, sigma, size)
     for k, m in ((0, 1), (1, 0), (1, 1)):
         _demand_mode(t, k, m, 0.12)
 
 
 @TRANSITION_LAWS.law("detail", "as `picture`, k = 2, to 35 %", LINE + "; DCT-II modes of both grids")
-def _details(stage: AnyStage, sigma: float, size: tuple[int, int]) -> None:
+def _details(t: _Transition) -> None:
     """It keeps more of a picture than its coarse structure."""
-    t = _Transition(stage, sigma, size)
     for k, m in ((0, 2), (2, 0), (2, 2)):
         _demand_mode(t, k, m, 0.35)
 
@@ -384,9 +373,8 @@ def _demand_mode(t: _Transition, k: int, m: int, off: float) -> None:
 
 
 @TRANSITION_LAWS.law("white", "sigma^2 A A^T + sum B_d B_d^T = sigma'^2 I, for x' = A x + sum B_d n_d")
-def _white(stage: AnyStage, sigma: float, size: tuple[int, int]) -> None:
+def _white(t: _Transition) -> None:
     """Pure noise comes out as white noise of the new level."""
-    t = _Transition(stage, sigma, size)
     level = t.out.sigma
     shapes = t.linear() if level > 0 and math.prod(t.out.shape[1:]) <= 2000 else None
     if shapes is not None:
