@@ -6,7 +6,7 @@ Each branch has a field of its own, so a cache that lives in a field never mixes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from einops import rearrange, repeat
@@ -70,11 +70,8 @@ class Guidance(Checked, ABC):
 class Distilled(Guidance):
     """The conditional field alone; `value` goes to the model's guidance embedding (None: the model's own value)."""
 
+    passes: ClassVar[int] = 1
     value: Annotated[float | None, Bound(check_scale, name="guidance")] = None
-
-    @property
-    def passes(self) -> int:
-        return 1
 
     def field(
         self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()
@@ -195,7 +192,7 @@ class CFG(TwoBranches):
         patch = info.space.patch
 
         def mixed(x: Tensor, sigma: float, c: Tensor, u: Tensor) -> Tensor:
-            m = _mix(c, u, self.scale)
+            m = torch.lerp(u, c, self.scale)
             if not self.rescale:
                 return m
             ratio = token_norm(c, patch) / token_norm(m, patch)
@@ -215,7 +212,7 @@ class CFG(TwoBranches):
             return v.square().sum(-1, keepdim=True).sqrt()
 
         def mixed(x: Tensor, sigma: float, c: Tensor, u: Tensor) -> Tensor:
-            m = _mix(c, u, self.scale)
+            m = torch.lerp(u, c, self.scale)
             if not self.rescale:
                 return m
             return m * (length(c) / length(m))
@@ -277,7 +274,7 @@ class CFGZero(TwoBranches):
         def mixed(x: Tensor, sigma: float, c: Tensor, u: Tensor) -> Tensor:
             if self.star:
                 u = _inner(c, u) / _inner(u, u).clamp(min=torch.finfo(u.dtype).tiny) * u
-            return _mix(c, u, self.scale)
+            return torch.lerp(u, c, self.scale)
 
         return mixed
 
@@ -324,7 +321,7 @@ class TCFG(TwoBranches):
                 shared = (first[:, :, None] * rows).sum(1).view_as(u)
                 p = _inner(u, shared) / _inner(shared, shared).clamp(min=torch.finfo(u.dtype).tiny) * shared
                 u = torch.lerp(u, p, self.damping)
-            return _mix(c, u, self.scale)
+            return torch.lerp(u, c, self.scale)
 
         return mixed
 
@@ -430,10 +427,6 @@ class Interval(Guidance):
 def token_norm(v: Tensor, patch: int) -> Tensor:
     """The Euclidean norm of every token of (batch, channels, height, width), as (batch, 1, rows, columns)."""
     return rearrange(v, "b c (h p) (w q) -> b 1 h w (c p q)", p=patch, q=patch).square().sum(-1).sqrt()
-
-
-def _mix(c: Tensor, u: Tensor, scale: float) -> Tensor:
-    return torch.lerp(u, c, scale)
 
 
 def _other(cond: Condition, negative: Condition | None, guidance: Guidance) -> Condition:

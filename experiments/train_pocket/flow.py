@@ -24,8 +24,8 @@ from experiments.train_pocket.muon import Muon
 from mrflow.model_info import ModelInfo, Shift
 from mrflow.models.flux.initial import reset
 from mrflow.models.flux.transformer import Flux, image_ids
-from mrflow.models.pocket.model import TEXT_LENGTH, VOCABULARY, Pocket, pocket_params, text_encoder
-from mrflow.models.pocket.networks import CompactSR, tokenise
+from mrflow.models.pocket.model import TEXT_LENGTH, VOCABULARY, Pocket, pocket_params
+from mrflow.models.pocket.networks import CompactSR, PocketTextEncoder, tokenise
 from mrflow.protocols.tokens import pack
 from mrflow.scenes.grammar import World
 
@@ -70,7 +70,7 @@ class Trainee(nn.Module):
 
     def __init__(self, width: int, head: int, *, words: int = len(VOCABULARY), length: int = TEXT_LENGTH) -> None:
         super().__init__()
-        self.text = text_encoder(width, words=words, length=length)
+        self.text = PocketTextEncoder(vocabulary=words, length=length, width=width)
         self.flow = Flux(pocket_params(width, head))
 
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from mrflow._checks import Checked
 from mrflow.backbone import Backbone, Condition, FieldOptions, Wrapper
 from mrflow.caches.clock import Clock, Evaluation, Feature, Rule, Unseen
 from mrflow.caches.extrapolate import Extrapolation, Predictor
@@ -28,7 +29,7 @@ from mrflow.protocols.tokens import TokenVelocity, on_tokens
 from mrflow.records.chains import fingerprint
 
 
-class Cache(ABC):
+class Cache(Checked, ABC):
     """A way to leave out evaluations. Write your own: a frozen dataclass with `rule`, and the rest where it differs."""
 
     @abstractmethod
@@ -88,7 +89,7 @@ class Cache(ABC):
         """The step that one field takes; what it remembers dies with it."""
         return CachedStep(self, pieces, clock, info)
 
-    def check(self, info: ModelInfo) -> None:  # noqa: B027  (nothing to check is fine)
+    def check(self, info: ModelInfo) -> None:
         """Raise PlanError where this model cannot be cached so."""
 
     def __call__(self, model: Backbone) -> "Cached":

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from mrflow._checks import check_number, check_whole, is_number, require
+from mrflow._checks import Bound, check_number, check_whole, is_number, require
 from mrflow.backbone import Backbone
 from mrflow.caches.base import Cache, require_numbers
 from mrflow.caches.calibrate import Calibration
@@ -40,14 +41,13 @@ class MagCache(Cache):
     measures them.
     """
 
-    threshold: float = 0.06
-    limit: int = field(default=3, kw_only=True)
+    threshold: Annotated[float, Bound(check_number, 0)] = 0.06
+    limit: Annotated[int, Bound(check_whole, 0)] = field(default=3, kw_only=True)
     retention: float = field(default=0.2, kw_only=True)
     ratios: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, 0)
-        check_whole("limit", self.limit, 0)
+        super().__post_init__()
         require(is_number(self.retention, 0, 1), "retention", "a share of the steps from 0 to 1", self.retention)
         if self.ratios is not None and not (self.ratios and all(r > 0 and math.isfinite(r) for r in self.ratios)):
             raise PlanError(f"ratios must be finite numbers above 0, one a step, got {self.ratios!r}")

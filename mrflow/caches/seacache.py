@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mrflow._checks import check_number, check_whole, require
+from mrflow._checks import Bound, check_number, check_whole, require
 from mrflow.caches.base import Cache, difference, interpolate
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.caches.extrapolate import Extrapolation
@@ -36,22 +36,17 @@ class SeaCache(Cache):
     `SeaCache(0.25, of="latents", power=3.0, order=1, limit=2)`. `order` above 0 extrapolates over steps.
     """
 
-    threshold: float = 0.3
+    threshold: Annotated[float, Bound(check_number, 0)] = 0.3
     of: Seen = field(default="input", kw_only=True)
-    power: float = field(default=2.0, kw_only=True)
+    power: Annotated[float, Bound(check_number, 0)] = field(default=2.0, kw_only=True)
     order: int = field(default=0, kw_only=True)
-    first: int = field(default=1, kw_only=True)
-    last: int = field(default=1, kw_only=True)
-    limit: int | None = field(default=None, kw_only=True)
+    first: Annotated[int, Bound(check_whole, 0)] = field(default=1, kw_only=True)
+    last: Annotated[int, Bound(check_whole, 0)] = field(default=1, kw_only=True)
+    limit: Annotated[int | None, Bound(check_whole, 1)] = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, 0)
+        super().__post_init__()
         require(self.of in get_args(Seen), "of", f"one of {', '.join(get_args(Seen))}", self.of)
-        check_number("power", self.power, 0)
-        check_whole("first", self.first, 0)
-        check_whole("last", self.last, 0)
-        if self.limit is not None:
-            check_whole("limit", self.limit, 1)
         self.extrapolation()
 
     def extrapolation(self) -> Extrapolation:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 
@@ -35,18 +35,16 @@ class Spectrum(Cache):
     `of` as for `TaylorSeer`. Memory: one feature for each computed evaluation of a branch.
     """
 
-    window: float = 2.0
-    growth: float = 0.75
-    warmup: int = field(default=5, kw_only=True)
+    window: Annotated[float, Bound(check_number, 1)] = 2.0
+    growth: Annotated[float, Bound(check_number, 0)] = 0.75
+    warmup: Annotated[int, Bound(check_whole, 1)] = field(default=5, kw_only=True)
     degree: int = field(default=4, kw_only=True)
     ridge: float = field(default=0.1, kw_only=True)
     mix: float = field(default=1.0, kw_only=True)
     of: Of = field(default="output", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_number("window", self.window, 1)
-        check_number("growth", self.growth, 0)
-        check_whole("warmup", self.warmup, 1)
+        super().__post_init__()
         check_of(self.of)
         if self.ridge == 0 and self.warmup <= self.degree:
             raise PlanError(
@@ -84,14 +82,10 @@ class Spectrum(Cache):
 class Chebyshev(Checked):
     """Weights of all computed features in the curve that is fitted to them."""
 
+    keep: ClassVar[int] = 100  # as many as the published buffer holds
     degree: Annotated[int, Bound(check_whole, 0)]
     ridge: Annotated[float, Bound(check_number, 0)]
     mix: Annotated[float, Bound(check_number, 0, 1)]
-
-    @property
-    def keep(self) -> int:
-        """As many as the published buffer holds."""
-        return 100
 
     def weights(self, steps: Sequence[int], at: int, *, total: int = 0, gram: Gram | None = None) -> tuple[float, ...]:
         """x (X^T X + ridge I)^-1 X^T, blended with the line; the only feature where there is but one."""

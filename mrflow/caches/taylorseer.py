@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from mrflow._checks import check_whole
+from mrflow._checks import Bound, check_whole
 from mrflow.caches.base import Cache
 from mrflow.caches.clock import Evaluation, Feature, Rule
 from mrflow.caches.extrapolate import Extrapolation, Series
@@ -23,15 +23,14 @@ class TaylorSeer(Cache):
     velocity itself ("velocity", as diffusers' lite mode). `series` as for `Extrapolation`.
     """
 
-    interval: int = 6
+    interval: Annotated[int, Bound(check_whole, 1)] = 6
     order: int = field(default=1, kw_only=True)
-    warmup: int = field(default=3, kw_only=True)
+    warmup: Annotated[int, Bound(check_whole, 1)] = field(default=3, kw_only=True)
     of: Of = field(default="output", kw_only=True)
     series: Series = field(default="newton", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_whole("interval", self.interval, 1)
-        check_whole("warmup", self.warmup, 1)
+        super().__post_init__()
         check_of(self.of)
         self.extrapolation()
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 from torch import Tensor
 
-from mrflow._checks import check_number
+from mrflow._checks import Bound, check_number
 from mrflow.backbone import Backbone
 from mrflow.caches.base import Cache, difference, interpolate, require_numbers
 from mrflow.caches.calibrate import Calibration, fit_polynomial
@@ -39,11 +40,11 @@ class TeaCache(Cache):
     schedule; None: the known ones of FLUX.1-dev, Qwen-Image and pocket. `calibrate` fits them for any model.
     """
 
-    threshold: float = 0.25
+    threshold: Annotated[float, Bound(check_number, 0)] = 0.25
     coefficients: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, 0)
+        super().__post_init__()
         if self.coefficients is not None and not self.coefficients:
             raise PlanError("coefficients must be at least one number, the highest power first")
 

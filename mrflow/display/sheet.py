@@ -72,7 +72,7 @@ def draw_comparison(staged: Result, native: Result) -> Image.Image:
     width, height = staged.images[0].size
     across = min(PAIRS, len(staged.images))
     down = -(-len(staged.images) // across)
-    font, small = _font(15), _font(12)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     head, foot, pair = 24, 22, 2 * width + MARGIN + GAP
     gain = native.seconds / staged.seconds
     lines = (
@@ -94,10 +94,6 @@ def draw_comparison(staged: Result, native: Result) -> Image.Image:
         text = _fit(draw, f"{prompt} (seed {seed})", room, small)
         draw.text((left, top + head + height + 2), text, fill=INK, font=small)
     return sheet
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

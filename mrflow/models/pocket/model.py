@@ -148,11 +148,6 @@ def pocket_params(width: int = WIDTH, head: int = HEAD) -> FluxParams:
     )
 
 
-def text_encoder(width: int = WIDTH, *, words: int = len(VOCABULARY), length: int = TEXT_LENGTH) -> PocketTextEncoder:
-    """An untrained text encoder of the model's sizes, that knows so many of `WORDS` and reads so many tokens."""
-    return PocketTextEncoder(vocabulary=words, length=length, width=width)
-
-
 N = TypeVar("N", bound=nn.Module)
 
 
@@ -404,7 +399,7 @@ def load_pocket(
     params, (words, length) = params_of(header), text_sizes(header)
     with blueprint():
         text, flow, autoencoder, sr = (
-            text_encoder(params.hidden, words=words, length=length),
+            PocketTextEncoder(vocabulary=words, length=length, width=params.hidden),
             Flux(params),
             PocketAutoencoder(),
             CompactSR(),
