@@ -268,7 +268,7 @@ class Plan:
         return (f"{self.model.name} was trained on squares of {known} pixels; it draws worse at {', '.join(odd)}",)
 
     def __repr__(self) -> str:
-        flops = f", {human(self.work.flops)}FLOP" if self.work.flops else ""
+        flops = f", {human(self.work.flops, 'FLOP')}" if self.work.flops else ""
         return f"Plan({self.model.name}: {len(self.rows)} stages, NFE {self.nfe}{flops}, {self.out})"
 
     def _repr_html_(self) -> str:
@@ -311,14 +311,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def human(value: float) -> str:
-    """A count with three digits and a unit prefix: 1.23 T."""
+def human(value: float, unit: str = "") -> str:
+    """A count with three digits and a prefix of its unit: 1.23 T, or 1.23 TFLOP."""
     if not value:
-        return ""
+        return unit and f"0 {unit}"
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= factor:
-            return f"{value / factor:.3g} {prefix}"
-    return f"{value:.3g}"
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
 
 
 def plan(

@@ -156,6 +156,9 @@ def test_pictures_without_a_record(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:30])
     with pytest.raises(mf.RecordError, match="not a whole PNG"):
         mf.read_record(tmp_path / "cut.png")
+    (tmp_path / "own.py").write_text("chain = None")
+    with pytest.raises(mf.RecordError, match="own.py is no PNG; records lie in the PNGs that mrflow saves"):
+        mf.read_record(tmp_path / "own.py")
     with pytest.raises(mf.ResourceError, match="cannot be read"):
         mf.read_record(tmp_path / "none.png")
     assert mf.ResourceError.exit_code == 5

@@ -1,13 +1,19 @@
 """Tuning: what cannot win is not drawn, what is found is good enough, the front is a file that runs."""
 
+import io
+import re
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import mrflow as mf
+from mrflow.cli.options import ModelOptions
+from mrflow.cli.tune import tune_chains
+from mrflow.cli.verbs import TuneOptions
 from mrflow.sweep import Measured, Psnr, Sharpness, Space, Tune, read
 from mrflow.sweep.tune import Trial, front_file, lines, outcome, tune
 from tests.test_cli import call, here  # noqa: F401
@@ -135,6 +141,21 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
         tune(asked(metrics=[Sharpness()]), Costly(), tmp_path, trials=1)  # type: ignore[arg-type]
     with pytest.raises(mf.PlanError, match="trials must be a whole number from 1"):
         tune(asked(), Costly(), tmp_path, trials=0)  # type: ignore[arg-type]
+
+
+def test_what_is_said_fits_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.py").write_text(
+        "import mrflow as mf\nfrom tests.test_tune import SPACE, Near\n"
+        "tune = mf.Tune(['a', 'b'], [Near()], 'near', 0.5, space=SPACE)\n"
+    )
+    monkeypatch.setattr("mrflow.cli.tune.load_model", lambda *_: Costly())
+    screen = io.StringIO()
+    err = Console(file=screen, force_terminal=True, width=60, _environ={"TERM": "xterm"})
+    tune_chains(err, TuneOptions(file=Path("t.py"), trials=2, out=Path("tuned"), loading=ModelOptions()))
+    said = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "\r", re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue()))
+    assert "2 of 3  near" in said and " FLOP " in said
+    assert max(len(line) for line in re.split(r"[\r\n]", said)) <= 60
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def comparison(planned: Plan) -> list[str]:
     if native is not None and planned.work.flops and native.work.flops:
         ratio = native.work.flops / planned.work.flops
         lines.append(
-            f"native    {planned.model.native_steps} steps: {native.nfe} forwards, {human(native.work.flops)}FLOP; "
+            f"native    {planned.model.native_steps} steps: {native.nfe} forwards, {human(native.work.flops, 'FLOP')}; "
             f"this chain: {ratio:.1f}x less"
         )
         if a is not None and a.parameters > 1e9:

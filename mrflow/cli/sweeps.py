@@ -146,8 +146,8 @@ def plan_lines(planned: dict[str, Any]) -> list[str]:
     chains = planned["chains"]
     longest = max(map(len, chains))
     rows = f"{len(chains)} chains x {planned['prompts']} prompts x {planned['draws']} draws: {planned['rows']} rows"
-    each = [f"  {k:<{longest}}  {p['nfe']:>4} forwards  {human(p['flops'])}FLOP" for k, p in chains.items()]
-    return [rows, *each, f"in all {human(planned['flops'])}FLOP, less what stages share"]
+    each = [f"  {k:<{longest}}  {p['nfe']:>4} forwards  {human(p['flops'], 'FLOP')}" for k, p in chains.items()]
+    return [rows, *each, f"in all {human(planned['flops'], 'FLOP')}, less what stages share"]
 
 
 @contextmanager

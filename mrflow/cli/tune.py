@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mrflow._checks import check_whole
+from mrflow.cli.display import width, wrap
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import load_file, load_model
 from mrflow.cli.verbs import TuneOptions
@@ -49,14 +50,15 @@ def tune_chains(err: Console, asked: TuneOptions) -> None:
             found = str(one.why if one.quality is None else f"{wanted.metric} {one.quality}")
             early = f", {one.why}" if one.why and one.quality is not None else ""
             whose = "reference, " if number == 1 else ""
-            err.print(f"{number:>4} of {trials + 1}  {found}{early}  ({whose}{one.label})")
+            line = f"{number:>4} of {trials + 1}  {found}{early}  ({whose}{one.label})"
+            err.print("\n".join(wrap([line], width(err))))
 
         result = tune(
             wanted, backbone, out, trials=trials, batch=asked.batch, seed=asked.seed, on_tried=show, on_drawing=drawn
         )
     write_front(result, wanted, out / "front.py")
     write_report(out, out / "report.html", title=f"tuned for {wanted.metric} {wanted.bound} {wanted.floor:g}")
-    err.print("\n".join(lines(result, wanted)))
+    err.print("\n".join(wrap(lines(result, wanted), width(err))))
     made = [asked.out / "front.py", asked.out / "report.html"]
     if asked.as_json:
         typer.echo(json.dumps({"paths": [str(path) for path in made], **outcome(result, wanted)}))

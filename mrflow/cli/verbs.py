@@ -160,7 +160,7 @@ class TuneOptions:
     floor: Annotated[float | None, typer.Option("--floor", help="What is good enough; the file's, or 0.9.")] = None
     trials: Annotated[int, typer.Option("--trials", help="Chains to consider.")] = 40
     captions: Annotated[
-        int | None, typer.Option("--captions", help="Bound-out captions, where no file is given (default: 24).")
+        int | None, typer.Option("--captions", help="Held-out captions, where no file is given (default: 24).")
     ] = None
     out: Annotated[Path, typer.Option("--out", help="The folder of its rows, report and front.py.")] = Path("tuned")
     model: OtherModel = None

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 3.0
 """Seconds that what was interrupted has to come to an end; a second signal takes them away."""
 naming = threading.RLock()
-"""Bound while files get their names: whoever ends the process at once takes it first."""
+"""Held while files get their names: whoever ends the process at once takes it first."""
 
 _ears: list[threading.Thread] = []
 

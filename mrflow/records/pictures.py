@@ -138,7 +138,7 @@ def record_in(data: bytes, path: str | Path) -> dict[str, object]:
         RecordError: as `read_record`.
     """
     if not data.startswith(SIGNATURE):
-        raise RecordError(f"{path} is not a whole PNG")
+        raise RecordError(f"{path} is no PNG; records lie in the PNGs that mrflow saves")
     key, found = KEY.encode(), list[bytes]()
     try:
         texts = [chunk for chunk in chunks(data) if chunk.data.startswith(key + b"\0")]

@@ -36,7 +36,7 @@ from mrflow.sweep.rows import LARGEST, MOST, Cause, Row, sha256_of
 from mrflow.sweep.store import MAX_TRIES, Store
 
 Pair = tuple[Prompt, int]  # and the number of the draw
-Bound = tuple[Pair, Claim]
+Held = tuple[Pair, Claim]
 CACHE_BYTES = 1 << 30
 HUNG = "it hung for longer than"  # how the text of a metric begins that is measured again only with `retry`
 
@@ -243,7 +243,7 @@ class Maker:
         """
         rows: list[Row] = []
         for label in self.labels:
-            todo: list[Bound] = []
+            todo: list[Held] = []
             for pair, key in self._missing(pairs, [label]):
                 claim = self.store.claim(key, calm=calm, wanted=lambda row, key=key: self._is_wanted(key, row))  # type: ignore[misc]
                 if claim is not None:
@@ -266,7 +266,7 @@ class Maker:
                 self.store.release([claim.key for _, claim in todo])
         return rows
 
-    def _batch(self, label: str, todo: Sequence[Bound]) -> Iterator[Row]:
+    def _batch(self, label: str, todo: Sequence[Held]) -> Iterator[Row]:
         for pair, claim in todo:
             if claim.deaths >= MAX_TRIES:
                 said = f"the process died {claim.deaths} times while this row was made"
@@ -286,7 +286,7 @@ class Maker:
                     if alone is not None:
                         yield self._failure(label, *each, *alone)
 
-    def _try_group(self, label: str, group: Sequence[Bound]) -> tuple[list[Row], tuple[str, Cause] | None]:
+    def _try_group(self, label: str, group: Sequence[Held]) -> tuple[list[Row], tuple[str, Cause] | None]:
         """The rows of a group, or why they could not be made.
 
         Raises:
@@ -306,7 +306,7 @@ class Maker:
                 raise
             return [], (_say(error), "error")
 
-    def _make_group(self, label: str, group: Sequence[Bound]) -> list[Row]:
+    def _make_group(self, label: str, group: Sequence[Held]) -> list[Row]:
         chain, pairs = self.sweep.chains[label], tuple(pair for pair, _ in group)
         with self._with_limit(label, group):
             self._warm_up(label, chain, len(pairs), pairs[0][0].text)
@@ -335,7 +335,7 @@ class Maker:
         return rows
 
     @contextmanager
-    def _with_limit(self, label: str, group: Sequence[Bound]) -> Generator[None]:
+    def _with_limit(self, label: str, group: Sequence[Held]) -> Generator[None]:
         """Within the time that rows may take."""
 
         def stuck() -> None:

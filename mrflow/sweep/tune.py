@@ -24,7 +24,7 @@ from mrflow.records.pictures import write_bytes
 from mrflow.schedules import Schedule
 from mrflow.solvers import Solver
 from mrflow.spec import Pixels, Start
-from mrflow.stage import Chain, Plan, plan
+from mrflow.stage import Chain, Plan, human, plan
 from mrflow.sweep.aims import Scale, as_scale, scale_for
 from mrflow.sweep.grid import Prompt, Sweep
 from mrflow.sweep.local import manifest
@@ -245,9 +245,9 @@ def tune(
         if one.good(asked.floor, higher=higher):
             cheapest = min(cheapest, cost)
         if one.quality is None:
-            return math.log(cost) + 1.0
+            return math.log(max(1.0, cost)) + 1.0
         short = asked.floor - one.quality.mean if higher else one.quality.mean - asked.floor
-        return math.log(cost) + 20 * max(0.0, short) / max(abs(asked.floor), 1e-9)
+        return math.log(max(1.0, cost)) + 20 * max(0.0, short) / max(abs(asked.floor), 1e-9)
 
     first = draw("native 50", reference, plan(reference, info))
     if first.quality is None:
@@ -371,7 +371,7 @@ def lines(found: TuneResult, asked: Tune) -> Iterable[str]:
         best = found.best is not None and one.label == found.best.label
         mark = "*" if best else (" " if one.good(asked.floor, higher=asked.higher) else "-")
         took = "" if one.seconds is None else f"{one.seconds:8.3f} s"
-        yield f"{mark} {asked.metric} {one.quality!s:<24} {one.flops:9.3g} FLOP {took}  {one.label}"
+        yield f"{mark} {asked.metric} {one.quality!s:<24} {human(one.flops, 'FLOP'):>12} {took}  {one.label}"
     if found.best is None:
         wanted = f"{asked.metric} {asked.bound} {asked.floor:g}"
         yield f"no chain that was tried reaches {wanted}: move the floor or widen the space"
