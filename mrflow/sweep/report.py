@@ -78,22 +78,35 @@ def page(
     text = _safe(data)
     pictures: dict[str, str] = {}
     if not link:
-        left = max(0, MAX_PAGE - len(text) - len(_template())) if large else MAX_BYTES
-        for _, name in sorted(embedded, key=lambda pair: pair[0]):
-            raw = _png(where / name)
-            if not raw:
-                continue
-            left -= len(raw) * 4 // 3 + len(name) + 40
-            if left < 0:
-                break
-            pictures[name] = "data:image/png;base64," + base64.b64encode(raw).decode()
-        if left < 0 and not large:
+        room = max(0, MAX_PAGE - len(text) - len(_template())) if large else MAX_BYTES
+        names = [name for _, name in sorted(embedded, key=lambda pair: pair[0])]
+        pictures = _embed(where, names, room, all_of_them=not large)
+    before, _, after = _template().partition("/*DATA*/")
+    return "".join((before, text[:-1], ', "pictures": ', _safe(pictures), "}", after))
+
+
+def _embed(where: Path, names: Sequence[str], room: int, *, all_of_them: bool) -> dict[str, str]:
+    """Pictures as `data:` addresses, the first ones that fit into `room` bytes.
+
+    Raises:
+        PlanError: they do not all fit, and must.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        raw = _png(where / name)
+        if not raw:
+            continue
+        room -= len(raw) * 4 // 3 + len(name) + 40
+        if room >= 0:
+            found[name] = "data:image/png;base64," + base64.b64encode(raw).decode()
+        elif all_of_them:
             raise PlanError(
                 f"the pictures of {where} would make a file of more than {MAX_BYTES // 1_000_000} MB; "
                 "--link refers to them instead (keep the file in the sweep's folder)"
             )
-    before, _, after = _template().partition("/*DATA*/")
-    return "".join((before, text[:-1], ', "pictures": ', _safe(pictures), "}", after))
+        else:
+            break
+    return found
 
 
 def _safe(data: object) -> str:
