@@ -125,7 +125,7 @@ def singles(blocks: Any, img: Tensor, texts: list[Tensor], ropes: list[Rope], ta
 def slow_flux(model: Any, net: Any, conds: Sequence[mf.Condition], x: Tensor, sigma: float, nag: NAG) -> Tensor:
     level, value = torch.tensor([sigma]), model.info.guidance
     strength = None if value is None else torch.tensor([value])
-    tables = [net.modulate(level, strength, c["pooled"])[0] for c in conds]
+    tables = [net.tables([level], strength, c["pooled"])[0][0] for c in conds]
     texts = [net.embed_text(c["context"])[0] for c in conds]
     ropes = [net.rope(image_ids(H, W), torch.zeros(len(t), 3)) for t in texts]
     img = net.embed_image(pack(x))[0]

@@ -134,7 +134,7 @@ def our_call(flow: Flux, size: Size, given: dict[str, Tensor]) -> Callable[[], T
 
     def call() -> Tensor:
         with torch.no_grad():
-            table = flow.modulate(given["sigma"], given["guidance"], given["pooled"])
+            (table,) = flow.tables([given["sigma"]], given["guidance"], given["pooled"])
             return step(flow, given["tokens"], text, rope.cos, rope.sin, table)
 
     return call

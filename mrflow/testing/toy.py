@@ -54,6 +54,8 @@ class Toy:
     `positions` it takes tokens that lie anywhere: where they lie is nothing to plain colours.
     """
 
+    upscaler: Upscaler | None = Interpolate(2, "bilinear")
+
     def __init__(self, *, std: float = 0.1, device: str = "cpu", positions: bool = False) -> None:
         if not std > 0:
             raise PlanError(f"std must be above 0, got {std!r}")
@@ -69,11 +71,6 @@ class Toy:
     def device(self) -> torch.device:
         """Where it lives."""
         return self._device
-
-    @property
-    def upscaler(self) -> Upscaler:
-        """Bilinear x2."""
-        return Interpolate(2, "bilinear")
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Two colours for each prompt, from its hash."""

@@ -168,7 +168,7 @@ def test_a_batch_is_its_items() -> None:
 def test_folded_modulation_and_rope_give_the_same_bits(dtype: torch.dtype) -> None:
     net, given = small().to(dtype), inputs(SMALL, (3, 5))
     with torch.no_grad():
-        modulation = net.modulate(given["sigma"], given["guidance"], given["pooled"])  # pyright: ignore
+        (modulation,) = net.tables([given["sigma"]], given["guidance"], given["pooled"])  # pyright: ignore
         rope = net.rope(given["ids"], given["context_ids"])  # pyright: ignore
     assert modulation.shape == (2, 12 * SMALL.double_blocks + 3 * SMALL.single_blocks + 2, SMALL.hidden)
     folded = {**given, "pooled": torch.full_like(given["pooled"], float("nan"))}  # type: ignore[arg-type]

@@ -152,7 +152,7 @@ class Flux(Transformer):
     ) -> Float[Tensor, "b l o"]:
         """The velocity in the network's dtype; `modulation` and `rope` are used instead of being computed, if given."""
         if modulation is None:
-            modulation = self.modulate(sigma, guidance, pooled)
+            (modulation,) = self.tables([sigma], guidance, pooled)
         rope = rope or self.rope(ids, context_ids)
         img, txt = self.embed_image(tokens), self.embed_text(context)
         img, _ = self.some_blocks(img, txt, rope, modulation, 0, len(self.stack()))
@@ -162,16 +162,13 @@ class Flux(Transformer):
         """Rotations of the joint sequence, text first."""
         return rope_tables(torch.cat((context_ids, ids)), self.params.axes, theta=self.params.theta)
 
-    def modulate(
-        self, sigma: Float[Tensor, " b"], guidance: Float[Tensor, " b"] | None, pooled: Float[Tensor, "b p"]
-    ) -> Float[Tensor, "b m d"]:
-        """Every modulation vector of one evaluation, in order: (shift, 1 + scale, gate) each time, the last no gate."""
-        return self.tables([sigma], guidance, pooled)[0]
-
     def tables(
         self, sigmas: Sequence[Float[Tensor, " b"]], guidance: Float[Tensor, " b"] | None, pooled: Float[Tensor, "b p"]
     ) -> list[Float[Tensor, "b m d"]]:
-        """`modulate` at several levels: modulations depend on nothing else, so a chain can have them made before."""
+        """Every modulation vector at several levels, in order: (shift, 1 + scale, gate) each time, the last no gate.
+
+        They depend on nothing else, so a chain can have them made before.
+        """
         vectors = [self.conditioning_vector(sigma, guidance, pooled) for sigma in sigmas]
         made = tables(self.modulators(), vectors, self.params.hidden, scale_first=self.final_layer.scale_first)
         return [table.to(self.stream_dtype) for table in made]
