@@ -6,7 +6,7 @@ Each branch has a field of its own, so a cache that lives in a field never mixes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from einops import rearrange, repeat
@@ -70,8 +70,11 @@ class Guidance(Checked, ABC):
 class Distilled(Guidance):
     """The conditional field alone; `value` goes to the model's guidance embedding (None: the model's own value)."""
 
-    passes: ClassVar[int] = 1
     value: Annotated[float | None, Bound(check_scale, name="guidance")] = None
+
+    @property
+    def passes(self) -> int:
+        return 1
 
     def field(
         self, model: Backbone, cond: Condition, negative: Condition | None, options: FieldOptions = FieldOptions()

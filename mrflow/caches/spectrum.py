@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 
@@ -82,10 +82,14 @@ class Spectrum(Cache):
 class Chebyshev(Checked):
     """Weights of all computed features in the curve that is fitted to them."""
 
-    keep: ClassVar[int] = 100  # as many as the published buffer holds
     degree: Annotated[int, Bound(check_whole, 0)]
     ridge: Annotated[float, Bound(check_number, 0)]
     mix: Annotated[float, Bound(check_number, 0, 1)]
+
+    @property
+    def keep(self) -> int:
+        """As many as the published buffer holds."""
+        return 100
 
     def weights(self, steps: Sequence[int], at: int, *, total: int = 0, gram: Gram | None = None) -> tuple[float, ...]:
         """x (X^T X + ridge I)^-1 X^T, blended with the line; the only feature where there is but one."""

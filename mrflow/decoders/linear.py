@@ -1,7 +1,6 @@
 """Linear previews: a pixel of each latent cell, fitted to a model by least squares."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +20,14 @@ class LinearDecoder(Decoder):
     fits one to a model.
     """
 
-    scale: ClassVar[int] = 1
     space: str
     weight: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     bias: tuple[float, float, float]
+
+    @property
+    def scale(self) -> int:
+        """One pixel a cell."""
+        return 1
 
     def __post_init__(self) -> None:
         rows = tuple(tuple(float(v) for v in row) for row in self.weight)

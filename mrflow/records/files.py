@@ -259,8 +259,11 @@ class FileNamed:
 
     def to_record(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
-        return values | {name: Path(values[name]).name for name in self.files}
+        values: dict[str, object] = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__  # type: ignore[attr-defined]
+        }
+        return values | {name: Path(str(values[name])).name for name in self.files}
 
 
 def digest(path: Path) -> str:

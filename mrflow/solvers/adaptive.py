@@ -156,7 +156,11 @@ class BogackiShampine(AdaptiveSolver):
     """
 
     evals: ClassVar[int] = 3
-    pair: ClassVar[Pair] = BOGACKI_SHAMPINE
+
+    @property
+    def pair(self) -> Pair:
+        """The method and its companion."""
+        return BOGACKI_SHAMPINE
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,11 @@ class DormandPrince(AdaptiveSolver):
     """
 
     evals: ClassVar[int] = 6
-    pair: ClassVar[Pair] = DORMAND_PRINCE
+
+    @property
+    def pair(self) -> Pair:
+        """The method and its companion."""
+        return DORMAND_PRINCE
 
 
 @lru_cache(maxsize=256)

@@ -51,14 +51,19 @@ class Laws(list[Law]):
 
     def __init__(self, kind: Kind, source: str, of: Callable[..., object] | None = None) -> None:
         super().__init__()
-        self.kind, self.source, self.of = kind, source, of
+        self.kind: Kind = kind
+        self.source, self.of = source, of
 
     def law(self, name: str, formula: str, source: str = "") -> Callable[[F], F]:
         """A decorator: the function below it checks the law that its docstring says."""
 
         def add(check: F) -> F:
-            of = self.of
-            held = check if of is None else lambda subject, **settings: check(of(subject, **settings))
+            def held(subject: object, **settings: object) -> None:
+                if self.of is None:
+                    check(subject, **settings)
+                else:
+                    check(self.of(subject, **settings))
+
             self.append(Law(self.kind, name, check.__doc__ or "", formula, source or self.source, held))
             return check
 

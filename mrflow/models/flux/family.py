@@ -1,14 +1,17 @@
 """FLUX.1: its files, its names, its facts, and how it is built."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
 
 from mrflow.checkpoints.safetensors import Header
 from mrflow.display.notes import note
 from mrflow.model_info import FLUX, SCHNELL, ModelInfo, flux_facts
 from mrflow.models.family import Files
 from mrflow.models.flux.backbone import Flux1
-from mrflow.models.flux.text import find_text, prepare_text
+from mrflow.models.flux.text import TextFiles, find_text, prepare_text
 from mrflow.models.flux.transformer import Flux
 from mrflow.models.flux.vae import VaeFlux
 from mrflow.models.flux.weights import (
@@ -57,9 +60,20 @@ class FluxFamily(TransformerFamily):
     text_layer = "block"
     no_chain = "fold=chain is for Qwen-Image; FLUX's modulations depend on the prompt too: use fold=True"
     text_tokens = True
-    names = staticmethod(flux_diffusers)
-    find_text = staticmethod(find_text)
-    prepare_text = staticmethod(prepare_text)
+
+    def names(self, parameter: str) -> tuple[str, ...]:
+        """As diffusers publishes them."""
+        return flux_diffusers(parameter)
+
+    def find_text(self, folder: Path) -> TextFiles:
+        """CLIP's and T5's files."""
+        return find_text(folder)
+
+    def prepare_text(
+        self, files: TextFiles, *, dtype: torch.dtype | None, device: torch.device
+    ) -> Callable[[], object]:
+        """CLIP's and T5's, checked."""
+        return prepare_text(files, dtype=dtype, device=device)
 
     def aliases(self, path: str) -> Mapping[str, int | None]:
         """XLabs' names; a single block's joint projection is meant without the MLP's rows."""

@@ -128,7 +128,8 @@ def _linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     """
     if type(layer) is not nn.Linear or x.dtype != layer.weight.dtype:
         return PLAIN.linear_gelu(layer, x)
-    flat = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+    addmm = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
+    flat = addmm(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
     return flat.view(*x.shape[:-1], -1)
 
 

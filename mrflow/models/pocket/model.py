@@ -167,11 +167,18 @@ def dtype_mark(dtype: torch.dtype) -> str:
 class PocketSR(Upscaler):
     """The model's own x2 net: pictures of this world, enlarged."""
 
-    scale = 2
-    flops_per_pixel = POCKET.upscale_flops
-
     def __init__(self, net: CompactSR, version: str) -> None:
         self.net, self.version = net, version
+
+    @property
+    def scale(self) -> int:
+        """Twice each side."""
+        return 2
+
+    @property
+    def flops_per_pixel(self) -> float:
+        """As the facts of planning say."""
+        return POCKET.upscale_flops
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Enlarge; not clamped."""

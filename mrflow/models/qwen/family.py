@@ -39,7 +39,10 @@ class QwenFamily(TransformerFamily):
     published: ClassVar[Mapping[str, ModelInfo]] = {"Qwen/Qwen-Image": QWEN}
     network = QwenImage
     model = Qwen
-    names = staticmethod(qwen_names)
+
+    def names(self, parameter: str) -> tuple[str, ...]:
+        """As diffusers publishes them."""
+        return qwen_names(parameter)
 
     def info(self, net: QwenImage, vae: VaeQwen, text: object, files: Files, parameters: int) -> ModelInfo:
         """Qwen-Image's, with the files' own sizes."""

@@ -45,7 +45,10 @@ class ZImageFamily(TransformerFamily):
     }
     network = ZImage
     model = ZImageModel
-    names = staticmethod(zimage_diffusers)
+
+    def names(self, parameter: str) -> tuple[str, ...]:
+        """As diffusers publishes them."""
+        return zimage_diffusers(parameter)
 
     def aliases(self, path: str) -> Mapping[str, int | None]:
         """The single files' names, where ours differ."""
