@@ -153,3 +153,14 @@ def test_pictures_in_a_batch_are_the_same_but_for_rounding() -> None:
     near, far = a.copy(), a.copy()
     near[0, 0, 0], far[0, 0, 0] = 1, 2
     assert same(a, near) and not same(a, far) and not same(a, a + 1) and not same(a, "failed")
+
+
+def test_a_process_that_is_slow_to_begin_hangs_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    collect, slow = gc.collect, iter([1.0])
+
+    def collect_slowly() -> int:
+        time.sleep(next(slow, 0.0))
+        return collect()
+
+    monkeypatch.setattr(gc, "collect", collect_slowly)
+    assert [*watched.watched(lambda number: None, range(2), hang=0.3, growth=1 << 30)] == [(0, None), (1, None)]

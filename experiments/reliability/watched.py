@@ -18,6 +18,7 @@ from typing import NoReturn
 
 Attempt = Callable[[int], str | None]
 LOOK = 0.1  # seconds between looks at a process
+START = 60.0  # seconds that a process may take to begin: it collects what garbage its parent left
 
 
 def watched(attempt: Attempt, numbers: range, *, hang: float, growth: int) -> Iterator[tuple[int, str | None]]:
@@ -47,13 +48,14 @@ def watched(attempt: Attempt, numbers: range, *, hang: float, growth: int) -> It
 
 
 def _child(attempt: Attempt, numbers: range, write: int) -> NoReturn:
-    """The forked process: a line for each attempt.
+    """The forked process: an empty line when it begins, then a line for each attempt.
 
     Garbage that was there before an attempt and is freed in it would hide as many bytes of what it takes. So what came
     with the fork is never freed here, and what an attempt left is freed before the next one is measured.
     """
     gc.collect()
     gc.freeze()
+    os.write(write, b"\n")  # from here on it is an attempt that takes time
     try:
         for number in numbers:
             gc.collect()
@@ -72,7 +74,7 @@ def _reports(
     pid: int, read: int, at: int, hang: float, growth: int
 ) -> Generator[tuple[int, str | None], None, tuple[int, str]]:
     """What a process says of each attempt from number `at` on; returns the number of which it says nothing, and why."""
-    began, late, base, rest = time.monotonic(), waited(pid), _held(pid), b""
+    began, late, base, rest, limit = time.monotonic(), waited(pid), _held(pid), b"", max(hang, START)
     while True:
         ready, _, _ = select.select([read], [], [], LOOK)
         if ready:
@@ -81,15 +83,15 @@ def _reports(
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 return at, f"the process ended by {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
             *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
+            for line in filter(None, lines):
                 number, wrong, grown = json.loads(line)
                 yield number, wrong or (_grew(grown) if grown > growth else None)
                 at = number + 1
-            began, late, base = time.monotonic(), waited(pid), _held(pid)
+            began, late, base, limit = time.monotonic(), waited(pid), _held(pid), hang
         elif (grown := _held(pid) - base) > growth:
             return at, _grew(grown)
-        elif time.monotonic() - began - (waited(pid) - late) > hang:
-            return at, f"hung for {hang:g} s and was killed"
+        elif time.monotonic() - began - (waited(pid) - late) > limit:
+            return at, f"hung for {limit:g} s and was killed"
 
 
 def _grew(grown: int) -> str:

@@ -1,6 +1,6 @@
 """What others raise as errors of mrflow: named by where it was raised, and told apart where memory ran out."""
 
-import torch
+import sys
 
 from mrflow.errors import Interruption, MrflowError, PromiseError, ResourceError
 
@@ -29,7 +29,8 @@ def passes(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of any kind says that memory ran out, on a GPU or a CPU."""
     said = any(each in words_of(error) for each in ("not enough memory", "can't allocate memory"))
-    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    torch = sys.modules.get("torch")  # only where it was imported can its error have been raised
+    return said or isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def words_of(error: BaseException, most: int = 2000) -> str:
