@@ -1,11 +1,13 @@
 """Pictures, records and files."""
 
 import errno
+import hashlib
 import importlib
 import inspect
 import json
 import os
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,7 @@ import mrflow as mf
 from mrflow.caches.dmd import Modes
 from mrflow.records import pictures as io
 from mrflow.records.chains import decode, decode_chain, encode, encode_chain, name_of
+from mrflow.records.files import FileNamed
 
 CHAIN = mf.recipes.paper(low=(32, 32), size=(64, 64), steps=3)
 
@@ -317,3 +320,20 @@ def test_whatever_prompt_was_accepted_is_read_and_replayed(tmp_path: Path, promp
         mf.run(CHAIN, mf.toy(), "a" * 1_000_001)
     with pytest.raises(mf.PromptError, match="the negative prompt has 1000001"):
         mf.run(CHAIN, mf.toy(), "a", negative="a" * 1_000_001)
+
+
+@dataclass(frozen=True)
+class Weighed(FileNamed):
+    files: ClassVar[Mapping[str, str]] = {"weights": "digest"}
+    weights: str
+    digest: str = ""
+    scale: int = 2
+
+    def __post_init__(self) -> None:
+        self.find_file("weights", self.weights)
+
+
+def test_a_record_of_what_names_files_holds_fields_alone(tmp_path: Path) -> None:
+    (tmp_path / "net.bin").write_bytes(b"weights")
+    made = Weighed(str(tmp_path / "net.bin"))
+    assert made.to_record() == {"weights": "net.bin", "digest": hashlib.sha256(b"weights").hexdigest(), "scale": 2}

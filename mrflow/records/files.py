@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import fields
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, Any, ClassVar, NoReturn, cast
@@ -259,10 +260,7 @@ class FileNamed:
 
     def to_record(self) -> dict[str, object]:
         """The fields that go into a record: no folder names."""
-        values: dict[str, object] = {
-            name: getattr(self, name)
-            for name in self.__dataclass_fields__  # type: ignore[attr-defined]
-        }
+        values: dict[str, object] = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
         return values | {name: Path(str(values[name])).name for name in self.files}
 
 
