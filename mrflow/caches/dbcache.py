@@ -4,10 +4,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Annotated
 
 from torch import Tensor
 
-from mrflow._checks import check_number, check_whole
+from mrflow._checks import Bound, check_number, check_whole
 from mrflow.caches.base import Cache, difference, interpolate
 from mrflow.caches.clock import Evaluation, Rule
 from mrflow.caches.extrapolate import Extrapolation, Predictor, Series
@@ -27,21 +28,16 @@ class DualBlock(Cache):
     computed: mean |r_prev - r| / mean |r_prev|. A threshold of 1 or more never differs.
     """
 
-    threshold: float = 0.08
-    front: int = field(default=8, kw_only=True)
-    back: int = field(default=0, kw_only=True)
-    warmup: int = field(default=8, kw_only=True)
-    every: int = field(default=1, kw_only=True)
-    limit: int | None = field(default=None, kw_only=True)
-    most: int | None = field(default=None, kw_only=True)
+    threshold: Annotated[float, Bound(check_number, 0)] = 0.08
+    front: Annotated[int, Bound(check_whole, 1)] = field(default=8, kw_only=True)
+    back: Annotated[int, Bound(check_whole, 0)] = field(default=0, kw_only=True)
+    warmup: Annotated[int, Bound(check_whole, 0)] = field(default=8, kw_only=True)
+    every: Annotated[int, Bound(check_whole, 1)] = field(default=1, kw_only=True)
+    limit: Annotated[int | None, Bound(check_whole, 0)] = field(default=None, kw_only=True)
+    most: Annotated[int | None, Bound(check_whole, 0)] = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, 0)
-        for name, least in (("front", 1), ("back", 0), ("warmup", 0), ("every", 1)):
-            check_whole(name, getattr(self, name), least)
-        for name, bound in (("limit", self.limit), ("most", self.most)):
-            if bound is not None:
-                check_whole(name, bound, 0)
+        super().__post_init__()
         self.extrapolation()
 
     @abstractmethod
