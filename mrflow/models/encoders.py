@@ -127,10 +127,16 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def misspelled(folder: Path) -> dict[str, str]:
+    """The files of a tokenizer that a folder holds under names of other capitals, by those that transformers reads."""
+    found = {name: spelled(folder, name).name for name in TOKENIZER_FILES}
+    return {name: other for name, other in found.items() if other != name}
+
+
 def seen(folder: Path) -> str:
     """What a tokenizer's folder holds under other names than transformers reads; words for an error."""
-    found = [path.name for name in TOKENIZER_FILES if (path := spelled(folder, name)).name != name]
-    return f"; {folder} holds {', '.join(found)}, which would not be read" if found else ""
+    found = misspelled(folder)
+    return f"; {folder} holds {', '.join(found.values())}, which would not be read" if found else ""
 
 
 def tokenizer_of(kind: str, folder: Path, rows: int) -> Tokenizer:
@@ -142,9 +148,8 @@ def tokenizer_of(kind: str, folder: Path, rows: int) -> Tokenizer:
     import transformers
 
     settings, most = folder / "tokenizer_config.json", max(rows, MAX_TOKENS)
-    for name in TOKENIZER_FILES:
-        if (other := spelled(folder, name)).name != name:
-            raise WeightsError(f"{other} would not be read: rename it to {name}")
+    for name, other in misspelled(folder).items():
+        raise WeightsError(f"{folder / other} would not be read: rename it to {name}")
     try:
         for name, value in _settings(settings).items():
             if name != "model_max_length" and isinstance(value, int) and value > most:  # such as tokens to be made up
