@@ -56,6 +56,13 @@ def test_it_finds_the_cheapest_that_is_good_enough(tmp_path: Path) -> None:
     assert {r.key for r in read(tmp_path)} == before
 
 
+@pytest.mark.parametrize("floor", [0.97, 1.0])
+def test_a_model_that_counts_no_work_is_tuned(floor: float, tmp_path: Path) -> None:
+    """Where every chain costs nothing, also where none is good enough."""
+    found = tune(asked(floor, metrics=[Near()], metric="near"), mf.toy(), tmp_path, trials=3)
+    assert [t.flops for t in found.tried] == [0.0] * len(found.tried) and len(found.tried) > 1
+
+
 @dataclass(frozen=True)
 class Always(mf.Metric):
     """The same number for every picture."""
@@ -151,7 +158,7 @@ def test_what_is_said_fits_the_terminal(tmp_path: Path, monkeypatch: pytest.Monk
     )
     monkeypatch.setattr("mrflow.cli.tune.load_model", lambda *_: Costly())
     screen = io.StringIO()
-    err = Console(file=screen, force_terminal=True, width=60, _environ={"TERM": "xterm"})
+    err = Console(file=screen, force_terminal=True, soft_wrap=True, width=60, _environ={"TERM": "xterm"})
     tune_chains(err, TuneOptions(file=Path("t.py"), trials=2, out=Path("tuned"), loading=ModelOptions()))
     said = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "\r", re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue()))
     assert "2 of 3  near" in said and " FLOP " in said

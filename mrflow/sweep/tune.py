@@ -234,6 +234,7 @@ def tune(
             raise optuna.TrialPruned from None
         label = _label(trial.params)
         cost = planned.work.flops
+        effort = math.log(max(1.0, cost))
         if label in seen:
             one = seen[label]
         elif cost >= cheapest:
@@ -245,9 +246,9 @@ def tune(
         if one.good(asked.floor, higher=higher):
             cheapest = min(cheapest, cost)
         if one.quality is None:
-            return math.log(max(1.0, cost)) + 1.0
+            return effort + 1.0
         short = asked.floor - one.quality.mean if higher else one.quality.mean - asked.floor
-        return math.log(max(1.0, cost)) + 20 * max(0.0, short) / max(abs(asked.floor), 1e-9)
+        return effort + 20 * max(0.0, short) / max(abs(asked.floor), 1e-9)
 
     first = draw("native 50", reference, plan(reference, info))
     if first.quality is None:
