@@ -98,10 +98,10 @@ test-comfyui: $(VENV)/.installed-dev ## Hold the nodes against ComfyUI: COMFYUI=
 
 # What pyproject.toml declares, at its lowest and at the newest of everything. TORCH=torch==2.13.0+cpu chooses another build.
 test-lowest: $(LOWEST)/.installed ## The fast tests with the lowest versions that pyproject.toml declares
-	HYPOTHESIS_PROFILE=fast $(LOWEST)/bin/python -m pytest -q -W default -m "not slow and not parity"
+	HYPOTHESIS_PROFILE=fast $(LOWEST)/bin/python -m pytest -q -n auto --dist worksteal -W default -m "not slow and not parity"
 
 test-newest: $(NEWEST)/.installed ## The fast tests with the newest versions of everything
-	HYPOTHESIS_PROFILE=fast $(NEWEST)/bin/python -m pytest -q -W default -m "not slow and not parity"
+	HYPOTHESIS_PROFILE=fast $(NEWEST)/bin/python -m pytest -q -n auto --dist worksteal -W default -m "not slow and not parity"
 
 $(LOWEST)/.installed: RESOLUTION := lowest-direct
 $(NEWEST)/.installed: RESOLUTION := highest
