@@ -312,3 +312,32 @@ def test_the_stand_in_refuses_float64(wrong: "object") -> None:
         assert torch.zeros(2, device="mps").cpu().double().dtype == torch.float64
         with pytest.raises(TypeError, match="doesn't support float64"):
             wrong()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("onednn", "avx512", "instructions", "capped", "native"),
+    [
+        (False, False, False, "", False),  # AVX2: torch's own loops
+        (True, True, False, "", False),  # Skylake, Cascade Lake: oneDNN emulates
+        (True, True, True, "", True),  # Cooper Lake and later, Zen 4
+        (True, True, True, "avx512_core", False),
+        (True, True, True, "AVX512_CORE_BF16", True),
+        (True, False, False, "", True),  # Arm with bf16, x86 with AVX-NE-CONVERT
+    ],
+)
+@pytest.mark.parametrize("instruction", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_bfloat16_that_is_emulated_is_not_the_processors(
+    onednn: bool,
+    avx512: bool,
+    instructions: bool,
+    capped: str,
+    native: bool,
+    instruction: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    for each in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, each, lambda each=each: instructions and each == instruction)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", capped)
+    assert hardware.has_bfloat16() == native

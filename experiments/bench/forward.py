@@ -5,8 +5,8 @@ is one step as a chain makes it: rotations and embedded text are made once a cha
 the projections as diffusers' files hold them (what loading on a CPU gives), `fused` joins them (as BFL's files are).
 Outputs are compared first: 1e-5 in float32; in bfloat16 1.5e-2, or no further from float32 than the reference is.
 
-A processor with bfloat16 instructions is made to do without by the environment, for both sides (`AVX2` in all three):
-ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS, ATEN_CPU_CAPABILITY (avx2).
+A processor with bfloat16 instructions is made to do without by the environment, for both sides: ONEDNN_MAX_CPU_ISA,
+MKL_ENABLE_INSTRUCTIONS, ATEN_CPU_CAPABILITY as AVX2, AVX2, avx2, or with AVX-512 as AVX512_CORE, AVX512, avx512.
 
     python -m experiments.bench.forward --fast
     python -m experiments.bench.forward --sizes mid-256 mid-1024 --repeats 15

@@ -1,5 +1,6 @@
 """What pictures are made on: for people, and what its instructions are good for."""
 
+import os
 import platform
 from contextlib import suppress
 from functools import cache
@@ -29,5 +30,12 @@ def _processor() -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether this processor's bfloat16 products are not emulated value by value."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether this processor's bfloat16 products are not emulated: by torch value by value, by oneDNN with AVX-512.
+
+    oneDNN calls bfloat16 supported wherever there is AVX-512; without AVX512-BF16 or AMX its products take longer than
+    those of float32. What ONEDNN_MAX_CPU_ISA keeps it from counts as missing, as it does for torch below AVX-512.
+    """
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in ("AVX512_CORE", "AVX512_CORE_VNNI")
+    instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    emulated = torch.cpu._is_avx512_supported() and not (instructions and allowed)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not emulated
