@@ -49,8 +49,15 @@ class Server:
 
     def run(self, workflow: dict[str, Any], hear: Callable[[str, Any], None] | None = None) -> str:
         """Queue a workflow and listen until it ends; `hear` is told of each message. Gives how it ended."""
+        return self.recorded(workflow, hear)[0]
+
+    def recorded(
+        self, workflow: dict[str, Any], hear: Callable[[str, Any], None] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """`run`, and what ComfyUI's history says of it: written after the message of success, before the last one."""
         from websocket import create_connection
 
+        how = ""
         wire = create_connection(f"ws://{self.address}/ws?clientId={self.name}", timeout=PATIENCE)
         try:
             wanted = self.ask("/prompt", {"prompt": workflow, "client_id": self.name})["prompt_id"]
@@ -65,16 +72,18 @@ class Server:
                     hear(kind, data)
                 ends = kind in ("execution_success", "execution_error", "execution_interrupted")
                 if ends and data["prompt_id"] == wanted:
-                    return kind if kind != "execution_error" else f"{kind}: {data['exception_message']}"
+                    how = kind if kind != "execution_error" else f"{kind}: {data['exception_message']}"
+                if kind == "executing" and data["node"] is None and data["prompt_id"] == wanted:
+                    return how, self.ask(f"/history/{wanted}")[wanted]
         finally:
             wire.close()
 
     def pictures(self, workflow: dict[str, Any]) -> list[np.ndarray]:
         """What a workflow saves, as (height, width, 3) of 8 bits."""
-        assert self.run(workflow) == "execution_success"
-        last = max(self.ask("/history").values(), key=lambda each: each["prompt"][0])
+        how, record = self.recorded(workflow)
+        assert how == "execution_success"
         found = []
-        for image in last["outputs"]["10"]["images"]:
+        for image in record["outputs"]["10"]["images"]:
             place = f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
             with urllib.request.urlopen(f"http://{self.address}{place}", timeout=PATIENCE) as answer:
                 found.append(np.asarray(Image.open(BytesIO(answer.read())).convert("RGB")))
