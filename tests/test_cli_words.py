@@ -1,15 +1,17 @@
 """Words of the command line: slots, prompts, seeds, sizes; what does nothing is refused; what is shown fits."""
 
+import inspect
 import io
 import json
 import os
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 import mrflow as mf
 from mrflow.checkpoints.safetensors import fill_module
 from mrflow.cli import drawing
-from mrflow.cli.app import app
+from mrflow.cli.app import VERBS, app
 from mrflow.cli.chains import build, enlargement
 from mrflow.cli.display import WORDS, in_options, wrap
 from mrflow.cli.options import RECIPE_WORDS, DrawOptions, ModelOptions, SlotOptions
@@ -108,6 +110,14 @@ def test_slots_of_ones_own(here: Path) -> None:  # noqa: F811
         ("--size 0", "--size 0: height must be from 16 to"),
         ("--low 100x60", "--low 100x60: size 100x60 is not a multiple of 16; try 96x64"),
         ("--sigma 2", "Reinject(...): --sigma must be above 0 and at most 1"),
+        ("--guidance nan", "error: --guidance must be a finite number of at least 0, got nan"),
+        ("--guidance -1", "error: --guidance must be a finite number of at least 0, got -1"),
+        ("--guidance 1e9", "error: --guidance must be at most 1000"),
+        ("--guidance CFG(nan)", "error: --guidance: CFG: scale must be a finite number of at least 0, got nan"),
+        ("--schedule Karras(rho=inf)", "error: --schedule: Karras: rho must be a finite number, got inf"),
+        ("--tiles 0", "error: --tiles 0: a tile's size must be"),
+        ("--tiles 64,64", "error: --tiles 64,64: a tile's overlap must be"),
+        ("--size 1:0", "error: --size 1:0: an aspect is width:height"),
         ("--solver heun", "--solver: there is no solver 'heun'; did you mean Heun?"),
         ("--guidance CFG", "--guidance: CFG(scale, *, rescale=False, packed=True): missing a required argument"),
         ("--cache TeaCache --steps 2 --schedule Heun", "--schedule: 'Heun' is no schedule; there are "),
@@ -498,3 +508,54 @@ def test_lines_hang_below_what_they_explain() -> None:
 def test_numbers_and_files_without_end_are_refused_at_once(words: list[str], said: str, here: Path) -> None:  # noqa: F811
     code, _, err = call(*words)
     assert code == 2 and said in err and not list(here.iterdir())
+
+
+NUMBERS = {"int": (["1.0", "1e3", "two", "", "\u0663"], "whole number"), "float": (["two", "1,5", ""], "number")}
+
+
+@pytest.mark.parametrize(("group", "verb", "options"), [(each[0], each[1], each[2]) for each in VERBS])
+def test_options_that_count_take_whole_numbers_alone(group: Any, verb: str, options: type) -> None:
+    assert group is not None
+    command = next(each for each in group.registered_commands if each.name == verb)
+    found = inspect.signature(command.callback).parameters.values()
+    numbers = [(p, info, n) for p in found for n in NUMBERS if (info := _number(p.annotation, n)) is not None]
+    for parameter, info, kind in numbers:
+        assert info.metavar == f"<{kind}>"  # the help says which
+        for word in NUMBERS[kind][0]:
+            with pytest.raises(typer.BadParameter, match=f"takes a {NUMBERS[kind][1]}, got {re.escape(repr(word))}"):
+                info.parser(word)
+        for value in (7, None if parameter.default is None else parameter.default):
+            assert value is None or info.parser(str(value)) == info.parser(value) == value
+    counted = sum("int" in str(f.type) for each in _groups(options) for f in fields(each))
+    assert sum(kind == "int" for *_, kind in numbers) == counted  # none was forgotten
+
+
+def _groups(options: type) -> list[type]:
+    return [options, *(hint for hint in get_type_hints(options).values() if is_dataclass(hint))]
+
+
+def _number(annotation: Any, kind: str) -> Any:
+    held, *more = get_args(annotation) or (None,)
+    kinds = [getattr(each, "__name__", "") for each in (held, *get_args(held))]
+    return more[0] if more and kind in kinds else None
+
+
+def test_whole_numbers_on_the_command_line(here: Path) -> None:  # noqa: F811
+    for words in (["plan", "--batch", "1.0"], ["generate", "a", "--batch", "1.0"], ["tune", "--trials", "4.0"]):
+        code, out, err = call(*words)
+        assert code == 2 and f"'{words[-2]}'" in err and f"it takes a whole number, got '{words[-1]}'" in err, err
+        assert out == "" and not list(here.iterdir())
+    assert call("plan", "--batch", "2")[0] == 0
+
+
+def test_inspect_knows_the_names_of_models(here: Path) -> None:  # noqa: F811
+    code, out, err = call("inspect", "pocket")
+    assert code == 0 and f"version {NEWEST}+" in out, err
+    assert call("inspect", NEWEST)[1] == out
+    for name in ("flux1-dev", "black-forest-labs/FLUX.1-dev"):
+        code, out, err = call("inspect", name)
+        assert code == 2 and f"mrflow plan --model {name}" in err and out == "", err
+    code, out, err = call("inspect", "poket")
+    assert code == 5 and "there is no such file; inspect takes" in err and "pocket" in err
+    (here / "pocket").write_text("mine")  # a file of one's own is the one that is meant
+    assert call("inspect", "pocket")[0] != 0

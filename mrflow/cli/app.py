@@ -21,6 +21,7 @@ from mrflow.cli.options import command
 from mrflow.display.notes import printable
 
 HELP = "Rectified-flow pictures in stages: sample low, upscale, reinject noise, refine."
+FIRST = """Example: mrflow generate "a big red circle at the left". Options of a command: mrflow generate --help."""
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
@@ -54,6 +55,7 @@ class Verbs(TyperGroup):
 app = typer.Typer(
     cls=Verbs,
     help=HELP,
+    epilog=FIRST,
     no_args_is_help=True,
     context_settings=HELP_NAMES,
     pretty_exceptions_enable=False,

@@ -10,12 +10,11 @@ from mrflow import recipes
 from mrflow._checks import check_whole
 from mrflow.caches import Cache
 from mrflow.cli.options import RECIPE_WORDS, RECIPES
-from mrflow.cli.parsing import LATENT, LATENT_FILE, load_file, parse_size, parse_tiles, upscaler
+from mrflow.cli.parsing import LATENT, LATENT_FILE, load_file, naming, parse_size, parse_tiles, upscaler
 from mrflow.cost import half
 from mrflow.decoders.tiny import TinyDecoder
 from mrflow.errors import PlanError
-from mrflow.guidance import CFG, Distilled, Guidance
-from mrflow.machine.failures import name_stage
+from mrflow.guidance import CFG, Distilled, Guidance, check_scale
 from mrflow.model_info import ModelInfo
 from mrflow.protocols.decoder import Decoder
 from mrflow.protocols.upscaler import LatentUpscaler, Upscaler
@@ -240,6 +239,7 @@ def parse_guidance(word: str, info: ModelInfo) -> Guidance:
         value = float(word)
     except ValueError:
         return slot("--guidance", word, Guidance)
+    check_scale("--guidance", value)
     return Distilled(value) if info.guidance is not None else CFG(value, rescale=info.rescale)
 
 
@@ -251,7 +251,5 @@ def slot(option: str, word: str, kind: Callable[..., T], **fill: object) -> T:
     """
     file, colon, rest = word.partition(".py:")
     names = load_file(Path(f"{file}.py")) if colon else {}
-    try:
+    with naming(option):
         return parse(rest if colon else word, kind, names=names, **fill)
-    except PlanError as error:
-        raise name_stage(error, option) from None

@@ -1,11 +1,13 @@
 """The options that several verbs share, in groups, and the commands made of them. Nothing heavy is imported here."""
 
 import inspect
+import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -175,19 +177,20 @@ def command(options: type[Any], does: str) -> Callable[..., None]:
 
     `does` names a function of this package, `module:function`, of a console and the options. Its module, with all that
     it imports, is loaded when the verb runs: help and completion are quick. Fields that are dataclasses are groups of
-    options. Errors that are shown while it runs name its options (`display.WORDS`).
+    options; what a group adds comes before what it inherits. Numbers are read by `whole` and `number`. Errors that are
+    shown while it runs name its options (`display.WORDS`).
     """
     own, groups = list[inspect.Parameter](), dict[str, type[Any]]()
     kind = inspect.Parameter.KEYWORD_ONLY
 
     def add(of: type[Any]) -> None:
         hints = get_type_hints(of, include_extras=True)
-        for f in fields(of):
+        for f in sorted(fields(of), key=lambda f: f.name not in of.__annotations__):
             default = inspect.Parameter.empty if f.default is MISSING else f.default
             if is_dataclass(hints[f.name]):
                 groups[f.name] = hints[f.name]
             else:
-                own.append(inspect.Parameter(f.name, kind, default=default, annotation=hints[f.name]))
+                own.append(inspect.Parameter(f.name, kind, default=default, annotation=_exact(hints[f.name])))
 
     add(options)
     for group in tuple(groups.values()):
@@ -208,6 +211,46 @@ def command(options: type[Any], does: str) -> Callable[..., None]:
     call.__annotations__ = {p.name: p.annotation for p in own}
     call.__doc__ = options.__doc__
     return call
+
+
+def whole(word: object) -> int:
+    """The whole number of an option: digits alone, so that 1.0 is refused here as in Python.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    if isinstance(word, int):  # a default
+        return word
+    try:
+        return int(word if isinstance(word, str) and re.fullmatch("[-+]?[0-9]+", word) else "")
+    except ValueError:  # also of more digits than Python reads
+        raise typer.BadParameter(f"it takes a whole number, got {str(word)[:80]!r}") from None
+
+
+def number(word: object) -> float:
+    """The number of an option.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        return float(word)  # type: ignore[arg-type]  # pyright: ignore
+    except ValueError:
+        raise typer.BadParameter(f"it takes a number, got {str(word)[:80]!r}") from None
+
+
+READ = {int: (whole, "<int>"), float: (number, "<float>")}
+
+
+def _exact(annotation: Any) -> Any:  # noqa: ANN401
+    """An option's annotation, in which numbers are read by `whole` and `number` instead of what typer takes for one."""
+    kind, *more = get_args(annotation)
+    read = READ.get(next((each for each in (kind, *get_args(kind)) if each in READ), object))
+    if read is None or not more:
+        return annotation
+    info = copy(more[0])  # verbs share it
+    info.parser, info.metavar = read
+    return Annotated[kind, info]
 
 
 def _declared(annotation: Any) -> tuple[str, ...]:  # noqa: ANN401

@@ -83,6 +83,15 @@ def load_model(where: str, options: ModelOptions, on_facts: Callable[[ModelInfo]
     )
 
 
+@contextmanager
+def naming(option: str) -> Generator[None]:
+    """The value of an option is read inside: what is wrong with it is an error that begins with the option."""
+    try:
+        yield
+    except PlanError as error:
+        raise error if str(error).startswith(option) else name_stage(error, option) from None
+
+
 def parse_shift(word: str | None) -> Shift | float | None:
     """A shift from a factor, `Shift(low, high)`, or the name of a published model whose shift it is.
 
@@ -111,7 +120,8 @@ def parse_lora(word: str) -> Lora:
         value = float(strength) if colon and path else None
     except ValueError:
         value = None
-    return Lora(word) if value is None else Lora(path, value)
+    with naming(f"--lora {word}"):
+        return Lora(word) if value is None else Lora(path, value)
 
 
 def parse_tiles(word: str | None) -> Tiles | None:
@@ -124,7 +134,8 @@ def parse_tiles(word: str | None) -> Tiles | None:
         found = []
     if len(found) not in (1, 2):
         raise PlanError(f"--tiles takes pixels a side, or side and overlap such as 1024,256; got {word!r}")
-    return Tiles(found[0], found[1] if len(found) == 2 else found[0] // 4)
+    with naming(f"--tiles {word}"):
+        return Tiles(found[0], found[1] if len(found) == 2 else found[0] // 4)
 
 
 MOST_BYTES = 1 << 26  # of a file of prompts
@@ -243,16 +254,15 @@ def parse_size(option: str, text: str, info: ModelInfo | None = None) -> tuple[i
     """HEIGHTxWIDTH, one number for a square, or an aspect WIDTH:HEIGHT at about the model's own area."""
     if ":" in text and info is not None:
         area = info.size[0] * info.size[1] / 2**20
-        return size_of(text, megapixels=area, multiple=2 * info.space.multiple)
+        with naming(f"{option} {text}"):
+            return size_of(text, megapixels=area, multiple=2 * info.space.multiple)
     parts = text.lower().split("x")
     if len(parts) not in (1, 2) or not all(p.isascii() and p.isdigit() and len(p) < 6 for p in parts):
         raise PlanError(f"{option} must be HEIGHTxWIDTH in pixels, such as 256x256, or an aspect (16:9), got {text!r}")
     height, width = int(parts[0]), int(parts[-1])
     if info is not None:
-        try:
+        with naming(f"{option} {text}"):
             check_size(height, width, info.space)
-        except PlanError as error:
-            raise name_stage(error, f"{option} {text}") from None
     return height, width
 
 

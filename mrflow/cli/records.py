@@ -1,6 +1,7 @@
 """The verbs for what is there already: inspect, replay."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,16 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from mrflow._checks import is_whole
+from mrflow._checks import check_path, is_whole
 from mrflow.cli.display import width, wrap
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import free_path, load_model, own_types, save_free
 from mrflow.cli.verbs import InspectOptions, ReplayOptions
 from mrflow.display.notes import printable
-from mrflow.errors import PlanError
+from mrflow.errors import PlanError, ResourceError
+from mrflow.models import published_models
 from mrflow.models.digests import verify
+from mrflow.models.pocket.model import embedded_file
 from mrflow.records.files import cache_folder
 from mrflow.records.pictures import read_image, read_record, to_images
 from mrflow.records.replay import inspect_file, is_checkpoint, model_of_record, replay
@@ -30,7 +33,7 @@ MOST_CHAINS = 20  # that are listed
 
 def inspect(err: Console, asked: InspectOptions) -> None:
     """Read a file's record, or its headers, or all of it."""
-    file = asked.file
+    file = named_file(asked.file)
     folder = sweep_folder(file)
     refuse(asked.verify and folder is not None, "--verify", "with a sweep: it looks at its pictures when it goes on")
     if folder is not None:
@@ -46,6 +49,28 @@ def inspect(err: Console, asked: InspectOptions) -> None:
         typer.echo(json.dumps({"path": str(file), "lines": lines}, indent=2))
     else:
         typer.echo("\n".join(wrap(map(printable, lines), width())))
+
+
+def named_file(file: Path) -> Path:
+    """What there is of a name: the file or folder, else the file of the embedded model that is called so.
+
+    Raises:
+        PlanError: it names a model whose files are elsewhere. ResourceError: there is nothing of that name.
+    """
+    if os.path.lexists(check_path("the file", file)):
+        return file
+    if inside := embedded_file(str(file)):
+        return inside
+    known = published_models()
+    if str(file) in (*known, *(facts.name for facts in known.values())):
+        raise PlanError(
+            f"{file} is the name of a model, whose files are not here: `mrflow plan --model {file}` says what is known "
+            "of it without them; inspect takes the file or folder that holds it"
+        )
+    raise ResourceError(
+        f"{file} cannot be read: there is no such file; inspect takes a PNG that mrflow made, a checkpoint, the folder "
+        "of a model or of a sweep, or pocket, the embedded model"
+    )
 
 
 def sweep_folder(file: Path) -> Path | None:

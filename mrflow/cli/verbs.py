@@ -174,7 +174,7 @@ class TuneOptions:
 class InspectOptions:
     """Say what a file is: how a picture was made, what a checkpoint holds."""
 
-    file: Annotated[Path, typer.Argument(help="A PNG that mrflow made, a checkpoint, or a sweep's folder.")]
+    file: Annotated[Path, typer.Argument(help="A PNG that mrflow made, a checkpoint, a sweep's folder, or pocket.")]
     as_json: Json = False
     verify: Annotated[
         bool, typer.Option("--verify", help="Read a model's files whole and compare them with what is known of them.")

@@ -82,6 +82,8 @@ class _Reader:
             return tuple(self.value(each) for each in node.elts)
         if isinstance(node, ast.Call):
             return self._call(node, wanted=wanted)
+        if isinstance(node, ast.Name) and node.id in ("inf", "nan") and node.id not in self._names:
+            return float(node.id)  # as `expression` writes them; what takes none refuses it
         if isinstance(node, ast.Name | ast.Attribute):
             found = self._name(ast.unparse(node), wanted=wanted)
             return self._make(found, (), {}) if _makes(found) else found
