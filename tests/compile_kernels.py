@@ -17,9 +17,26 @@ from triton.compiler import ASTSource
 
 from mrflow.models.kernels import triton_code as code
 
-HALF = ("x", "shift", "scale", "out", "gate", "change", "normed", "seen", "inner", "weight", "factor", "past")
+HALF = (
+    "x",
+    "shift",
+    "scale",
+    "out",
+    "gate",
+    "change",
+    "normed",
+    "seen",
+    "inner",
+    "weight",
+    "factor",
+    "past",
+    "bias",
+    "gamma",
+)
+FLOAT = ("cos", "sin", "parts", "moments")
 FLUX = {"eps": 1e-6, "block": 4096}
 HEADS = {"eps": 1e-6, "some": code.HEADS, "half": 64}
+TILE = {"width": 128, "groups": 32, "rows": code.TILE // 128}
 KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "norm": (code.norm_kernel, FLUX, 8),
     "gated": (code.gated_kernel, FLUX | {"norm": False}, 8),
@@ -28,6 +45,10 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "heads_late": (code.heads_kernel, HEADS | {"late": True}, 4),
     "rms_scaled": (code.rms_kernel, FLUX | {"add": False}, 8),
     "rms_gated": (code.rms_kernel, FLUX | {"add": True}, 8),
+    "moments": (code.moments_kernel, TILE | {"some": code.SOME}, 8),
+    "together": (code.together_kernel, {"groups": 32, "some": code.PARTS}, 4),
+    "group_silu": (code.group_silu_kernel, TILE | {"eps": 1e-6}, 8),
+    "channel_silu": (code.channel_silu_kernel, {"rows": code.TILE // 2 // 128, "block": 128}, 8),
     "beside": (code.beside_kernel, {"block": code.COLUMNS}, 4),
 }
 
@@ -38,7 +59,8 @@ def compiled(capability: int) -> dict[str, dict[str, int]]:
     found = dict[str, dict[str, int]]()
     for name, (kernel, constants, warps) in KERNELS.items():
         kinds = dict.fromkeys(kernel.arg_names, "i32")
-        kinds |= {a: "*bf16" for a in kinds if a in HALF} | {a: "*fp32" for a in kinds if a in ("cos", "sin")}
+        kinds |= {a: "*bf16" for a in kinds if a in HALF} | {a: "*fp32" for a in kinds if a in FLOAT}
+        kinds |= {"root": "fp32"} if "root" in kinds else {}
         kinds |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, kinds, constants)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})

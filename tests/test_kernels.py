@@ -1,5 +1,6 @@
 """What blocks do between their products: plain definitions, and that nothing is computed that nobody reads."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,14 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mrflow as mf
 from experiments.bench.kernels import counting
 from mrflow.display import notes
-from mrflow.models import kernels
+from mrflow.models import kernels, latent_model
 from mrflow.models.flux.transformer import Flux, FluxParams
+from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.kernels import errors, fused_kernels
-from mrflow.models.kernels.ops import FUSED
+from mrflow.models.kernels.ops import FUSED, fused_norm_silu
+from mrflow.models.kl import ChannelNorm, NormedModule, norm_silu
 from mrflow.models.layers import EPS, PLAIN, QKV, Rope, apply_rope, attention
+from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
 from mrflow.models.wide import WideLinear
+from tests.tiny import write_flux_repo, write_qwen_repo, write_zimage_repo
 
 SMALL = FluxParams(hidden=64, heads=2, axes=(8, 12, 12), context=32, pooled=16, double_blocks=1, single_blocks=2)
 
@@ -114,6 +120,17 @@ def test_a_wrong_kernel_is_seen() -> None:
         assert {key.partition(",")[0].partition(" ")[0] for key, error in found.items() if error > 1} == {name}
 
 
+@pytest.mark.parametrize("kind", [torch.nn.GroupNorm, ChannelNorm])
+def test_a_wrong_norm_of_an_autoencoder_is_seen(kind: type) -> None:
+    found = errors(
+        PLAIN, torch.device("cpu"), torch.float32,
+        norms=lambda norm, x: norm(x) if isinstance(norm, kind) else norm_silu(norm, x),
+    )  # fmt: skip
+    assert [name for name, error in found.items() if error > 1] == [
+        f"norm_silu, {'channels' if kind is ChannelNorm else 'groups'}"
+    ]
+
+
 def test_a_wrong_epilogue_is_seen() -> None:
     """In the precisions in which GELU's two forms are one."""
     for function, wrong in ((PLAIN.linear_gelu, False), (lambda layer, x: F.relu(layer(x)), True)):
@@ -159,6 +176,49 @@ def test_blocks_ask_for_the_products_that_gelu_follows(last: bool) -> None:
     assert torch.equal(block.img_mlp(x), torch.nn.Sequential(*block.img_mlp)(x))
 
 
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("vae", "norm"),
+    [
+        (VaeFlux(VaeParams((32, 64), groups=16)), torch.nn.GroupNorm),
+        (VaeQwen(QwenVaeParams((16, 32))), ChannelNorm),
+    ],
+)
+def test_an_autoencoder_asks_for_every_norm_that_silu_follows(vae: Any, norm: type) -> None:
+    """To the bit what the modules give; only the norm before its attention is another one."""
+    asked = list[torch.nn.Module]()
+    x = last(noise(1, 3, 16, 16))
+    want = vae.moments(x), vae.decode(x.new_ones(1, 16, 4, 4))
+    vae.use(lambda norm, x: asked.append(norm) or norm_silu(norm, x))  # type: ignore[func-returns-value]
+    got = vae.moments(x), vae.decode(x.new_ones(1, 16, 4, 4))
+    assert all(map(torch.equal, got, want))
+    norms = [m for m in vae.modules() if isinstance(m, norm)]
+    assert len(asked) == len(set(asked)) == len(norms) - 2
+
+
+@torch.no_grad()
+def test_norms_that_no_kernel_is_for_work_as_defined() -> None:
+    """Another layout, another dtype of weights, groups of three channels, a subclass."""
+    x, group, channel = noise(2, 48, 5, 7), torch.nn.GroupNorm(16, 48), ChannelNorm(48)
+    for norm, given in (
+        (group, last(x)),
+        (torch.nn.GroupNorm(16, 32), x[:, :32].contiguous()),
+        (channel, x),
+        (channel.bfloat16(), last(x)),
+        (ChannelNormOfTwo(48), last(x)),
+    ):
+        assert torch.equal(fused_norm_silu(norm, given), F.silu(norm(given)))
+
+
+class ChannelNormOfTwo(ChannelNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 def test_another_epsilon_of_heads_is_seen() -> None:
     other = PLAIN._replace(joint_heads=lambda streams, rope, eps, *, late: PLAIN.joint_heads(streams, rope, late=late))
     found = errors(other, torch.device("cpu"), torch.float32)
@@ -202,7 +262,27 @@ def test_a_block_of_z_image_asks_for_its_norms_by_name(dtype: torch.dtype) -> No
 
 
 def test_a_cpu_takes_the_definitions() -> None:
-    assert fused_kernels(torch.device("cpu")) is PLAIN
+    assert fused_kernels(torch.device("cpu")) == (PLAIN, norm_silu)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("write", [write_flux_repo, write_qwen_repo, write_zimage_repo])
+def test_a_model_takes_what_is_found_for_its_device(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer and autoencoder, unless kernels are switched off; blocks may be compiled beside it."""
+    write(tmp_path / "r")
+    own = PLAIN._replace(norm=lambda *given: PLAIN.norm(*given))
+
+    def norms(norm: torch.nn.Module, x: Tensor) -> Tensor:
+        return norm_silu(norm, x)
+
+    monkeypatch.setattr(latent_model, "fused_kernels", lambda device: (own, norms))
+    ways = ({}, own, norms), ({"kernels": False}, PLAIN, norm_silu), ({"compile": "eager"}, None, norms)
+    for options, ops, found in ways:
+        model: Any = mf.load(tmp_path / "r", device="cpu", dtype=torch.float32, **options)
+        assert {m.norm_silu for m in model._vae.modules() if isinstance(m, NormedModule)} == {found}
+        assert model.transformer.ops == ops or (ops is None and model.transformer.ops not in (own, PLAIN))
 
 
 def test_where_kernels_fail_the_definitions_are_taken_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +290,6 @@ def test_where_kernels_fail_the_definitions_are_taken_and_it_is_said(monkeypatch
     monkeypatch.setattr(kernels, "find_spec", lambda name: name)
     kernels._try.cache_clear()
     with notes.collect_notes() as said:
-        assert fused_kernels(torch.device("cuda", 7)) is PLAIN
+        assert fused_kernels(torch.device("cuda", 7)) == (PLAIN, norm_silu)
     kernels._try.cache_clear()
     assert "without fused kernels" in said[0]

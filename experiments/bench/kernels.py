@@ -1,9 +1,10 @@
 """How many kernels is a step, and how many bytes do those move that are no matrix product? Counted without a GPU.
 
 The networks stand on the meta device at full size, and every operator that a step dispatches is counted: matrix
-products, attention, and the rest, each with the bytes of its inputs and outputs, read and written once. "plain" are the
-definitions with norms taken apart, an upper bound for eager torch; "fused" are the kernels of `mrflow.models.kernels`,
-of which each call is one kernel.
+products (convolutions among them), attention, and the rest, each with the bytes of its inputs and outputs, read and
+written once. "plain" are the definitions with a transformer's norms taken apart, an upper bound for eager torch; the
+copies that CUDA makes around an autoencoder's group norms are not among them. "fused" are the kernels of
+`mrflow.models.kernels`, of which each call is one kernel.
 
     python -m experiments.bench.kernels
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -23,14 +25,18 @@ from torch.utils._pytree import tree_leaves
 from mrflow.checkpoints.blueprint import blueprint
 from mrflow.models.fields import step
 from mrflow.models.flux.transformer import Flux, FluxParams
-from mrflow.models.kernels.ops import FUSED
+from mrflow.models.flux.vae import VaeFlux, VaeParams
+from mrflow.models.kernels.ops import FUSED, fused_norm_silu
+from mrflow.models.kl import NormSilu, norm_silu
 from mrflow.models.layers import PLAIN, Ops
 from mrflow.models.qwen.field import qwen_step
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
+from mrflow.models.qwen.vae import QwenVaeParams, VaeQwen
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_addmm_activation")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_addmm_activation", "convolution")
 NOTHING = ("empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "detach", "lift_fresh")
 FLUX, QWEN = FluxParams(), QwenParams()
+NORMS = (norm_silu, fused_norm_silu)
 WORDS = (6, 50)  # prompts of the two branches of Qwen-Image's guidance
 
 
@@ -69,6 +75,8 @@ class Counting(TorchDispatchMode):
     ) -> Any:  # noqa: ANN401
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+            out = out.contiguous(memory_format=torch.channels_last)  # as on a GPU; the meta device forgets it
         if func.is_view or name in NOTHING or name in ("_unsafe_view", "_reshape_alias"):
             return out
         kind = "product" if name in PRODUCTS else "attention" if name == "attention" else "rest"
@@ -145,6 +153,21 @@ def qwen_guided(ops: Ops, pixels: int, *, params: QwenParams = QWEN, texts: tupl
     return counts
 
 
+def decoded(norms: NormSilu, pixels: int, kind: type[VaeFlux | VaeQwen] = VaeFlux) -> Counts:
+    """One picture decoded by a family's autoencoder, in bfloat16, channels last."""
+    with blueprint():
+        vae: VaeFlux | VaeQwen = VaeFlux(VaeParams()) if kind is VaeFlux else VaeQwen(QwenVaeParams())
+        for p in vae.to(torch.bfloat16).parameters():
+            if p.ndim == 4:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        vae.use(norms)
+        side = pixels // vae.params.downscale
+        z = torch.empty(1, vae.params.latent, side, side).contiguous(memory_format=torch.channels_last)
+        with patch.object(torch.nn.functional, "scaled_dot_product_attention", attention), counting() as counts:
+            vae.decode(z)
+    return counts
+
+
 def block(kind: str, ops: Ops, pixels: int = 1024) -> Counts:
     """What one more block of a kind ("single", "double") adds to FLUX's step; the last single block does less."""
     doubles, singles = 1 + (kind == "double"), 1 + (kind == "single")
@@ -167,6 +190,10 @@ def main() -> None:
         ("FLUX double block, 1024 px", lambda ops: block("double", ops)),
         *((f"FLUX, {px} px", lambda ops, px=px: flux_step(ops, px)) for px in (512, 1024)),
         *((f"Qwen-Image, guided, {px} px", lambda ops, px=px: qwen_guided(ops, px)) for px in (512, 1024)),
+        *(
+            (f"{name} autoencoder, decode 1024 px", lambda ops, kind=kind: decoded(NORMS[ops is FUSED], 1024, kind))
+            for name, kind in (("FLUX", VaeFlux), ("Qwen-Image", VaeQwen))
+        ),
     ]
     for label, make in rows:
         for name, ops in (("plain", PLAIN), ("fused", FUSED)):

@@ -1,6 +1,7 @@
 """What autoencoders with a Gaussian posterior share (Kingma & Welling 2014, arXiv 1312.6114): both ends, and blocks."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -21,6 +22,33 @@ class VaeSizes(Protocol):
 
 
 P = TypeVar("P", bound=VaeSizes)
+
+
+def norm_silu(norm: nn.Module, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """SiLU of what a norm gives. This is the definition; another function stands in on a GPU (`kernels`)."""
+    return F.silu(norm(x), inplace=True)
+
+
+NormSilu = Callable[[nn.Module, Tensor], Tensor]
+
+
+class NormedModule(nn.Module):
+    """A module in which SiLU follows norms."""
+
+    norm_silu: NormSilu = staticmethod(norm_silu)
+
+
+class ChannelNorm(nn.Module):
+    """x / |x| * sqrt(channels) * gamma over the channels; the length in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width, 1, 1))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The same shape."""
+        y: Tensor = F.normalize(x.float(), dim=1).to(x.dtype) * x.shape[1] ** 0.5 * self.gamma
+        return y
 
 
 class KLAutoencoder(nn.Module, ABC, Generic[P]):
@@ -48,6 +76,12 @@ class KLAutoencoder(nn.Module, ABC, Generic[P]):
     @abstractmethod
     def denormalise(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
         """The way back."""
+
+    def use(self, norm_silu: NormSilu) -> None:
+        """Have this function make every norm that SiLU follows."""
+        for module in self.modules():
+            if isinstance(module, NormedModule):
+                module.norm_silu = norm_silu
 
     def moments(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c2 y x"]:
         """Mean and log-variance of the posterior, one after the other along the channels, float32.
@@ -81,7 +115,7 @@ class KLAutoencoder(nn.Module, ABC, Generic[P]):
         return 0.5 * self.decode_raw(self.denormalise(latents).to(self.dtype)).float() + 0.5
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(NormedModule):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a convolution of x where the width changes."""
 
     norm1: nn.Module
@@ -96,8 +130,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         """The same resolution."""
-        y: Tensor = self.conv1(F.silu(self.norm1(x), inplace=True))
-        y = self.conv2(F.silu(self.norm2(y), inplace=True))
+        y: Tensor = self.conv1(self.norm_silu(self.norm1, x))
+        y = self.conv2(self.norm_silu(self.norm2, y))
         shortcut = self.shortcut
         y += x if shortcut is None else shortcut(x)
         return y

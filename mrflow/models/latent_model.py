@@ -29,6 +29,7 @@ from mrflow.models.cuda_graphs import CudaGraph, GraphPool
 from mrflow.models.fields import step as whole_step
 from mrflow.models.fp8 import multiply_fp8
 from mrflow.models.kernels import compile_kernels, fused_kernels
+from mrflow.models.kl import NormSilu
 from mrflow.models.offload import (
     BlockOffloader,
     Ledger,
@@ -59,6 +60,7 @@ class Autoencoder(Protocol):
     def moments(self, pixels: Tensor) -> Tensor: ...
     def posterior(self, moments: Tensor, noise: Tensor | None = None) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
+    def use(self, norm_silu: NormSilu) -> None: ...
 
 
 @runtime_checkable
@@ -114,10 +116,11 @@ class LatentModel(TransformerModel):
             multiply_fp8(flow, flow.modulators())
         if device.type == "cpu":
             widen(flow)
+        if runtime.kernels:
+            flow.ops, norms = fused_kernels(device)
+            vae.use(norms)
         if runtime.compile:
             flow.ops = compile_kernels("inductor" if runtime.compile is True else runtime.compile)
-        elif runtime.kernels:
-            flow.ops = fused_kernels(device)
         self._graphs = runtime.graphs and device.type == "cuda" and runtime.offload == "none"
         self._adapted = dict[object, LatentModel]()
         self._policies: dict[object, Policies] = {}

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.kl import KLAutoencoder, ResidualBlock
+from mrflow.models.kl import KLAutoencoder, NormedModule, ResidualBlock
 
 EPS = 1e-6
 
@@ -66,7 +66,7 @@ class VaeFlux(KLAutoencoder[VaeParams]):
         return latents / self.params.scale + self.params.shift
 
 
-class _Encoder(nn.Module):
+class _Encoder(NormedModule):
     """3 channels to mean and log-variance: residual blocks and a halving for each level, attention at the coarsest."""
 
     def __init__(self, p: VaeParams) -> None:
@@ -86,11 +86,11 @@ class _Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        y: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
+        y: Tensor = self.conv_out(self.norm_silu(self.norm_out, self.mid(x)))
         return y
 
 
-class _Decoder(nn.Module):
+class _Decoder(NormedModule):
     """The encoder's mirror, one residual block more a level. `up` is indexed as `down` is: finest first, run last."""
 
     def __init__(self, p: VaeParams) -> None:
@@ -109,7 +109,7 @@ class _Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        y: Tensor = self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        y: Tensor = self.conv_out(self.norm_silu(self.norm_out, x))
         return y
 
 

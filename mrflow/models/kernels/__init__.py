@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mrflow.display.notes import note
+from mrflow.models.kl import ChannelNorm, NormSilu, norm_silu
 from mrflow.models.layers import PLAIN, QKV, Ops, Rope
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -29,32 +30,43 @@ def compile_kernels(backend: Any) -> Ops:  # noqa: ANN401
     return PLAIN._replace(**{name: own(f) for name, f in PLAIN._asdict().items() if name != "linear_gelu"})
 
 
-def fused_kernels(device: torch.device) -> Ops:
-    """The kernels, where they work on this device and give what their definitions give; else the definitions."""
+def fused_kernels(device: torch.device) -> tuple[Ops, NormSilu]:
+    """The kernels, where they work on this device and give what their definitions give; else the definitions.
+
+    Of a transformer's blocks, and of an autoencoder's norms that SiLU follows.
+    """
     if device.type != "cuda" or find_spec("triton") is None:
-        return PLAIN
+        return PLAIN, norm_silu
     found = _try(device)
     if isinstance(found, str):
         note(f"blocks run without fused kernels: {found}")
-        return PLAIN
+        return PLAIN, norm_silu
     return found
 
 
 @lru_cache
-def _try(device: torch.device) -> Ops | str:
+def _try(device: torch.device) -> tuple[Ops, NormSilu] | str:
     """The kernels, or why they cannot be used on a device, tried once."""
-    from mrflow.models.kernels.ops import FUSED  # operators are registered where there is a GPU for them
+    from mrflow.models.kernels.ops import FUSED, fused_norm_silu  # registered where there is a GPU for them
 
     try:
-        wrong = [name for name, error in errors(FUSED, device, torch.bfloat16).items() if error > 1]
+        found = errors(FUSED, device, torch.bfloat16, norms=fused_norm_silu)
     except Exception as error:  # a compiler or driver of which we know nothing
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    return f"{wrong[0]} differs" if wrong else FUSED
+    wrong = [name for name, error in found.items() if error > 1]
+    return f"{wrong[0]} differs" if wrong else (FUSED, fused_norm_silu)
 
 
 @torch.no_grad()
 def errors(
-    ops: Ops, device: torch.device, dtype: torch.dtype, *, width: int = 96, heads: int = 3, seed: int = 0
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    norms: NormSilu = norm_silu,
+    width: int = 96,
+    heads: int = 3,
+    seed: int = 0,
 ) -> dict[str, float]:
     """The largest difference of each function from its definition, as a multiple of the dtype's tolerance.
 
@@ -100,6 +112,12 @@ def errors(
         q, k, v = (t.unflatten(-1, (heads, head)) for t in (size * some(2, n, 3 * width)).chunk(3, -1))
         return QKV(q[:, n - queries :], k, v, 1 + 0.1 * some(head), 1 + 0.1 * some(head))
 
+    pixels = some(2, 23, 29, 64).permute(0, 3, 1, 2) + 1  # channels last, more than a tile, of a mean beside zero
+    kinds = {"groups": nn.GroupNorm(8, 64, 1e-6), "channels": ChannelNorm(64)}
+    for name, module in kinds.items():
+        for p in module.to(device, dtype).requires_grad_(False).parameters():  # noqa: FBT003
+            p.copy_(some(p.numel()).view(p.shape))
+        found[f"norm_silu, {name}"] = differ(norms(module, pixels), norm_silu(module, pixels))
     for name, streams, each, late in (
         ("one stream", [stream(7, 7)], (), False),
         ("few queries", [stream(7, 4)], (), False),

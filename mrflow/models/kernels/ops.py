@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import custom_op
 
+from mrflow.models.kl import ChannelNorm, norm_silu
 from mrflow.models.layers import EPS, PLAIN, QKV, Ops, Rope
 
 
@@ -131,6 +132,54 @@ def _linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     addmm = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
     flat = addmm(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
     return flat.view(*x.shape[:-1], -1)
+
+
+@custom_op("mrflow::group_moments", mutates_args=())
+def _group_moments(x: Tensor, groups: int) -> Tensor:
+    """Mean and variance (b, groups, 2) of pixels (b, c, h, w) whose channels lie last, float32."""
+    return _kernels().group_moments(x, groups)
+
+
+@_group_moments.register_fake
+def _(x: Tensor, groups: int) -> Tensor:
+    return x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
+
+
+@custom_op("mrflow::group_norm_silu", mutates_args=())
+def _group_norm_silu(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """SiLU of `torch.nn.GroupNorm` with these moments."""
+    return _kernels().group_norm_silu(x, moments, weight, bias, eps)
+
+
+@_group_norm_silu.register_fake
+def _(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@custom_op("mrflow::channel_norm_silu", mutates_args=())
+def _channel_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """SiLU of `kl.ChannelNorm`."""
+    return _kernels().channel_norm_silu(x, gamma)
+
+
+@_channel_norm_silu.register_fake
+def _(x: Tensor, gamma: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def fused_norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """`kl.norm_silu` of pixels whose channels lie last, without a copy to another layout and back.
+
+    Norms of other kinds, layouts and dtypes work as defined, as do groups that are no power of two wide.
+    """
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if last and type(norm) is nn.GroupNorm and x.dtype == norm.weight.dtype:
+        width, groups = norm.num_channels, norm.num_groups
+        if width & (width - 1) == 0 and groups & (groups - 1) == 0:
+            return _group_norm_silu(x, _group_moments(x, groups), norm.weight, norm.bias, norm.eps)
+    if last and type(norm) is ChannelNorm and x.dtype == norm.gamma.dtype:
+        return _channel_norm_silu(x, norm.gamma)
+    return norm_silu(norm, x)
 
 
 FUSED = Ops(_norm, _gated, _gated_norm, _joint_heads, _gelu_beside, _rms_scaled, _rms_gated, _linear_gelu)

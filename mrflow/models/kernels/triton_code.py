@@ -15,6 +15,9 @@ from mrflow.models.layers import EPS
 
 HEADS = 8  # heads that one program turns
 COLUMNS = 2048  # values of a row that one program puts beside each other
+TILE = 4096  # values of pixels and channels that a program of an autoencoder's norm has before it at once
+SOME = 16  # tiles whose moments one program finds
+PARTS = 64  # programs whose moments are put together at once
 
 
 @triton.jit
@@ -117,6 +120,89 @@ def beside_kernel(seen, inner, out, n, left, right, sb, sn, ib, inn, block: tl.c
     tl.store(out + row * (left + right) + at, tl.where(here, a, gelu).to(out.dtype.element_ty), mask=here | there)
 
 
+@triton.jit
+def moments_kernel(
+    x, parts, pixels, width: tl.constexpr, groups: tl.constexpr, rows: tl.constexpr, some: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and sum of squared distances of each group in `some` tiles of `rows` pixels (Chan et al. 1979)."""
+    part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, channel = tl.arange(0, rows), tl.arange(0, width)
+    n = tl.zeros((groups,), tl.float32)
+    mean, apart = tl.zeros((groups,), tl.float32), tl.zeros((groups,), tl.float32)
+    for tile in range(0, some):
+        first = (part * some + tile) * rows
+        ok = first + row < pixels
+        at = (b * pixels + first + row)[:, None] * width + channel[None, :]
+        v = tl.load(x + at, mask=ok[:, None], other=0.0).to(tl.float32)
+        here = tl.minimum(tl.maximum(pixels - first, 0), rows).to(tl.float32) * (width // groups)
+        each = tl.reshape(tl.sum(v, 0), (groups, width // groups))
+        own = tl.sum(each, 1) / tl.maximum(here, 1.0)
+        wide = tl.reshape(tl.broadcast_to(own[:, None], (groups, width // groups)), (width,))
+        far = tl.where(ok[:, None], v - wide[None, :], 0.0)
+        spread = tl.sum(tl.reshape(tl.sum(far * far, 0), (groups, width // groups)), 1)
+        both = tl.maximum(n + here, 1.0)
+        step = own - mean
+        apart += spread + step * step * n * here / both
+        mean += step * here / both
+        n += here
+    to = parts + ((b * tl.num_programs(0) + part) * 3) * groups + tl.arange(0, groups)
+    tl.store(to, n)
+    tl.store(to + groups, mean)
+    tl.store(to + 2 * groups, apart)
+
+
+@triton.jit
+def together_kernel(parts, moments, count, groups: tl.constexpr, some: tl.constexpr):
+    """Mean and variance of each group, of the parts that `moments_kernel` found: the mean, then distances to it."""
+    b, group = tl.program_id(0).to(tl.int64), tl.arange(0, groups)
+    n, mean = tl.zeros((groups,), tl.float32), tl.zeros((groups,), tl.float32)
+    apart = tl.zeros((groups,), tl.float32)
+    for first in range(0, count, some):
+        part = first + tl.arange(0, some)
+        at, ok = parts + (b * count + part)[:, None] * 3 * groups + group[None, :], (part < count)[:, None]
+        here = tl.load(at, mask=ok, other=0.0)
+        n += tl.sum(here, 0)
+        mean += tl.sum(here * tl.load(at + groups, mask=ok, other=0.0), 0)
+    mean /= n
+    for first in range(0, count, some):
+        part = first + tl.arange(0, some)
+        at, ok = parts + (b * count + part)[:, None] * 3 * groups + group[None, :], (part < count)[:, None]
+        far = tl.load(at + groups, mask=ok, other=0.0) - mean[None, :]
+        apart += tl.sum(tl.load(at + 2 * groups, mask=ok, other=0.0) + tl.load(at, mask=ok, other=0.0) * far * far, 0)
+    to = moments + (b * groups + group) * 2
+    tl.store(to, mean)
+    tl.store(to + 1, apart / n)
+
+
+@triton.jit
+def group_silu_kernel(
+    x, moments, weight, bias, out, pixels, width: tl.constexpr, groups: tl.constexpr, eps: tl.constexpr,
+    rows: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    row, channel = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width)
+    at, ok = (b * pixels + row)[:, None] * width + channel[None, :], (row < pixels)[:, None]
+    own = moments + (b * groups + channel // (width // groups)) * 2
+    factor = tl.rsqrt(tl.load(own + 1) + eps) * tl.load(weight + channel).to(tl.float32)
+    v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32) - tl.load(own)[None, :]
+    y = v * factor[None, :] + tl.load(bias + channel).to(tl.float32)[None, :]
+    y = y.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + at, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def channel_silu_kernel(x, gamma, out, pixels, width, root, rows: tl.constexpr, block: tl.constexpr):
+    row, channel = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows), tl.arange(0, block)
+    at, ok = row[:, None] * width + channel[None, :], (row < pixels)[:, None] & (channel < width)[None, :]
+    v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)
+    y = (v / length[:, None]).to(out.dtype.element_ty).to(tl.float32)
+    y = (y * root).to(out.dtype.element_ty).to(tl.float32)
+    y *= tl.load(gamma + channel, mask=channel < width, other=0.0).to(tl.float32)[None, :]
+    y = y.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + at, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=ok)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -192,4 +278,37 @@ def beside(seen: Tensor, inner: Tensor) -> Tensor:
         seen, inner, out, n, left, right, seen.stride(0), seen.stride(1), inner.stride(0), inner.stride(1),
         block=COLUMNS, num_warps=4,
     )  # fmt: skip
+    return out
+
+
+def group_moments(x: Tensor, groups: int) -> Tensor:
+    """Mean and variance (b, groups, 2) of pixels (b, c, h, w) whose channels lie last; c and groups powers of two."""
+    b, width, h, w = x.shape
+    rows = max(1, TILE // width)
+    count = triton.cdiv(h * w, rows * SOME)
+    parts = torch.empty((b, count, 3, groups), dtype=torch.float32, device=x.device)
+    moments = torch.empty((b, groups, 2), dtype=torch.float32, device=x.device)
+    moments_kernel[(count, b)](x, parts, h * w, width=width, groups=groups, rows=rows, some=SOME, num_warps=8)
+    together_kernel[(b,)](parts, moments, count, groups=groups, some=PARTS, num_warps=4)
+    return moments
+
+
+def group_norm_silu(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """SiLU of a group norm with these moments."""
+    b, width, h, w = x.shape
+    rows, out = max(1, TILE // width), torch.empty_like(x)
+    group_silu_kernel[(triton.cdiv(h * w, rows), b)](
+        x, moments, weight, bias, out, h * w, width=width, groups=moments.shape[1], eps=eps, rows=rows, num_warps=8
+    )
+    return out
+
+
+def channel_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """SiLU of `kl.ChannelNorm`."""
+    b, width, h, w = x.shape
+    block, out = triton.next_power_of_2(width), torch.empty_like(x)
+    rows = max(1, TILE // 2 // block)
+    channel_silu_kernel[(triton.cdiv(b * h * w, rows),)](
+        x, gamma, out, b * h * w, width, width**0.5, rows=rows, block=block, num_warps=8
+    )
     return out

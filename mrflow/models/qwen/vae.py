@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mrflow.errors import PlanError
-from mrflow.models.kl import KLAutoencoder, ResidualBlock
+from mrflow.models.kl import ChannelNorm, KLAutoencoder, NormedModule, ResidualBlock
 
 # Per channel of the published latents (hub config).
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -76,7 +76,7 @@ class VaeQwen(KLAutoencoder[QwenVaeParams]):
         return torch.tensor(values, device=like.device)[:, None, None]
 
 
-class _Encoder(nn.Module):
+class _Encoder(NormedModule):
     """3 channels to mean and log-variance; `down_blocks` is one flat list, as the files count it."""
 
     def __init__(self, p: QwenVaeParams) -> None:
@@ -92,7 +92,7 @@ class _Encoder(nn.Module):
                 blocks.append(Resample(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out, out, 3, stride=2)))
         self.down_blocks = nn.ModuleList(blocks)
         self.mid_block = _Middle(width)
-        self.norm_out = Norm(width)
+        self.norm_out = ChannelNorm(width)
         self.conv_out = nn.Conv2d(width, 2 * p.latent, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c2 y x"]:
@@ -100,11 +100,11 @@ class _Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        y: Tensor = self.conv_out(F.silu(self.norm_out(self.mid_block(x)), inplace=True))
+        y: Tensor = self.conv_out(self.norm_silu(self.norm_out, self.mid_block(x)))
         return y
 
 
-class _Decoder(nn.Module):
+class _Decoder(NormedModule):
     """The way back, one residual block more a level; going up halves the channels."""
 
     def __init__(self, p: QwenVaeParams) -> None:
@@ -116,7 +116,7 @@ class _Decoder(nn.Module):
             Up(before if level == 0 else before // 2, out, p.blocks + 1, up=level + 1 < len(widths))
             for level, (before, out) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
         )
-        self.norm_out = Norm(widths[-1])
+        self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
@@ -124,7 +124,7 @@ class _Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        y: Tensor = self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        y: Tensor = self.conv_out(self.norm_silu(self.norm_out, x))
         return y
 
 
@@ -165,25 +165,12 @@ class Double(nn.Module):
         return F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
 
 
-class Norm(nn.Module):
-    """x / |x| * sqrt(channels) * gamma over the channels; the length in float32."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width, 1, 1))
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The same shape."""
-        y: Tensor = F.normalize(x.float(), dim=1).to(x.dtype) * x.shape[1] ** 0.5 * self.gamma
-        return y
-
-
 class _Residual(ResidualBlock):
     """With norms over the channels."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = Norm(width), Norm(out)
+        self.norm1, self.norm2 = ChannelNorm(width), ChannelNorm(out)
         self.conv1 = nn.Conv2d(width, out, 3, padding=1)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(width, out, 1) if width != out else None
@@ -198,7 +185,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = Norm(width)
+        self.norm = ChannelNorm(width)
         self.to_qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj = nn.Conv2d(width, width, 1)
 
