@@ -321,11 +321,25 @@ class TestInABrowser:
         assert paper_of() == dark
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
+    def beside_the_facts(self, opened: Any) -> None:
+        facts, button, right = opened.execute_script(
+            "return ['facts', 'theme'].map(e => document.getElementById(e).getBoundingClientRect().toJSON())"
+            ".concat(document.querySelector('main').getBoundingClientRect().right)"
+        )
+        assert button["left"] >= facts["right"] and button["top"] < facts["bottom"]
+        assert right - button["right"] <= 21
+
+    def test_the_theme_stands_at_the_right_whatever_the_facts_say(self, opened: Any) -> None:
+        for words in ("few", "a great many words " * 20):
+            opened.execute_script("document.getElementById('facts').textContent = arguments[0]", words)
+            self.beside_the_facts(opened)
+
     def test_a_narrow_screen_does_not_scroll_sideways(self, opened: Any) -> None:
         size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         opened.refresh()
         assert opened.execute_script("return document.documentElement.scrollWidth") <= 400
+        self.beside_the_facts(opened)
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 

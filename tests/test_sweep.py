@@ -494,6 +494,7 @@ def test_a_full_disk_stops_it_and_leaves_nothing_half_written(tmp_path: Path, mo
         (lambda: run(mf.Sweep({"a": mf.Sample(*SIZE)}, ["a"])), "chain 'a' ends in Latents"),
         (lambda: run(mf.Sweep({"a": mf.Upscale()}, ["a"])), "chain 'a': the chain begins with Upscale"),
         (lambda: run(mf.Sweep({"a": mf.recipes.native(size=(33, 32))}, ["a"])), "chain 'a': stage 1 of 2, Sample"),
+        (lambda: run(mf.Sweep({"a": paper(), "b": paper()}, ["a"])), "chains 'a' and 'b' are the same"),
         (lambda: run(small(), batch=0), "batch must be"),
         (lambda: run(small(), shard=(2, 2)), "a shard"),
     ],

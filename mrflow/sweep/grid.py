@@ -123,16 +123,21 @@ class Sweep:
         """Every chain planned for a model, before any weight is loaded; and held to what a sweep needs.
 
         Raises:
-            PlanError: a chain cannot work, begins or ends with something else than a sweep can give and keep, or holds
-                an object that cannot be written down. The text names the chain.
+            PlanError: a chain cannot work, begins or ends with something else than a sweep can give and keep, holds an
+                object that cannot be written down, or is another one too. The text names the chain.
         """
         out: dict[str, Plan] = {}
+        same: dict[str, str] = {}
         for label, chain in self.chains.items():
             try:
                 out[label] = plan(chain, info)
-                fingerprints(chain)
+                first = same.setdefault(fingerprints(chain)[-1], label)
             except (PlanError, RecordError) as error:
                 raise PlanError(f"chain {label!r}: {error}") from None
+            if first != label:
+                raise PlanError(
+                    f"chains {first!r} and {label!r} are the same, and would share their rows; leave one of them out"
+                )
             if not isinstance(out[label].out, Pixels):
                 raise PlanError(f"chain {label!r} ends in {out[label].out}; put Decode() at its end")
             if not isinstance(out[label].rows[0].spec, Start):
