@@ -163,6 +163,24 @@ def test_the_site_shows_every_page_and_every_public_name() -> None:
     assert pages | set(hooks.OUTSIDE) == listed
 
 
+def test_the_site_shows_the_notebook_as_a_page() -> None:
+    hooks = site_hooks()
+    page = hooks._moved(ROOT / "docs/notebooks/first.ipynb", "notebooks/first.md")
+    cells = json.loads((ROOT / "docs/notebooks/first.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert page.startswith("# A first look\n") and '<a href="first.ipynb" download>' in page
+    blocks = re.findall(r"```python\n(.*?)\n```", page, re.DOTALL)
+    assert blocks == ["".join(c["source"]).strip() for c in cells if c["cell_type"] == "code"]
+    assert "[install](../install.md)" in page
+    readme = hooks._linked("[first](notebooks/first.ipynb)", Path("docs/README.md"), "README.md")
+    assert readme == "[first](notebooks/first.md)"
+
+
+def test_tables_of_the_site_break_no_interval() -> None:
+    html = "<p>a [b, c] d</p><td>0.64 [0.54, 0.74] ▼</td><th>legible [95 %]</th><td>0.3 ▲, and more</td>"
+    want = "<p>a [b, c] d</p><td>0.64 [0.54,~0.74]~▼</td><th>legible [95~%]</th><td>0.3~▲, and more</td>"
+    assert site_hooks().on_page_content(html) == want.replace("~", "\xa0")
+
+
 def test_the_site_shows_what_a_slot_must_have_and_what_signatures_name() -> None:
     (kept,) = re.findall(r'filters: \["!(.*?)"\]', (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     shown = [path for paths in site_hooks().public().values() for path in paths]
