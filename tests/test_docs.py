@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib.util
+import json
 import re
 import shlex
 import tomllib
