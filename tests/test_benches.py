@@ -75,6 +75,12 @@ def test_a_bench_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert json.loads(file.read_text())["rows"]
 
 
+def test_cases_of_loading_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("loading", f"{SMALLEST['loading']} --cases C6", tmp_path, monkeypatch)
+    (file,) = tmp_path.rglob("*.json")
+    assert [row["case"][:2] for row in json.loads(file.read_text())["rows"]] == ["C6"]
+
+
 def test_what_was_loaded_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: two sides that hold other tensors are not timed."""
     digests = iter("ab")

@@ -19,6 +19,7 @@ from mrflow.checkpoints.safetensors import (
     Source,
     load_into,
     map_tensor,
+    mapped_files,
     open_checkpoint,
     read_header,
     save_file,
@@ -592,3 +593,23 @@ def test_relatives_are_named_by_their_own_marks(mark: str, what: str, tmp_path: 
         save_file({prefix + k: t for k, t in (state | {mark: torch.zeros(2, 2)}).items()}, file)
         with pytest.raises(WeightsError, match=f"is not a FLUX transformer: it looks like {what}"):
             load_flux(file)
+
+
+def test_files_that_a_parameter_or_a_buffer_lies_in_are_known(tmp_path: Path) -> None:
+    """They are held against their sizes before use; what was copied to another dtype lies in none."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(3, device="meta"))
+            self.register_buffer("bias", torch.empty(3, device="meta"))
+
+    for name, dtype in (("weight", torch.float32), ("bias", torch.float16)):
+        save_file({name: torch.ones(3, dtype=dtype)}, tmp_path / f"{name}.safetensors")
+    index = {"metadata": {}, "weight_map": {name: f"{name}.safetensors" for name in ("weight", "bias")}}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+    layout = {name: Source((name,), (3,)) for name in ("weight", "bias")}
+    for dtype, lie in ((None, {"weight", "bias"}), (torch.float32, {"weight"}), (torch.float16, {"bias"})):
+        module = Both()
+        load_into(module, open_checkpoint(tmp_path / "m.safetensors.index.json"), layout, dtype=dtype)
+        assert {path.stem for path in mapped_files([module])} == lie
