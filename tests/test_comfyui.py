@@ -93,8 +93,29 @@ def test_mistakes_are_told_in_words(nodes: ModuleType) -> None:
         made["MrflowUpscale"]().make(chain, net="lanczos", height=128, width=128)
     with pytest.raises(PlanError, match="enlarges latents; this node goes over pixels"):
         made["MrflowUpscale"]().make(chain >> mf.Decode(), net="latent-nearest", height=128, width=128)
+    with pytest.raises(PlanError, match="^net takes own, nearest, .*; got 'foo'"):
+        made["MrflowUpscale"]().make(chain >> mf.Decode(), net="foo", height=128, width=128)
     with pytest.raises(PlanError, match="chain ended in"):
         made["MrflowRun"]().make(mf.load("pocket"), chain, "a red circle", 0, 1)
+
+
+def test_an_upscaler_of_latents_is_refused(nodes: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import mrflow as mf\nclass Twice(mf.LatentUpscaler):\n    space, scale = 'pocket', 2\n"
+        "    def __call__(self, latents):\n        return latents\ntwice = Twice()\n"
+    )
+    with pytest.raises(PlanError, match="mine.py:twice enlarges latents; this node goes over pixels"):
+        nodes.NODE_CLASS_MAPPINGS["MrflowUpscale"]().stage(f"{tmp_path}/mine.py:twice", 128, 128)
+
+
+def test_a_negative_prompt_that_nothing_reads_is_refused_and_a_blank_one_is_not(nodes: ModuleType) -> None:
+    run, model = nodes.NODE_CLASS_MAPPINGS["MrflowRun"]().make, mf.load("pocket")
+    one, two = (mf.Sample(64, 64, mf.Shifted(2), guidance=mf.CFG(g)) >> mf.Decode() for g in (1, 4))
+    with pytest.raises(PlanError, match="negative does nothing with this chain: pocket.* draws without a second"):
+        run(model, one, "a red circle", 0, 1, negative="a blue ring")
+    plain, said = (run(model, two, "a red circle", 0, 1, negative=n)[0] for n in ("", "a blue ring"))
+    assert not torch.equal(plain, said)
+    assert run(model, one, "a red circle", 0, 1, negative=" \n")[0].shape == plain.shape
 
 
 def test_slots_are_read_by_the_public_parser(nodes: ModuleType) -> None:

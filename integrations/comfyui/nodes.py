@@ -3,21 +3,23 @@
 Nothing here knows more than mrflow's own objects. ComfyUI itself is only asked for its progress bar.
 """
 
+from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 
 import mrflow as mf
-from mrflow.cli.options import ModelOptions
-from mrflow.cli.parsing import load_model, parse_lora, upscaler
+from mrflow.cli.options import ModelOptions, refuse
+from mrflow.cli.parsing import load_model, names_network, parse_lora, upscaler
 
 Inputs = dict[str, dict[str, Any]]
 SIDE = {"min": 16, "max": 8192, "step": 16}
 STEPS = {"min": 1, "max": 1000}
 SLOTS = {
     "solver": ("STRING", {"default": "", "tooltip": "as in Python, such as Heun or DPMpp2M; empty is Euler"}),
-    "schedule": ("STRING", {"default": "", "tooltip": "such as Karras or Beta(12, alpha=0.5); empty is the usual one"}),
+    "schedule": ("STRING", {"default": "", "tooltip": "such as Karras, or Beta(20), whose 20 counts; empty is usual"}),
     "guidance": ("STRING", {"default": "", "tooltip": "such as CFG(4) or Interval(CFG(4), 0.2, 1); empty is its own"}),
     "cache": ("STRING", {"default": "", "tooltip": "such as TeaCache(0.25); empty is none"}),
 }  # fmt: skip
@@ -32,6 +34,33 @@ KINDS: dict[str, Any] = {
 def slots(words: dict[str, str], steps: int) -> dict[str, Any]:
     """What samples, from the words that are not empty; a schedule without steps has these."""
     return {k: mf.parse(word, KINDS[k], steps=steps) for k, word in words.items() if word.strip()}
+
+
+def located(word: str, *rooms: str) -> str:
+    """A file by its name: that of the path if there is one, else of these of ComfyUI's folders of models.
+
+    Raises:
+        PlanError: a file's bare name that is in none of them.
+    """
+    try:
+        import folder_paths
+    except ImportError:
+        return word
+    if not word or Path(word).exists():
+        return word
+    for room in rooms:
+        if path := folder_paths.get_full_path(room, word):
+            return path
+    if names_network(word) and Path(word).name == word:
+        searched = [Path.cwd(), *(each for room in rooms for each in folder_paths.get_folder_paths(room))]
+        raise mf.PlanError(f"there is no file {word} in {', '.join(map(str, searched))}; put it there or give its path")
+    return word
+
+
+def adapter(word: str) -> mf.Lora:
+    """A LoRA from FILE or FILE:STRENGTH."""
+    found = parse_lora(word)
+    return replace(found, path=located(found.path, "loras"))
 
 
 class Node:
@@ -51,7 +80,7 @@ class Node:
 
 
 class Load(Node):
-    """A model: pocket, a hub id, a folder or a file."""
+    """A model: pocket, a hub id, a folder, or a file, which may lie in ComfyUI's diffusion_models or checkpoints."""
 
     RETURN_TYPES = ("MRFLOW_MODEL",)
     RETURN_NAMES = ("model",)
@@ -61,16 +90,23 @@ class Load(Node):
         "offload": (["none", "phase", "block"],),
         "storage": (["file's own", "fp8"],),
     }
-    OPTIONAL = {"lora": ("STRING", {"default": "", "tooltip": "FILE or FILE:STRENGTH, merged into the weights"})}
+    OPTIONAL = {
+        "lora": ("STRING", {"default": "", "tooltip": "FILE or FILE:STRENGTH, merged into the weights"}),
+        "vae": ("STRING", {"default": "", "tooltip": "the autoencoder, where it is not beside the model"}),
+        "text": ("STRING", {"default": "", "tooltip": "the folder of text encoders and tokenizers, likewise"}),
+    }
 
-    def make(self, where: str, dtype: str, offload: str, storage: str, lora: str = "") -> tuple[mf.Backbone]:
+    def make(
+        self, where: str, dtype: str, offload: str, storage: str, lora: str = "", vae: str = "", text: str = ""
+    ) -> tuple[mf.Backbone]:
         """Load it."""
         own = {"file's own": None}
-        loras = [lora] if lora else None
+        one = adapter(lora) if lora else None
         options = ModelOptions(
-            dtype=own.get(dtype, dtype), offload=offload, storage=own.get(storage, storage), lora=loras
-        )
-        return (load_model(where, options),)
+            dtype=own.get(dtype, dtype), offload=offload, storage=own.get(storage, storage),
+            lora=[f"{one.path}:{one.strength}"] if one else None, vae=located(vae, "vae") or None, text=text or None,
+        )  # fmt: skip
+        return (load_model(located(where, "diffusion_models", "checkpoints"), options),)
 
 
 class Sample(Node):
@@ -93,7 +129,7 @@ class Sample(Node):
         """Begin."""
         words = {"solver": solver, "schedule": schedule, "guidance": guidance, "cache": cache}
         settings = {"schedule": mf.Shifted(steps), **slots(words, steps)}
-        return (mf.Chain((mf.Sample(height, width, lora=parse_lora(lora) if lora else (), **settings),)),)
+        return (mf.Chain((mf.Sample(height, width, lora=adapter(lora) if lora else (), **settings),)),)
 
 
 class Longer(Node):
@@ -132,7 +168,7 @@ class Encode(Longer):
 
 
 class Upscale(Longer):
-    """Super-resolution to a size. `net` is what mrflow's --sr takes: own, lanczos, a checkpoint, ..."""
+    """Super-resolution to a size. `net` is what mrflow's --sr takes: own, lanczos, a file of upscale_models, ..."""
 
     REQUIRED = {
         "net": ("STRING", {"default": "lanczos"}),
@@ -141,8 +177,8 @@ class Upscale(Longer):
     }
 
     def stage(self, net: str, height: int, width: int) -> mf.Stage[Any, Any]:
-        found = upscaler(net)
-        if isinstance(found, str):
+        found = upscaler(located(net, "upscale_models"), "net")
+        if not isinstance(found, mf.Upscaler | None):
             raise mf.PlanError(f"{net} enlarges latents; this node goes over pixels")
         return mf.Upscale(found, (height, width))
 
@@ -170,7 +206,7 @@ class Refine(Longer):
 
 
 class Run(Node):
-    """Runs a chain on a model: pictures, and the record that makes them again."""
+    """Runs a chain on a model: pictures, and the plan as a table."""
 
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("images", "plan")
@@ -206,6 +242,10 @@ class Run(Node):
     ) -> tuple[Any, str]:
         """Images (batch, height, width, 3) in [0, 1], as ComfyUI has them, and the plan as text."""
         planned = mf.plan(chain, model.info, batch=batch)
+        refuse(
+            bool(negative.strip()) and not planned.work.negative, "negative",
+            f"with this chain: {model.info.name} draws without a second branch (guidance CFG(4) has one)",
+        )  # fmt: skip
         bar, steps = progress(sum(len(row.sigmas) - 1 for row in planned.rows if row.sigmas)), count(1)
 
         def listen(event: mf.Event) -> None:

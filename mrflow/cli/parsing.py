@@ -145,8 +145,20 @@ FILTERS = ("nearest", "bilinear", "bicubic")
 NETWORK_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".param")
 
 
-def upscaler(name: str | None) -> Upscaler | LatentUpscaler | str | None:
-    """An upscaler by its word; None for the model's own, the word itself for enlarging latents by it."""
+def names_network(word: str) -> bool:
+    """Whether a word is a file of weights, by its ending: no BasicSR options with weights, no network for latents."""
+    options = ".yml:" in word or ".yaml:" in word
+    return Path(word).suffix.lower() in NETWORK_FILES and not options and not word.startswith(LATENT_FILE)
+
+
+def upscaler(name: str | None, asked: str = "--sr") -> Upscaler | LatentUpscaler | str | None:
+    """An upscaler by its word; None for the model's own, the word itself for enlarging latents by it.
+
+    `asked` is what the user knows the word by.
+
+    Raises:
+        PlanError: the word is none. WeightsError: its file cannot be read.
+    """
     if name in (None, "own"):
         return None
     if name == "lanczos":
@@ -159,7 +171,7 @@ def upscaler(name: str | None) -> Upscaler | LatentUpscaler | str | None:
         return name
     if name.startswith(LATENT_FILE) and name != LATENT_FILE:
         return name
-    if Path(name).suffix.lower() in NETWORK_FILES and ".yml:" not in name and ".yaml:" not in name:
+    if names_network(name):
         return load_upscaler(name)
     file, colon, rest = name.partition(".py:")
     if colon:
@@ -174,7 +186,7 @@ def upscaler(name: str | None) -> Upscaler | LatentUpscaler | str | None:
         before, found, after = name.partition(ending)
         if found and (not after or after.startswith(":")):
             return BasicSR(before + found, after.removeprefix(":"))
-    raise PlanError(f"--sr takes {SR_WORDS}; got {name!r}")
+    raise PlanError(f"{asked} takes {SR_WORDS}; got {name!r}")
 
 
 def pairs_of(words: Sequence[str], drawing: DrawOptions) -> list[tuple[str, int]]:
