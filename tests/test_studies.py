@@ -1,5 +1,6 @@
 """The scripts behind docs/studies.md: each can be drawn with the model it names, and its table says what rows say."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from importlib import import_module
@@ -8,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import mrflow as mf
+from experiments.looks import KNOWN, looks
 from experiments.studies import __main__ as studies
 from experiments.studies import trade_off
 from experiments.studies.common import LOW, SIZE
-from experiments.studies.figure import METHODS
 from mrflow.models import info
 from mrflow.sweep import Row
 from tests.test_statistics import row
@@ -80,8 +81,32 @@ def test_an_unknown_tag_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_operating_points_of_a_method_are_one_line_of_the_figure() -> None:
     found = Counter(map(trade_off.method, trade_off.chains))
-    assert found.keys() == METHODS.keys() and found["native"] == 7 and found["staged"] == 4
-    assert len({colour for colour, _ in METHODS.values()}) == len(METHODS)
+    assert found.keys() <= KNOWN.keys() and found["native"] == 7 and found["staged"] == 4
+    assert len({colour for colour, _ in looks(found).values()}) == len(found) == 5
+
+
+FIGURES = sorted((Path(__file__).parents[1] / "docs/images/studies").glob("*.svg"))
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda path: path.stem)
+def test_a_method_has_one_colour_in_every_figure(figure: Path) -> None:
+    legend = figure.read_text("utf-8").partition('<g id="legend_1">')[2]
+    found, colour = dict[str, str](), ""
+    for stroke, name in re.findall(r"stroke: (#\w{6})|<!-- (.*?) -->", legend):
+        colour = stroke or colour
+        if name:
+            found[name] = colour
+    assert len(FIGURES) == 4 and len(found) >= 5
+    assert found == {method: colour for method, (colour, _) in looks(found).items()}
+    apart = [look for method, look in looks(found).items() if not method.startswith("truth")]  # dashed
+    assert len(set(apart)) == len(apart)
+
+
+def test_methods_that_are_not_known_look_unlike_those_beside_them() -> None:
+    mine = [f"mine {i}" for i in range(40)]
+    given = looks([*KNOWN, *mine])
+    assert {m: given[m] for m in KNOWN} == KNOWN
+    assert len({given[m] for m in mine} - set(KNOWN.values())) == 40
 
 
 def test_the_figure_shows_every_operating_point(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import mrflow as mf
 from experiments.failures.questions import SPEEDS
+from experiments.looks import looks
 from mrflow.records.files import write_bytes
 from mrflow.sweep import Comparison, ConfidenceInterval, Row, compare, family, interval, values
 from mrflow.sweep.statistics import MIN_PROMPTS, group_rows
@@ -144,19 +145,15 @@ def draw(table: Table, path: Path) -> None:
 
     plt.rcParams["svg.hashsalt"] = "mrflow"
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    methods = list(dict.fromkeys(e["method"] for e in table["entries"]))
-    for i, method in enumerate(methods):
+    look = looks(e["method"] for e in table["entries"])
+    for method, (colour, marker) in look.items():
         points = sorted((e["operations"], *e["reads"]) for e in table["entries"] if e["method"] == method)
         x, y = [p[0] for p in points], [p[1] for p in points]
         spread = [max(0.0, p[1] - p[2]) for p in points], [max(0.0, p[3] - p[1]) for p in points]
-        style = "--" if i >= len(colours) else "-"
-        axes.errorbar(
-            x, y, spread, label=method, color=colours[i % len(colours)], marker="o", markersize=4, elinewidth=0.6,
-            linestyle=style,
-        )  # fmt: skip
+        axes.errorbar(x, y, spread, label=method, color=colour, marker=marker, markersize=5, elinewidth=0.6)
     axes.axhline(table["reference"]["reads"][0], color="#999999", linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", ylim=(-0.02, 1.04), xlabel="speed, by counted operations", ylabel="share read [95 %]")
+    axes.set(xscale="log", ylim=(-0.02, 1.04), xlabel="speed, by counted operations: faster is better →")
+    axes.set_ylabel("share read: higher is better ↑ [95 %]")
     axes.set_xticks(SPEEDS, [f"{s}x" for s in SPEEDS])
     axes.minorticks_off()
     axes.grid(alpha=0.25)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from experiments.looks import looks
 from experiments.studies.common import SCORE
 from mrflow.sweep import Row, interval, values
 from mrflow.sweep.aims import BUILT_IN
@@ -10,21 +11,13 @@ from mrflow.sweep.plots import axis_label
 from mrflow.sweep.statistics import group_rows, is_share
 from mrflow.sweep.timing import speedup
 
-METHODS = {  # colour and marker, the same in every figure
-    "native": ("#1c1d21", "o"),
-    "staged": ("#2458c5", "s"),
-    "staged, more refining steps": ("#3aa0d8", "s"),
-    "latent nearest": ("#8a6d00", "D"),
-    "latent bicubic": ("#d0a400", "D"),
-}
-
 
 def speed_figure(
     rows: list[Row], reference: str, path: Path, method: Callable[[str], str], strong: Collection[str]
 ) -> None:
     """Both shares, with intervals, against measured speed-up: a line a method, a mark an operating point.
 
-    `method` is a label without its operating point, one of `METHODS`; `strong` are those that are drawn with heavy
+    `method` is a label without its operating point; `strong` are those that are drawn with heavy
     lines.
     """
     import matplotlib
@@ -42,9 +35,10 @@ def speed_figure(
             sooner, found = fast[label], interval(values(mine, metric), draws=4000, share=is_share(metric))
             if sooner is not None:
                 lines.setdefault(method(label), []).append((sooner.mean, found.mean, found.low, found.high))
+        look = looks(lines)
         for name, points in lines.items():
             points.sort()
-            colour, marker = METHODS[name]
+            colour, marker = look[name]
             x, y, low, high = zip(*points, strict=True)
             below = [v - to for v, to in zip(y, low, strict=True)]
             above = [to - v for v, to in zip(y, high, strict=True)]
