@@ -95,6 +95,8 @@ def test_mistakes_are_told_in_words(nodes: ModuleType) -> None:
         made["MrflowUpscale"]().make(chain >> mf.Decode(), net="latent-nearest", height=128, width=128)
     with pytest.raises(PlanError, match="^net takes own, nearest, .*; got 'foo'"):
         made["MrflowUpscale"]().make(chain >> mf.Decode(), net="foo", height=128, width=128)
+    with pytest.raises(PlanError, match="^lora style.safetensors:1e9: .*strength must be a number from -100 to 100"):
+        made["MrflowSample"]().make(64, 64, 2, lora="style.safetensors:1e9")
     with pytest.raises(PlanError, match="chain ended in"):
         made["MrflowRun"]().make(mf.load("pocket"), chain, "a red circle", 0, 1)
 

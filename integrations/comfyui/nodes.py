@@ -59,7 +59,7 @@ def located(word: str, *rooms: str) -> str:
 
 def adapter(word: str) -> mf.Lora:
     """A LoRA from FILE or FILE:STRENGTH."""
-    found = parse_lora(word)
+    found = parse_lora(word, "lora")
     return replace(found, path=located(found.path, "loras"))
 
 

@@ -113,14 +113,18 @@ def parse_shift(word: str | None) -> Shift | float | None:
         raise PlanError(f"--shift takes a factor, Shift(low, high), or a model's name ({names}): {error}") from None
 
 
-def parse_lora(word: str) -> Lora:
-    """An adapter from FILE or FILE:STRENGTH."""
+def parse_lora(word: str, asked: str = "--lora") -> Lora:
+    """An adapter from FILE or FILE:STRENGTH; `asked` is what the user knows the word by.
+
+    Raises:
+        PlanError: the strength cannot be.
+    """
     path, colon, strength = word.rpartition(":")
     try:
         value = float(strength) if colon and path else None
     except ValueError:
         value = None
-    with naming(f"--lora {word}"):
+    with naming(f"{asked} {word}"):
         return Lora(word) if value is None else Lora(path, value)
 
 
