@@ -26,6 +26,7 @@ from mrflow.cli.options import RECIPE_WORDS, DrawOptions, ModelOptions, SlotOpti
 from mrflow.cli.parsing import load_model, pairs_of, parse_seeds, parse_shift, read_prompts
 from mrflow.cli.plan import plan_text
 from mrflow.cli.records import difference_text, pixel_difference
+from mrflow.cli.sweeps import plan_lines
 from mrflow.display.sheet import stage_table
 from mrflow.errors import PlanError
 from mrflow.models import info
@@ -477,7 +478,11 @@ def test_sweeps_as_json_and_options_of_other_engines(here: Path) -> None:  # noq
     (here / "s.py").write_text(SWEEP)
     planned = json.loads(call("sweep", "s.py", "--plan", "--json")[1])
     assert planned["rows"] == 2 and planned["chains"]["one"]["nfe"] == 2 and planned["flops"] > 0
-    assert call("sweep", "s.py", "--plan")[1].startswith("1 chains x 2 prompts x 1 draws: 2 rows\n  one     2 forwards")
+    assert call("sweep", "s.py", "--plan")[1].startswith("1 chains x 2 prompts x 1 draws: 2 rows\n     2 forwards  ")
+    chains = {label: {"nfe": 24, "flops": 17.8e9} for label in ("one", "a label that says all its settings, " * 3)}
+    lines = plan_lines({"chains": chains, "prompts": 1, "draws": 1, "rows": 2, "flops": 35.6e9})
+    assert wrap(lines, 60)[1] == "    24 forwards  17.8 GFLOP  one" == lines[1]
+    assert len({line.index("GFLOP") for line in lines[1:3]}) == 1
     code, _, err = call("sweep", "s.py", "--workers", "3", "--gpus", "1")
     assert code == 2 and "--workers, --gpus does nothing without --engine ray" in err
     code, _, err = call("report", "none", "--metric", "score")

@@ -142,11 +142,10 @@ def plan_sweep(sweep: Sweep, name: str) -> dict[str, Any]:
 
 
 def plan_lines(planned: dict[str, Any]) -> list[str]:
-    """What `plan_sweep` found, for people."""
+    """What `plan_sweep` found, for people: labels at the end, where long ones break no column."""
     chains = planned["chains"]
-    longest = max(map(len, chains))
     rows = f"{len(chains)} chains x {planned['prompts']} prompts x {planned['draws']} draws: {planned['rows']} rows"
-    each = [f"  {k:<{longest}}  {p['nfe']:>4} forwards  {human(p['flops'], 'FLOP')}" for k, p in chains.items()]
+    each = [f"{p['nfe']:>6} forwards  {human(p['flops'], 'FLOP'):>10}  {label}" for label, p in chains.items()]
     return [rows, *each, f"in all {human(planned['flops'], 'FLOP')}, less what stages share"]
 
 
