@@ -535,7 +535,7 @@ def test_options_that_count_take_whole_numbers_alone(group: Any, verb: str, opti
     assert sum(kind == "int" for *_, kind in numbers) == counted  # none was forgotten
 
 
-def _groups(options: type) -> list[type]:
+def _groups(options: Any) -> list[Any]:
     return [options, *(hint for hint in get_type_hints(options).values() if is_dataclass(hint))]
 
 
