@@ -29,7 +29,7 @@ from mrflow.models.cuda_graphs import CudaGraph, GraphPool
 from mrflow.models.fields import step as whole_step
 from mrflow.models.fp8 import multiply_fp8
 from mrflow.models.kernels import compile_kernels, fused_kernels
-from mrflow.models.kl import NormSilu
+from mrflow.models.kl import KLAutoencoder
 from mrflow.models.offload import (
     BlockOffloader,
     Ledger,
@@ -60,7 +60,6 @@ class Autoencoder(Protocol):
     def moments(self, pixels: Tensor) -> Tensor: ...
     def posterior(self, moments: Tensor, noise: Tensor | None = None) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
-    def use(self, norm_silu: NormSilu) -> None: ...
 
 
 @runtime_checkable
@@ -118,7 +117,8 @@ class LatentModel(TransformerModel):
             widen(flow)
         if runtime.kernels:
             flow.ops, norms = fused_kernels(device)
-            vae.use(norms)
+            if isinstance(vae, KLAutoencoder):  # a family's own may be another network
+                vae.use(norms)
         if runtime.compile:
             flow.ops = compile_kernels("inductor" if runtime.compile is True else runtime.compile)
         self._graphs = runtime.graphs and device.type == "cuda" and runtime.offload == "none"
