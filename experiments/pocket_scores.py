@@ -145,7 +145,7 @@ def main() -> None:
         "native 12": mf.recipes.native(size=size, steps=12),
         "native 6": mf.recipes.native(size=size, steps=6),
     }
-    chains |= controls(model.info, low=low, size=size, staged=chains[STAGED])
+    chains |= controls(model.info, low=low, size=size, staged=chains[STAGED], beside=chains)
     if unknown := set(args.only) - set(chains):
         parser.error(f"no chain is called {', '.join(sorted(unknown))}; there are {', '.join(chains)}")
     chains = {name: chain for name, chain in chains.items() if not args.only or name in args.only}

@@ -85,6 +85,19 @@ def test_every_study_has_its_controls_once() -> None:
     assert again.chains == sweep.chains and again.reference == "one"
 
 
+@pytest.mark.parametrize("name", ["pocket", "flux1-dev", "qwen-image"])
+def test_a_control_that_is_there_already_is_left_out(name: str) -> None:
+    """Whatever its label; a staged chain that costs one native step makes "1 forward" no second time."""
+    model = info(name)
+    whole = controls(model)
+    for label, chain in whole.items():
+        assert controls(model, beside={"mine": chain}) == {k: c for k, c in whole.items() if k != label}
+    cheap = mf.recipes.native(size=model.size, steps=1, guidance=None if model.cfg == 1 else mf.CFG(1.0))
+    few = controls(model, staged=cheap)
+    assert len(set(few.values())) == len(few) and cheap in few.values()
+    mf.Sweep({"mine": cheap, **controls(model, staged=cheap, beside={"mine": cheap})}, ["a"]).plans(model)
+
+
 def test_a_sweep_draws_its_controls(tmp_path: Path) -> None:
     model = mf.load("pocket", device="cpu")
     sweep = mf.Sweep(controls(model.info, low=(64, 64), size=(128, 128)), CAPTIONS)

@@ -6,7 +6,6 @@ The folder is runs/studies/NAME; the plot goes to docs/images/studies with --fig
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ from experiments.studies.common import LOW, SCORE, SIGNS, SIZE
 from mrflow.models import info
 from mrflow.sweep import (
     Comparison,
-    ConfidenceInterval,
     Row,
     Sweep,
     compare,
@@ -79,9 +77,8 @@ def main() -> None:
 
 def with_controls(sweep: Sweep, low: tuple[int, int], size: tuple[int, int]) -> Sweep:
     """The sweep of a study with the control rows that every table has beside its methods."""
-    more = controls(info(sweep.model), low=low, size=size)
-    known = set(sweep.chains.values())
-    return replace(sweep, chains={**sweep.chains, **{k: c for k, c in more.items() if c not in known}})
+    more = controls(info(sweep.model), low=low, size=size, beside=sweep.chains)
+    return replace(sweep, chains={**sweep.chains, **more})
 
 
 def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str]:
@@ -118,14 +115,14 @@ def table(rows: list[Row], reference: str, *, by: str | None = None) -> list[str
         good = interval(values(mine, SCORE), draws=4000, share=True)
         cells = [
             label,
-            "1" if label == reference else _speed(fast),
+            "1" if label == reference else "" if fast is None else f"{fast:.1f}",
             str(next((r.nfe for r in mine if r.done), "")),
             str(good),
         ]
         cells.append("")
         if whole := found.get((label, SCORE, None)):
             d = whole.difference
-            cells[-1] = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{SIGNS[whole.verdict]}"
+            cells[-1] = f"{d:+.3f}{SIGNS[whole.verdict]}"
         for metric, group in columns:
             part = values(_part(mine, by, group), metric)
             one = found.get((label, metric, group))
@@ -152,12 +149,6 @@ def _family(
 
 def _part(rows: list[Row], by: str | None, group: str | None) -> list[Row]:
     return rows if by is None or group is None else [r for r in rows if r.tags.get(by) == group]
-
-
-def _speed(fast: ConfidenceInterval | None) -> str:
-    if fast is None:
-        return ""
-    return f"{fast.mean:.1f}" + ("" if math.isnan(fast.low) else f" [{fast.low:.1f}, {fast.high:.1f}]")
 
 
 if __name__ == "__main__":

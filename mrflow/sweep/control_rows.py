@@ -4,6 +4,8 @@ Without them a table cannot say whether its world is hard (one unguided forward 
 from sampling or from the networks that pictures are sent through.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 from mrflow import recipes
@@ -23,8 +25,11 @@ def controls(
     low: tuple[int, int] | None = None,
     size: tuple[int, int] | None = None,
     staged: StagedChain | None = None,
+    beside: Mapping[str, StagedChain] = MappingProxyType({}),
 ) -> dict[str, StagedChain]:
-    """Control rows by label, ready to be put beside a sweep's chains; `low` and `size` default to the model's own.
+    """Control rows by label, ready to be put `beside` a sweep's chains; `low` and `size` default to the model's own.
+
+    A chain that stands there already, or twice among these, is given once, as a sweep needs it.
 
     For the embedded model, whose captions have a true scene: the truth, its autoencoder, and the staged path of the
     truth (rendered at `low`, autoencoder, super-resolution, autoencoder) alone and with the end of `staged` (from
@@ -55,7 +60,8 @@ def controls(
         steps = affordable(staged, info, size=size, guidance=guidance)
         chain = recipes.native(size=size, steps=steps, guidance=guidance)
         out[f"native {steps}{name} (same cost)"] = chain
-    return out
+    first = {chain: label for label, chain in reversed(out.items())}
+    return {label: chain for chain, label in reversed(first.items()) if chain not in beside.values()}
 
 
 def affordable(chain: StagedChain, info: ModelInfo, *, size: tuple[int, int], guidance: Guidance | None = None) -> int:
