@@ -171,7 +171,7 @@ def _lines(dose: str, captions: list[str], scores: dict[str, list[dict[str, floa
             interval(by_caption([(c, s[category]) for c, s in zip(captions, row, strict=True)]), draws=4000, share=True)
             for row in scores.values()
         ]
-        cells = " | ".join(f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in found)
+        cells = " | ".join(f"{i:.2f}" for i in found)
         lines.append(f"| {dose} | {category} | {cells} |")
     return lines
 

@@ -222,8 +222,8 @@ def study(args: argparse.Namespace) -> None:
                     if args.out is not None:
                         write_bytes(args.out, json.dumps({"mark": mark, "asked": asked, "scores": kept}).encode())
             scores[float(height)] = {str(n): kept[f"{name} {height} {n}"] for n in range(len(sheets))}
-            found = interval(scores[float(height)], draws=4000)
-            cells.append(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
+            found = interval(scores[float(height)], draws=4000, share=True)
+            cells.append(f"{found:.2f}")
         ends = min(scores), max(scores)
         half = crossing(scores).text(1, 1, ends) if len(scores) > 1 else ""
         print(f"| {name} | {' | '.join(cells)} | {half} |", flush=True)

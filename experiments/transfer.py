@@ -86,7 +86,7 @@ def chains(s: Setting, facts: ModelInfo, look: str, student: mf.students.Student
     if student is not None:
         out["student"] = mf.recipes.few(student, size=s.whole)
         out[STACKED] = mf.recipes.stacked(student, low=s.small, size=s.whole)
-    for label, chain in controls(facts, low=s.small, size=s.whole, staged=fast(out)).items():
+    for label, chain in controls(facts, low=s.small, size=s.whole, staged=fast(out), beside=out).items():
         stages = [replace(stage, look=look) if isinstance(stage, mf.Truth) else stage for stage in chain]
         out[label] = cast(Chain, AnyChain(tuple(stages)))
     return out
@@ -160,9 +160,7 @@ def table(rows: Rows, label: str) -> list[str]:
     ]
     for (look, name), (base, tuned, more) in sorted(found.items(), key=lambda item: list(CHANGED).index(item[0][0])):
         read, bare = (_mean(rows[which], chain, name) for which, chain in ((look, NATIVE), (f"{look}, base", STAGED)))
-        cells = [
-            f"{c.difference.mean:+.2f} [{c.difference.low:+.2f}, {c.difference.high:+.2f}]" for c in (base, tuned, more)
-        ]
+        cells = [f"{c.difference:+.2f}" for c in (base, tuned, more)]
         cells = [cells[0], *(f"{text}{SIGNS[c.verdict]}" for text, c in zip(cells[1:], (tuned, more), strict=True))]
         said = verdict(read, bare, tuned, more)
         lines.append(f"| {look} | {name} | {read:.2f} | {bare:.2f} | {' | '.join(cells)} | {said} |")
@@ -199,7 +197,7 @@ def every_row(rows: Rows) -> list[str]:
                 scores = values(_part(mine, label, name), CATEGORIES[name].metric)
                 sign = SIGNS[tests[label, name].verdict] if (label, name) in tests else ""
                 i = interval(scores, draws=4000, share=True) if scores else None
-                cells.append("" if i is None else f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]{sign}")
+                cells.append("" if i is None else f"{i:.2f}{sign}")
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return lines

@@ -16,7 +16,7 @@ import mrflow as mf
 from mrflow import metrics
 from mrflow.sweep import ClipScore, Lpips, Measured, ReadText, Row, compare, interval, pareto, seed_of, values
 from mrflow.sweep.significance import clopper_pearson, holm, sign_flip, student
-from mrflow.sweep.statistics import compare_differences, family
+from mrflow.sweep.statistics import ConfidenceInterval, compare_differences, family
 from mrflow.sweep.timing import seconds, speedup
 
 
@@ -370,3 +370,14 @@ def test_many_prompts_are_judged_by_limit_laws(monkeypatch: pytest.MonkeyPatch) 
     assert exact.low == pytest.approx(drawn.low, abs=0.06 * width)
     assert exact.high == pytest.approx(drawn.high, abs=0.06 * width)
     assert 1e-3 < p == pytest.approx(sign_flip(shifted), rel=0.15)
+
+
+def test_an_interval_is_written_in_the_form_that_is_asked_for() -> None:
+    """Where nothing varies, or there are too few to say, the mean stands alone."""
+    some = ConfidenceInterval(0.125, -0.25, 0.5, 4, 4)
+    assert (str(some), f"{some:.1f}", f"{some:+.2f}") == (
+        "0.125 [-0.250, 0.500]", "0.1 [-0.2, 0.5]", "+0.12 [-0.25, +0.50]"
+    )  # fmt: skip
+    for ends in ((2.0, 2.0), (float("nan"), float("nan"))):
+        alone = ConfidenceInterval(2.0, *ends, 4, 4)
+        assert (str(alone), f"{alone:.1f}") == ("2.000", "2.0")

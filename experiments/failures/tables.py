@@ -96,7 +96,7 @@ def by_size(rows: Sequence[Row], reference: str) -> list[str]:
                 cells.append("")
                 continue
             i = interval(scores, draws=4000, share=True)
-            cells.append(f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]{SIGNS[one.verdict] if one else ''}")
+            cells.append(f"{i:.2f}{SIGNS[one.verdict] if one else ''}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -126,7 +126,7 @@ def budget(rows: Sequence[Row]) -> list[str]:
         for loss in names:
             one = found.get((name, size, loss))
             d = one.difference if one else None
-            cells.append(f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]{SIGNS[one.verdict]}" if one and d else "")
+            cells.append(f"{d:+.2f}{SIGNS[one.verdict]}" if one and d else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -153,8 +153,8 @@ def small_text(out: Path) -> None:
         cells = []
         for h in HEIGHTS:
             scores = legible(pictures[h], WORDS, made[h][1], read_line, shift=shift)
-            found = interval({word: [score] for word, score in zip(WORDS, scores, strict=True)}, draws=4000)
-            cells.append(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
+            found = interval({word: [score] for word, score in zip(WORDS, scores, strict=True)}, draws=4000, share=True)
+            cells.append(f"{found:.2f}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
         if not shift:
             labels.append(name)

@@ -41,9 +41,13 @@ class ConfidenceInterval:
     pictures: int
 
     def __str__(self) -> str:
-        if np.isnan(self.low) or self.low == self.high:  # numbers that are all alike have shown no spread
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self:.3f}"
+
+    def __format__(self, spec: str) -> str:
+        """Mean and ends in this form, `.2f` say; the mean alone where numbers all alike have shown no spread."""
+        if np.isnan(self.low) or self.low == self.high:
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The rows of a sweep as a table: CSV, Parquet, a folder that the datasets library loads; and its methods as text."""
 
 import csv
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,7 +13,7 @@ from mrflow.errors import PlanError
 from mrflow.records.files import write_bytes
 from mrflow.sweep.aims import Scale
 from mrflow.sweep.rows import Row
-from mrflow.sweep.statistics import ConfidenceInterval, caveat, group_rows, interval, is_share, number, values
+from mrflow.sweep.statistics import caveat, group_rows, interval, is_share, number, values
 from mrflow.sweep.store import Store
 from mrflow.sweep.summary import load_rows, metrics_of, scales
 from mrflow.sweep.timing import speedup
@@ -93,7 +92,7 @@ def table(folder: str | Path, *metrics: str) -> Table:
         cells = [label, f"{len(mine)}" + (f" ({failed} failed)" if failed else "")]
         cells += [_cell(mine, metric, notes) for metric in chosen]
         fast = speedup(base, mine) if base and not any(row.rendered for row in mine) else None
-        cells.append("" if fast is None else _spread(fast, 2))
+        cells.append("" if fast is None else f"{fast:.2f}")
         lines.append(tuple(cells))
     heads = ("method", "rows", *(f"{m}{_unit(which[m])}" for m in chosen), f"speed-up over {reference or 'none'} ↑")
     return Table(heads, tuple(lines), tuple(notes))
@@ -112,13 +111,7 @@ def _cell(rows: Sequence[Row], metric: str, notes: dict[str, None]) -> str:
     said = caveat(found, whole, share=share)
     if said:
         notes.setdefault(f"* {said}")
-    return f"{whole.mean:.3f} *" if said and whole.low == whole.high else _spread(whole, 3) + (" *" if said else "")
-
-
-def _spread(found: ConfidenceInterval, digits: int) -> str:
-    if math.isnan(found.low):
-        return f"{found.mean:.{digits}f}"
-    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    return f"{whole:.3f}" + (" *" if said else "")
 
 
 def flat(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
