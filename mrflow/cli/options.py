@@ -239,7 +239,7 @@ def number(word: object) -> float:
         raise typer.BadParameter(f"it takes a number, got {str(word)[:80]!r}") from None
 
 
-READ = {int: (whole, "<int>"), float: (number, "<float>")}
+READ: dict[object, tuple[Callable[[object], float], str]] = {int: (whole, "<int>"), float: (number, "<float>")}
 
 
 def _exact(annotation: Any) -> Any:  # noqa: ANN401
