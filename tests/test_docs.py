@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 from operator import attrgetter
 from pathlib import Path
@@ -212,6 +213,14 @@ def test_install_names_every_extra() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     named = set(re.findall(r"`mrflow\[(\w+)\]`", (ROOT / "docs/install.md").read_text(encoding="utf-8")))
     assert named == set(declared) - {"dev", "site"}  # of a checkout
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout: what is tracked cannot be asked")
+def test_the_source_distribution_holds_all_that_its_tests_and_makefile_read() -> None:
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tops = {line.partition("/")[0] for line in tracked.splitlines()}
+    assert {top for top in tops if not top.startswith(".")} - set(built["sdist"]["include"]) == {"pyproject.toml"}
 
 
 def test_readme_says_what_make_demo_writes() -> None:
