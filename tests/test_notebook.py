@@ -172,3 +172,27 @@ def test_small_pictures_cut_no_line_of_their_sheet(result: mf.Result, monkeypatc
     assert any(words.endswith("x as fast") for _, words in drawn)
     assert "a red ring at the top (seed 1)" in [words for _, words in drawn]
     assert max(right for right, _ in drawn) <= sheet.width - MARGIN + 1
+
+
+def test_long_captions_take_several_lines_of_their_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their seeds, and no line over the pictures below; one without end, or of one word, is cut."""
+    drawn = list[tuple[tuple[float, float], str]]()
+    write = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, xy: tuple[float, float], words: str, **more: Any) -> None:
+        drawn.append((xy, words))
+        write(self, xy, words, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    four = ["a red star at the top left,\na blue ring at the right", "two words", "so on " * 100, "x" * 500]
+    made = mf.run(mf.recipes.native(size=(64, 64), steps=1), mf.toy(), four, seed=12)
+    sheet = draw_comparison(made, made)
+    below = [(y, words) for (_, y), words in drawn if words not in ("staged", "native")][2:]
+    lines = [words for _, words in below]
+    first = below[: next(i for i, line in enumerate(lines) if line.endswith("12)")) + 1]
+    assert 1 < len(first) <= 3 and " ".join(words for _, words in first) == f"{' '.join(four[0].split())} (seed 12)"
+    assert [line for line in lines if line.startswith("so on")][2].endswith("...")
+    assert [line[-3:] for line in lines if line.startswith("x")] == ["..."]
+    tops = sorted(y for (_, y), words in drawn if words == "staged")
+    assert first[-1][0] + 12 < tops[-1]
+    assert max(y for (_, y), _ in drawn) + 14 <= sheet.height

@@ -17,6 +17,7 @@ from mrflow.stage import AnyChain, Chain, human, plan
 from mrflow.stages import Sample
 
 MARGIN, GAP, PAIRS = 8, 20, 2  # pixels within a pair and between pairs; pairs a row
+LINES, LINE = 3, 16  # of a caption at most; pixels from one to the next
 INK, PAPER = (30, 30, 34), (250, 250, 250)
 
 
@@ -73,33 +74,47 @@ def draw_comparison(staged: Result, native: Result) -> Image.Image:
     across = min(PAIRS, len(staged.images))
     down = -(-len(staged.images) // across)
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    head, foot, pair = 24, 22, 2 * width + MARGIN + GAP
+    head, pair = 24, 2 * width + MARGIN + GAP
     gain = native.seconds / staged.seconds
     lines = (
         f"staged: {staged.seconds:.2f} s, {staged.nfe} forwards, {gain:.1f}x as fast",
         f"native: {native.seconds:.2f} s, {native.nfe} forwards",
     )
     inner = max(across * pair - GAP, *(ceil(font.getlength(line)) for line in lines))  # small pictures, whole lines
+    room = pair - GAP if across > 1 else inner
+    captions = [_lines(f"{p} (seed {n})", room, small) for p, n in zip(staged.prompts, staged.seeds, strict=True)]
+    foot = 6 + LINE * max(map(len, captions))
     sheet = Image.new("RGB", (inner + 2 * MARGIN, MARGIN + 2 * head + down * (height + foot + head)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
         draw.text((MARGIN, 5 + i * head), line, fill=INK, font=font)
-    for i, (prompt, seed) in enumerate(zip(staged.prompts, staged.seeds, strict=True)):
+    for i, caption in enumerate(captions):
         left, top = MARGIN + i % across * pair, 2 * head + i // across * (height + foot + head)
         for place, (name, result) in enumerate((("staged", staged), ("native", native))):
             x = left + place * (width + MARGIN)
             draw.text((x, top + 6), name, fill=INK, font=small)
             sheet.paste(result.images[i], (x, top + head))
-        room = pair - GAP if across > 1 else inner
-        text = _fit(draw, f"{prompt} (seed {seed})", room, small)
-        draw.text((left, top + head + height + 2), text, fill=INK, font=small)
+        for k, line in enumerate(caption):
+            draw.text((left, top + head + height + 2 + k * LINE), line, fill=INK, font=small)
     return sheet
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """Text in lines of this width in pixels, broken between words; one that does not fit, or the last, is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and len(lines) < LINES and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_fit(line, width, font) for line in lines]
+
+
+def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Text cut to a width in pixels, with dots where something is missing."""
-    if draw.textlength(text, font=font) <= width:
+    if font.getlength(text) <= width:
         return text
-    while text and draw.textlength(text + "...", font=font) > width:
+    while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
