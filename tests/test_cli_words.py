@@ -478,7 +478,7 @@ def test_sweeps_as_json_and_options_of_other_engines(here: Path) -> None:  # noq
     (here / "s.py").write_text(SWEEP)
     planned = json.loads(call("sweep", "s.py", "--plan", "--json")[1])
     assert planned["rows"] == 2 and planned["chains"]["one"]["nfe"] == 2 and planned["flops"] > 0
-    assert call("sweep", "s.py", "--plan")[1].startswith("1 chains x 2 prompts x 1 draws: 2 rows\n     2 forwards  ")
+    assert call("sweep", "s.py", "--plan")[1].startswith("1 chain x 2 prompts x 1 draw: 2 rows\n     2 forwards  ")
     chains = {label: {"nfe": 24, "flops": 17.8e9} for label in ("one", "a label that says all its settings, " * 3)}
     lines = plan_lines({"chains": chains, "prompts": 1, "draws": 1, "rows": 2, "flops": 35.6e9})
     assert wrap(lines, 60)[1] == "    24 forwards  17.8 GFLOP  one" == lines[1]

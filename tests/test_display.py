@@ -19,7 +19,7 @@ from mrflow.cli import parsing as words
 from mrflow.cli.app import app
 from mrflow.cli.display import Plain, console
 from mrflow.cli.sweeps import bar
-from mrflow.display.notes import printable
+from mrflow.display.notes import counted, printable
 from mrflow.errors import ChainError, PlanError, ResourceError
 from mrflow.records import pictures as io
 from mrflow.records import publish
@@ -250,3 +250,7 @@ def test_words_that_are_no_options_are_said_harmlessly(words: list[str]) -> None
     done = CliRunner().invoke(app, [word.format(hostile) for word in words])
     assert done.exit_code == 2 and r"x\x1b[2J\u202ey" in done.output
     assert not set(done.output) & set("\x1b\u202e")
+
+
+def test_one_thing_is_no_plural() -> None:
+    assert [counted(n, "row") for n in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]

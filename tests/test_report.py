@@ -130,7 +130,7 @@ def test_rows_of_older_settings_are_left_out(tmp_path: Path, caplog: pytest.LogC
         run_sweep(sweep(steps), mf.toy(), tmp_path)
     rows, _ = load_rows(tmp_path)
     assert [(row.chain, row.nfe) for row in rows] == [("one", 1)] * 2 + [("other", 3)] * 2
-    assert "2 rows of other settings or versions are left out" in caplog.text
+    assert "left out: 2 rows of other settings or versions" in caplog.text
     run_sweep(mf.Sweep({"third": mf.recipes.native(size=SIZE, steps=4)}, ["a"]), mf.toy(), tmp_path)
     assert [row.nfe for row in load_rows(tmp_path)[0]] == [1, 1, 3, 3, 4]  # what a folder had before stays its own
     run_sweep(sweep(3, negative="no"), mf.toy(), tmp_path)
@@ -150,7 +150,7 @@ def test_rows_of_shared_noise_are_left_out(tmp_path: Path, caplog: pytest.LogCap
     key = row_key(fingerprints(sweep.chains["one"])[-1], one.model, one.weights, "a", one.negative, 0, made_by)
     folder.commit(replace(one, key=key, seed=0))
     assert [row.seed for row in load_rows(tmp_path)[0]] == [seed_of("a", 0)]
-    assert "1 rows of other settings or versions are left out" in caplog.text
+    assert "left out: 1 row of other settings or versions" in caplog.text
 
 
 def test_tables_and_plots(folder: Path, tmp_path: Path) -> None:

@@ -640,7 +640,7 @@ def test_the_command(here: Path) -> None:  # noqa: F811
         "sweep = mf.Sweep(chains, ['a big red circle at the left'], metrics=[SceneScore()])\nother = 3\n"
     )
     code, out, _ = call("sweep", "mine.py", "--plan")
-    assert code == 0 and "2 chains x 1 prompts x 1 draws: 2 rows" in out and not Path("mine-sweep").exists()
+    assert code == 0 and "2 chains x 1 prompt x 1 draw: 2 rows" in out and not Path("mine-sweep").exists()
     code, out, err = call("sweep", "mine.py", "--json")
     assert code == 0 and json.loads(out)["made"] == 2 and "2 rows made, 0 were there, 0 failed" in err
     assert all("score" in r.metrics for r in read("mine-sweep"))

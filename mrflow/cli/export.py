@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 
 from mrflow.cli.verbs import ExportOptions
+from mrflow.display.notes import counted
 from mrflow.errors import PlanError
 from mrflow.records.files import check_writable
 from mrflow.sweep.datasets import write_dataset
@@ -29,5 +30,5 @@ def export(err: Console, asked: ExportOptions) -> None:
         check_writable(target)
         count = len(rows)
         (write_csv if to == "csv" else write_parquet)(rows, target)
-    err.print(f"{count} rows")
+    err.print(counted(count, "row"))
     typer.echo(json.dumps({"path": str(target), "rows": count}) if asked.as_json else target)

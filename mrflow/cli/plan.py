@@ -11,6 +11,7 @@ from mrflow.cli.options import refuse
 from mrflow.cli.parsing import load_chain, parse_shift, upscaler
 from mrflow.cli.verbs import PlanOptions
 from mrflow.cost import H200, floor_seconds, memory
+from mrflow.display.notes import counted
 from mrflow.models import info
 from mrflow.recipes import native as native_chain
 from mrflow.records.pictures import read_image
@@ -77,8 +78,8 @@ def comparison(planned: Plan) -> list[str]:
     if native is not None and planned.work.flops and native.work.flops:
         ratio = native.work.flops / planned.work.flops
         lines.append(
-            f"native    {planned.model.native_steps} steps: {native.nfe} forwards, {human(native.work.flops, 'FLOP')}; "
-            f"this chain: {ratio:.1f}x less"
+            f"native    {planned.model.native_steps} steps: {counted(native.nfe, 'forward')}, "
+            f"{human(native.work.flops, 'FLOP')}; this chain: {ratio:.1f}x less"
         )
         if a is not None and a.parameters > 1e9:
             mine, theirs = floor_seconds(planned), floor_seconds(native)

@@ -14,7 +14,7 @@ from mrflow.cli.display import width, wrap
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import free_path, load_model, own_types, save_free
 from mrflow.cli.verbs import InspectOptions, ReplayOptions
-from mrflow.display.notes import printable
+from mrflow.display.notes import counted, printable
 from mrflow.errors import PlanError, ResourceError
 from mrflow.models import published_models
 from mrflow.models.digests import verify
@@ -92,13 +92,13 @@ def sweep_lines(folder: Path) -> list[str]:
     failed = [row for row in rows if not row.done]
     whole = said.get("rows")
     left = f", {max(0, whole - len(rows))} to make" if is_whole(whole, 0) else ""
-    count = f"{len(rows) - len(failed)} rows done, {len(failed)} failed{left}"
+    count = f"{counted(len(rows) - len(failed), 'row')} done, {len(failed)} failed{left}"
     by = f" by {said['model']}" if "model" in said else ""
-    lines = [f"{folder.resolve().name}: a sweep of {len(chains)} chains{by}; {count}"]
+    lines = [f"{folder.resolve().name}: a sweep of {counted(len(chains), 'chain')}{by}; {count}"]
     for label in list(chains)[:MOST_CHAINS]:
         mine = [row for row in rows if row.chain == label]
         bad = sum(not row.done for row in mine)
-        lines.append(f"chain     {label}: {len(mine) - bad} rows done" + (f", {bad} failed" if bad else ""))
+        lines.append(f"chain     {label}: {counted(len(mine) - bad, 'row')} done" + (f", {bad} failed" if bad else ""))
     lines += [f"          ... and {len(chains) - MOST_CHAINS} more"] if len(chains) > MOST_CHAINS else []
     lines += [f"error     {failed[0].chain}, {failed[0].prompt[:60]!r}: {failed[0].error}"] if failed else []
     if why is not None:

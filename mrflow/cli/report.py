@@ -7,6 +7,7 @@ from rich.console import Console
 
 from mrflow.cli.options import refuse
 from mrflow.cli.verbs import ReportOptions
+from mrflow.display.notes import counted
 from mrflow.errors import PlanError
 from mrflow.records.files import check_writable
 from mrflow.sweep.plots import write_plots
@@ -39,7 +40,7 @@ def report_sweep(err: Console, asked: ReportOptions) -> None:
         summary = summarise(rows, reference, Store(folder).manifest())
         made += write_plots(summary, target.with_suffix(""), metric=asked.metric)
     bad = sum(not row.done for row in rows)
-    err.print(f"{len(rows)} rows, {bad} failed; {target.stat().st_size / 1e6:.1f} MB")
+    err.print(f"{counted(len(rows), 'row')}, {bad} failed; {target.stat().st_size / 1e6:.1f} MB")
     if asked.as_json:
         typer.echo(json.dumps({"paths": [str(path) for path in made], "rows": len(rows), "failed": bad}))
     else:

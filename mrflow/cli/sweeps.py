@@ -19,6 +19,7 @@ from mrflow.cli.display import duration, progress_bar, width, wrap
 from mrflow.cli.options import refuse
 from mrflow.cli.parsing import load_file, load_model, module_name
 from mrflow.cli.verbs import SweepOptions
+from mrflow.display.notes import counted
 from mrflow.errors import PlanError
 from mrflow.machine.interrupts import end_at_once, listening
 from mrflow.models import info
@@ -66,7 +67,7 @@ def sweep(err: Console, asked: SweepOptions) -> None:
             done = run_sweep(found, backbone, whole, **how)
     done = replace(done, folder=str(folder))
     stay = f", {done.stayed} failed before and stay failed" if done.stayed else ""
-    counts = f"{done.made} rows made, {done.before} were there, {done.failed} failed{stay}, {done.left} left"
+    counts = f"{counted(done.made, 'row')} made, {done.before} were there, {done.failed} failed{stay}, {done.left} left"
     err.print(f"{counts}: {folder}")
     for text in done.errors:
         err.print(f"  {text}")
@@ -80,14 +81,15 @@ def sweep(err: Console, asked: SweepOptions) -> None:
         err.print("stopped after the current batch; run the same command again to resume")
         raise SystemExit(code[0])
     if done.left:
-        err.print(f"other processes are making {done.left} rows, or died with them; run the same command again")
+        err.print(
+            f"other processes are making {counted(done.left, 'row')}, or died with them; run the same command again"
+        )
         raise SystemExit(RETRY)
     if done.failed or done.stayed:
         err.print(f"failed rows are in {folder}/rows with their errors; --retry generates them again")
     if done.unmeasured:
-        err.print(
-            f"{done.unmeasured} rows lack a metric that failed; once its cause is gone, the same command measures them"
-        )
+        where = counted(done.unmeasured, "row")
+        err.print(f"a metric failed in {where}; once its cause is gone, the same command measures it there")
     if done.failed or done.stayed or done.unmeasured:
         raise SystemExit(4)
 
@@ -144,8 +146,12 @@ def plan_sweep(sweep: Sweep, name: str) -> dict[str, Any]:
 def plan_lines(planned: dict[str, Any]) -> list[str]:
     """What `plan_sweep` found, for people: labels at the end, where long ones break no column."""
     chains = planned["chains"]
-    rows = f"{len(chains)} chains x {planned['prompts']} prompts x {planned['draws']} draws: {planned['rows']} rows"
-    each = [f"{p['nfe']:>6} forwards  {human(p['flops'], 'FLOP'):>10}  {label}" for label, p in chains.items()]
+    sizes = {"chain": len(chains)} | {noun: planned[f"{noun}s"] for noun in ("prompt", "draw")}
+    rows = f"{' x '.join(counted(n, noun) for noun, n in sizes.items())}: {counted(planned['rows'], 'row')}"
+    each = [
+        f"{p['nfe']:>6} {'forward' if p['nfe'] == 1 else 'forwards':<8}  {human(p['flops'], 'FLOP'):>10}  {label}"
+        for label, p in chains.items()
+    ]
     return [rows, *each, f"in all {human(planned['flops'], 'FLOP')}, less what stages share"]
 
 

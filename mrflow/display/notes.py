@@ -35,6 +35,11 @@ class Tally:
 _tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, of one or several: `1 row`, `2 rows`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def printable(text: str) -> str:
     """A text with control characters, also those that turn the direction of writing, as escapes; lines stay lines."""
     return _control.sub(lambda found: ascii(found.group())[1:-1], text)

@@ -7,6 +7,7 @@ from math import ceil
 from PIL import Image, ImageDraw, ImageFont
 
 from mrflow.backbone import Backbone
+from mrflow.display.notes import counted
 from mrflow.errors import PlanError
 from mrflow.records.pictures import to_images
 from mrflow.result import Result
@@ -26,7 +27,7 @@ def stage_table(result: Result, columns: int | None = None) -> str:
     total = result.seconds
     rows = [("text", "", result.condition_seconds, "")]
     for stage in result.stages:
-        nfe = f"{stage.nfe} forwards" if stage.nfe else ("from cache" if stage.cached else "")
+        nfe = counted(stage.nfe, "forward") if stage.nfe else ("from cache" if stage.cached else "")
         rows.append((stage.name, str(stage.spec), stage.seconds, nfe))
     last = ("total", f"batch of {len(result.seeds)}")
     texts = [last, *(row[:2] for row in rows)]
@@ -77,8 +78,8 @@ def draw_comparison(staged: Result, native: Result) -> Image.Image:
     head, pair = 24, 2 * width + MARGIN + GAP
     gain = native.seconds / staged.seconds
     lines = (
-        f"staged: {staged.seconds:.2f} s, {staged.nfe} forwards, {gain:.1f}x as fast",
-        f"native: {native.seconds:.2f} s, {native.nfe} forwards",
+        f"staged: {staged.seconds:.2f} s, {counted(staged.nfe, 'forward')}, {gain:.1f}x as fast",
+        f"native: {native.seconds:.2f} s, {counted(native.nfe, 'forward')}",
     )
     inner = max(across * pair - GAP, *(ceil(font.getlength(line)) for line in lines))  # small pictures, whole lines
     room = pair - GAP if across > 1 else inner

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from mrflow.display.notes import counted
 from mrflow.errors import PlanError
 from mrflow.records.readable import stage_text
 from mrflow.sweep.aims import BUILT_IN, COSTS, Scale, from_plain, scale_for, to_plain
@@ -54,7 +55,7 @@ def load_rows(folder: str | Path) -> tuple[list[Row], str]:
         rows = mine
     mine = [row for row in rows if _is_current(row, said)]
     if len(mine) < len(rows):
-        log.warning("%d rows of other settings or versions are left out", len(rows) - len(mine))
+        log.warning("left out: %s of other settings or versions", counted(len(rows) - len(mine), "row"))
         rows = mine
     if not rows:
         raise PlanError(f"{folder} has no rows of the settings that it has now; run mrflow sweep first")
