@@ -7,6 +7,9 @@ import torch
 
 import mrflow as mf
 from mrflow.models.cuda_graphs import CudaGraph
+from mrflow.models.kernels import errors, fused_kernels
+from mrflow.models.kl import norm_silu
+from mrflow.models.layers import PLAIN
 from tests.tiny import write_flux_repo, write_qwen_repo
 
 pytestmark = pytest.mark.gpu
@@ -32,6 +35,15 @@ def drawn(where: str | Path, device: str, **settings: object) -> torch.Tensor:
     """A staged picture in float32."""
     model = mf.load(where, device=device, dtype=torch.float32, **settings)  # type: ignore[arg-type]
     return mf.run(CHAIN, model, "a cat", seed=3).pixels.cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_give_what_their_definitions_give(dtype: torch.dtype) -> None:
+    """Blocks' and the autoencoders', and a model takes them there."""
+    ops, norms = fused_kernels(torch.device("cuda"))
+    assert ops is not PLAIN and norms is not norm_silu
+    found = errors(ops, torch.device("cuda"), dtype, norms=norms)
+    assert max(found.values()) < 1, found
 
 
 def test_pocket_draws_there_what_it_draws_here() -> None:
