@@ -39,7 +39,7 @@ def drawn(where: str | Path, device: str, **settings: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_give_what_their_definitions_give(dtype: torch.dtype) -> None:
-    """Blocks' and the autoencoders', and a model takes them there."""
+    """Those of blocks and of autoencoders, none of which is left out."""
     ops, norms = fused_kernels(torch.device("cuda"))
     assert ops is not PLAIN and norms is not norm_silu
     found = errors(ops, torch.device("cuda"), dtype, norms=norms)
