@@ -14,7 +14,7 @@ from mrflow.models.fields import step
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.kernels.ops import FUSED, fused_norm_silu
-from mrflow.models.kl import norm_silu
+from mrflow.models.kl import channels_last, norm_silu
 from mrflow.models.layers import PLAIN, Ops
 from mrflow.models.qwen.vae import VaeQwen
 from tests.live import LiveBytes
@@ -84,9 +84,7 @@ def values_a_pixel(which: str, *, cuda: bool) -> float:
         vae = VaeFlux(VaeParams()).to(torch.bfloat16)
         shape = (1, 16, 32, 32) if which == "decode" else (1, 3, 256, 256)
         x = torch.empty(shape).contiguous(memory_format=torch.channels_last)
-    for p in vae.parameters():
-        if p.ndim == 4 and p.shape[-1] > 1:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    channels_last(vae)
     with torch.no_grad(), LiveBytes(cuda=cuda) as live:
         vae.decode(x) if which == "decode" else vae.moments(x)
     return live.peak / 2 / 256**2

@@ -27,7 +27,7 @@ from mrflow.models.fields import step
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.flux.vae import VaeFlux, VaeParams
 from mrflow.models.kernels.ops import FUSED, fused_norm_silu
-from mrflow.models.kl import NormSilu, norm_silu
+from mrflow.models.kl import NormSilu, channels_last, norm_silu
 from mrflow.models.layers import PLAIN, Ops
 from mrflow.models.qwen.field import qwen_step
 from mrflow.models.qwen.transformer import QwenImage, QwenParams
@@ -157,10 +157,7 @@ def decoded(norms: NormSilu, pixels: int, kind: type[VaeFlux | VaeQwen] = VaeFlu
     """One picture decoded by a family's autoencoder, in bfloat16, channels last."""
     with blueprint():
         vae: VaeFlux | VaeQwen = VaeFlux(VaeParams()) if kind is VaeFlux else VaeQwen(QwenVaeParams())
-        for p in vae.to(torch.bfloat16).parameters():
-            if p.ndim == 4:
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
-        vae.use(norms)
+        channels_last(vae.to(torch.bfloat16)).use(norms)
         side = pixels // vae.params.downscale
         z = torch.empty(1, vae.params.latent, side, side).contiguous(memory_format=torch.channels_last)
         with patch.object(torch.nn.functional, "scaled_dot_product_attention", attention), counting() as counts:

@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments.train_pocket.data import grid, pictures, unit
 from experiments.train_pocket.loop import Loop, Run, cosine, finished, log
 from mrflow.metrics import psnr
-from mrflow.models.pocket.model import channels_last
+from mrflow.models.kl import channels_last
 from mrflow.models.pocket.networks import PocketAutoencoder
 from mrflow.scenes.grammar import FULL, World
 from mrflow.scenes.hard import HardWorld

@@ -34,6 +34,7 @@ from experiments.train_pocket.loop import Loop, PieceOver, Run, finished, flat_t
 from mrflow.errors import MrflowError
 from mrflow.model_info import Shift
 from mrflow.models import choose_device
+from mrflow.models.kl import channels_last
 from mrflow.models.pocket.model import (
     BASE,
     HEAD,
@@ -42,7 +43,6 @@ from mrflow.models.pocket.model import (
     SHIPPED,
     WIDTH,
     WORDS,
-    channels_last,
     open_pocket,
 )
 from mrflow.models.pocket.networks import tokenise

@@ -22,6 +22,7 @@ class VaeSizes(Protocol):
 
 
 P = TypeVar("P", bound=VaeSizes)
+N = TypeVar("N", bound=nn.Module)
 
 
 def norm_silu(norm: nn.Module, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -30,6 +31,14 @@ def norm_silu(norm: nn.Module, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 
 
 
 NormSilu = Callable[[nn.Module, Tensor], Tensor]
+
+
+def channels_last(net: N) -> N:
+    """The same net with its convolutions' weights channels-last, which is faster on most processors."""
+    for p in net.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return net
 
 
 class NormedModule(nn.Module):

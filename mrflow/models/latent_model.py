@@ -29,7 +29,7 @@ from mrflow.models.cuda_graphs import CudaGraph, GraphPool
 from mrflow.models.fields import step as whole_step
 from mrflow.models.fp8 import multiply_fp8
 from mrflow.models.kernels import compile_kernels, fused_kernels
-from mrflow.models.kl import KLAutoencoder
+from mrflow.models.kl import KLAutoencoder, channels_last
 from mrflow.models.offload import (
     BlockOffloader,
     Ledger,
@@ -103,9 +103,7 @@ class LatentModel(TransformerModel):
             module.eval().requires_grad_(False)  # noqa: FBT003
         if device.type == "cpu":
             widen_autoencoder(vae)
-        for p in vae.parameters():
-            if p.ndim == 4 and p.shape[-1] > 1:
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        channels_last(vae)
         files = mapped_files((flow, vae, *(text.modules() if isinstance(text, TextEncoder) else ())))
         if not runtime.compile:
             layers = text.layers() if isinstance(text, TextEncoder) else ()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from mrflow.models.fields import step as flux_step
 from mrflow.models.flux.field import FluxField
 from mrflow.models.flux.transformer import Flux, FluxParams
 from mrflow.models.headers import layout_by_name
+from mrflow.models.kl import channels_last
 from mrflow.models.pocket.networks import CompactSR, PocketAutoencoder, PocketTextEncoder, tokenise
 from mrflow.models.transformer_model import TransformerModel, repeat, side_by_side
 from mrflow.protocols.pieces import StepFactory
@@ -146,17 +146,6 @@ def pocket_params(width: int = WIDTH, head: int = HEAD) -> FluxParams:
         single_blocks=5,
         guidance=False,
     )
-
-
-N = TypeVar("N", bound=nn.Module)
-
-
-def channels_last(net: N) -> N:
-    """The same net with its convolutions' weights channels-last, which is faster on most processors."""
-    for p in net.parameters():
-        if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-    return net
 
 
 def dtype_mark(dtype: torch.dtype) -> str:
