@@ -14,6 +14,7 @@ from torch import Tensor
 from mrflow import __version__
 from mrflow._checks import check_path
 from mrflow.display import html
+from mrflow.display.notes import counted
 from mrflow.errors import PlanError, RecordError
 from mrflow.guidance import CFG, Distilled, own_guidance
 from mrflow.machine.hardware import machine
@@ -77,8 +78,8 @@ class Result:
     decode: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)  # of the model, with `path` alone
 
     def __repr__(self) -> str:
-        count, text = len(self.seeds), str(self.spec)
-        return f"Result({count} item{'s' * (count > 1)}, {text}, NFE {self.nfe}, {self.seconds:.3g} s)"
+        items = counted(len(self.seeds), "item")
+        return f"Result({items}, {self.spec}, NFE {self.nfe}, {self.seconds:.3g} s)"
 
     def _repr_html_(self) -> str:
         """For notebooks: the strip of pictures, then the stages with their costs."""

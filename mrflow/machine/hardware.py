@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from mrflow.display.notes import counted
+
 
 @cache
 def machine(device: torch.device) -> str:
@@ -15,8 +17,7 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        count = torch.get_num_threads()
-        threads = f"{count} thread{'s' * (count != 1)}"
+        threads = counted(torch.get_num_threads(), "thread")
         name = f"{'' if device.type == 'cpu' else f'{device.type}, '}{_processor()}, {threads}"
     return f"{name}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
 

@@ -60,8 +60,10 @@ def controls(
         steps = affordable(staged, info, size=size, guidance=guidance)
         chain = recipes.native(size=size, steps=steps, guidance=guidance)
         out[f"native {steps}{name} (same cost)"] = chain
-    first = {chain: label for label, chain in reversed(out.items())}
-    return {label: chain for chain, label in reversed(first.items()) if chain not in beside.values()}
+    first: dict[StagedChain, str] = {}
+    for label, chain in out.items():
+        first.setdefault(chain, label)
+    return {label: chain for chain, label in first.items() if chain not in beside.values()}
 
 
 def affordable(chain: StagedChain, info: ModelInfo, *, size: tuple[int, int], guidance: Guidance | None = None) -> int:
